@@ -1,0 +1,215 @@
+"""Three domains of text that every Python installation carries, so that the demo needs no download.
+
+* ``code``: the standard library's sources without their docstrings (comments stay), one document a file.
+* ``prose``: the topics of ``pydoc`` and the standard library's longer docstrings, one document each.
+* ``arithmetic``: generated lines such as ``37+58=95``, forty to a document.
+
+About a tenth is held out: by file (a file's code and its docstrings are on the same side), by topic, and for
+arithmetic by the left side of a line, so that no held-out sum occurs in the training split in this order of operands.
+
+Not covered: the same sentence can occur in two modules of the standard library, one on either side. And the text is
+that of the running interpreter: ``python_fingerprint`` records which; another Python version gives slightly other text.
+Nothing is imported from the standard library to read it, except the data module ``pydoc_data.topics``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import platform
+import random
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from compressor.errors import CalibrationError
+
+Domain = Literal["code", "prose", "arithmetic"]
+Split = Literal["train", "held-out"]
+Source = TypeVar("Source")
+
+DOMAINS: tuple[Domain, ...] = ("code", "prose", "arithmetic")
+SPLITS: tuple[Split, ...] = ("train", "held-out")
+
+HELD_OUT_PERCENT = 10
+MIN_DOCSTRING_CHARACTERS = 200
+MIN_CODE_CHARACTERS = 400
+LINES_PER_ARITHMETIC_DOCUMENT = 40
+NUM_ARITHMETIC_DOCUMENTS: dict[Split, int] = {"train": 5000, "held-out": 500}
+
+# Installed packages, tests, bundled grammars and generated tables: not the text of the standard library.
+_SKIPPED_FOLDERS = frozenset(
+    "site-packages dist-packages test tests idle_test lib2to3 __pycache__ encodings pydoc_data ensurepip".split()
+)
+_SKIPPED_FILES = frozenset({"html/entities.py"})
+
+# (operator, its share of the lines, largest left operand, largest right operand)
+_OPERATIONS = (("+", 0.5, 99, 99), ("-", 0.35, 99, 99), ("*", 0.15, 12, 12))
+
+
+def documents(domain: Domain, split: Split, seed: int = 0) -> Iterator[str]:
+    """The documents of one domain and split, in an order that depends on ``seed`` alone (for a given Python).
+
+    ``arithmetic`` draws other lines for another seed; the other domains give the same documents in another order.
+    Files are read as the iterator advances. Raises CalibrationError for an unknown domain or split, and when this
+    installation carries no Python sources.
+    """
+    if domain not in _READERS:
+        raise CalibrationError(f"demo text: no domain {domain!r}; known: {', '.join(DOMAINS)}")
+    if split not in SPLITS:
+        raise CalibrationError(f"demo text: no split {split!r}; known: {', '.join(SPLITS)}")
+    return _READERS[domain](split, seed)
+
+
+def split_of(name: str) -> Split:
+    """The side on which a file (its path below the standard library), a topic or a sum's left side lies, by a
+    stable hash of that name: about a tenth of all names are held out."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return "held-out" if int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT else "train"
+
+
+def python_fingerprint(splits: tuple[Split, ...] = SPLITS) -> dict[str, str]:
+    """Which Python the text came from: its version, and for each domain and split a digest of the documents.
+
+    Reads all documents of the splits asked for: about five seconds for both.
+    """
+    fingerprint = {"python": platform.python_version()}
+    for domain in DOMAINS:
+        for split in splits:
+            digest = hashlib.blake2b(digest_size=16)
+            for document in documents(domain, split):
+                digest.update(document.encode() + b"\0")
+            fingerprint[f"{domain}/{split}"] = digest.hexdigest()
+    return fingerprint
+
+
+def _code(split: Split, seed: int) -> Iterator[str]:
+    for path in _shuffled(_source_files(split), seed):
+        source, tree = _read(path)
+        if tree is not None:
+            code = _without_docstrings(source, tree)
+            if len(code) >= MIN_CODE_CHARACTERS:
+                yield code
+
+
+def _prose(split: Split, seed: int) -> Iterator[str]:
+    topics = _topics(split)
+    seen: set[str] = set()
+    for source in _shuffled([*_source_files(split), *topics], seed):
+        texts = [topics[source]] if isinstance(source, str) else _docstrings(source)
+        for text in texts:
+            passage = _without_doctests(text)
+            if len(passage) > MIN_DOCSTRING_CHARACTERS and passage not in seen:
+                seen.add(passage)
+                yield passage
+
+
+def _arithmetic(split: Split, seed: int) -> Iterator[str]:
+    rng = random.Random(f"{split}/{seed}")
+    for _ in range(NUM_ARITHMETIC_DOCUMENTS[split]):
+        lines = (_draw_sum(rng, split) for _ in range(LINES_PER_ARITHMETIC_DOCUMENT))
+        yield "".join(f"{left}={value}\n" for left, value in lines)
+
+
+_READERS: dict[Domain, Callable[[Split, int], Iterator[str]]] = {
+    "code": _code,
+    "prose": _prose,
+    "arithmetic": _arithmetic,
+}
+
+
+def _draw_sum(rng: random.Random, split: Split) -> tuple[str, int]:
+    """One sum of this split: its left side (``37+58``) and its value, never negative."""
+    shares = [share for _, share, _, _ in _OPERATIONS]
+    operator, _, largest_a, largest_b = rng.choices(_OPERATIONS, weights=shares)[0]
+    while True:
+        a, b = rng.randint(0, largest_a), rng.randint(0, largest_b)
+        if operator == "-":
+            a, b = max(a, b), min(a, b)
+        left = f"{a}{operator}{b}"
+        if split_of(left) == split:
+            return left, {"+": a + b, "-": a - b, "*": a * b}[operator]
+
+
+def _shuffled(items: Sequence[Source], seed: int) -> list[Source]:
+    return random.Random(seed).sample(items, len(items))
+
+
+def _source_files(split: Split) -> list[Path]:
+    """The standard library's sources on one side of the split, sorted by their path below its root."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    if not found:
+        raise CalibrationError(f"demo text: no Python sources under {root}; install Python with its standard library")
+    return [
+        path
+        for name, path in sorted(found.items())
+        if split_of(name) == split and name not in _SKIPPED_FILES and not _is_skipped(name)
+    ]
+
+
+def _is_skipped(name: str) -> bool:
+    folders = name.split("/")[:-1]
+    return any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders) or name.startswith(
+        "_sysconfigdata"
+    )
+
+
+def _read(path: Path) -> tuple[str, ast.Module | None]:
+    """A file's text and syntax tree; no tree if it is not UTF-8 or not of this Python's grammar."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escape sequences in the standard library's strings
+            return source, ast.parse(source)
+    except (UnicodeDecodeError, SyntaxError):
+        return "", None
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Constant]:
+    """The string nodes that are docstrings, in the order of the tree's walk."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                if isinstance(first.value.value, str):
+                    yield first.value
+
+
+def _without_docstrings(source: str, tree: ast.Module) -> str:
+    """The source less the lines of its docstrings. A docstring that shares its line with code stays."""
+    lines = source.split("\n")  # as ast counts them: a form feed ends no line
+    dropped: set[int] = set()
+    for node in _documented(tree):
+        end = node.end_lineno or node.lineno
+        if not lines[node.lineno - 1][: node.col_offset].strip():
+            dropped.update(range(node.lineno - 1, end))
+    return "\n".join(line.rstrip() for index, line in enumerate(lines) if index not in dropped).strip("\n") + "\n"
+
+
+def _docstrings(path: Path) -> list[str]:
+    _, tree = _read(path)
+    return [] if tree is None else [inspect.cleandoc(str(node.value)) for node in _documented(tree)]
+
+
+def _topics(split: Split) -> dict[str, str]:
+    """pydoc's topics by name; empty where the installation leaves them out."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return {name: topics[name] for name in sorted(topics) if split_of(f"topic:{name}") == split}
+
+
+def _without_doctests(text: str) -> str:
+    """The text without interactive sessions: prompts and their output up to the next blank line."""
+    kept: list[str] = []
+    in_session = False
+    for line in text.splitlines():
+        in_session = line.lstrip().startswith(">>>") or (in_session and bool(line.strip()))
+        if not in_session and (line.strip() or (kept and kept[-1])):
+            kept.append(line.rstrip())
+    return "\n".join(kept).strip() + "\n"
