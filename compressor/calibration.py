@@ -1,0 +1,121 @@
+"""Named data sources → batches of token ids with padding masks.
+
+Every source yields *sequences*: 1-D int64 tensors of token ids. Text is tokenised document by document, the
+documents are joined with the tokenizer's end-of-text id (where it has one) and cut into sequences of exactly
+`length` tokens; the remainder that does not fill a sequence is dropped. Ready-made ids (`tokens:`) are taken
+as they are, in order.
+
+Not covered here: chat messages through a chat template, lm-eval tasks as calibration text,
+blending of domains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CalibrationError
+from compressor.sources import BaseSource, Source, Split, TokensSource
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The token sequences of one source, and a digest of the ids by which a record can tell them apart."""
+
+    name: str
+    ids: tuple[Tensor, ...]
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all sequences together."""
+        return sum(len(ids) for ids in self.ids)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids [B, S] int64, padded on the right, and a mask [B, S] that is True where a token is real."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def load_sequences(source: Source, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
+    """Read a source.
+
+    `tokenizer` is a transformers tokenizer, or None for a model without one (only `tokens:` sources work).
+    `seed` orders the documents; `split` is what a `demo:` source uses unless it says otherwise.
+    Raises CalibrationError when the source is missing, empty, or shorter than one sequence.
+    """
+    if isinstance(source, TokensSource):
+        ids = [torch.tensor(row, dtype=torch.int64) for row in source.sequences()]
+        if not ids:
+            raise CalibrationError(f"calibration source {source.title!r} ({source.tokens}) is empty.")
+    else:
+        if tokenizer is None:
+            raise CalibrationError(
+                f"calibration source {source.title!r} is text, but the model's folder has no tokenizer. "
+                f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
+            )
+        ids = _pack(source, tokenizer, source.documents(seed=seed, split=split))
+    return Sequences(source.title, tuple(ids), fingerprint(ids))
+
+
+def fingerprint(sequences: Iterable[Tensor]) -> str:
+    """A digest of token ids, sensitive to order and to where sequences end: `sha256:` and 16 hex digits."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(f"{len(ids)}:".encode())
+        digest.update(ids.to(torch.int64).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def make_batches(sequences: Sequence[Tensor], batch_size: int) -> list[TokenBatch]:
+    """Group sequences, in order, `batch_size` at a time; shorter ones are padded on the right with id 0."""
+    batches = []
+    for start in range(0, len(sequences), batch_size):
+        group = sequences[start : start + batch_size]
+        width = max(len(ids) for ids in group)
+        input_ids = torch.zeros(len(group), width, dtype=torch.int64)
+        attention_mask = torch.zeros(len(group), width, dtype=torch.bool)
+        for row, ids in enumerate(group):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = True
+        batches.append(TokenBatch(input_ids, attention_mask))
+    return batches
+
+
+def check_vocabulary(sequences: Sequences, vocab_size: int) -> None:
+    """Raise CalibrationError when a token id has no row in the model's embedding of `vocab_size` rows."""
+    largest = max(int(ids.max()) for ids in sequences.ids)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"source {sequences.name!r} holds token id {largest}, but the model has only {vocab_size} "
+            f"embeddings (ids 0 to {vocab_size - 1}): these ids, or the tokenizer that made "
+            f"them, belong to another model."
+        )
+
+
+def _pack(source: BaseSource, tokenizer: Any, documents: Iterable[str]) -> list[Tensor]:
+    """Join the documents' tokens, separated by end-of-text, and cut `samples` sequences of `length`."""
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    wanted = source.samples * source.length
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) >= wanted:
+            break
+    count = min(source.samples, len(stream) // source.length)
+    if not count:
+        what = "is empty" if len(stream) <= 1 else f"has only {len(stream)} tokens"
+        raise CalibrationError(
+            f"source {source.title!r} {what}, less than one sequence of {source.length} tokens. "
+            f"Give more text, or a smaller `length:`."
+        )
+    whole = torch.tensor(stream[: count * source.length], dtype=torch.int64)
+    return list(whole.view(count, source.length))

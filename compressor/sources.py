@@ -1,0 +1,236 @@
+"""Where text and token ids come from: the entries of `calibration.data` and `evaluate.perplexity`.
+
+A source is named by the one key that says where it comes from (`demo:`, `text:`, `jsonl:`, `tokens:` or
+`dataset:`). Nothing here imports torch, so that recipes are read without it; `compressor.calibration`
+makes batches of what is read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from compressor.errors import CalibrationError
+
+Split = Literal["train", "held-out"]
+
+
+class BaseSource(BaseModel):
+    """What every source of text or tokens can say about itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(default=None, description="what the figures of this source are called")
+    samples: int = Field(default=128, ge=1, description="number of sequences to take")
+    length: int = Field(default=2048, ge=2, description="tokens per sequence")
+
+    @property
+    def title(self) -> str:
+        """The name the figures go by: `name` if given, else what the source is."""
+        return self.name or self._default_title()
+
+    def _default_title(self) -> str:
+        raise NotImplementedError
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """The texts, in the order in which they are to be used."""
+        raise NotImplementedError
+
+
+class DemoSource(BaseSource):
+    """Text that every Python carries: `demo: code`, `prose`, `arithmetic`, or `mix` of the three."""
+
+    demo: Literal["code", "prose", "arithmetic", "mix"] = Field(
+        description="which text, or a mix of the three"
+    )
+    split: Split | None = Field(default=None, description="default: train to calibrate, held-out to evaluate")
+
+    def _default_title(self) -> str:
+        return f"demo:{self.demo}"
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """Documents of the split, shuffled by `seed`; `mix` takes the domains in turn."""
+        from compressor.demo.corpus import DOMAINS, documents
+
+        split = self.split or split
+        domains = DOMAINS if self.demo == "mix" else (self.demo,)
+        shuffled = [_shuffled(documents(domain, split), seed) for domain in domains]
+        return shuffled[0] if len(shuffled) == 1 else _in_turn(shuffled)
+
+
+class TextSource(BaseSource):
+    """A UTF-8 text file, one document: `text: corpus.txt`. Sequences are cut from its start."""
+
+    text: Path = Field(description="a UTF-8 text file")
+
+    def _default_title(self) -> str:
+        return self.text.stem
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """The whole file as one document."""
+        return [_read_text(self.text, self.title)]
+
+
+class JsonLinesSource(BaseSource):
+    """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text under `field`."""
+
+    jsonl: Path = Field(description="a JSON-lines file, one document a line")
+    field: str = Field(default="text", description="the key that holds the text")
+
+    def _default_title(self) -> str:
+        return self.jsonl.stem
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """The lines' texts, shuffled by `seed`."""
+        texts = []
+        for number, row in _json_lines(self.jsonl, self.title):
+            text = row.get(self.field)
+            if not isinstance(text, str):
+                raise CalibrationError(
+                    f"{self.jsonl}:{number}: no text under {self.field!r}; found the keys {sorted(row)}. "
+                    f"Say `field:` to name the one that holds the text."
+                )
+            texts.append(text)
+        return _shuffled(texts, seed)
+
+
+class DatasetSource(BaseSource):
+    """A Hugging Face dataset, on the hub or in a folder, streamed: `dataset: allenai/c4, config: en`."""
+
+    dataset: str = Field(description="hub id or local folder of a Hugging Face dataset")
+    config: str | None = Field(default=None, description="the dataset's configuration, such as a language")
+    split: str = Field(default="train", description="the dataset's split")
+    field: str = Field(default="text", description="the column that holds the text")
+
+    def _default_title(self) -> str:
+        return self.dataset.rstrip("/").rsplit("/", 1)[-1]
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """The rows' texts, shuffled by `seed` through a buffer of 10,000 rows."""
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+        except Exception as error:
+            raise CalibrationError(
+                f"dataset {self.dataset!r} cannot be opened: {error}. Without a network, give a local "
+                f"folder, or use a `text:`, `jsonl:` or `demo:` source."
+            ) from error
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            if not isinstance(row.get(self.field), str):
+                raise CalibrationError(
+                    f"dataset {self.dataset!r} has no text column {self.field!r}; "
+                    f"its columns are {sorted(row)}."
+                )
+            yield row[self.field]
+
+
+class TokensSource(BaseSource):
+    """Ready-made ids, in order, without a tokenizer: `tokens: ids.jsonl`, lines of `{"input_ids": [...]}`."""
+
+    tokens: Path = Field(description='a JSON-lines file of {"input_ids": [...]}')
+    samples: int | None = Field(  # type: ignore[assignment]
+        default=None, ge=1, description="number of sequences to take; default all"
+    )
+    length: int | None = Field(  # type: ignore[assignment]
+        default=None, ge=2, description="cut sequences to so many tokens; default whole"
+    )
+
+    def _default_title(self) -> str:
+        return self.tokens.stem
+
+    def sequences(self) -> list[list[int]]:
+        """The file's sequences of token ids, in order."""
+        sequences = []
+        for number, row in _json_lines(self.tokens, self.title):
+            ids = row.get("input_ids")
+            if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+                raise CalibrationError(f'{self.tokens}:{number}: expected {{"input_ids": [token ids ≥ 0]}}.')
+            if len(ids) < 2:
+                raise CalibrationError(
+                    f"{self.tokens}:{number}: a sequence needs at least 2 tokens, found {len(ids)}."
+                )
+            sequences.append(ids[: self.length])
+        return sequences[: self.samples]
+
+
+_KINDS = {
+    "demo": DemoSource,
+    "text": TextSource,
+    "jsonl": JsonLinesSource,
+    "tokens": TokensSource,
+    "dataset": DatasetSource,
+}
+SOURCE_KINDS = tuple(_KINDS)
+
+
+def _class_name(value: Any) -> str | None:
+    """The name of the class that a mapping is meant for; None without exactly one of the keys that tell."""
+    if isinstance(value, BaseSource):
+        return type(value).__name__
+    kinds = [kind for kind in _KINDS if kind in value] if isinstance(value, dict) else []
+    return _KINDS[kinds[0]].__name__ if len(kinds) == 1 else None
+
+
+Source = Annotated[
+    Annotated[DemoSource, Tag("DemoSource")]
+    | Annotated[TextSource, Tag("TextSource")]
+    | Annotated[JsonLinesSource, Tag("JsonLinesSource")]
+    | Annotated[TokensSource, Tag("TokensSource")]
+    | Annotated[DatasetSource, Tag("DatasetSource")],
+    Discriminator(
+        _class_name,
+        custom_error_type="source_kind",
+        custom_error_message=(
+            f"a source says where it comes from with exactly one of the keys {', '.join(SOURCE_KINDS)}"
+        ),
+    ),
+]
+
+
+def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
+    texts = list(texts)
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def _in_turn(streams: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Take from the streams so that each has given about the same number of characters at any time."""
+    given = [0] * len(streams)
+    position = [0] * len(streams)
+    while any(p < len(stream) for p, stream in zip(position, streams, strict=True)):
+        open_streams = [i for i, stream in enumerate(streams) if position[i] < len(stream)]
+        i = min(open_streams, key=given.__getitem__)
+        text = streams[i][position[i]]
+        given[i] += len(text)
+        position[i] += 1
+        yield text
+
+
+def _read_text(path: Path, title: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CalibrationError(f"source {title!r}: there is no file {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"source {title!r}: {path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _json_lines(path: Path, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path, title).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(
+                f"{path}:{number}: not JSON: {error.msg} at column {error.colno}."
+            ) from error
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
+        yield number, row
