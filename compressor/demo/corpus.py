@@ -5,11 +5,13 @@
 * ``arithmetic``: generated lines such as ``37+58=95``, forty to a document.
 
 About a tenth is held out: by file (a file's code and its docstrings are on the same side), by topic, and for
-arithmetic by the left side of a line, so that no held-out sum occurs in the training split in this order of operands.
+arithmetic by the left side of a line, so that no held-out sum occurs in the training split in this order of
+operands.
 
-Not covered: the same sentence can occur in two modules of the standard library, one on either side. And the text is
-that of the running interpreter: ``python_fingerprint`` records which; another Python version gives slightly other text.
-Nothing is imported from the standard library to read it, except the data module ``pydoc_data.topics``.
+Not covered: a docstring copied into a second module can be on both sides (one is, in Python 3.11). The text
+is that of the running interpreter, another version's differs slightly: ``python_fingerprint`` records which
+it was. Nothing is imported from the standard library to read it, except the data module
+``pydoc_data.topics``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ NUM_ARITHMETIC_DOCUMENTS: dict[Split, int] = {"train": 5000, "held-out": 500}
 
 # Installed packages, tests, bundled grammars and generated tables: not the text of the standard library.
 _SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test lib2to3 __pycache__ encodings pydoc_data ensurepip".split()
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
+    | {"__pycache__", "encodings", "pydoc_data", "ensurepip"}
 )
 _SKIPPED_FILES = frozenset({"html/entities.py"})
 
@@ -53,9 +56,9 @@ _OPERATIONS = (("+", 0.5, 99, 99), ("-", 0.35, 99, 99), ("*", 0.15, 12, 12))
 def documents(domain: Domain, split: Split, seed: int = 0) -> Iterator[str]:
     """The documents of one domain and split, in an order that depends on ``seed`` alone (for a given Python).
 
-    ``arithmetic`` draws other lines for another seed; the other domains give the same documents in another order.
-    Files are read as the iterator advances. Raises CalibrationError for an unknown domain or split, and when this
-    installation carries no Python sources.
+    ``arithmetic`` draws other lines for another seed; the other domains give the same documents in another
+    order. Files are read as the iterator advances. Raises CalibrationError for an unknown domain or split,
+    and when this installation carries no Python sources.
     """
     if domain not in _READERS:
         raise CalibrationError(f"demo text: no domain {domain!r}; known: {', '.join(DOMAINS)}")
@@ -66,7 +69,8 @@ def documents(domain: Domain, split: Split, seed: int = 0) -> Iterator[str]:
 
 def split_of(name: str) -> Split:
     """The side on which a file (its path below the standard library), a topic or a sum's left side lies, by a
-    stable hash of that name: about a tenth of all names are held out."""
+    stable hash of that name: about a tenth of all names are held out.
+    """
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return "held-out" if int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT else "train"
 
@@ -98,7 +102,8 @@ def _code(split: Split, seed: int) -> Iterator[str]:
 def _prose(split: Split, seed: int) -> Iterator[str]:
     topics = _topics(split)
     seen: set[str] = set()
-    for source in _shuffled([*_source_files(split), *topics], seed):
+    sources: list[Path | str] = [*_source_files(split), *topics]
+    for source in _shuffled(sources, seed):
         texts = [topics[source]] if isinstance(source, str) else _docstrings(source)
         for text in texts:
             passage = _without_doctests(text)
@@ -143,7 +148,9 @@ def _source_files(split: Split) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     if not found:
-        raise CalibrationError(f"demo text: no Python sources under {root}; install Python with its standard library")
+        raise CalibrationError(
+            f"demo text: no Python sources under {root}; install Python with its library's sources"
+        )
     return [
         path
         for name, path in sorted(found.items())
@@ -173,10 +180,9 @@ def _documented(tree: ast.Module) -> Iterator[ast.Constant]:
     """The string nodes that are docstrings, in the order of the tree's walk."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    yield first.value
+            match node.body[0]:
+                case ast.Expr(value=ast.Constant(value=str()) as docstring):
+                    yield docstring
 
 
 def _without_docstrings(source: str, tree: ast.Module) -> str:
@@ -187,7 +193,8 @@ def _without_docstrings(source: str, tree: ast.Module) -> str:
         end = node.end_lineno or node.lineno
         if not lines[node.lineno - 1][: node.col_offset].strip():
             dropped.update(range(node.lineno - 1, end))
-    return "\n".join(line.rstrip() for index, line in enumerate(lines) if index not in dropped).strip("\n") + "\n"
+    kept = (line.rstrip() for index, line in enumerate(lines) if index not in dropped)
+    return "\n".join(kept).strip("\n") + "\n"
 
 
 def _docstrings(path: Path) -> list[str]:
@@ -196,7 +203,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _topics(split: Split) -> dict[str, str]:
-    """pydoc's topics by name; empty where the installation leaves them out."""
+    """The topics of pydoc by name; empty where the installation leaves them out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
