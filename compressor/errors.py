@@ -1,0 +1,48 @@
+"""Everything that can go wrong and that the user can mend.
+
+    CompressorError                 the root: catch this one to catch them all
+    ├── RecipeError                 the recipe or a command-line option asks for something that cannot be
+    ├── PluginError                 a plugin is broken, unknown, or clashes with another
+    ├── UnsupportedModelError       the model's architecture or routing is not one we can handle
+    ├── CalibrationError            the calibration data cannot be used
+    ├── CheckpointError             a checkpoint is missing, damaged, or cannot be written
+    ├── EvaluationError             a task or text cannot be evaluated
+    └── VerificationError           our own checks found that the smaller model is not what was decided
+
+The command line prints these without a traceback and exits with status 2. Any other exception is a bug of ours:
+it is shown with its traceback and exits with status 1.
+"""
+
+from __future__ import annotations
+
+
+class CompressorError(Exception):
+    """Something the user can mend. The message says where, what was found and what would be right."""
+
+
+class RecipeError(CompressorError):
+    """The recipe, or a command-line option, asks for something that cannot be."""
+
+
+class PluginError(CompressorError):
+    """A plugin cannot be imported, is unknown, or clashes with another one."""
+
+
+class UnsupportedModelError(CompressorError):
+    """The model's architecture or routing cannot be handled; the message names what was not understood."""
+
+
+class CalibrationError(CompressorError):
+    """The calibration data is missing, empty, too short, or not what it is said to be."""
+
+
+class CheckpointError(CompressorError):
+    """A checkpoint is missing, damaged, not finite, or cannot be written."""
+
+
+class EvaluationError(CompressorError):
+    """A task or a text cannot be evaluated."""
+
+
+class VerificationError(CompressorError):
+    """The edited or saved model does not compute what was decided; nothing is put under the output's name."""

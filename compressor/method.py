@@ -1,0 +1,102 @@
+"""What a compression method is: the classes that a plugin subclasses.
+
+A method goes through three steps. Each step takes only what the step before it left behind:
+
+    observe   `statistic(layer)` makes one accumulator per MoE layer; the core feeds it every calibration batch
+    decide    `decide(layers, statistics)` is a pure function of the figures: no model, no data
+    edit      `edit(moe, decision)` applies the decision to a live model, in place
+
+`check` comes before all of them and needs the model's config only. A method never runs the model and knows no other method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from compressor.moe import MoELayer, MoEModel
+from compressor.statistics import Statistic
+
+Decision = dict[str, Any]
+"""What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original model."""
+
+
+class Options(BaseModel):
+    """Base class of a method's options: frozen, unknown keys refused, every field with a description.
+
+    The options *are* the schema: `compressor methods` prints them, and mistakes are reported with their place.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method will do, known from the config alone.
+
+    `num_kept` is the number of experts that each layer will keep, by layer path; layers that are left as they are need
+    not be named. `notes` are sentences for the user.
+    """
+
+    num_kept: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+class OptionError(ValueError):
+    """An option cannot be met by this model. `option` names it; the recipe's place is added by the core."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class Method(ABC, Generic[OptionsT]):
+    """A compression method. Subclass it, set `name`, `version` and `Options`, and offer the class through the hook."""
+
+    name: ClassVar[str]
+    """The recipe key, such as `expert_pruning`."""
+    version: ClassVar[str]
+    """Written into every record; change it when the same figures would lead to another decision."""
+    options_type: ClassVar[type[Options]]
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    @abstractmethod
+    def check(self, layers: Sequence[MoELayer]) -> Plan:
+        """Say what will happen to these layers, before any weight is read. Raises OptionError if it cannot be."""
+
+    @abstractmethod
+    def statistic(self, layer: MoELayer) -> Statistic | None:
+        """Make the accumulator for one layer, or None if this layer needs no figures."""
+
+    @abstractmethod
+    def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Mapping[str, Tensor]]) -> Decision:
+        """Turn the figures into a decision.
+
+        `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same figures,
+        same decision.
+        """
+
+    @abstractmethod
+    def edit(self, moe: MoEModel, decision: Decision) -> None:
+        """Apply the decision to the live model, in place."""
+
+    def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object] | None:
+        """A context in which the untouched model computes what the edited one will, or None if there is no such thing.
+
+        The core compares the two on a calibration batch in every run, and stops if they differ.
+        """
+        return None
+
+    def restore(self, moe: MoEModel, decision: Decision) -> None:
+        """Redo, after loading, what weights and config cannot hold. Most methods have nothing to do here."""

@@ -1,0 +1,254 @@
+"""What a router does with tokens: masking experts, reading its logits, and the rule that turns logits into weights.
+
+Dimensions: T tokens, E experts of the layer, K experts chosen per token, M ranks looked at, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from compressor.errors import UnsupportedModelError
+from compressor.moe.structure import MoELayer
+
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+_LINEAR_FUNCTIONS = {
+    functional.linear,
+    torch.mm,
+    torch.matmul,
+    torch.addmm,
+    torch.Tensor.mm,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+}
+
+
+class RouterLogits(TorchFunctionMode):
+    """While active, sees the linear map inside a router: records its output, masks it, or answers it from a record.
+
+    `dropped` are expert ids whose logits become −inf; `recorded` replaces the product by logits seen before.
+    """
+
+    def __init__(self, width: int, dropped: Tensor | None = None, recorded: Tensor | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.dropped = dropped
+        self.recorded = recorded
+        self.seen: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass every call through, but those that produce the router's logits."""
+        if func not in _LINEAR_FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        out = self.recorded if self.recorded is not None else func(*args, **(kwargs or {}))
+        if out.shape[-1] != self.width:
+            return out
+        self.seen = out
+        if self.dropped is not None and len(self.dropped):
+            return out.index_fill(-1, self.dropped, float("-inf"))
+        return out.clone() if self.recorded is not None else out
+
+
+def router_width(layer: MoELayer) -> int:
+    """Number of logits of the layer's router: its experts, and whatever rows it has behind them."""
+    return layer.num_experts + max(
+        (axis.extra for name, axis in layer.tensors.items() if name.startswith(layer.router + ".")), default=0
+    )
+
+
+def dropped_experts(layer: MoELayer, kept: Sequence[int], device: torch.device) -> Tensor:
+    """The ids that are not kept, ascending, int64."""
+    return torch.tensor(sorted(set(range(layer.num_experts)) - set(kept)), dtype=torch.int64, device=device)
+
+
+@contextmanager
+def biases_masked(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
+    """Set the selection biases of the dropped experts to −inf, and put them back afterwards, bit for bit.
+
+    Some routers add such a bias to the scores, after the linear map, to decide who is chosen.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, tensor in selection_biases(model, layer):
+            saved.append((tensor, tensor.detach().clone()))
+            with torch.no_grad():
+                tensor.index_fill_(layer.tensors[name].dim, dropped, float("-inf"))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+
+
+def selection_biases(model: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear routers."""
+    for name, axis in layer.tensors.items():
+        if name.startswith(layer.experts + ".") or "bias" not in name.rpartition(".")[2]:
+            continue
+        module_path, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(module_path), leaf)
+        if tensor.numel() == tensor.shape[axis.dim]:
+            yield name, tensor
+
+
+@contextmanager
+def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """Within the context the layer's router cannot choose any expert but `kept`: dropped logits and biases are −inf.
+
+    This is what removing the other experts means: the router's own softmax, top-k and renormalisation then see only the
+    kept ones.
+    """
+    router = model.get_submodule(layer.router)
+    dropped = dropped_experts(layer, kept, next(router.parameters()).device)
+    if not len(dropped):
+        yield
+        return
+    active: list[RouterLogits] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        mode = RouterLogits(router_width(layer), dropped=dropped)
+        mode.__enter__()
+        active.append(mode)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        mode = active.pop()
+        mode.__exit__(None, None, None)
+        if mode.seen is None:
+            raise UnsupportedModelError(
+                f"{layer.router}: saw no linear map with {router_width(layer)} outputs inside its forward, so experts "
+                f"cannot be masked."
+            )
+
+    hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave)]
+    try:
+        with biases_masked(model, layer, dropped):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        while active:
+            active.pop().__exit__(None, None, None)
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """A router's rule in closed form: weights are `scale × affinity`, over the sum of the chosen ones if `renormalise`.
+
+    affinity = softmax, sigmoid or √softplus of the logits; the K experts with the largest `affinity + bias` are chosen.
+    Where softmax is not renormalised, dropping any expert rescales every token: its sum runs over the kept experts only.
+    Every router that fits was compared with the rule on calibration tokens, with all experts and with some masked.
+    """
+
+    score: Score
+    renormalise: bool
+    scale: float
+    bias: Tensor | None = None
+    """[E] float64, or None."""
+
+    def affinity(self, logits_TE: Tensor) -> Tensor:
+        """[T, E] float64: each expert's score before choice and renormalisation."""
+        logits_TE = logits_TE.double()
+        if self.score == "softmax":
+            return logits_TE.softmax(-1)
+        if self.score == "sigmoid":
+            return logits_TE.sigmoid()
+        return functional.softplus(logits_TE).sqrt()
+
+    def ranking(self, affinity_TE: Tensor) -> Tensor:
+        """[T, E] float64: what the choice is made by."""
+        return affinity_TE if self.bias is None else affinity_TE + self.bias
+
+    @property
+    def rescales_all(self) -> bool:
+        """Whether dropping an expert changes the weights of tokens that never chose it."""
+        return self.score == "softmax" and not self.renormalise
+
+    def weights(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(affinity, weight) of every expert as if all were chosen and not renormalised, both [T, E] float64."""
+        affinity_TE = self.affinity(logits_TE)
+        return affinity_TE, affinity_TE * self.scale
+
+    def choose(self, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The chosen ids [T, K] int64 and their weights [T, K] float64; logits of experts that are gone are −inf."""
+        affinity_TE = self.affinity(logits_TE)
+        ranking_TE = self.ranking(affinity_TE).masked_fill(logits_TE == float("-inf"), float("-inf"))
+        index_TK = ranking_TE.topk(top_k, dim=-1).indices
+        weights_TK = affinity_TE.gather(-1, index_TK)
+        if self.renormalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return index_TK, weights_TK * self.scale
+
+
+Replay = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+"""kept ids → (index [T, K], weights [T, K]): the router itself, run again on the same tokens with all others masked."""
+
+
+def fit_rule(
+    layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, biases: Sequence[Tensor], replay: Replay
+) -> RoutingRule | None:
+    """Find the closed form that explains what the router answered, or None where there is no such form.
+
+    Tried on the tokens given and, through `replay`, on three sets of masked experts.
+    """
+    if layer.num_groups > 1:
+        return None
+    tolerance = 1e-4 if weights_TK.dtype == torch.float32 else 2e-2
+    given_TE = _scatter(index_TK, weights_TK, layer.num_experts)
+    for score in ("softmax", "sigmoid", "sqrtsoftplus"):
+        for bias in (None, *biases):
+            for renormalise in (True, False):
+                rule = RoutingRule(score, renormalise, 1.0, None if bias is None else bias.double().flatten())
+                index, weights = rule.choose(logits_TE, layer.top_k)
+                rule = RoutingRule(score, renormalise, _scale(weights_TK, weights), rule.bias)
+                if _agrees(rule, layer, logits_TE, given_TE, tolerance) and _agrees_masked(
+                    rule, layer, logits_TE, replay, tolerance
+                ):
+                    return rule
+    return None
+
+
+def _scale(given_TK: Tensor, unscaled_TK: Tensor) -> float:
+    """The factor between two sets of weights, rounded where it is a round number such as 2.5."""
+    scale = float((given_TK.double().sum(-1) / unscaled_TK.sum(-1)).median())
+    rounded = round(scale, 3)
+    return rounded if abs(scale - rounded) < 1e-3 * abs(scale) else scale
+
+
+def _scatter(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+    empty = torch.zeros(len(index_TK), num_experts, dtype=torch.float64, device=index_TK.device)
+    return empty.scatter_(1, index_TK, weights_TK.double())
+
+
+def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Tensor, tolerance: float) -> bool:
+    """Whether the rule gives these weights to all tokens but those whose choice is a tie within rounding."""
+    index, weights = rule.choose(logits_TE, layer.top_k)
+    difference_T = (_scatter(index, weights, layer.num_experts) - given_TE).abs().amax(-1)
+    ranking = rule.ranking(rule.affinity(logits_TE)).masked_fill(logits_TE == float("-inf"), float("-inf"))
+    best = ranking.topk(min(layer.top_k + 1, layer.num_experts), dim=-1).values
+    tie_T = (best[:, layer.top_k - 1] - best[:, -1]).abs() <= tolerance * best[:, -1].abs().clamp_min(1e-12)
+    tie_T &= torch.tensor(best.shape[-1] > layer.top_k, device=tie_T.device)
+    limit = tolerance * given_TE.abs().amax(-1).clamp_min(1e-12)
+    return bool(((difference_T <= limit) | tie_T).all()) and bool((difference_T <= limit).float().mean() >= 0.5)
+
+
+def _agrees_masked(
+    rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float
+) -> bool:
+    num_dropped = (layer.num_experts - layer.top_k + 1) // 2
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        dropped = torch.randperm(layer.num_experts, generator=generator)[:num_dropped]
+        kept = sorted(set(range(layer.num_experts)) - set(dropped.tolist()))
+        index, weights = replay(kept)
+        masked = logits_TE.index_fill(-1, dropped.to(logits_TE.device), float("-inf"))
+        if not _agrees(rule, layer, masked, _scatter(index, weights, layer.num_experts), tolerance):
+            return False
+    return True

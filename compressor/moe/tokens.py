@@ -1,0 +1,113 @@
+"""The tokens of one calibration batch at one MoE layer, as a method's statistic sees them.
+
+Dimensions: T tokens, c tokens of a chunk, E experts, K chosen per token, M ranks, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compressor.moe.routing import Replay, RoutingRule
+from compressor.moe.structure import MoELayer
+
+_CHUNK_BYTES = 256 * 2**20
+_MIN_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class RankedChunk:
+    """Some of the tokens with the outputs of their best-ranked experts.
+
+    `start` and `stop` are the chunk's place among the tokens. `order_cM` are expert ids, the K chosen ones first, then the
+    others by descending rank; `outputs_cMH` float32 is each one's output, not weighted.
+    """
+
+    start: int
+    stop: int
+    order_cM: Tensor
+    outputs_cMH: Tensor
+
+
+@dataclass
+class RoutedTokens:
+    """One batch at one layer: real tokens only, padding is gone.
+
+    hidden_TH       what the experts are given, in the model's dtype
+    logits_TE       the router's logits, float32
+    index_TK        the experts chosen, int64
+    weights_TK      their weights, as the router gave them
+    rule            the router's rule in closed form, or None: then `replay` says what a smaller set would choose
+    """
+
+    layer: MoELayer
+    hidden_TH: Tensor
+    logits_TE: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    rule: RoutingRule | None
+    replay: Replay
+    evaluate_experts: Callable[[Tensor, Tensor], Tensor]
+    """(hidden [c, H], expert ids [c, M]) → outputs [c, M, H]."""
+    output_TH: Tensor | None = field(default=None, repr=False)
+    """The layer's routed output; filled by `ranked_outputs`, so that nobody computes it twice."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.hidden_TH)
+
+    def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
+        """The outputs of each token's `num_ranks` best experts, some tokens at a time.
+
+        Costs num_ranks / K ordinary forwards of the experts. The first K ranks are the experts really chosen, so the
+        layer's own output falls out on the way.
+        """
+        hidden_size = self.hidden_TH.shape[-1]
+        chunk = max(_MIN_CHUNK, _CHUNK_BYTES // (4 * hidden_size * num_ranks))
+        order_TM = self.order(num_ranks)
+        output_TH = torch.empty_like(self.hidden_TH)
+        for start in range(0, self.num_tokens, chunk):
+            stop = min(start + chunk, self.num_tokens)
+            outputs_cMH = self.evaluate_experts(self.hidden_TH[start:stop], order_TM[start:stop]).float()
+            weights_cK = self.weights_TK[start:stop].float()
+            chosen_cKH = outputs_cMH[:, : weights_cK.shape[1]]
+            output_TH[start:stop] = torch.bmm(weights_cK[:, None], chosen_cKH)[:, 0].to(output_TH.dtype)
+            yield RankedChunk(start, stop, order_TM[start:stop], outputs_cMH)
+        self.output_TH = output_TH
+
+    def order(self, num_ranks: int) -> Tensor:
+        """[T, num_ranks] int64: the chosen experts first, the others by descending rank.
+
+        Ties with the last chosen expert are broken as the router itself broke them. Without a closed rule the others are
+        ranked by their logits, which is good enough only if all of them are looked at.
+        """
+        ranking_TE = self.logits_TE.double() if self.rule is None else self.rule.ranking(self.rule.affinity(self.logits_TE))
+        others_TE = ranking_TE.scatter(1, self.index_TK, float("-inf"))
+        num_others = num_ranks - self.index_TK.shape[1]
+        if num_others <= 0:
+            return self.index_TK[:, :num_ranks]
+        return torch.cat([self.index_TK, others_TE.topk(num_others, dim=-1).indices], dim=1)
+
+
+def evaluate_stacked(
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_cH: Tensor, index_cM: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Outputs [c, M, H] of experts that are called as (hidden, ids [T, K], weights [T, K]): one pair per token and rank."""
+    num_tokens, num_ranks = index_cM.shape
+    pairs_PH = hidden_cH.repeat_interleave(num_ranks, dim=0)
+    ones_P1 = torch.ones(len(pairs_PH), 1, dtype=dtype, device=hidden_cH.device)
+    return forward(pairs_PH, index_cM.reshape(-1, 1), ones_P1).view(num_tokens, num_ranks, -1)
+
+
+def evaluate_list(experts: Sequence[torch.nn.Module], hidden_cH: Tensor, index_cM: Tensor) -> Tensor:
+    """Outputs [c, M, H] of experts that are modules in a list, each called with its tokens."""
+    outputs_cMH = hidden_cH.new_empty(*index_cM.shape, hidden_cH.shape[-1])
+    for expert, module in enumerate(experts):
+        token, rank = torch.where(index_cM == expert)
+        if len(token):
+            outputs_cMH[token, rank] = module(hidden_cH[token])
+    return outputs_cMH
