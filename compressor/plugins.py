@@ -1,0 +1,142 @@
+"""Plugins: who offers which compression method.
+
+A plugin is a module with a function marked `@compressor.hookimpl`, announced under the entry-point group `compressor` of
+its distribution. The core knows no plugin by name: its own come through the same door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from compressor.errors import PluginError
+
+if TYPE_CHECKING:
+    from compressor.method import Method
+
+GROUP = "compressor"
+
+hookspec = pluggy.HookspecMarker("compressor")
+hookimpl = pluggy.HookimplMarker("compressor")
+
+
+class Hooks:
+    """What a plugin can offer."""
+
+    @hookspec
+    def compressor_methods(self) -> list[type[Method[Any]]]:  # type: ignore[empty-body]
+        """Compression methods: subclasses of `compressor.Method`, each with its own `name`."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed plugin: the entry point's name, the distribution it came with, and the methods it offers."""
+
+    name: str
+    distribution: str
+    version: str
+    methods: tuple[type[Method[Any]], ...]
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """All plugins in use, and their methods by recipe key."""
+
+    plugins: tuple[Plugin, ...]
+    methods: Mapping[str, type[Method[Any]]]
+
+
+def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
+    """Import every installed plugin but those named in `without`.
+
+    `found` replaces the installed entry points, for tests. Raises PluginError, naming plugin and distribution, for a plugin
+    that cannot be imported or offers no valid method, for equal names, and for an unknown name in `without`.
+    """
+    installed = sorted(entry_points(group=GROUP) if found is None else found, key=lambda entry: entry.name)
+    _refuse_equal_names(installed)
+    blocked = set(without)
+    unknown = blocked - {entry.name for entry in installed}
+    if unknown:
+        known = ", ".join(entry.name for entry in installed) or "none"
+        raise PluginError(f"--without {min(unknown)}: no such plugin is installed; installed are: {known}.")
+    manager = pluggy.PluginManager("compressor")
+    manager.add_hookspecs(Hooks)
+    plugins = tuple(_load(entry, manager) for entry in installed if entry.name not in blocked)
+    return Plugins(plugins, _methods(plugins))
+
+
+def _refuse_equal_names(installed: Iterable[EntryPoint]) -> None:
+    """Pluggy takes the first of two plugins with one name and says nothing of the second; we refuse."""
+    owners: dict[str, EntryPoint] = {}
+    for entry in installed:
+        other = owners.setdefault(entry.name, entry)
+        if (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
+            raise PluginError(
+                f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and {entry.value} "
+                f"(from {_distribution(entry)[0]}). Uninstall one of them."
+            )
+
+
+def _distribution(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
+
+
+def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
+    distribution, version = _distribution(entry)
+    who = f"plugin {entry.name!r} (from {distribution} {version})"
+    try:
+        module = entry.load()
+        if manager.is_registered(module):
+            raise PluginError(f"{who}: its module {entry.value} is registered under another name too.")
+        manager.register(module, name=entry.name)
+        manager.check_pending()
+        answers = [
+            implementation.function()
+            for implementation in manager.hook.compressor_methods.get_hookimpls()
+            if implementation.plugin is module
+        ]
+    except PluginError:
+        raise
+    except Exception as error:  # a plugin may fail in any way; the run stops, naming it
+        raise PluginError(
+            f"{who} cannot be loaded: {type(error).__name__}: {error}. Mend or uninstall it, or run with "
+            f"--without {entry.name}."
+        ) from error
+    methods = tuple(method for answer in answers for method in answer)
+    for method in methods:
+        _verify(method, who)
+    return Plugin(entry.name, distribution, version, methods)
+
+
+def _verify(method: Any, who: str) -> None:
+    from compressor.method import Method, Options
+
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise PluginError(f"{who}: {method!r} is not a subclass of compressor.Method.")
+    for attribute, kind in (("name", str), ("version", str)):
+        if not isinstance(getattr(method, attribute, None), kind):
+            raise PluginError(f"{who}: {method.__name__} has no `{attribute}`.")
+    if not (isinstance(getattr(method, "options_type", None), type) and issubclass(method.options_type, Options)):
+        raise PluginError(f"{who}: {method.__name__}.options_type is not a subclass of compressor.Options.")
+    abstract = sorted(getattr(method, "__abstractmethods__", ()))
+    if abstract:
+        raise PluginError(f"{who}: {method.__name__} does not implement {', '.join(abstract)}.")
+
+
+def _methods(plugins: Iterable[Plugin]) -> dict[str, type[Method[Any]]]:
+    methods: dict[str, type[Method[Any]]] = {}
+    owners: dict[str, str] = {}
+    for plugin in plugins:
+        for method in plugin.methods:
+            if method.name in methods:
+                raise PluginError(
+                    f"two plugins offer a method called {method.name!r}: {owners[method.name]} and {plugin.name}. "
+                    f"Run with --without one of them."
+                )
+            methods[method.name] = method
+            owners[method.name] = plugin.name
+    return methods

@@ -1,0 +1,84 @@
+"""Run calibration batches through the model and hand every MoE layer's tokens to its statistic.
+
+Layer-wise: every layer sees the activations of the model as it is. One pass over the data; each layer's output is put
+together from the expert outputs its statistic asked for, so the experts are not run twice.
+
+Not covered yet: reading one layer at a time from disk, and a second stream through the layers already pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import TokenBatch
+from compressor.moe import MoEModel, RealTokens
+from compressor.progress import Progress
+from compressor.statistics import Statistic
+
+
+@torch.no_grad()
+def observe(
+    moe: MoEModel, batches: Sequence[TokenBatch], statistics: Mapping[str, Statistic], progress: Progress
+) -> None:
+    """Feed every batch to every statistic, in order. The model is not changed.
+
+    Raises CheckpointError, naming the layer, where activations are not finite.
+    """
+    model = moe.model
+    body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
+    device = next(model.parameters()).device
+    real = RealTokens()
+    was_training = model.training
+    model.eval()
+    visitors = {path: statistic.update for path, statistic in statistics.items()}
+    try:
+        with (
+            moe.watched(visitors, real),
+            progress.task("observing", len(batches) * len(visitors)) as advance,
+            _advancing(moe, visitors, advance),
+        ):
+            for batch in batches:
+                real.mask_T = batch.attention_mask.flatten().to(device)
+                body(**model_inputs(batch, device), use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+def model_inputs(batch: TokenBatch, device: torch.device) -> dict[str, Tensor]:
+    """Arguments of a model's forward; the mask is left out where there is no padding, which lets fast attention run."""
+    inputs = {"input_ids": batch.input_ids.to(device)}
+    if not batch.attention_mask.all():
+        inputs["attention_mask"] = batch.attention_mask.to(device, torch.int64)
+    return inputs
+
+
+@torch.no_grad()
+def logits(moe: MoEModel, batch: TokenBatch) -> Tensor:
+    """The model's logits [N, V] at the batch's N real tokens, in the model's dtype."""
+    model = moe.model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        output = model(**model_inputs(batch, device), use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return output[batch.attention_mask.to(device)]  # type: ignore[no-any-return]
+
+
+class _advancing:
+    """Moves the progress bar on whenever a watched layer has run."""
+
+    def __init__(self, moe: MoEModel, paths: Mapping[str, object], advance: object) -> None:
+        self._modules = [moe.model.get_submodule(path) for path in paths]
+        self._advance = advance
+
+    def __enter__(self) -> None:
+        self._hooks = [module.register_forward_hook(lambda *_: self._advance()) for module in self._modules]  # type: ignore[operator]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,15 @@
+"""Expert pruning: keep, in every MoE layer, the set of experts that changes the layer's output least."""
+
+from __future__ import annotations
+
+from compressor_expert_pruning.method import ExpertPruning, ExpertPruningOptions
+
+from compressor import hookimpl
+
+__all__ = ["ExpertPruning", "ExpertPruningOptions"]
+
+
+@hookimpl
+def compressor_methods() -> list[type[ExpertPruning]]:
+    """The one method of this plugin."""
+    return [ExpertPruning]
