@@ -1,0 +1,953 @@
+"""Quality, size and speed of a live model, as plain numbers.
+
+* ``perplexity`` on token sequences, ``load_tasks`` and ``run_tasks`` through lm-evaluation-harness, and
+  ``paired`` for what changed document by document between two models;
+* ``size`` and ``bytes_on_disk``; ``speed`` of two models measured in alternation; ``peak_memory``.
+
+Every result is a frozen dataclass; ``to_json()`` gives what the record holds. Nothing here changes the model:
+its parameters, configuration, device and training mode are as before, also after an error. No answer is kept
+from one model for the next.
+
+Not covered here: chat templates, tasks that run code which the model wrote, tasks with images or sound,
+several processes (data-parallel evaluation).
+
+Dimensions: B sequences of a batch, S positions, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import logging
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.calibration import Sequences, check_vocabulary, make_batches
+from compressor.errors import CheckpointError, EvaluationError
+
+Json = dict[str, Any]
+Progress = Callable[[int, int], None]
+LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
+MIN_ROUNDS = 3
+DEMO_PREFIX = "demo_"
+
+
+@dataclass(frozen=True)
+class _Result:
+    def to_json(self) -> Json:
+        """The figures as JSON types: what the record holds."""
+        return dataclasses.asdict(self)
+
+
+# --- perplexity ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Perplexity(_Result):
+    """How well a model predicts a text: lower is better.
+
+    ``mean_loss`` is in nats per predicted token, over ``tokens`` predicted tokens; ``perplexity`` its
+    exponential. ``standard_error`` is that of ``mean_loss`` (nats), None for a single sequence; that of the
+    perplexity is ``perplexity × standard_error``. ``fingerprint`` names the token ids.
+    """
+
+    name: str
+    perplexity: float
+    mean_loss: float
+    standard_error: float | None
+    tokens: int
+    fingerprint: str
+
+
+def perplexity(
+    model: Any, sequences: Sequences, batch_size: int = 8, progress: Progress | None = None
+) -> Perplexity:
+    """Next-token perplexity of ``model`` on one source.
+
+    In a sequence of n tokens the last n − 1 are predicted, each from those before it in the same sequence.
+    Padding counts nowhere. The mean is over all predicted tokens of all sequences, whatever the batches;
+    logits are in the model's dtype, log-softmax in float32 and sums in float64.
+
+    The standard error takes the sequences, not the tokens, as independent draws. With the loss l_s and
+    predicted tokens n_s of each of R sequences, mean L = Σl_s / Σn_s, it is √( R/(R−1) · Σ(l_s − L·n_s)² ) /
+    Σn_s; for sequences of one length that is the standard deviation of the sequences' means over √R.
+
+    ``progress(done, total)`` is called with numbers of sequences. Raises EvaluationError when a loss is not
+    finite, a sequence is longer than the model's positions or nothing is to be predicted, CalibrationError
+    when an id has no embedding.
+    """
+    _check_sequences(model, sequences)
+    losses: list[float] = []
+    counts: list[int] = []
+    with _undisturbed(model):
+        for batch in make_batches(sequences.ids, batch_size):
+            ids_BS = batch.input_ids.to(model.device)
+            mask_BS = batch.attention_mask.to(model.device)
+            logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits
+            losses += next_token_losses(logits_BSV, ids_BS, mask_BS).tolist()
+            counts += mask_BS[:, 1:].sum(1).tolist()
+            _refuse_not_finite(losses, sequences.name)
+            if progress is not None:
+                progress(len(losses), len(sequences.ids))
+    tokens = sum(counts)
+    mean_loss = math.fsum(losses) / tokens
+    return Perplexity(
+        name=sequences.name,
+        perplexity=_exponential(mean_loss, sequences.name),
+        mean_loss=mean_loss,
+        standard_error=_ratio_standard_error(losses, counts),
+        tokens=tokens,
+        fingerprint=sequences.fingerprint,
+    )
+
+
+def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Each sequence's summed negative log likelihood in nats: [B] float64 on the CPU.
+
+    ``mask_BS`` is True where a token is real; padding is on the right and adds 0. Positions are taken in
+    chunks, so that the float32 copy of the logits stays at about 64 MiB whatever the vocabulary.
+    """
+    ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
+    num_sequences, num_positions, vocab_size = logits_BSV.shape
+    chunk = max(1, CHUNK_ELEMENTS // (num_sequences * vocab_size))
+    loss_B = torch.zeros(num_sequences, dtype=torch.float64)
+    for start in range(0, num_positions - 1, chunk):
+        stop = min(start + chunk, num_positions - 1)
+        targets_BC = ids_BS[:, start + 1 : stop + 1]
+        log_probabilities_BCV = torch.log_softmax(logits_BSV[:, start:stop].float(), dim=-1)
+        loss_BC = -log_probabilities_BCV.gather(-1, targets_BC[..., None])[..., 0]
+        loss_BC = loss_BC.masked_fill(~mask_BS[:, start + 1 : stop + 1], 0.0)
+        loss_B += loss_BC.cpu().double().sum(1)
+    return loss_B
+
+
+def _check_sequences(model: Any, sequences: Sequences) -> None:
+    if not any(len(ids) > 1 for ids in sequences.ids):
+        raise EvaluationError(
+            f"source {sequences.name!r} has no sequence of 2 tokens or more: nothing to predict."
+        )
+    check_vocabulary(sequences, model.get_input_embeddings().weight.shape[0])
+    longest, positions = max(map(len, sequences.ids)), _max_positions(model)
+    if positions is not None and longest > positions:
+        raise EvaluationError(
+            f"source {sequences.name!r} has a sequence of {longest} tokens, but the model takes at most "
+            f"{positions}. Say `length: {positions}` or less."
+        )
+
+
+def _refuse_not_finite(losses: Sequence[float], name: str) -> None:
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise EvaluationError(
+            f"source {name!r}: the model's loss on sequence {bad} is {losses[bad]}, not a finite number: its "
+            f"weights or activations overflow in this dtype, or are damaged."
+        )
+
+
+def _exponential(mean_loss: float, name: str) -> float:
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        raise EvaluationError(
+            f"source {name!r}: a mean loss of {mean_loss:.0f} nats per token has no finite perplexity."
+        ) from None
+
+
+def _ratio_standard_error(totals: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of Σtotals / Σcounts over independent (total, count) pairs; see ``perplexity``."""
+    num_pairs = len(totals)
+    if num_pairs < 2:
+        return None
+    mean = math.fsum(totals) / sum(counts)
+    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    return math.sqrt(num_pairs / (num_pairs - 1) * squares) / sum(counts)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric(_Result):
+    """One figure of a task. ``standard_error`` is None where it is not a mean over documents."""
+
+    value: float
+    standard_error: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What lm-evaluation-harness measured on one task or group of tasks.
+
+    ``metrics`` have lm-eval's names without its ``,none``: ``acc``, ``acc_norm``,
+    ``exact_match,strict-match``. ``correct[metric][i]`` says whether document ``doc_ids[i]`` was answered
+    rightly, for each metric that is the mean of rights and wrongs. ``fingerprint`` is a digest of documents,
+    prompts and answers asked for. A group has ``subtasks``, and its metrics are lm-eval's means over them;
+    ``group`` names the group through which a task came.
+    """
+
+    name: str
+    metrics: dict[str, Metric]
+    documents: int
+    num_fewshot: int | None
+    version: str
+    fingerprint: str
+    doc_ids: tuple[int, ...] = ()
+    correct: dict[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+    subtasks: tuple[str, ...] = ()
+    group: str | None = None
+
+    def to_json(self) -> Json:
+        """The figures as JSON types; the answers as one string of ``1`` (right) and ``0`` for each metric."""
+        return {
+            "name": self.name,
+            "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
+            "documents": self.documents,
+            "num_fewshot": self.num_fewshot,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "doc_ids": _to_ranges(self.doc_ids),
+            "correct": {
+                name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()
+            },
+            "subtasks": list(self.subtasks),
+            "group": self.group,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
+        """The inverse of ``to_json``, for a run that goes on from its record."""
+        return cls(
+            **{
+                **data,
+                "metrics": {name: Metric(**metric) for name, metric in data["metrics"].items()},
+                "doc_ids": tuple(_from_ranges(data["doc_ids"])),
+                "correct": {
+                    name: tuple(flag == "1" for flag in flags) for name, flags in data["correct"].items()
+                },
+                "subtasks": tuple(data["subtasks"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their documents, ready to be asked of one model after another."""
+
+    names: tuple[str, ...]
+    tasks: Mapping[str, Any]  # lm_eval.api.task.Task by name, the members of groups included
+    groups: Mapping[str, Any]  # lm_eval.api.group.Group by name
+
+    def group_of(self, name: str) -> str | None:
+        """The group through which a task or subgroup came, None for one that was named itself or by a tag."""
+        if name in self.names:
+            return None
+        named = [self.groups[group] for group in self.names if group in self.groups]
+        within = {
+            group.name: {*_members(group), *(sub.name for sub in group.get_all_groups())} for group in named
+        }
+        return next((group for group, names in within.items() if name in names), None)
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    task_path: Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
+    local_tasks: LocalTasks | None = None,
+    quiet: bool = True,
+) -> LoadedTasks:
+    """Find tasks, groups and tags by name and read their documents. Needs no model, so it can go first.
+
+    A name that begins with ``demo_`` is one of ``local_tasks`` (name → lm-eval configuration; default: the
+    demo's own); then come the YAML files under ``task_path``; then lm-eval's index of 14,000 tasks, read only
+    if a name is still unknown (7 to 30 seconds), whose documents come from the hub or its local cache.
+    ``num_fewshot`` replaces a task's own number except where that is fixed at 0; None leaves it. ``quiet``
+    silences lm-eval and datasets.
+
+    Raises EvaluationError for an unknown name (with the nearest ones), for documents that cannot be read
+    (offline, say), for a ``num_fewshot`` that no task takes, and for a task that runs generated code or needs
+    more than text.
+    """
+    names = tuple(dict.fromkeys(names))
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    with _quiet(quiet), _seeded(seed):
+        sources = _TaskSources(task_path, local_tasks or _demo_tasks)
+        for name in names:
+            loaded = sources.load(name)
+            tasks |= loaded["tasks"]
+            groups |= loaded["groups"]
+    for name, task in tasks.items():
+        _check_task(name, task)
+    _set_fewshot(tasks, num_fewshot)
+    return LoadedTasks(names, tasks, groups)
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any | None,
+    tasks: LoadedTasks,
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    quiet: bool = True,
+) -> dict[str, TaskResult]:
+    """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
+
+    ``limit`` takes the first so many documents of each task. ``seed`` draws the few-shot examples (and
+    anything a task or sampled generation draws): the same seed gives the next model the same prompts.
+    Settings not named here are lm-eval's own, so the figures are those that its command prints for the same
+    model and batch size; among them, log-softmax in the model's dtype. Standard errors of means over
+    documents are sample standard deviation / √n, which for rights and wrongs is √(p(1−p)/(n−1)); a group's is
+    combined by lm-eval's own rule. Nothing is bootstrapped: other metrics have none.
+
+    The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer.
+    """
+    from lm_eval.evaluator import evaluate
+
+    if tokenizer is None:
+        raise EvaluationError(
+            f"tasks {', '.join(tasks.names)}: the model has no tokenizer, and tasks are text. Add the "
+            f"tokenizer's files to the model's folder, or evaluate `perplexity` on a `tokens:` source."
+        )
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=seed)
+    with _quiet(quiet), _seeded(seed), _undisturbed(model), _tying_as_it_is(model):
+        try:
+            raw = evaluate(
+                lm=_language_model(model, tokenizer, batch_size),
+                task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        finally:
+            for task in tasks.tasks.values():
+                task._instances = None  # the prompts with this model's answers
+    results = {name: _task_result(name, task, raw, tasks) for name, task in tasks.tasks.items()}
+    figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
+    return results | {
+        name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()
+    }
+
+
+class _TaskSources:
+    """Where tasks come from, each source opened when a name is first looked for in it."""
+
+    def __init__(self, task_path: Path | None, local_tasks: LocalTasks) -> None:
+        if task_path is not None and not task_path.is_dir():
+            raise EvaluationError(
+                f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
+            )
+        self._task_path = task_path
+        self._local_tasks = local_tasks
+        self._managers: dict[bool, Any] = {}
+
+    def load(self, name: str) -> Any:
+        """lm-eval's {"tasks", "groups"} of one name."""
+        if name.startswith(DEMO_PREFIX):
+            return self._load_local(name)
+        for defaults in (False, True):
+            manager = self._manager(include_defaults=defaults)
+            if name in manager.task_index:
+                return _load(manager, name)
+        raise _unknown_task(name, [*self._local_tasks(), *manager.task_index])
+
+    def _load_local(self, name: str) -> Any:
+        configurations = self._local_tasks()
+        if name not in configurations:
+            raise _unknown_task(name, list(configurations))
+        manager = self._manager(include_defaults=False)
+        return {"groups": {}, **manager.load([dict(configurations[name])])}
+
+    def _manager(self, *, include_defaults: bool) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        if include_defaults not in self._managers:
+            self._managers[include_defaults] = TaskManager(
+                include_path=self._task_path, include_defaults=include_defaults
+            )
+        return self._managers[include_defaults]
+
+
+def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
+    from compressor.demo.tasks import task_configs
+
+    return task_configs()
+
+
+def _load(manager: Any, name: str) -> Any:
+    try:
+        return {"groups": {}, **manager.load([name])}
+    except Exception as error:
+        raise EvaluationError(
+            f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
+            f"Those of lm-eval's tasks come from the Hugging Face hub: without a network, download them first, "
+            f"give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
+        ) from error
+
+
+def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its tasks."
+    return EvaluationError(f"unknown task {name!r}. {hint}")
+
+
+def _set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """As lm-eval's command does: a task that says 0 means it."""
+    free = [task for task in tasks.values() if task.get_config("num_fewshot") != 0]
+    if num_fewshot and not free:
+        raise EvaluationError(
+            f"num_fewshot: {num_fewshot} would have no effect: {', '.join(tasks)} fixed at 0. Leave it out."
+        )
+    for task in free:
+        default = task.get_config("num_fewshot") or 0
+        task.set_config(key="num_fewshot", value=default if num_fewshot is None else num_fewshot)
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise EvaluationError(f"task {name!r} runs code that the model writes; that is not supported here.")
+    if getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(
+            0
+        )  # lm-eval would add one that has no embedding
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        prefix_token_id=tokenizer.pad_token_id if starts == (None, None) else None,
+    )
+
+
+def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTasks) -> TaskResult:
+    from lm_eval.api.metrics import mean
+
+    samples = raw["samples"][name]
+    aggregation, higher_is_better = task.aggregation(), task.higher_is_better()
+    metrics: dict[str, Metric] = {}
+    correct: dict[str, tuple[bool, ...]] = {}
+    for key, value in _figures(raw["results"][name]):
+        metric, _, filter_name = key.partition(",")
+        short = key.removesuffix(",none")
+        values = [
+            sample[metric] for sample in samples if sample["filter"] == filter_name and metric in sample
+        ]
+        is_mean = aggregation.get(metric) is mean
+        error = _standard_error_of_mean(values) if is_mean else None
+        metrics[short] = Metric(value, error, higher_is_better.get(metric))
+        if is_mean and all(v in (0, 1) for v in values):
+            correct[short] = tuple(bool(v) for v in values)
+    first_filter = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return TaskResult(
+        name=name,
+        metrics=metrics,
+        documents=len(first_filter),
+        num_fewshot=task.get_config("num_fewshot"),
+        version=str(task.VERSION),
+        fingerprint=_digest(
+            part for s in first_filter for part in (s["doc_hash"], s["prompt_hash"], s["target_hash"])
+        ),
+        doc_ids=tuple(sample["doc_id"] for sample in first_filter),
+        correct=correct,
+        group=tasks.group_of(name),
+    )
+
+
+def _group_result(
+    group: Any, figures: Mapping[str, Json], results: Mapping[str, TaskResult], tasks: LoadedTasks
+) -> TaskResult:
+    """A group's means as lm-eval forms them, over its subtasks' figures with our standard errors put in."""
+    members = [results[name] for name in _members(group)]
+    means = group.aggregate(figures)
+    metrics = {}
+    for key, value in _figures(means):
+        metric, _, filter_name = key.partition(",")
+        error = means.get(f"{metric}_stderr,{filter_name}")
+        better = {
+            member.metrics[key.removesuffix(",none")].higher_is_better
+            for member in members
+            if key.removesuffix(",none") in member.metrics
+        }
+        metrics[key.removesuffix(",none")] = Metric(
+            value, error if isinstance(error, float) else None, better.pop() if len(better) == 1 else None
+        )
+    fewshots = {member.num_fewshot for member in members}
+    return TaskResult(
+        name=group.name,
+        metrics=metrics,
+        documents=sum(member.documents for member in members),
+        num_fewshot=fewshots.pop() if len(fewshots) == 1 else None,
+        version=str(group.version),
+        fingerprint=_digest(member.fingerprint for member in members),
+        subtasks=tuple(member.name for member in members),
+        group=tasks.group_of(group.name),
+    )
+
+
+def _members(group: Any) -> list[str]:
+    """Names of a group's tasks, those of its subgroups included."""
+    return [task.task_name for task in group.get_all_tasks()]
+
+
+def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers among lm-eval's ``metric,filter`` keys."""
+    for key, value in result.items():
+        if "," in key and "_stderr," not in key and isinstance(value, int | float | np.number):
+            yield key, float(value)
+
+
+def _with_standard_errors(raw: Mapping[str, Any], result: TaskResult) -> Json:
+    figures = dict(raw)
+    for name, metric in result.metrics.items():
+        base, _, filter_name = name.partition(",")
+        if metric.standard_error is not None:
+            figures[f"{base}_stderr,{filter_name or 'none'}"] = metric.standard_error
+    return figures
+
+
+def _standard_error_of_mean(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(statistics.stdev(map(float, values))) / math.sqrt(len(values))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return f"sha256:{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
+
+
+def _to_ranges(ids: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` → ``"0-2,5"``."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _from_ranges(text: str) -> Iterator[int]:
+    for run in filter(None, text.split(",")):
+        first, _, last = run.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+# --- what changed, document by document ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flips(_Result):
+    """Documents by their answers before and after, and how surprising the change is.
+
+    ``gained`` were wrong and became right, ``lost`` the reverse. ``p_value`` is McNemar's exact two-sided
+    test: how often a fair coin thrown gained + lost times is as uneven as this or more.
+    """
+
+    gained: int
+    lost: int
+    both_right: int
+    both_wrong: int
+    p_value: float
+
+
+def paired(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) -> dict[str, dict[str, Flips]]:
+    """Flips by task and metric, for each metric of rights and wrongs; a group's are its subtasks' sum.
+
+    Raises EvaluationError when a task of both was not asked the same documents with the same prompts.
+    """
+    flips: dict[str, dict[str, Flips]] = {}
+    shared = [name for name in before if name in after]
+    for name in shared:
+        _check_same_documents(before[name], after[name])
+        pairs = [(before[sub], after[sub]) for sub in before[name].subtasks or (name,)]
+        counted = {metric for one, other in pairs for metric in {*one.correct} & {*other.correct}}
+        metrics = [metric for metric in before[name].metrics if metric in counted]
+        flips[name] = {metric: _flips(pairs, metric) for metric in metrics}
+    return {name: by_metric for name, by_metric in flips.items() if by_metric}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p-value: min(1, 2 · Σ_{i ≤ min(gained, lost)} C(n, i) / 2ⁿ), n = gained + lost.
+
+    In whole numbers up to the last division, so thousands of flips neither overflow nor round.
+    """
+    total = gained + lost
+    tail = term = 1  # C(n, 0)
+    for i in range(min(gained, lost)):
+        term = term * (total - i) // (i + 1)  # C(n, i + 1)
+        tail += term
+    return min(1.0, float(2 * tail / 2**total))
+
+
+def _flips(pairs: Sequence[tuple[TaskResult, TaskResult]], metric: str) -> Flips:
+    answers = [
+        answer
+        for one, other in pairs
+        if metric in one.correct and metric in other.correct
+        for answer in zip(one.correct[metric], other.correct[metric], strict=True)
+    ]
+    gained, lost = answers.count((False, True)), answers.count((True, False))
+    return Flips(
+        gained=gained,
+        lost=lost,
+        both_right=answers.count((True, True)),
+        both_wrong=answers.count((False, False)),
+        p_value=mcnemar(gained, lost),
+    )
+
+
+def _check_same_documents(before: TaskResult, after: TaskResult) -> None:
+    if before.documents != after.documents:
+        difference = f"{before.documents} documents before and {after.documents} after"
+    elif before.doc_ids != after.doc_ids or before.subtasks != after.subtasks:
+        difference = "other documents before than after"
+    elif before.fingerprint != after.fingerprint:
+        difference = "the same documents' ids, but other texts or few-shot examples, before and after"
+    else:
+        return
+    raise EvaluationError(
+        f"task {before.name!r} had {difference}: answers cannot be compared one by one. Evaluate both models "
+        f"with the same limit, num_fewshot and seed."
+    )
+
+
+# --- size ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoutedSize:
+    """One layer's routed experts: how many, how many a token uses, and the parameters of each."""
+
+    num_experts: int
+    top_k: int
+    parameters_per_expert: int
+
+
+@dataclass(frozen=True)
+class Size(_Result):
+    """``parameters`` of the model, those that one token uses, and what they take in memory, in ``bytes``."""
+
+    parameters: int
+    active_parameters: int
+    bytes: int
+
+
+def size(model: Any, routed: Sequence[RoutedSize] = ()) -> Size:
+    """Count a model's parameters; tied ones count once.
+
+    Active parameters are all but the routed experts that a token does not choose: total − Σ_layers
+    (num_experts − top_k) · parameters_per_expert. Bytes are those of parameters and of the buffers that a
+    checkpoint holds, each in its own dtype. A model on the meta device will do. Packed quantised weights
+    count as the numbers they are stored in.
+    """
+    saved = set(model.state_dict())
+    parameters = list(model.parameters())
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
+    total = sum(parameter.numel() for parameter in parameters)
+    idle = sum((layer.num_experts - layer.top_k) * layer.parameters_per_expert for layer in routed)
+    return Size(
+        parameters=total,
+        active_parameters=total - idle,
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in [*parameters, *buffers]),
+    )
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """The ``*.safetensors`` files of a folder together. Raises CheckpointError if there is none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no *.safetensors file, so no checkpoint to measure.")
+    return sum(file.stat().st_size for file in files)
+
+
+# --- speed and memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratio(_Result):
+    """The second model's speed over the first's: median, smallest and largest of the rounds' ratios."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Speed(_Result):
+    """Two models' speed in tokens per second (of all sequences of the batch), medians of ``rounds`` rounds.
+
+    ``prefill`` reads the prompt, ``decode`` writes one token after another. Ratios above 1 mean that the
+    second of ``names`` is faster. ``decode`` is None when one of the models cannot, for ``decode_reason``.
+    ``peak_memory`` is the most device memory, in bytes, that each model's weights and work took together;
+    None on the CPU, where allocations are not counted.
+    """
+
+    names: tuple[str, str]
+    prefill: dict[str, float]
+    prefill_ratio: Ratio
+    decode: dict[str, float] | None
+    decode_ratio: Ratio | None
+    decode_reason: str | None
+    peak_memory: dict[str, int] | None
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    device: str
+
+
+def speed(
+    models: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    repeats: int = 5,
+    seconds: float = 20.0,
+    seed: int = 0,
+) -> Speed:
+    """Time two models against each other in one process: A B, B A, A B, … after a warm-up of both.
+
+    Machines drift, so each round forms its own ratio and the median is taken of these. ``prefill`` is one
+    forward over ``prompt_tokens`` random ids, with the logits of the last position only where the model can;
+    ``decode`` is ``new_tokens`` greedy forwards of one token each with the model's own cache. The prompt is
+    shortened so that both fit in the models' positions. It stops after ``repeats`` rounds, or after
+    ``seconds`` once there were three. Wall clock, with the device synchronised. Both models are in memory;
+    each is timed on its own device.
+    """
+    if len(models) != 2:
+        raise ValueError(f"speed compares exactly two models, got {list(models)}")
+    first, second = models
+    prompt_tokens, new_tokens = _fit_positions(list(models.values()), prompt_tokens, new_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    prompt_BS = torch.randint(vocab_size, (batch_size, prompt_tokens), generator=generator)
+    started = time.perf_counter()
+    decode_reason = _warm_up(models, prompt_BS, new_tokens)
+    steps = 0 if decode_reason else new_tokens
+    rounds: list[dict[str, _Timing]] = []
+    while len(rounds) < repeats and (len(rounds) < MIN_ROUNDS or time.perf_counter() - started < seconds):
+        order = (first, second) if len(rounds) % 2 == 0 else (second, first)
+        rounds.append({name: _time(models[name], prompt_BS, steps) for name in order})
+
+    prefill = {name: [prompt_BS.numel() / timings[name].prefill for timings in rounds] for name in models}
+    decode = (
+        {name: [batch_size * steps / timings[name].decode for timings in rounds] for name in models}
+        if steps
+        else None
+    )
+    peaks = {name: max(timings[name].peak_memory or 0 for timings in rounds) for name in models}
+    return Speed(
+        names=(first, second),
+        prefill={name: statistics.median(values) for name, values in prefill.items()},
+        prefill_ratio=_ratio(prefill[first], prefill[second]),
+        decode={name: statistics.median(values) for name, values in decode.items()} if decode else None,
+        decode_ratio=_ratio(decode[first], decode[second]) if decode else None,
+        decode_reason=decode_reason,
+        peak_memory=peaks if all(peaks.values()) else None,
+        rounds=len(rounds),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        device=str(models[second].device),
+    )
+
+
+def peak_memory(device: torch.device | str) -> dict[str, int | None]:
+    """The most memory so far, in bytes: of this process on the host, and allocated by torch on a CUDA device.
+
+    ``host_bytes`` cannot be reset, so of two models measured one after the other it is the larger one's; None
+    where the system does not tell. ``device_bytes`` is None unless ``device`` is CUDA.
+    """
+    device = torch.device(device)
+    device_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"host_bytes": _host_bytes(), "device_bytes": device_bytes}
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Seconds of one prefill and of all decoding steps; peak device memory in bytes."""
+
+    prefill: float
+    decode: float
+    peak_memory: int | None
+
+
+class _CannotDecodeError(Exception):
+    """The model gives no cache to decode with."""
+
+
+def _warm_up(models: Mapping[str, Any], prompt_BS: Tensor, new_tokens: int) -> str | None:
+    """Run each model once; the reason why one of them cannot decode, or None."""
+    reason = None
+    for name, model in models.items():
+        _time(model, prompt_BS, 0)
+        try:
+            _time(model, prompt_BS, new_tokens)
+        except (
+            Exception
+        ) as error:  # whatever third-party model code does not support shows here, and is reported
+            reason = reason or f"{name}: {type(error).__name__.removeprefix('_')}: {error}"
+    return reason
+
+
+def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
+    device = model.device
+    prompt_BS = prompt_BS.to(device)
+    can_keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if can_keep_last else {}
+    with _undisturbed(model), _counted_memory(model) as peak:
+        start = _now(device)
+        output = model(input_ids=prompt_BS, use_cache=True, **last_only)
+        middle = _now(device)
+        for _ in range(new_tokens):
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise _CannotDecodeError("the model returns no key-value cache")
+            token_B1 = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
+        end = _now(device)
+    return _Timing(middle - start, end - middle, peak())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _counted_memory(model: Any) -> Iterator[Callable[[], int | None]]:
+    """Yields a function: bytes of the model's weights and of what its CUDA device allocated meanwhile."""
+    device = model.device
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    resting = torch.cuda.memory_allocated(device)
+    weights = size(model).bytes
+    yield lambda: weights + torch.cuda.max_memory_allocated(device) - resting
+
+
+def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _fit_positions(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+    positions = min(
+        (p for p in map(_max_positions, models) if p is not None), default=prompt_tokens + new_tokens
+    )
+    new_tokens = max(1, min(new_tokens, positions // 2))
+    return max(1, min(prompt_tokens, positions - new_tokens)), new_tokens
+
+
+def _max_positions(model: Any) -> int | None:
+    """How many positions the configuration says that the model takes, None if it does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _host_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+# --- leaving everything as it was ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """No gradients and evaluation mode inside; after it, each module's own training flag as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _tying_as_it_is(model: Any) -> Iterator[None]:
+    """``model.tie_weights()`` does nothing inside.
+
+    lm-eval calls it on the model it is given. Where a checkpoint holds different input and output embeddings
+    although its configuration ties them, transformers rightly keeps both when loading, and that call would
+    overwrite one.
+    """
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's generators start from ``seed`` inside; after it they are as before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without lm-eval's and datasets' messages and bars, which obey no setting but where stderr goes."""
+    if not quiet:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
