@@ -403,8 +403,8 @@ def _load(manager: Any, name: str) -> Any:
     except Exception as error:
         raise EvaluationError(
             f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
-            f"Those of lm-eval's tasks come from the Hugging Face hub: without a network, download them first, "
-            f"give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
+            f"Those of lm-eval's tasks come from the Hugging Face hub: without a network, download them "
+            f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
         ) from error
 
 

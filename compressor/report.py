@@ -1,0 +1,535 @@
+"""The record, a plan or an inspection as tables in the terminal, and the record as a model card.
+
+Everything here takes plain JSON dicts and a rich console; nothing is measured, read or decided. Figures are
+rounded for reading: the record has them exactly. What a record lacks (an evaluation not asked for, say) has
+no row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Json = Mapping[str, Any]
+
+NOTHING = "–"
+MAX_COUNT_ROWS = 16
+ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the figures before and after: text, ready to print."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    note: str = ""  # what stands below the change
+
+
+def print_summary(record: Json, console: Console) -> None:
+    """What was done, the figures before and after, and which experts each pass kept in each layer."""
+    _print_heading(
+        console,
+        {
+            "model": record["model"]["reference"],
+            "architecture": record["model"].get("architecture"),
+            "passes": ", ".join(done["method"] for done in record.get("passes", [])),
+            "output": record.get("output"),
+            "time": _seconds(record.get("seconds", {})),
+        },
+    )
+    rows = figures(record)
+    if rows:
+        table = _table("figure", ">before", ">after", ">change")
+        for row in rows:
+            change = f"{row.change}\n{row.note}" if row.note else row.change
+            table.add_row(*map(Text, (row.name, row.before, row.after, change)))
+        _print_table(console, "Figures", table)
+        for line in _legend(rows, record):
+            console.print(Text(line, style="dim"))
+    for done, dropped in _with_dropped(record):
+        _print_decision(done, dropped, console)
+
+
+def figures(record: Json) -> list[Figure]:
+    """The rows of the table of figures, in the order in which they are read: quality, size, speed, memory.
+
+    Accuracies are in percent with one standard error; changes of accuracies in percentage points, of
+    perplexities and sizes as a ratio after / before. Tasks that came through a group are left to the record.
+    """
+    evaluation = record.get("evaluation") or {}
+    before, after = (evaluation.get(side) or {} for side in ("before", "after"))
+    return [
+        *_perplexity_rows(before.get("perplexity", {}), after.get("perplexity", {})),
+        *_task_rows(before.get("tasks", {}), after.get("tasks", {}), evaluation.get("paired") or {}),
+        *_size_rows(before, after),
+        *_speed_rows(evaluation.get("speed") or {}),
+        *_memory_rows(before, after, evaluation.get("speed") or {}),
+    ]
+
+
+def print_plan(plan: Json, console: Console) -> None:
+    """What a recipe will do to a model, before any weight is read.
+
+    ``plan``: ``model``, ``architecture``, ``layers`` (each ``path``, ``num_experts``, ``top_k``, ``kept``,
+    ``dropped``, all but the path numbers of experts), ``parameters`` and ``bytes`` (``{"before", "after"}``),
+    ``expert_parameters``, ``dtype``, ``notes``.
+    """
+    _print_heading(
+        console,
+        {"model": plan["model"], "architecture": plan.get("architecture"), "dtype": plan.get("dtype")},
+    )
+    table = _table("layers", ">count", ">experts", ">dropped", ">top-k")
+    for label, count, layer in collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped")):
+        experts = f"{layer['num_experts']} → {layer['kept']}"
+        table.add_row(*map(Text, (label, str(count), experts, str(layer["dropped"]), str(layer["top_k"]))))
+    _print_table(console, "Layers", table)
+    sizes = _table("", ">before", ">after", ">change")
+    for name, human in (("parameters", human_count), ("bytes", human_bytes)):
+        if plan.get(name):
+            one, other = plan[name]["before"], plan[name]["after"]
+            sizes.add_row(*map(Text, (name, human(one), human(other), _ratio(one, other))))
+    _print_table(console, "Size", sizes)
+    if plan.get("expert_parameters"):
+        share = plan["expert_parameters"] / plan["parameters"]["before"]
+        console.print(
+            Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all.")
+        )
+    _print_notes(plan, console)
+
+
+def print_inspection(info: Json, console: Console) -> None:
+    """A model's MoE layers, and what each smaller number of experts would save.
+
+    ``info``: ``model``, ``architecture``, ``layers`` (each ``path``, ``num_experts``, ``top_k``, ``router``,
+    ``parameters_per_expert``), ``parameters``, ``bytes``, ``expert_parameters``, ``expert_bytes``, ``dtype``,
+    ``notes``.
+    """
+    _print_heading(
+        console,
+        {"model": info["model"], "architecture": info.get("architecture"), "dtype": info.get("dtype")},
+    )
+    keys = ("num_experts", "top_k", "router", "parameters_per_expert")
+    table = _table("layers", ">count", ">experts", ">top-k", "router", ">each expert")
+    for label, count, layer in collapse(info["layers"], keys):
+        numbers = (str(count), str(layer["num_experts"]), str(layer["top_k"]))
+        size = human_count(layer["parameters_per_expert"])
+        table.add_row(*map(Text, (label, *numbers, layer.get("router") or NOTHING, size)))
+    _print_table(console, "MoE layers", table)
+    parameters, experts = info["parameters"], info["expert_parameters"]
+    console.print(
+        Text(
+            f"{human_count(parameters)} parameters ({human_bytes(info['bytes'])}), of which experts hold "
+            f"{human_count(experts)} ({human_bytes(info['expert_bytes'])}, {experts / parameters:.1%})."
+        )
+    )
+    savings = _table(">experts", ">parameters", ">bytes", ">saved", ">of all")
+    for count in sensible_counts(info["layers"]):
+        dropped = sum(
+            max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"]
+        )
+        saved = round(dropped * info["expert_bytes"] / experts)
+        numbers = (human_count(parameters - dropped), human_bytes(info["bytes"] - saved), human_bytes(saved))
+        savings.add_row(*map(Text, (str(count), *numbers, f"{saved / info['bytes']:.1%}")))
+    _print_table(console, "With fewer experts in every layer", savings)
+    _print_notes(info, console)
+
+
+def model_card(record: Json) -> str:
+    """The output's README.md: front matter for the hub, how it was made, its figures, how to load it."""
+    reference, output = record["model"]["reference"], record.get("output") or "FOLDER"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_id(reference):
+        front["base_model"] = reference
+    methods = [done["method"] for done in record.get("passes", [])]
+    front["tags"] = ["moe", "moe-compressor", *dict.fromkeys(method.replace("_", "-") for method in methods)]
+    name = str(output).rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        f"---\n{_yaml(front)}---",
+        f"# {name}",
+        f"`{reference}` made smaller with moe-compressor ({', '.join(methods) or 'no pass'}). "
+        "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
+    ]
+    if rows := figures(record):
+        parts += ["## Figures", _markdown_table(rows), "\n".join(_legend(rows, record))]
+    if layers := _kept_lines(record):
+        parts += ["## Experts kept", layers]
+    parts += [
+        "## Recipe",
+        f"```yaml\n{_yaml(record['recipe'])}```",
+        "## Load it",
+        f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
+        "The folder is an ordinary Hugging Face checkpoint, so `AutoModelForCausalLM.from_pretrained` and "
+        "serving software read it too. `compressor.load` also puts back what a checkpoint cannot hold, where "
+        "a pass needs it.",
+    ]
+    if versions := record.get("versions"):
+        parts.append(
+            "Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def human_bytes(count: int) -> str:
+    """``93405585408`` → ``93.4 GB`` (powers of 1000)."""
+    return _human(count, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def human_count(count: int) -> str:
+    """``46702792704`` → ``46.7B``: thousands K, millions M, billions B, trillions T."""
+    return _human(count, ("", "K", "M", "B", "T"))
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a model's reference has the form of a name on the Hugging Face hub, ``owner/name``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference) is not None
+
+
+def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str, int, Json]]:
+    """Runs of consecutive layers that agree in ``keys`` and in their path but for its first number.
+
+    Yields a label (``model.layers.0–31.mlp``), the number of layers and the first of them.
+    """
+    run: list[Json] = []
+
+    def alike(layer: Json) -> Any:
+        return [_split_path(layer["path"])[::2], [layer.get(key) for key in keys]]
+
+    for layer in layers:
+        if run and alike(layer) != alike(run[0]):
+            yield _label([one["path"] for one in run]), len(run), run[0]
+            run = []
+        run.append(layer)
+    if run:
+        yield _label([one["path"] for one in run]), len(run), run[0]
+
+
+def sensible_counts(layers: Sequence[Json]) -> list[int]:
+    """Expert counts worth showing, largest first: all up to 16 experts, else at most 16 in even steps.
+
+    None below 2 or below top-k. From 128 experts the steps are multiples of 8, which the powers of two are
+    too.
+    """
+    most, least = max(layer["num_experts"] for layer in layers), max(2, *(layer["top_k"] for layer in layers))
+    step = -(-most // MAX_COUNT_ROWS)
+    if most >= 128:
+        step = -(-step // 8) * 8
+    return list(range(most - step, least - 1, -step))
+
+
+# --- rows of the figures ---
+
+
+def _perplexity_rows(before: Json, after: Json) -> Iterator[Figure]:
+    for name in _union(before, after):
+        one, other = before.get(name), after.get(name)
+        change = f"×{other['perplexity'] / one['perplexity']:.3f}" if one and other else ""
+        yield Figure(f"perplexity {name}", _perplexity(one), _perplexity(other), change)
+
+
+def _perplexity(result: Json | None) -> str:
+    if result is None:
+        return NOTHING
+    value, error = result["perplexity"], result.get("standard_error")
+    decimals = next((d for limit, d in ((10, 3), (100, 2), (1000, 1)) if value < limit), 0)
+    with_error = f" ± {value * error:.{decimals}f}" if error is not None else ""
+    return f"{value:,.{decimals}f}{with_error}"
+
+
+def _task_rows(before: Json, after: Json, paired: Json) -> Iterator[Figure]:
+    for name in _union(before, after):
+        one, other = before.get(name), after.get(name)
+        if (other or one or {}).get("group") is not None:
+            continue
+        ones, others = ((result or {}).get("metrics", {}) for result in (one, other))
+        for metric in _metric_names(ones, others):
+            flips = paired.get(name, {}).get(metric)
+            is_share = metric in ACCURACIES or flips is not None
+            yield Figure(
+                f"{name} {metric}" + (" %" if is_share else ""),
+                _metric(ones.get(metric), is_share),
+                _metric(others.get(metric), is_share),
+                _metric_change(ones.get(metric), others.get(metric), is_share),
+                _flips(flips),
+            )
+
+
+def _metric_names(before: Json, after: Json) -> list[str]:
+    names = _union(before, after)
+    return [
+        *(name for name in ACCURACIES if name in names),
+        *(name for name in names if name not in ACCURACIES),
+    ]
+
+
+def _metric(metric: Json | None, is_share: bool) -> str:
+    if metric is None:
+        return NOTHING
+    value, error = metric["value"], metric["standard_error"]
+    if not is_share:
+        return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _metric_change(one: Json | None, other: Json | None, is_share: bool) -> str:
+    if one is None or other is None:
+        return ""
+    difference = other["value"] - one["value"]
+    return f"{_signed(100 * difference, '.1f')} points" if is_share else _signed(difference, ".3g")
+
+
+def _flips(flips: Json | None) -> str:
+    if flips is None:
+        return ""
+    p = f"p={flips['p_value']:.2g}" if flips["p_value"] >= 0.001 else "p<0.001"
+    return f"+{flips['gained']} −{flips['lost']} ({p})"
+
+
+def _size_rows(before: Json, after: Json) -> Iterator[Figure]:
+    sides = [{**(side.get("size") or {}), "disk": side.get("bytes_on_disk")} for side in (before, after)]
+    for key, name, human in (
+        ("parameters", "parameters", human_count),
+        ("active_parameters", "active parameters", human_count),
+        ("bytes", "weights in memory", human_bytes),
+        ("disk", "weights on disk", human_bytes),
+    ):
+        one, other = (side.get(key) for side in sides)
+        if one is not None or other is not None:
+            yield Figure(name, _text(one, human), _text(other, human), _ratio(one, other))
+
+
+def _speed_rows(speed: Json) -> Iterator[Figure]:
+    for key in ("prefill", "decode"):
+        if speed.get(key):
+            one, other = (speed[key][name] for name in speed["names"])
+            ratio = speed[f"{key}_ratio"]
+            change = f"×{ratio['median']:.2f} [{ratio['min']:.2f}–{ratio['max']:.2f}]"
+            yield Figure(f"{key} tokens/s", _rate(one), _rate(other), change)
+
+
+def _memory_rows(before: Json, after: Json, speed: Json) -> Iterator[Figure]:
+    if speed.get("peak_memory"):
+        one, other = (speed["peak_memory"][name] for name in speed["names"])
+        yield Figure("device memory, peak", human_bytes(one), human_bytes(other), _ratio(one, other))
+    peaks = [side.get("peak_memory") or {} for side in (before, after)]
+    one, other = (side.get("host_bytes") for side in peaks)
+    if one is not None or other is not None:
+        yield Figure("process memory, peak so far", _text(one, human_bytes), _text(other, human_bytes), "")
+
+
+def _legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
+    if any("±" in row.before + row.after for row in rows):
+        yield "± one standard error."
+    if any(row.name.startswith("perplexity") for row in rows):
+        yield "Perplexity: lower is better."
+    if any(row.note for row in rows):
+        yield "+ answers that became right, − that became wrong; p: McNemar's exact test."
+    if any("[" in row.change for row in rows):
+        yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
+    speed = (record.get("evaluation") or {}).get("speed") or {}
+    if speed.get("decode_reason"):
+        yield f"No decode speed: {speed['decode_reason']}"
+
+
+# --- what was kept ---
+
+
+def _with_dropped(record: Json) -> Iterator[tuple[Json, dict[str, list[int]]]]:
+    """Each pass, and the experts that it dropped from those which the passes before it had left."""
+    left = {layer["path"]: list(range(layer["num_experts"])) for layer in record.get("layers", [])}
+    for done in record.get("passes", []):
+        dropped = {}
+        for path, decided in done["decision"].get("layers", {}).items():
+            if "kept" in decided and path in left:
+                dropped[path] = [expert for expert in left[path] if expert not in set(decided["kept"])]
+                left[path] = decided["kept"]
+        yield done, dropped
+
+
+def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: Console) -> None:
+    layers = done["decision"].get("layers", {})
+    if not layers:
+        return
+    pattern, labels = _short_labels(list(layers))
+    figures_shown = [key for key in _union(*layers.values()) if key != "kept" and _all_numbers(layers, key)]
+    has_kept = any("kept" in decided for decided in layers.values())
+    columns = ["layer", *(f">{key}" for key in figures_shown), *(["kept", "dropped"] if has_kept else [])]
+    table = _table(*columns, wrap=("kept", "dropped"))
+    for path, decided in layers.items():
+        numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
+        ids = [_ids(decided.get("kept", [])), _ids(dropped.get(path, []))] if has_kept else []
+        table.add_row(*map(Text, (labels[path], *numbers, *ids)))
+    _print_table(console, f"{done['method']}: {pattern}", table)
+
+
+def _all_numbers(layers: Json, key: str) -> bool:
+    values = [decided[key] for decided in layers.values() if key in decided]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _kept_lines(record: Json) -> str:
+    """The experts that all passes together left and dropped, as a Markdown table; empty if none was dropped."""
+    kept: dict[str, list[int]] = {}
+    for done in record.get("passes", []):
+        layers = done["decision"].get("layers", {})
+        kept |= {path: decided["kept"] for path, decided in layers.items() if "kept" in decided}
+    num_experts = {layer["path"]: layer["num_experts"] for layer in record.get("layers", [])}
+    lines = []
+    for path, ids in kept.items():
+        dropped = [expert for expert in range(num_experts.get(path, 0)) if expert not in set(ids)]
+        lines.append(f"| `{path}` | {len(ids)} | {_ids(ids)} | {_ids(dropped) or NOTHING} |")
+    return "\n".join(["| layer | experts | kept | dropped |", "|---|--:|---|---|", *lines]) if lines else ""
+
+
+def _ids(ids: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` → ``0–2, 5``."""
+    runs: list[list[int]] = []
+    for expert in ids:
+        if runs and expert == runs[-1][-1] + 1:
+            runs[-1].append(expert)
+        else:
+            runs.append([expert])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+# --- labels of layers ---
+
+
+def _split_path(path: str) -> tuple[str, int | None, str]:
+    """``model.layers.12.mlp`` → (``model.layers.``, 12, ``.mlp``)."""
+    found = re.fullmatch(r"((?:[^.]*[^.\d][^.]*\.)*)(\d+)(\..*|)", path)
+    return (found[1], int(found[2]), found[3]) if found else (path, None, "")
+
+
+def _label(paths: Sequence[str]) -> str:
+    before, _, after = _split_path(paths[0])
+    numbers = [number for number in (_split_path(path)[1] for path in paths) if number is not None]
+    return f"{before}{_numbers(numbers)}{after}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """0–31, or with even gaps 1, 3, …, 31."""
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{{{numbers[0]}, {numbers[1]}, …, {numbers[-1]}}}"
+    text = _ids(numbers)
+    return f"{{{text}}}" if "," in text else text
+
+
+def _short_labels(paths: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A pattern shared by all paths (``model.layers.N.mlp``) and each path's number; else the paths."""
+    parts = [_split_path(path) for path in paths]
+    if len({(before, after) for before, _, after in parts}) == 1 and parts[0][1] is not None:
+        before, _, after = parts[0]
+        return f"{before}N{after}", {
+            path: str(number) for path, (_, number, _) in zip(paths, parts, strict=True)
+        }
+    return "layers", {path: path for path in paths}
+
+
+# --- text ---
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    """The title stands above rather than in the table, which would fold it to its own width."""
+    if table.row_count:
+        console.print(Text(f"\n{title}", style="bold"))
+        console.print(table)
+
+
+def _table(*columns: str, wrap: Sequence[str] = ()) -> Table:
+    """A table of which only the first column and those in ``wrap`` wrap; ``>``: aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        name = column.removeprefix(">")
+        can_wrap = name in wrap or (number == 0 and not column.startswith(">"))
+        table.add_column(
+            name,
+            justify="right" if column.startswith(">") else "left",
+            no_wrap=not can_wrap,
+            overflow="fold",
+        )
+    return table
+
+
+def _print_heading(console: Console, facts: Mapping[str, str | None]) -> None:
+    shown = {name: value for name, value in facts.items() if value}
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
+        console.print(Text(f"{name:<{width}}  ", style="dim") + Text(value), soft_wrap=True)
+
+
+def _print_notes(info: Json, console: Console) -> None:
+    for note in info.get("notes") or []:
+        console.print(Text(f"• {note}"))
+
+
+def _markdown_table(rows: Iterable[Figure]) -> str:
+    lines = ["| figure | before | after | change |", "|---|--:|--:|--:|"]
+    for row in rows:
+        change = f"{row.change}; {row.note}" if row.note else row.change
+        cells = (row.name, row.before, row.after, change)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _text(value: int | None, human: Callable[[int], str]) -> str:
+    return NOTHING if value is None else human(value)
+
+
+def _yaml(data: Any) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _union(*mappings: Json) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    return f"×{after / before:.3f}" if before and after is not None else ""
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
+
+
+def _signed(value: float, form: str) -> str:
+    """With a sign that is never a hyphen: +0.3, −1.2, and 0.0 without one."""
+    text = format(abs(value), form)
+    if not float(text):
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{step} {_duration(value)}" for step, value in seconds.items())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _human(count: float, units: Sequence[str]) -> str:
+    for unit in units:
+        if count < 999.5 or unit == units[-1]:
+            break
+        count /= 1000
+    decimals = (
+        0 if unit == units[0] else next((d for limit, d in ((9.995, 2), (99.95, 1)) if count < limit), 0)
+    )
+    return f"{count:.{decimals}f}{unit}"
