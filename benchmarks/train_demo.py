@@ -34,7 +34,7 @@ from compressor.demo import corpus
 CACHE = Path(".cache/demo")
 VOCABULARY = 2048
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-SHARES = {"code": 0.40, "prose": 0.35, "arithmetic": 0.25}
+SHARES = {"code": 0.40, "prose": 0.40, "arithmetic": 0.20}
 BETAS = (0.9, 0.95)
 
 
@@ -153,6 +153,22 @@ def muon_parameters(model: MixtralForCausalLM) -> list[torch.nn.Parameter]:
     ]
 
 
+def balance_loss(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Load balance of Switch Transformers (Fedus et al. 2021, equation 4), 1 when even, mean over the layers.
+
+    transformers' own pools the layers before it compares experts, so that a layer's idle expert is excused by
+    a busy one of the same number elsewhere; with it several experts here were never chosen. The batch is a
+    mixture, so an expert may still serve one domain alone. ``router_logits``: [tokens, experts] of each.
+    """
+    losses = []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(dim=-1)
+        chosen = probabilities.topk(2, dim=-1).indices
+        share_of_tokens = torch.zeros_like(probabilities).scatter_(1, chosen, 0.5).mean(dim=0)
+        losses.append(logits.shape[-1] * (share_of_tokens * probabilities.mean(dim=0)).sum())
+    return torch.stack(losses).mean()
+
+
 def learning_rate_factor(progress: float) -> float:
     """Warm-up over the first 2 %, then a cosine down to a hundredth; ``progress`` in 0–1."""
     if progress < 0.02:
@@ -203,6 +219,7 @@ def train(args: argparse.Namespace) -> None:
         for split in corpus.SPLITS
     }
     model = make_model(args, tokenizer).to(device)
+    model.router_aux_loss_coef = 0.0  # balance_loss stands in for transformers' own
     if args.experts_implementation:
         model.set_experts_implementation(args.experts_implementation)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
@@ -234,7 +251,8 @@ def train(args: argparse.Namespace) -> None:
         ids = draw_batch(streams["train"], rng, args.batch, args.context, device)
         with torch.autocast(device, dtype=torch.bfloat16):
             output = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
-        output.loss.backward()
+            loss = output.loss + args.router_aux_loss_coef * balance_loss(output.router_logits)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -331,7 +349,7 @@ def main() -> None:
     training.add_argument("--context", type=int, default=256, help="tokens a window")
     training.add_argument("--lr", type=float, default=0.006)
     training.add_argument("--weight-decay", type=float, default=0.1)
-    training.add_argument("--router-aux-loss-coef", type=float, default=0.01)
+    training.add_argument("--router-aux-loss-coef", type=float, default=0.02)
     training.add_argument("--experts-implementation", default=None, help="eager, batched_mm or grouped_mm")
     training.add_argument(
         "--report-every", type=float, default=0.05, help="fraction of the run between reports"

@@ -24,6 +24,7 @@ import random
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -78,7 +79,7 @@ def split_of(name: str) -> Split:
 def python_fingerprint(splits: tuple[Split, ...] = SPLITS) -> dict[str, str]:
     """Which Python the text came from: its version, and for each domain and split a digest of the documents.
 
-    Reads all documents of the splits asked for: about five seconds for both.
+    Reads all documents of the splits asked for: about five seconds for both, the first time.
     """
     fingerprint = {"python": platform.python_version()}
     for domain in DOMAINS:
@@ -92,11 +93,9 @@ def python_fingerprint(splits: tuple[Split, ...] = SPLITS) -> dict[str, str]:
 
 def _code(split: Split, seed: int) -> Iterator[str]:
     for path in _shuffled(_source_files(split), seed):
-        source, tree = _read(path)
-        if tree is not None:
-            code = _without_docstrings(source, tree)
-            if len(code) >= MIN_CODE_CHARACTERS:
-                yield code
+        code, _ = _texts_of(path)
+        if len(code) >= MIN_CODE_CHARACTERS:
+            yield code
 
 
 def _prose(split: Split, seed: int) -> Iterator[str]:
@@ -104,9 +103,8 @@ def _prose(split: Split, seed: int) -> Iterator[str]:
     seen: set[str] = set()
     sources: list[Path | str] = [*_source_files(split), *topics]
     for source in _shuffled(sources, seed):
-        texts = [topics[source]] if isinstance(source, str) else _docstrings(source)
-        for text in texts:
-            passage = _without_doctests(text)
+        passages = [_without_doctests(topics[source])] if isinstance(source, str) else _texts_of(source)[1]
+        for passage in passages:
             if len(passage) > MIN_DOCSTRING_CHARACTERS and passage not in seen:
                 seen.add(passage)
                 yield passage
@@ -165,15 +163,21 @@ def _is_skipped(name: str) -> bool:
     )
 
 
-def _read(path: Path) -> tuple[str, ast.Module | None]:
-    """A file's text and syntax tree; no tree if it is not UTF-8 or not of this Python's grammar."""
+@cache
+def _texts_of(path: Path) -> tuple[str, tuple[str, ...]]:
+    """A file's code without docstrings, and its docstrings; nothing if it is not UTF-8 or cannot be parsed.
+
+    Kept, since most runs read the text more than once: about 10 MB for the whole library.
+    """
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escape sequences in the standard library's strings
-            return source, ast.parse(source)
+            tree = ast.parse(source)
     except (UnicodeDecodeError, SyntaxError):
-        return "", None
+        return "", ()
+    docstrings = (inspect.cleandoc(str(node.value)) for node in _documented(tree))
+    return _without_docstrings(source, tree), tuple(_without_doctests(text) for text in docstrings)
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.Constant]:
@@ -195,11 +199,6 @@ def _without_docstrings(source: str, tree: ast.Module) -> str:
             dropped.update(range(node.lineno - 1, end))
     kept = (line.rstrip() for index, line in enumerate(lines) if index not in dropped)
     return "\n".join(kept).strip("\n") + "\n"
-
-
-def _docstrings(path: Path) -> list[str]:
-    _, tree = _read(path)
-    return [] if tree is None else [inspect.cleandoc(str(node.value)) for node in _documented(tree)]
 
 
 def _topics(split: Split) -> dict[str, str]:

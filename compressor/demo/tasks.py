@@ -4,6 +4,8 @@
 * ``demo_code``: eight lines of code; the next line among three of the same indentation and like length.
 * ``demo_prose``: a passage; how it goes on, among three continuations of other passages.
 
+In code and prose the right choice takes up words of five or more letters from the text before (two in code, one
+in prose) and the wrong ones take up none, so that a small model can tell them apart by reading.
 Each question has four choices, so guessing gives 25 %. Every task has 400 questions from the held-out split
 to evaluate and 400 from the train split (``training_docs``) for task-specific pruning.
 """
@@ -11,6 +13,7 @@ to evaluate and 400 from the train split (``training_docs``) for task-specific p
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -25,6 +28,7 @@ NUM_DISTRACTORS = 3
 _WORKED_LINES = 4
 _CODE_LINES = 8
 _CODE_FILES = 60
+_NUM_CANDIDATES = 150
 _PROSE_PASSAGES = 600
 _CONTEXT_CHARACTERS = 300
 _CONTINUATION_CHARACTERS = 60
@@ -124,16 +128,19 @@ def _code(split: Split, rng: random.Random) -> Iterator[_Draft]:
     for document in islice(documents("code", split), _CODE_FILES):
         lines = document.split("\n")
         for index in range(_CODE_LINES, len(lines)):
-            if _is_statement(lines[index]):
-                drafts.append(("\n".join(lines[index - _CODE_LINES : index]) + "\n", lines[index]))
-                lines_by_indent[_indent(lines[index])].append(lines[index])
+            if not _is_statement(lines[index]):
+                continue
+            lines_by_indent[_indent(lines[index])].append(lines[index])
+            context = "\n".join(lines[index - _CODE_LINES : index]) + "\n"
+            if len(_words(lines[index]) & _words(context)) >= 2:
+                drafts.append((context, lines[index]))
     rng.shuffle(drafts)
     for context, right in drafts:
         candidates = lines_by_indent[_indent(right)]
         alike = [
             line
-            for line in rng.sample(candidates, min(60, len(candidates)))
-            if line != right and abs(len(line) - len(right)) <= 6
+            for line in rng.sample(candidates, min(_NUM_CANDIDATES, len(candidates)))
+            if abs(len(line) - len(right)) <= 6 and not _words(line) & _words(context)
         ]
         if len(alike) >= NUM_DISTRACTORS:
             yield context, f"{right}\n", [f"{line}\n" for line in alike[:NUM_DISTRACTORS]]
@@ -141,6 +148,11 @@ def _code(split: Split, rng: random.Random) -> Iterator[_Draft]:
 
 def _is_statement(line: str) -> bool:
     return len(line.strip()) >= 15 and not line.lstrip().startswith("#")
+
+
+def _words(text: str) -> set[str]:
+    """Words and names of five letters or more, which tell one text from another."""
+    return set(re.findall(r"[a-z_]{5,}", text.lower()))
 
 
 def _indent(line: str) -> int:
@@ -153,8 +165,16 @@ def _prose(split: Split, rng: random.Random) -> Iterator[_Draft]:
         drafts += [(number, *cut) for cut in _cuts(passage)]
     rng.shuffle(drafts)
     for number, context, right in drafts:
-        others = [draft for draft in rng.sample(drafts, min(40, len(drafts))) if draft[0] != number]
-        alike = [text for _, _, text in others if abs(len(text) - len(right)) <= 5]
+        if not _words(right) & _words(context):
+            continue
+        others = [
+            draft for draft in rng.sample(drafts, min(_NUM_CANDIDATES, len(drafts))) if draft[0] != number
+        ]
+        alike = [
+            text
+            for _, _, text in others
+            if abs(len(text) - len(right)) <= 5 and not _words(text) & _words(context)
+        ]
         if len(alike) >= NUM_DISTRACTORS:
             yield context, right, alike[:NUM_DISTRACTORS]
 
@@ -170,7 +190,7 @@ def _cuts(passage: str) -> Iterator[tuple[str, str]]:
             if start:
                 start = passage.find(" ", start) + 1
             yield passage[start:cut], continuation
-        position = cut + _CONTINUATION_CHARACTERS * 3
+        position = cut + 2 * _CONTINUATION_CHARACTERS
 
 
 _BUILDERS: dict[str, Callable[[Split, random.Random], Iterator[_Draft]]] = {
