@@ -599,7 +599,7 @@ def _compose(text: str, locate: _Locate) -> yaml.Node | None:
 _YAML_ADVICE = {
     r"'\t'": "; indent with spaces, not with tabs",
     "mapping values are not allowed here": "; a text with a colon and a space in it needs quotes",
-    "undefined alias": "; a text that begins with * needs quotes",
+    "alias": "; a text that begins with * needs quotes",
 }
 
 
@@ -727,10 +727,11 @@ def _explain(model: type[BaseModel], errors: Sequence[ErrorDetails], plain: str 
         fields, key = _fields_around(model, first["loc"])
         known = f"Known keys: {', '.join(fields)}" if fields else "Nothing can be set here"
         return f"unknown key{_did_you_mean(key, fields)} {known}"
-    own = [error for error in errors if error["type"] in ("value_error", "assertion_error")]
-    if own:
-        return "; ".join(dict.fromkeys(str(error["ctx"]["error"]) for error in own))
     value = first["input"]
+    own = [error for error in errors if error["type"] in ("value_error", "assertion_error")]
+    if own and not (isinstance(value, bool) and len(own) < len(errors)):  # no validator's word on true as 1
+        return "; ".join(dict.fromkeys(str(error["ctx"]["error"]) for error in own))
+    errors = [error for error in errors if error not in own]
     if first["type"] == "source_kind":
         kinds = [kind for kind in SOURCE_KINDS if isinstance(value, dict) and kind in value]
         found = f"the keys {_and(kinds)}" if kinds else _found(value, plain)
@@ -749,7 +750,10 @@ def _expectation(error: ErrorDetails) -> str:
     if template is None:
         message = error["msg"].removeprefix("Input should be ")
         return message[:1].lower() + message[1:]
-    context = dict(error.get("ctx", {}))
+    context = {
+        name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for name, limit in error.get("ctx", {}).items()
+    }
     for limit in ("min_length", "max_length"):
         if limit in context and error["type"] in ("too_short", "too_long"):
             context[limit] = "1 entry" if context[limit] == 1 else f"{context[limit]} entries"
@@ -804,7 +808,7 @@ def _found(value: Any, plain: str | None) -> str:
     text = _in_yaml(value)
     if not plain or plain.lower() == text:
         return text
-    return f"{plain}, which YAML reads as {text}," if isinstance(value, bool) else plain
+    return f"{plain}, which YAML reads as {text}" if isinstance(value, bool) else plain
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
