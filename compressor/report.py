@@ -379,7 +379,7 @@ def _all_numbers(layers: Json, key: str) -> bool:
 
 
 def _kept_lines(record: Json) -> str:
-    """The experts that all passes together left and dropped, as a Markdown table; empty if none was dropped."""
+    """The experts that all passes together left and dropped, as a Markdown table; empty without any."""
     kept: dict[str, list[int]] = {}
     for done in record.get("passes", []):
         layers = done["decision"].get("layers", {})

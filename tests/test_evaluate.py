@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
@@ -646,3 +647,48 @@ def test_peak_memory_counts_bytes() -> None:
     peak = evaluate.peak_memory("cpu")
     assert peak["device_bytes"] is None
     assert peak["host_bytes"] is None or 10**8 < peak["host_bytes"] < 10**12
+
+
+# --- into the record
+
+
+def test_real_figures_print(model: Any, tokenizer: Any, choice: evaluate.LoadedTasks) -> None:
+    from rich.console import Console
+
+    from compressor.report import print_summary
+
+    changed = copy.deepcopy(model)
+    changed.lm_head.weight.data.neg_()
+    sequences = random_sequences(8, 8)
+    sides, tasks = {}, {}
+    for side, one in (("before", model), ("after", changed)):
+        tasks[side] = evaluate.run_tasks(one, tokenizer, choice, batch_size=4)
+        sides[side] = {
+            "perplexity": {"text": evaluate.perplexity(one, sequences).to_json()},
+            "tasks": {name: result.to_json() for name, result in tasks[side].items()},
+            "size": evaluate.size(one).to_json(),
+            "peak_memory": evaluate.peak_memory("cpu"),
+        }
+    flips = evaluate.paired(tasks["before"], tasks["after"])
+    speed = evaluate.speed(
+        {"before": model, "after": changed}, vocab_size=VOCAB_SIZE, new_tokens=2, repeats=1
+    )
+    evaluation = {
+        **sides,
+        "paired": {name: {m: f.to_json() for m, f in metrics.items()} for name, metrics in flips.items()},
+        "speed": speed.to_json(),
+    }
+    record = json.loads(json.dumps({"model": {"reference": "tiny"}, "passes": [], "evaluation": evaluation}))
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_summary(record, console)
+    text = console.export_text()
+    for row in (
+        "perplexity text",
+        "demo_choice acc %",
+        "demo_choice acc_norm %",
+        "parameters",
+        "decode tokens/s",
+    ):
+        assert row in text
+    gained, lost = (getattr(flips["demo_choice"]["acc"], name) for name in ("gained", "lost"))
+    assert f"+{gained} −{lost} (p=" in text
