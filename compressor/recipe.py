@@ -194,7 +194,7 @@ class LoadedRecipe:
     def to_yaml(self) -> str:
         """The recipe as it is carried out, with overrides and defaults; it loads as the same recipe."""
         return yaml.safe_dump(
-            self._effective(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+            self.to_mapping(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
         )
 
     @property
@@ -203,12 +203,13 @@ class LoadedRecipe:
 
         Options that the recipe leaves to their defaults count too, if the recipe was loaded with `methods`.
         """
-        effective = self._effective()
+        effective = self.to_mapping()
         effective.pop("output", None)
         text = json.dumps(effective, sort_keys=True)
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-    def _effective(self) -> dict[str, Any]:
+    def to_mapping(self) -> dict[str, Any]:
+        """The recipe as it is carried out, as JSON types, with overrides and defaults."""
         effective: dict[str, Any] = self.recipe.model_dump(mode="json", exclude_none=True, exclude={"passes"})
         passes = [{p.spec.method: p.method.options.model_dump(mode="json")} for p in self.passes]
         effective["passes"] = passes or [spec.model_dump(mode="json") for spec in self.recipe.passes]

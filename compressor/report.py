@@ -11,7 +11,8 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from rich import box
@@ -144,6 +145,36 @@ def print_inspection(info: Json, console: Console) -> None:
         savings.add_row(*map(Text, (str(count), *numbers, f"{saved / info['bytes']:.1%}")))
     _print_table(console, "With fewer experts in every layer", savings)
     _print_notes(info, console)
+
+
+def print_methods(plugins: Sequence[Any], console: Console) -> None:
+    """The installed plugins (`compressor.plugins.Plugin`), what they offer, and each method's options."""
+    for plugin in plugins:
+        console.print(Text(f"{plugin.name}  (from {plugin.distribution} {plugin.version})", style="bold"))
+        for method in plugin.methods:
+            summary = (method.__doc__ or "").strip().split("\n")[0]
+            console.print(Text(f"  {method.name} (version {method.version}): {summary}"))
+            table = _table("option", "type", "default", "meaning", wrap=("meaning",))
+            for name, field in method.options_type.model_fields.items():
+                kind = re.sub(r"\s*\|\s*None|typing\.|Strict", "", _type_name(field.annotation))
+                default = "required" if field.is_required() else _text_or_nothing(field.default)
+                table.add_row(*map(Text, (name, kind, default, field.description or "")))
+            console.print(table)
+    if not plugins:
+        console.print(Text("No plugins are installed."))
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _type_name(arguments[0])
+    if arguments and get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _text_or_nothing(value: Any) -> str:
+    return NOTHING if value is None else str(value)
 
 
 def model_card(record: Json) -> str:

@@ -9,6 +9,7 @@ Not covered yet: reading one layer at a time from disk, and a second stream thro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ from compressor.statistics import Statistic
 
 @torch.no_grad()
 def observe(
-    moe: MoEModel, batches: Sequence[TokenBatch], statistics: Mapping[str, Statistic], progress: Progress
+    moe: MoEModel,
+    batches: Sequence[TokenBatch],
+    statistics: Mapping[str, Statistic],
+    progress: Progress,
+    *,
+    title: str = "observing",
 ) -> None:
     """Feed every batch to every statistic, in order. The model is not changed.
 
@@ -37,7 +43,7 @@ def observe(
     try:
         with (
             moe.watched(visitors, real),
-            progress.task("observing", len(batches) * len(visitors)) as advance,
+            progress.task(title, len(batches) * len(visitors)) as advance,
             _advancing(moe, visitors, advance),
         ):
             for batch in batches:
@@ -56,9 +62,8 @@ def model_inputs(batch: TokenBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(moe: MoEModel, batch: TokenBatch) -> Tensor:
+def logits(model: Any, batch: TokenBatch) -> Tensor:
     """The model's logits [N, V] at the batch's N real tokens, in the model's dtype."""
-    model = moe.model
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -1,0 +1,426 @@
+"""Checkpoints on disk: find, verify, load, and save so that what appears is whole.
+
+A checkpoint here is a folder of safetensors files with a config.json, as transformers writes it. Pickled weights are never
+read. What is saved starts from the source's own config.json, with only the changed integers patched, because other readers
+know other spellings of the same key than the transformers of the day writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.moe import ConfigLeaf
+
+DEMO = "demo"
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_NOT_CARRIED = {"config.json", _INDEX, "README.md", ".gitattributes"}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_SAMPLE_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint found: how the user called it, the local folder, and whether its Python code may run."""
+
+    reference: str
+    folder: Path
+    trust_remote_code: bool = False
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer's files."""
+        return any((self.folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
+
+    With `weights` False only the small files are needed and downloaded. Raises CheckpointError if there is no such folder, or
+    the hub cannot be reached and its cache does not hold the model.
+    """
+    if reference == DEMO:
+        from compressor.demo import model_folder
+
+        return Checkpoint(reference, model_folder())
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return Checkpoint(reference, path, trust_remote_code)
+    if path.exists():
+        raise CheckpointError(f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors).")
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or "\\" in reference:
+        raise CheckpointError(
+            f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model is "
+            f"called `{DEMO}`."
+        )
+    return Checkpoint(reference, _download(reference, weights=weights), trust_remote_code)
+
+
+def _download(repository: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{repository}: access is gated; accept its licence on the hub and log in first.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{repository}: there is no such model on the hub, or it is private.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub cannot be "
+            f"reached ({type(error).__name__}). Download it where there is a network, and give its folder."
+        ) from error
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's config as transformers reads it. Raises CheckpointError where there is none or it is damaged."""
+    from transformers import AutoConfig
+
+    raw = read_config(checkpoint.folder)
+    if "auto_map" in raw and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
+        raise CheckpointError(
+            f"{checkpoint.reference}: the model's code comes with its checkpoint ({raw['auto_map'].get('AutoConfig')}). It "
+            f"runs only with `trust_remote_code: true` in the recipe, or --trust-remote-code; read it first."
+        )
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a config it does not know
+        raise CheckpointError(
+            f"{checkpoint.reference}: transformers cannot read config.json (model_type {raw.get('model_type')!r}): {error}"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises CheckpointError if it is not there or no JSON object."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json, so this is no checkpoint.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
+    return raw
+
+
+def _known_to_transformers(model_type: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def model_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """The class that the causal-language-model Auto class builds for this config."""
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    code = getattr(config, "auto_map", {}) or {}
+    if checkpoint.trust_remote_code and AutoModelForCausalLM.__name__ in code:
+        return get_class_from_dynamic_module(code[AutoModelForCausalLM.__name__], str(checkpoint.folder))
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModelError(
+            f"{checkpoint.reference}: model type {config.model_type!r} has no causal language model in transformers."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+# Verifying -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape)."""
+
+    path: Path
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    header_digest: str
+    num_bytes: int
+
+
+def verify_files(folder: Path) -> list[Shard]:
+    """Read every shard's header and compare it with the file's size and with the index.
+
+    Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard, and for
+    weights in a format other than safetensors.
+    """
+    index_path = folder / _INDEX
+    if index_path.exists():
+        try:
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index_path}: cannot be read as an index of shards: {error}") from error
+    elif (folder / _SINGLE).exists():
+        weight_map, names = None, [_SINGLE]
+    else:
+        other = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+        found = f"found {', '.join(other[:3])}" if other else "found no weights at all"
+        raise CheckpointError(
+            f"{folder}: expected {_SINGLE} or {_INDEX}, {found}. Only safetensors are read: convert other formats with "
+            f"`from_pretrained` and `save_pretrained` of a transformers you trust."
+        )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder}: {_INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}.")
+    shards = [_read_header(folder / name) for name in names]
+    if weight_map is not None:
+        _compare_with_index(shards, weight_map, folder)
+    return shards
+
+
+def _read_header(path: Path) -> Shard:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, 2**30):
+                raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
+            text = file.read(length)
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or damaged. "
+            f"Download or copy it again."
+        )
+    return Shard(path, tensors, hashlib.sha256(text).hexdigest(), size)
+
+
+def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:
+    held = {name: shard.path.name for shard in shards for name in shard.tensors}
+    for name, file in weight_map.items():
+        if held.get(name) != file:
+            where = f"is in {held[name]}" if name in held else "is in none of the shards"
+            raise CheckpointError(
+                f"{folder}: {_INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong together."
+            )
+
+
+def fingerprint(folder: Path, shards: list[Shard]) -> str:
+    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size and 64 KiB
+    from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than it tells."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in shards:
+        digest.update(f"{shard.path.name}:{shard.num_bytes}:{shard.header_digest}".encode())
+        with shard.path.open("rb") as file:
+            for part in range(5):
+                file.seek(max(0, shard.num_bytes - _SAMPLE_BYTES) * part // 4)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# Loading ---------------------------------------------------------------------------------------------------
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", like: Any = None) -> Any:
+    """Load the model and refuse what transformers would only warn of.
+
+    transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert tensor is
+    an error. `like` is a live model whose attention and experts implementations are used. Raises CheckpointError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint)
+    extra: dict[str, Any] = {}
+    if like is not None:
+        extra["attn_implementation"] = like.config._attn_implementation
+        experts = getattr(like.config, "_experts_implementation", None)
+        extra |= {"experts_implementation": experts} if experts else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            **extra,
+        )
+    except Exception as error:  # many kinds: size mismatches, unreadable files, code that comes with the model
+        raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {error}") from error
+    _refuse_bad_keys(checkpoint, info)
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
+
+
+def _refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"])
+    for kind, keys in (("are missing from", missing), ("have other shapes in", mismatched), ("are not expected in", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{checkpoint.reference}: {len(keys)} tensor(s) {kind} the checkpoint: {', '.join(keys[:3])}{more}. "
+                f"transformers would go on with random weights, or without these; we do not."
+            )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The tokenizer of the folder, or None if it holds none."""
+    from transformers import AutoTokenizer
+
+    if not checkpoint.has_tokenizer:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # many kinds, as for configs
+        raise CheckpointError(f"{checkpoint.reference}: its tokenizer cannot be loaded: {error}") from error
+
+
+def refuse_not_finite(model: Any, reference: str) -> None:
+    """Raise CheckpointError, naming the first tensor that holds a NaN or an infinity. Reads every weight once."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            num_bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{reference}: tensor {name} holds {num_bad:,} value(s) that are NaN or infinite.")
+
+
+# Saving ----------------------------------------------------------------------------------------------------
+
+
+class OutputFolder:
+    """A folder that appears under its name only when it is whole.
+
+    Work goes into `path`, a hidden folder beside it; `finish` moves it to `target`, and leaving the context without that
+    removes it. An existing target is refused unless `overwrite`, and then replaced at the very end.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+        self.target = target
+        self.overwrite = overwrite
+        self.path = target.parent / f".{target.name}.partial-{os.getpid()}"
+
+    def __enter__(self) -> OutputFolder:
+        if self.target.exists() and not self.overwrite:
+            raise CheckpointError(f"{self.target} exists already. Choose another output, or pass --overwrite to replace it.")
+        if self.target.exists() and not (self.target.is_dir() and (self.target / "compressor").is_dir()):
+            raise CheckpointError(
+                f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
+            )
+        try:
+            self.path.mkdir(parents=True)
+            (self.path / "compressor").mkdir()
+        except OSError as error:
+            raise CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raise CheckpointError if the file system has less free."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"{self.target}: the smaller model needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free."
+            )
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        if not self.target.exists():
+            self.path.rename(self.target)
+            return
+        old = self.target.parent / f".{self.target.name}.old-{os.getpid()}"
+        self.target.rename(old)
+        self.path.rename(self.target)
+        shutil.rmtree(old)
+
+
+@contextmanager
+def disk_errors_named(target: Path) -> Iterator[None]:
+    """Turn the system's errors about writing into a CheckpointError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise CheckpointError(f"{target}: writing failed: {error.strerror}. Nothing is left under that name.") from error
+
+
+def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mapping[ConfigLeaf, int]) -> None:
+    """Write a live model into `folder` as a checkpoint that the source's readers can read.
+
+    `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
+    (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are written.
+    """
+    with _without_progress_bars():
+        model.save_pretrained(folder)
+    written = read_config(folder)
+    raw = read_config(source) if source else dict(written)
+    for leaf, value in counts.items():
+        _patch_count(raw, leaf, model.config, value)
+    _patch_rope(raw, written)
+    dtype = str(model.dtype).removeprefix("torch.")
+    raw |= {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if source:
+        _carry_over(source, folder)
+
+
+def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int) -> None:
+    """Write an integer under every name that it goes by: readers differ in the one they look for."""
+    holder = raw
+    for name in leaf.path:
+        holder = holder[name]
+    aliases = getattr(leaf.holder(config), "attribute_map", {}) or {}
+    for name in {leaf.key, *(alias for alias, key in aliases.items() if key == leaf.key)}:
+        holder[name] = value
+
+
+def _patch_rope(raw: dict[str, Any], written: Mapping[str, Any]) -> None:
+    """Add the other spelling of the rotary embedding's settings: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    rope = written.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    raw.setdefault("rope_parameters", rope)
+    raw.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        raw.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+
+
+def _carry_over(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _NOT_CARRIED and path.suffix not in _WEIGHT_SUFFIXES:
+            if path.name.endswith(".index.json"):
+                continue
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            with suppress(AttributeError):
+                logging.enable_progress_bar()

@@ -1,0 +1,202 @@
+"""The command `compressor`: parse, call, print.
+
+Nothing heavy is imported before a command needs it, so that `--help` is quick. Exit status: 0 done, 1 our bug, 2 the user
+can mend it, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from compressor._version import __version__
+from compressor.errors import CompressorError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="compressor",
+    help="Make Mixture-of-Experts language models smaller, and measure what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(help="A hub id, a local folder, or demo.", show_default=False)]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Take this model instead of the recipe's.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Write here instead of the recipe's output.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one value, such as passes.0.expert_pruning.keep=4. May be given again.", metavar="PATH=VALUE"),
+]
+WithoutOption = Annotated[list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Make Mixture-of-Experts language models smaller, and measure what it costs."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    without: WithoutOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a recipe: prune, measure before and after, and save the smaller model."""
+    _calm()
+    from compressor import engine, report
+    from compressor.plugins import load_plugins
+    from compressor.progress import Progress
+    from compressor.recipe import load_recipe
+
+    without = without or []
+    methods = load_plugins(without).methods
+    loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
+    if loaded.recipe.output is None:
+        raise RecipeError(f"{recipe}: no `output`. Name a folder for the smaller model there, or with --output.")
+    result = engine.compress(
+        recipe,
+        overrides=set_ or [],
+        model_reference=model,
+        output=output,
+        overwrite=overwrite,
+        without=without,
+        progress=Progress.detect(quiet=quiet),
+    )
+    if not quiet:
+        report.print_summary(result.record, _console())
+        print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}) or plain transformers.")
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    without: WithoutOption = None,
+) -> None:
+    """Say whether a recipe can work for its model, and what will be kept and dropped. Reads no weights."""
+    _calm()
+    from compressor import engine, report
+    from compressor.plugins import load_plugins
+    from compressor.recipe import load_recipe
+
+    methods = load_plugins(without or []).methods
+    loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
+    report.print_plan(engine.check(loaded).plan, _console())
+
+
+@app.command()
+def inspect(model: ModelArgument, trust_remote_code: TrustOption = False) -> None:
+    """Show a model's experts, and what fewer of them would save. Reads no weights."""
+    _calm()
+    from compressor import engine, report
+
+    report.print_inspection(engine.inspect(model, trust_remote_code=trust_remote_code), _console())
+
+
+@app.command()
+def methods(without: WithoutOption = None) -> None:
+    """List the installed plugins, their methods, and the options of each."""
+    _calm()
+    from compressor.plugins import load_plugins
+    from compressor.report import print_methods
+
+    print_methods(load_plugins(without or []).plugins, _console())
+
+
+@app.command()
+def apply(
+    decision: Annotated[Path, typer.Argument(help="A decision.json or record.json that a run has written.")],
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the smaller model.")],
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Apply a decision made before to the original model: no calibration, the same experts."""
+    _calm()
+    from compressor import engine
+    from compressor.progress import Progress
+
+    engine.apply_decision(
+        decision, model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=Progress.detect(quiet=quiet)
+    )
+    if not quiet:
+        print(f"Written to {output}.")
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    recipe: Annotated[Path, typer.Option("--recipe", help="Take `evaluate:` from this recipe.")],
+    set_: SetOption = None,
+    without: WithoutOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model as a recipe's `evaluate:` says, without changing anything."""
+    _calm()
+    from compressor import engine, report
+    from compressor.progress import Progress
+
+    record = engine.evaluate(
+        recipe, model, overrides=set_ or [], without=without or [], progress=Progress.detect(quiet=quiet)
+    )
+    report.print_summary(record, _console())
+
+
+def _calm() -> None:
+    """Keep the libraries' own progress bars and advice out of our output; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script. Never returns."""
+    sys.exit(_exit_status(arguments))
+
+
+def _exit_status(arguments: list[str] | None) -> int:
+    try:
+        status: Any = app(arguments, standalone_mode=False)
+    except CompressorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; nothing is left under the output's name", file=sys.stderr)
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,694 @@
+"""Run a recipe: observe, decide, edit, evaluate, save; and keep a record of all of it.
+
+    recipe ──► check (config only) ──► load ──► evaluate before
+           ──► for each pass: observe ──► statistics.safetensors
+                              decide  ──► decision.json
+                              edit, verified on a calibration batch
+           ──► evaluate after ──► save ──► reload, compare bit by bit ──► record.json, README.md ──► the output's name
+
+Not covered yet: resuming an interrupted run, and models larger than memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor import checkpoint as checkpoints
+from compressor import evaluate as measure
+from compressor import walk
+from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
+from compressor.checkpoint import Checkpoint, OutputFolder
+from compressor.environment import hardware, versions
+from compressor.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
+from compressor.method import Decision, OptionError, Plan
+from compressor.moe import MoELayer, MoEModel, Structure, find_structure, refuse_quantised
+from compressor.plugins import Plugins, load_plugins
+from compressor.progress import Progress
+from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.report import model_card
+from compressor.statistics import save_statistics
+
+FORMAT = 1
+RECORD = "record.json"
+DECISION = "decision.json"
+
+_CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TIES_ALLOWED = 0.02
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` returns: the record (as in record.json), the folder written, and the smaller model."""
+
+    record: dict[str, Any]
+    folder: Path | None
+    model: Any
+    tokenizer: Any | None
+
+
+def compress(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    overrides: Sequence[str] = (),
+    model_reference: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    without: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Run a recipe.
+
+    `recipe` is a YAML file's path, a mapping with the same keys, or a Recipe. `model` (a live transformers model) and
+    `tokenizer` replace what the recipe's `model:` would load; the model given is copied and never changed. Without an
+    `output` nothing is written and the result lives in memory. `overrides` are texts such as
+    `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own.
+
+    Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the output's name
+    then.
+    """
+    plugins = load_plugins(without)
+    loaded = load_recipe(
+        recipe, overrides=overrides, model=model_reference, output=output, methods=plugins.methods
+    )
+    return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite)
+
+
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Load (model, tokenizer) from a folder that `compress` has written.
+
+    The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused and with whatever a
+    checkpoint cannot hold put back by the methods that made it. The tokenizer is None where there is none.
+    """
+    folder = Path(folder)
+    found = checkpoints.find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
+    checkpoints.verify_files(found.folder)
+    model = checkpoints.load_model(found, dtype=dtype, device=device)
+    record_path = found.folder / "compressor" / RECORD
+    if record_path.exists():
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        methods = load_plugins().methods
+        moe = MoEModel(model)
+        for done in record["passes"]:
+            if done["method"] not in methods:
+                raise RecipeError(
+                    f"{folder} was made with the method {done['method']!r}, which no installed plugin offers."
+                )
+            method = methods[done["method"]]
+            method(method.options_type.model_validate(done["options"])).restore(moe, done["decision"])
+    return model, checkpoints.load_tokenizer(found)
+
+
+# Before any weight is read ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `report.print_plan` takes."""
+
+    checkpoint: Checkpoint
+    structure: Structure
+    bytes_after: int
+    plan: dict[str, Any]
+
+
+def check(loaded: LoadedRecipe) -> Preview:
+    """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
+    recipe = loaded.recipe
+    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+    config = checkpoints.load_config(found)
+    refuse_quantised(config)
+    structure = find_structure(checkpoints.model_class(found, config), config)
+    return _preview(loaded, found, config, structure)
+
+
+def _preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Structure) -> Preview:
+    layers, notes = structure.layers, list[str]()
+    for resolved in loaded.passes:
+        plan = check_pass(loaded, resolved, layers)
+        layers = tuple(
+            dataclasses.replace(layer, num_experts=plan.num_kept.get(layer.path, layer.num_experts)) for layer in layers
+        )
+        notes += plan.notes
+    dtype = _dtype(loaded.recipe.dtype, config)
+    dropped = {
+        old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)
+    }
+    removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
+    before, after = structure.num_parameters, structure.num_parameters - removed
+    plan_json = {
+        "model": found.reference,
+        "architecture": _architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "kept": layer.num_experts - dropped[layer.path],
+                "dropped": dropped[layer.path],
+            }
+            for layer in structure.layers
+        ],
+        "parameters": {"before": before, "after": after},
+        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
+        "bytes": {"before": before * dtype.itemsize, "after": after * dtype.itemsize},
+        "notes": notes,
+    }
+    return Preview(found, structure, after * dtype.itemsize, plan_json)
+
+
+def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
+    """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
+    try:
+        return resolved.method.check(layers)
+    except OptionError as error:
+        raise loaded.error((*resolved.path, error.option), str(error)) from error
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
+    found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
+    config = checkpoints.load_config(found)
+    structure = find_structure(checkpoints.model_class(found, config), config)
+    dtype = _dtype("auto", config)
+    experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
+    fixed = [] if structure.top_k_leaf else ["the number of experts per token is fixed by the model's code"]
+    return {
+        "model": reference,
+        "architecture": _architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "router": layer.router_kind,
+                "parameters_per_expert": layer.parameters_per_expert,
+            }
+            for layer in structure.layers
+        ],
+        "parameters": structure.num_parameters,
+        "bytes": structure.num_parameters * dtype.itemsize,
+        "expert_parameters": experts,
+        "expert_bytes": experts * dtype.itemsize,
+        "notes": [f"the expert count is `{structure.num_experts_leaf}` in config.json", *fixed],
+    }
+
+
+def _dtype(wanted: str, config: Any) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _architecture(config: Any) -> str:
+    return (getattr(config, "architectures", None) or [config.model_type])[0]
+
+
+# Parts of a run on their own -------------------------------------------------------------------------------
+
+
+def evaluate(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model_reference: str,
+    *,
+    overrides: Sequence[str] = (),
+    without: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only."""
+    plugins = load_plugins(without)
+    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, methods=plugins.methods)
+    if loaded.recipe.evaluate is None:
+        raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
+    return _Run(loaded, plugins, progress or Progress()).evaluate_only()
+
+
+def apply_decision(
+    decision_file: Path,
+    model_reference: str,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Apply a decision.json, or a record.json, to the original model: edit, save, load again and compare."""
+    progress = progress or Progress()
+    passes = _read_decision(decision_file)
+    available = load_plugins().methods
+    with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
+        found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
+        checkpoints.verify_files(found.folder)
+        progress.say(f"loading {model_reference}")
+        moe = MoEModel(checkpoints.load_model(found))
+        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        for done in passes:
+            if done["method"] not in available:
+                raise RecipeError(f"{decision_file}: no installed plugin offers the method {done['method']!r}.")
+            method = available[done["method"]]
+            try:
+                current = _in_current_ids(done["decision"], original_ids)
+                method(method.options_type.model_validate(done["options"])).edit(moe, current)
+            except (KeyError, ValueError) as error:
+                raise RecipeError(f"{decision_file} does not fit {model_reference}: {error}") from error
+            for path, layer in done["decision"]["layers"].items():
+                original_ids[path] = layer.get("kept", original_ids[path])
+        probe = _random_batch(moe.model)
+        save_verified(moe, found, folder, probe)
+        _write_json(folder.path / "compressor" / DECISION, {"format": FORMAT, "passes": passes})
+        folder.finish()
+
+
+def _read_decision(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
+        return [{key: done[key] for key in ("method", "version", "options", "decision")} for done in data["passes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path}: not a decision that a run has written: {error}") from error
+
+
+def _in_current_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]]) -> Decision:
+    """The inverse of `_in_original_ids`."""
+    layers = {}
+    for path, layer in decision["layers"].items():
+        place = {expert: position for position, expert in enumerate(original_ids[path])}
+        relabelled = {key: [place[expert] for expert in layer[key]] for key in ("kept", "dropped") if key in layer}
+        layers[path] = {**layer, **relabelled}
+    return {**decision, "layers": layers}
+
+
+def _random_batch(model: Any) -> TokenBatch:
+    """Random ids, where no text is at hand: enough to compare two models bit by bit."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder, probe: TokenBatch) -> None:
+    """Write the checkpoint, load it again, and compare its logits with the live model's, bit by bit.
+
+    Raises VerificationError if any differs, CheckpointError if a tensor is missing or unexpected.
+    """
+    leaf = moe.structure.num_experts_leaf
+    folder.require_space(measure.size(moe.model).bytes)
+    checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, {leaf: leaf.get(moe.config)})
+    checkpoints.verify_files(folder.path)
+    trust = found.trust_remote_code if found else False
+    device = str(next(moe.model.parameters()).device)
+    again = checkpoints.load_model(Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model)
+    expected, answered = walk.logits(moe.model, probe), walk.logits(again, probe)
+    if not torch.equal(expected, answered):
+        difference = float((expected.float() - answered.float()).abs().max())
+        raise VerificationError(
+            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest difference of "
+            f"a logit: {difference:.3g}). Nothing was kept."
+        )
+
+
+# The run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """One run of a recipe. The methods follow the drawing at the top of the module."""
+
+    loaded: LoadedRecipe
+    plugins: Plugins
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    def run(self, model: Any, tokenizer: Any, *, overwrite: bool) -> CompressionResult:
+        """All steps, within the output's hidden folder if there is an output."""
+        if self.recipe.output is None:
+            return self._run(model, tokenizer, None)
+        self._refuse_output_over_input(self.recipe.output)
+        with OutputFolder(self.recipe.output, overwrite=overwrite) as folder:
+            with checkpoints.disk_errors_named(folder.target):
+                result = self._run(model, tokenizer, folder)
+                folder.finish()
+            return dataclasses.replace(result, folder=folder.target)
+
+    def _refuse_output_over_input(self, output: Path) -> None:
+        source = Path(self.recipe.model).expanduser()
+        if source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
+            raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+    def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
+        with self._timed("load"):
+            found, preview, identity, shards_digest = self._prepare(given_model, folder)
+            tokenizer = given_tokenizer if given_tokenizer is not None or found is None else checkpoints.load_tokenizer(found)
+            sources = self._read_sources(tokenizer, identity)
+            moe = self._load(given_model, found, preview)
+        for sequences in [*sources.calibration, *sources.perplexity]:
+            check_vocabulary(sequences, moe.model.get_input_embeddings().weight.shape[0])
+        batches = [
+            batch
+            for sequences in sources.calibration
+            for batch in make_batches(sequences.ids, self.recipe.calibration.batch_size)
+        ]
+        original = moe.structure
+        with self._timed("evaluate before"):
+            before = self._evaluate(moe, tokenizer, sources, "before")
+        passes = self._apply_passes(moe, batches, folder)
+        with self._timed("evaluate after"):
+            after = self._evaluate(moe, tokenizer, sources, "after")
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "model": {"reference": self.recipe.model, "fingerprint": shards_digest, **identity},
+            "recipe": self.loaded.to_mapping(),
+            "recipe_fingerprint": self.loaded.fingerprint,
+            "seed": self.recipe.seed,
+            "calibration": [_about(sequences) for sequences in sources.calibration],
+            "layers": [
+                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k} for layer in original.layers
+            ],
+            "passes": passes,
+        }
+        if folder:
+            with self._timed("save"):
+                self.progress.say("saving, and loading again to compare")
+                save_verified(moe, found, folder, _check_batch(batches[0]))
+                if after is not None:
+                    after["bytes_on_disk"] = measure.bytes_on_disk(folder.path)
+        if found and before is not None:
+            before["bytes_on_disk"] = measure.bytes_on_disk(found.folder)
+        if before is not None and after is not None:
+            record["evaluation"] = {
+                "before": _evaluation_json(before),
+                "after": _evaluation_json(after),
+                "paired": {
+                    task: {metric: flips.to_json() for metric, flips in by_metric.items()}
+                    for task, by_metric in measure.paired(before["tasks"], after["tasks"]).items()
+                },
+            }
+            if self.recipe.evaluate is not None and self.recipe.evaluate.speed:
+                with self._timed("speed"):
+                    record["evaluation"]["speed"] = self._speed(given_model, found, moe)
+        record |= {
+            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+            "hardware": hardware(self.recipe.device),
+            "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
+            "output": str(self.recipe.output) if self.recipe.output else None,
+        }
+        if folder:
+            inside = folder.path / "compressor"
+            (inside / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
+            _write_json(inside / RECORD, record)
+            (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
+        return CompressionResult(record, None, moe.model, tokenizer)
+
+    def evaluate_only(self) -> dict[str, Any]:
+        """Measure the recipe's model as it is."""
+        found, preview, identity, digest = self._prepare(None, None, with_passes=False)
+        assert found is not None
+        tokenizer = checkpoints.load_tokenizer(found)
+        sources = self._read_sources(tokenizer, identity, calibrate=False)
+        figures = self._evaluate(self._load(None, found, preview), tokenizer, sources, "measuring")
+        assert figures is not None
+        figures["bytes_on_disk"] = measure.bytes_on_disk(found.folder)
+        return {
+            "format": FORMAT,
+            "model": {"reference": self.recipe.model, "fingerprint": digest, **identity},
+            "evaluation": {"after": _evaluation_json(figures)},
+        }
+
+    # load
+
+    def _prepare(
+        self, given_model: Any, folder: OutputFolder | None, *, with_passes: bool = True
+    ) -> tuple[Checkpoint | None, Preview, dict[str, Any], str | None]:
+        """Everything that can be known, or refused, before weights are read."""
+        if given_model is not None:
+            refuse_quantised(given_model.config)
+            structure = find_structure(type(given_model), given_model.config)
+            source = Path(given_model.config._name_or_path or "")
+            is_folder = given_model.config._name_or_path and (source / "config.json").exists()
+            found = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code) if is_folder else None
+            shown = found or Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
+            preview = _preview(self.loaded, shown, given_model.config, structure)
+            config, digest = given_model.config, None
+        else:
+            preview = check(self.loaded if with_passes else dataclasses.replace(self.loaded, passes=()))
+            found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
+            digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+            config = checkpoints.load_config(found)
+        if folder:
+            folder.require_space(preview.bytes_after)
+        layer_kinds = sorted({layer.router_kind for layer in preview.structure.layers})
+        text_config = config.get_text_config()
+        identity = {
+            "architecture": _architecture(config),
+            "model_type": config.model_type,
+            "routers": layer_kinds,
+            "max_positions": getattr(text_config, "max_position_embeddings", None),
+        }
+        return found, preview, identity, digest
+
+    def _load(self, given_model: Any, found: Checkpoint | None, preview: Preview) -> MoEModel:
+        if given_model is not None:
+            return MoEModel(copy.deepcopy(given_model).eval(), preview.structure)
+        assert found is not None
+        self.progress.say(f"loading {self.recipe.model}")
+        model = checkpoints.load_model(found, dtype=self.recipe.dtype, device=self.recipe.device)
+        checkpoints.refuse_not_finite(model, self.recipe.model)
+        return MoEModel(model, preview.structure)
+
+    def _read_sources(self, tokenizer: Any, identity: Mapping[str, Any], *, calibrate: bool = True) -> _Sources:
+        recipe, seed = self.recipe, self.recipe.seed
+        evaluation = recipe.evaluate
+        with self._timed("read text"):
+            data = recipe.calibration.data if calibrate else ()
+            calibration = [load_sequences(source, tokenizer, seed=seed) for source in data]
+            perplexity = [
+                load_sequences(source, tokenizer, seed=seed, split="held-out")
+                for source in (evaluation.perplexity if evaluation else ())
+            ]
+            tasks = None
+            if evaluation and evaluation.tasks:
+                self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
+                tasks = measure.load_tasks(
+                    evaluation.tasks, task_path=evaluation.task_path, num_fewshot=evaluation.num_fewshot, seed=seed
+                )
+        limit = identity["max_positions"]
+        for sequences in calibration:
+            longest = max(len(ids) for ids in sequences.ids)
+            if limit and longest > limit:
+                raise CalibrationError(
+                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: give a "
+                    f"smaller `length:`."
+                )
+        return _Sources(calibration, perplexity, tasks)
+
+    # observe, decide, edit
+
+    def _apply_passes(
+        self, moe: MoEModel, batches: Sequence[TokenBatch], folder: OutputFolder | None
+    ) -> list[dict[str, Any]]:
+        """Observe, decide and edit for every pass; each step leaves its file in the output's folder."""
+        probe = _check_batch(batches[0])
+        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        gathered: dict[str, Mapping[str, Mapping[str, Tensor]]] = {}
+        done: list[dict[str, Any]] = []
+        for resolved in self.loaded.passes:
+            method, started = resolved.method, time.perf_counter()
+            statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
+            wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+            title = f"{resolved.spec.method}: observing"
+            with self._timed("observe"):
+                walk.observe(moe, batches, wanted, self.progress, title=title)
+            figures = {path: statistic.tensors() for path, statistic in wanted.items()}
+            gathered[f"{resolved.index}.{resolved.spec.method}"] = figures
+            if folder:
+                save_statistics(
+                    folder.path / "compressor" / "statistics.safetensors",
+                    gathered,
+                    {"model": self.recipe.model, "recipe_fingerprint": self.loaded.fingerprint},
+                )
+            with self._timed("decide"):
+                decision = method.decide(moe.layers, figures)
+            entry = {
+                "method": resolved.spec.method,
+                "version": method.version,
+                "options": method.options.model_dump(mode="json"),
+                "decision": _in_original_ids(decision, original_ids),
+            }
+            done.append(entry)
+            if folder:
+                _write_json(folder.path / "compressor" / DECISION, {"format": FORMAT, "passes": done})
+            with self._timed("edit"):
+                entry["checks"] = edit_verified(moe, resolved, decision, probe)
+            for path, layer in decision["layers"].items():
+                if "kept" in layer:
+                    original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
+            entry["seconds"] = round(time.perf_counter() - started, 3)
+        return done
+
+    # evaluate
+
+    def _evaluate(self, moe: MoEModel, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any] | None:
+        """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation."""
+        evaluation = self.recipe.evaluate
+        if evaluation is None:
+            return None
+        perplexities = {}
+        for sequences in sources.perplexity:
+            with self.progress.task(f"{when}: perplexity {sequences.name}", len(sequences.ids)) as advance:
+                perplexities[sequences.name] = measure.perplexity(
+                    moe.model, sequences, evaluation.batch_size, _to_advance(advance)
+                )
+        tasks = {}
+        if sources.tasks is not None:
+            with self.progress.task(f"{when}: tasks {', '.join(evaluation.tasks)}", 1) as advance:
+                tasks = measure.run_tasks(
+                    moe.model,
+                    tokenizer,
+                    sources.tasks,
+                    limit=evaluation.limit,
+                    batch_size=evaluation.batch_size,
+                    seed=self.recipe.seed,
+                )
+                advance()
+        routed = [
+            measure.RoutedSize(layer.num_experts, layer.top_k, layer.parameters_per_expert) for layer in moe.layers
+        ]
+        return {
+            "perplexity": perplexities,
+            "tasks": tasks,
+            "size": measure.size(moe.model, routed),
+            "peak_memory": measure.peak_memory(self.recipe.device),
+        }
+
+    def _speed(self, given_model: Any, found: Checkpoint | None, moe: MoEModel) -> dict[str, Any]:
+        """The original, loaded once more, against the smaller model, alternated."""
+        self.progress.say("speed: original and smaller model in turn")
+        original = given_model
+        if original is None:
+            assert found is not None
+            original = checkpoints.load_model(found, dtype=self.recipe.dtype, device=self.recipe.device)
+        vocabulary = moe.model.get_input_embeddings().weight.shape[0]
+        models = {"before": original, "after": moe.model}
+        return measure.speed(models, vocab_size=vocabulary, seed=self.recipe.seed).to_json()
+
+
+@dataclass(frozen=True)
+class _Sources:
+    calibration: list[Sequences]
+    perplexity: list[Sequences]
+    tasks: measure.LoadedTasks | None
+
+
+def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, probe: TokenBatch) -> dict[str, float]:
+    """Edit the live model and check, on one batch, that it then computes what was decided.
+
+    First all experts are "removed" but all: no logit may change by a bit. Then the edited model is compared with the untouched
+    one under the method's preview (removed experts masked). Raises VerificationError; returns the differences.
+    """
+    untouched = walk.logits(moe.model, probe)
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    if not torch.equal(walk.logits(moe.model, probe), untouched):
+        raise VerificationError("keeping all experts changed the model's logits: this architecture's edit is not sound.")
+    preview = resolved.method.preview(moe, decision)
+    expected = None
+    if preview is not None:
+        with preview:
+            expected = walk.logits(moe.model, probe)
+    resolved.method.edit(moe, decision)
+    if expected is None:
+        return {"keep_all_difference": 0.0}
+    return {"keep_all_difference": 0.0, **_compare(expected, walk.logits(moe.model, probe))}
+
+
+def _compare(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
+    """Relative error of each token's logits. A few tokens may differ in half precision, where ties of the router fall anew."""
+    expected, found = expected_NV.double(), found_NV.double()
+    error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    tolerance = _TOLERANCE[expected_NV.dtype]
+    share = float((~(error_N <= tolerance)).double().mean())
+    allowed = _TIES_ALLOWED if expected_NV.dtype in (torch.bfloat16, torch.float16) else 0.0
+    if share > allowed:
+        raise VerificationError(
+            f"the model with experts removed does not answer as the model with the same experts masked: {share:.1%} of "
+            f"tokens differ by more than {tolerance:g} (largest relative difference {float(error_N.max()):.3g})."
+        )
+    return {"removed_against_masked": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
+
+
+def _check_batch(batch: TokenBatch) -> TokenBatch:
+    """The first few tokens of a batch's first few sequences."""
+    rows, columns = slice(0, _CHECK_SEQUENCES), slice(0, _CHECK_TOKENS)
+    return TokenBatch(batch.input_ids[rows, columns], batch.attention_mask[rows, columns])
+
+
+def _in_original_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]]) -> Decision:
+    """The decision with expert ids as the original model counts them, whatever passes came before."""
+    layers = {}
+    for path, layer in decision["layers"].items():
+        ids = original_ids[path]
+        relabelled = {key: [ids[expert] for expert in layer[key]] for key in ("kept", "dropped") if key in layer}
+        layers[path] = {**layer, **relabelled}
+    return {**decision, "layers": layers}
+
+
+def _about(sequences: Sequences) -> dict[str, Any]:
+    return {
+        "name": sequences.name,
+        "sequences": len(sequences.ids),
+        "tokens": sequences.num_tokens,
+        "fingerprint": sequences.fingerprint,
+    }
+
+
+def _evaluation_json(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **figures,
+        "perplexity": {name: value.to_json() for name, value in figures["perplexity"].items()},
+        "tasks": {name: value.to_json() for name, value in figures["tasks"].items()},
+        "size": figures["size"].to_json(),
+    }
+
+
+def _to_advance(advance: Any) -> Any:
+    """Turn `progress(done, total)` calls into one `advance` for each part done."""
+    seen = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal seen
+        for _ in range(done - seen):
+            advance()
+        seen = done
+
+    return progress
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

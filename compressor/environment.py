@@ -1,0 +1,55 @@
+"""What a run was made with: versions of the libraries, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+_PACKAGES = ("moe-compressor", "torch", "transformers", "tokenizers", "safetensors", "lm-eval", "datasets", "numpy")
+
+
+def versions(plugins: Mapping[str, str]) -> dict[str, str]:
+    """Python and every library that can change a figure, and the distributions that plugins came from."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            from compressor._version import __version__
+
+            if package == "moe-compressor":
+                found[package] = __version__
+    return {**found, **plugins}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The processor, its threads and memory (bytes), and the accelerator in use."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "device": device,
+        "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
