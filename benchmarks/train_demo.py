@@ -192,7 +192,7 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
-        router_aux_loss_coef=args.router_aux_loss_coef,
+        router_aux_loss_coef=args.router_aux_loss_coef / 2,  # transformers' loss is 2 when even, ours 1
         output_router_logits=False,
         use_cache=True,
         sliding_window=None,
@@ -300,6 +300,11 @@ def save(
     copy.generation_config = model.generation_config
     copy.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    settings_file = args.output / "tokenizer_config.json"
+    tokenizer_settings = json.loads(settings_file.read_text())
+    del tokenizer_settings["is_local"], tokenizer_settings["local_files_only"]  # where it was read from
+    tokenizer_settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name other clients know
+    settings_file.write_text(json.dumps(tokenizer_settings, indent=2) + "\n")
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     settings = {

@@ -4,8 +4,9 @@
 * ``demo_code``: eight lines of code; the next line among three of the same indentation and like length.
 * ``demo_prose``: a passage; how it goes on, among three continuations of other passages.
 
-In code and prose the right choice takes up words of five or more letters from the text before (two in code, one
-in prose) and the wrong ones take up none, so that a small model can tell them apart by reading.
+In code and prose the right choice takes up words of five or more letters from the text before (two in code,
+one in prose) and the wrong ones take up none, so that a small model can tell them apart by reading.
+
 Each question has four choices, so guessing gives 25 %. Every task has 400 questions from the held-out split
 to evaluate and 400 from the train split (``training_docs``) for task-specific pruning.
 """
