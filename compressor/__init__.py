@@ -4,7 +4,8 @@
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
     compressor.MoEModel(model)          a live model's MoE layers: mask, watch and remove experts
 
-Everything in `__all__` is what plugins may use. Importing this package does not import torch; its names do, on first use.
+Everything in `__all__` is what plugins may use. Importing this package does not import torch; its names do, on first
+use.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.engine import load
-    from compressor.engine import CompressionResult, compress
+    from compressor.engine import CompressionResult, compress, load
     from compressor.method import Decision, Method, OptionError, Options, Plan
     from compressor.moe import MoELayer, MoEModel, RankedChunk, RoutedTokens, RoutingRule, count_problem
     from compressor.statistics import Statistic

@@ -1,8 +1,8 @@
 """Checkpoints on disk: find, verify, load, and save so that what appears is whole.
 
-A checkpoint here is a folder of safetensors files with a config.json, as transformers writes it. Pickled weights are never
-read. What is saved starts from the source's own config.json, with only the changed integers patched, because other readers
-know other spellings of the same key than the transformers of the day writes.
+A checkpoint here is a folder of safetensors files with a config.json, as transformers writes it. Pickled weights are
+never read. What is saved starts from the source's own config.json, with only the changed integers patched, because
+other readers know other spellings of the same key than the transformers of the day writes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,25 @@ DEMO = "demo"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _NOT_CARRIED = {"config.json", _INDEX, "README.md", ".gitattributes"}
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".pkl",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
 _SAMPLE_BYTES = 2**16
 
 
@@ -51,8 +68,8 @@ class Checkpoint:
 def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
 
-    With `weights` False only the small files are needed and downloaded. Raises CheckpointError if there is no such folder, or
-    the hub cannot be reached and its cache does not hold the model.
+    With `weights` False only the small files are needed and downloaded. Raises CheckpointError if there is no such
+    folder, or the hub cannot be reached and its cache does not hold the model.
     """
     if reference == DEMO:
         from compressor.demo import model_folder
@@ -62,10 +79,13 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
     if path.is_dir():
         return Checkpoint(reference, path, trust_remote_code)
     if path.exists():
-        raise CheckpointError(f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors).")
+        raise CheckpointError(
+            f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors)."
+        )
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or "\\" in reference:
         raise CheckpointError(
-            f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model is "
+            f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
+            f"is "
             f"called `{DEMO}`."
         )
     return Checkpoint(reference, _download(reference, weights=weights), trust_remote_code)
@@ -73,18 +93,26 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
 
 def _download(repository: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise CheckpointError(f"{repository}: access is gated; accept its licence on the hub and log in first.") from error
+        raise CheckpointError(
+            f"{repository}: access is gated; accept its licence on the hub and log in first."
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{repository}: there is no such model on the hub, or it is private.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub cannot be "
+            f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub "
+            f"cannot be "
             f"reached ({type(error).__name__}). Download it where there is a network, and give its folder."
         ) from error
 
@@ -96,14 +124,16 @@ def load_config(checkpoint: Checkpoint) -> Any:
     raw = read_config(checkpoint.folder)
     if "auto_map" in raw and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
         raise CheckpointError(
-            f"{checkpoint.reference}: the model's code comes with its checkpoint ({raw['auto_map'].get('AutoConfig')}). It "
+            f"{checkpoint.reference}: the model's code comes with its checkpoint "
+            f"({raw['auto_map'].get('AutoConfig')}). It "
             f"runs only with `trust_remote_code: true` in the recipe, or --trust-remote-code; read it first."
         )
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config it does not know
         raise CheckpointError(
-            f"{checkpoint.reference}: transformers cannot read config.json (model_type {raw.get('model_type')!r}): {error}"
+            f"{checkpoint.reference}: transformers cannot read config.json (model_type {raw.get('model_type')!r}): "
+            f"{error}"
         ) from error
 
 
@@ -160,8 +190,8 @@ class Shard:
 def verify_files(folder: Path) -> list[Shard]:
     """Read every shard's header and compare it with the file's size and with the index.
 
-    Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard, and for
-    weights in a format other than safetensors.
+    Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard,
+    and for weights in a format other than safetensors.
     """
     index_path = folder / _INDEX
     if index_path.exists():
@@ -181,7 +211,9 @@ def verify_files(folder: Path) -> list[Shard]:
         )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{folder}: {_INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}.")
+        raise CheckpointError(
+            f"{folder}: {_INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}."
+        )
     shards = [_read_header(folder / name) for name in names]
     if weight_map is not None:
         _compare_with_index(shards, weight_map, folder)
@@ -204,7 +236,8 @@ def _read_header(path: Path) -> Shard:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
     if size != 8 + length + end:
         raise CheckpointError(
-            f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or damaged. "
+            f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
+            f"damaged. "
             f"Download or copy it again."
         )
     return Shard(path, tensors, hashlib.sha256(text).hexdigest(), size)
@@ -216,13 +249,16 @@ def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], fold
         if held.get(name) != file:
             where = f"is in {held[name]}" if name in held else "is in none of the shards"
             raise CheckpointError(
-                f"{folder}: {_INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong together."
+                f"{folder}: {_INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong "
+                f"together."
             )
 
 
 def fingerprint(folder: Path, shards: list[Shard]) -> str:
-    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size and 64 KiB
-    from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than it tells."""
+    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size
+    and 64 KiB from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than
+    it tells.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in shards:
         digest.update(f"{shard.path.name}:{shard.num_bytes}:{shard.header_digest}".encode())
@@ -239,8 +275,9 @@ def fingerprint(folder: Path, shards: list[Shard]) -> str:
 def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", like: Any = None) -> Any:
     """Load the model and refuse what transformers would only warn of.
 
-    transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert tensor is
-    an error. `like` is a live model whose attention and experts implementations are used. Raises CheckpointError.
+    transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
+    tensor is an error. `like` is a live model whose attention and experts implementations are used. Raises
+    CheckpointError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -272,7 +309,11 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
 def _refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"])
-    for kind, keys in (("are missing from", missing), ("have other shapes in", mismatched), ("are not expected in", unexpected)):
+    for kind, keys in (
+        ("are missing from", missing),
+        ("have other shapes in", mismatched),
+        ("are not expected in", unexpected),
+    ):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
@@ -307,8 +348,8 @@ def refuse_not_finite(model: Any, reference: str) -> None:
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
-    Work goes into `path`, a hidden folder beside it; `finish` moves it to `target`, and leaving the context without that
-    removes it. An existing target is refused unless `overwrite`, and then replaced at the very end.
+    Work goes into `path`, a hidden folder beside it; `finish` moves it to `target`, and leaving the context without
+    that removes it. An existing target is refused unless `overwrite`, and then replaced at the very end.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False) -> None:
@@ -318,7 +359,9 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         if self.target.exists() and not self.overwrite:
-            raise CheckpointError(f"{self.target} exists already. Choose another output, or pass --overwrite to replace it.")
+            raise CheckpointError(
+                f"{self.target} exists already. Choose another output, or pass --overwrite to replace it."
+            )
         if self.target.exists() and not (self.target.is_dir() and (self.target / "compressor").is_dir()):
             raise CheckpointError(
                 f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
@@ -338,11 +381,17 @@ class OutputFolder:
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise CheckpointError(
-                f"{self.target}: the smaller model needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free."
+                f"{self.target}: the smaller model needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are "
+                f"free."
             )
 
     def finish(self) -> None:
         """Give the folder its name."""
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in self.path.rglob("*"):
+            if path.is_file():  # safetensors writes files that only their owner can read
+                path.chmod(0o666 & ~mask)
         if not self.target.exists():
             self.path.rename(self.target)
             return
@@ -360,14 +409,17 @@ def disk_errors_named(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        raise CheckpointError(f"{target}: writing failed: {error.strerror}. Nothing is left under that name.") from error
+        raise CheckpointError(
+            f"{target}: writing failed: {error.strerror}. Nothing is left under that name."
+        ) from error
 
 
 def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mapping[ConfigLeaf, int]) -> None:
     """Write a live model into `folder` as a checkpoint that the source's readers can read.
 
     `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
-    (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are written.
+    (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
+    written.
     """
     with _without_progress_bars():
         model.save_pretrained(folder)
@@ -394,7 +446,9 @@ def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int)
 
 
 def _patch_rope(raw: dict[str, Any], written: Mapping[str, Any]) -> None:
-    """Add the other spelling of the rotary embedding's settings: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    """Add the other spelling of the rotary embedding's settings: `rope_parameters`, or `rope_theta` and
+    `rope_scaling`.
+    """
     rope = written.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return

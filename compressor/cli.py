@@ -1,7 +1,7 @@
 """The command `compressor`: parse, call, print.
 
-Nothing heavy is imported before a command needs it, so that `--help` is quick. Exit status: 0 done, 1 our bug, 2 the user
-can mend it, 130 interrupted.
+Nothing heavy is imported before a command needs it, so that `--help` is quick. Exit status: 0 done, 1 our bug, 2 the
+user can mend it, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,16 +35,24 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Take this mode
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Write here instead of the recipe's output.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one value, such as passes.0.expert_pruning.keep=4. May be given again.", metavar="PATH=VALUE"),
+    typer.Option(
+        "--set",
+        help="Change one value, such as passes.0.expert_pruning.keep=4. May be given again.",
+        metavar="PATH=VALUE",
+    ),
 ]
-WithoutOption = Annotated[list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.")]
+WithoutOption = Annotated[
+    list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     """Make Mixture-of-Experts language models smaller, and measure what it costs."""
     if version:
         print(__version__)
@@ -84,7 +92,9 @@ def run(
     )
     if not quiet:
         report.print_summary(result.record, _console())
-        print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}) or plain transformers.")
+        print(
+            f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}) or plain transformers."
+        )
 
 
 @app.command()
@@ -140,7 +150,12 @@ def apply(
     from compressor.progress import Progress
 
     engine.apply_decision(
-        decision, model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=Progress.detect(quiet=quiet)
+        decision,
+        model,
+        output,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=Progress.detect(quiet=quiet),
     )
     if not quiet:
         print(f"Written to {output}.")

@@ -30,7 +30,7 @@ from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
 from compressor.checkpoint import Checkpoint, OutputFolder
 from compressor.environment import hardware, versions
-from compressor.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
+from compressor.errors import CalibrationError, RecipeError, VerificationError
 from compressor.method import Decision, OptionError, Plan
 from compressor.moe import MoELayer, MoEModel, Structure, find_structure, refuse_quantised
 from compressor.plugins import Plugins, load_plugins
@@ -77,17 +77,17 @@ def compress(
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own.
 
-    Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the output's name
-    then.
+    Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
+    output's name then.
     """
     plugins = load_plugins(without)
-    loaded = load_recipe(
-        recipe, overrides=overrides, model=model_reference, output=output, methods=plugins.methods
-    )
+    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, output=output, methods=plugins.methods)
     return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite)
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Load (model, tokenizer) from a folder that `compress` has written.
 
     The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused and with whatever a
@@ -117,7 +117,9 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_
 
 @dataclass(frozen=True)
 class Preview:
-    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `report.print_plan` takes."""
+    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `report.print_plan`
+    takes.
+    """
 
     checkpoint: Checkpoint
     structure: Structure
@@ -144,9 +146,7 @@ def _preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: St
         )
         notes += plan.notes
     dtype = _dtype(loaded.recipe.dtype, config)
-    dropped = {
-        old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)
-    }
+    dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
     removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
     before, after = structure.num_parameters, structure.num_parameters - removed
     plan_json = {
@@ -217,7 +217,7 @@ def _dtype(wanted: str, config: Any) -> torch.dtype:
 
 
 def _architecture(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [config.model_type])[0]
+    return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 # Parts of a run on their own -------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def _in_current_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]
 
 def _random_batch(model: Any) -> TokenBatch:
     """Random ids, where no text is at hand: enough to compare two models bit by bit."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = _vocabulary(model)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
     return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -318,7 +318,8 @@ def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder,
     if not torch.equal(expected, answered):
         difference = float((expected.float() - answered.float()).abs().max())
         raise VerificationError(
-            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest difference of "
+            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
+            f"difference of "
             f"a logit: {difference:.3g}). Nothing was kept."
         )
 
@@ -364,11 +365,13 @@ class _Run:
     def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
         with self._timed("load"):
             found, preview, identity, shards_digest = self._prepare(given_model, folder)
-            tokenizer = given_tokenizer if given_tokenizer is not None or found is None else checkpoints.load_tokenizer(found)
+            tokenizer = (
+                given_tokenizer if given_tokenizer is not None or found is None else checkpoints.load_tokenizer(found)
+            )
             sources = self._read_sources(tokenizer, identity)
             moe = self._load(given_model, found, preview)
         for sequences in [*sources.calibration, *sources.perplexity]:
-            check_vocabulary(sequences, moe.model.get_input_embeddings().weight.shape[0])
+            check_vocabulary(sequences, _vocabulary(moe.model))
         batches = [
             batch
             for sequences in sources.calibration
@@ -388,7 +391,8 @@ class _Run:
             "seed": self.recipe.seed,
             "calibration": [_about(sequences) for sequences in sources.calibration],
             "layers": [
-                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k} for layer in original.layers
+                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
+                for layer in original.layers
             ],
             "passes": passes,
         }
@@ -495,14 +499,18 @@ class _Run:
             if evaluation and evaluation.tasks:
                 self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
                 tasks = measure.load_tasks(
-                    evaluation.tasks, task_path=evaluation.task_path, num_fewshot=evaluation.num_fewshot, seed=seed
+                    evaluation.tasks,
+                    task_path=evaluation.task_path,
+                    num_fewshot=evaluation.num_fewshot,
+                    seed=seed,
                 )
         limit = identity["max_positions"]
         for sequences in calibration:
             longest = max(len(ids) for ids in sequences.ids)
             if limit and longest > limit:
                 raise CalibrationError(
-                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: give a "
+                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
+                    f"give a "
                     f"smaller `length:`."
                 )
         return _Sources(calibration, perplexity, tasks)
@@ -593,7 +601,7 @@ class _Run:
         if original is None:
             assert found is not None
             original = checkpoints.load_model(found, dtype=self.recipe.dtype, device=self.recipe.device)
-        vocabulary = moe.model.get_input_embeddings().weight.shape[0]
+        vocabulary = _vocabulary(moe.model)
         models = {"before": original, "after": moe.model}
         return measure.speed(models, vocab_size=vocabulary, seed=self.recipe.seed).to_json()
 
@@ -608,13 +616,16 @@ class _Sources:
 def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, probe: TokenBatch) -> dict[str, float]:
     """Edit the live model and check, on one batch, that it then computes what was decided.
 
-    First all experts are "removed" but all: no logit may change by a bit. Then the edited model is compared with the untouched
-    one under the method's preview (removed experts masked). Raises VerificationError; returns the differences.
+    First all experts are "removed" but all: no logit may change by a bit. Then the edited model is compared with the
+    untouched one under the method's preview (removed experts masked). Raises VerificationError; returns the
+    differences.
     """
     untouched = walk.logits(moe.model, probe)
     moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
     if not torch.equal(walk.logits(moe.model, probe), untouched):
-        raise VerificationError("keeping all experts changed the model's logits: this architecture's edit is not sound.")
+        raise VerificationError(
+            "keeping all experts changed the model's logits: this architecture's edit is not sound."
+        )
     preview = resolved.method.preview(moe, decision)
     expected = None
     if preview is not None:
@@ -627,7 +638,9 @@ def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, pro
 
 
 def _compare(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
-    """Relative error of each token's logits. A few tokens may differ in half precision, where ties of the router fall anew."""
+    """Relative error of each token's logits. A few tokens may differ in half precision, where ties of the router fall
+    anew.
+    """
     expected, found = expected_NV.double(), found_NV.double()
     error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
     tolerance = _TOLERANCE[expected_NV.dtype]
@@ -655,6 +668,11 @@ def _in_original_ids(decision: Decision, original_ids: Mapping[str, Sequence[int
         relabelled = {key: [ids[expert] for expert in layer[key]] for key in ("kept", "dropped") if key in layer}
         layers[path] = {**layer, **relabelled}
     return {**decision, "layers": layers}
+
+
+def _vocabulary(model: Any) -> int:
+    """Rows of the input embedding: the ids that the model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _about(sequences: Sequences) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("moe-compressor", "torch", "transformers", "tokenizers", "safetensors", "lm-eval", "datasets", "numpy")
+_PACKAGES = (
+    "moe-compressor",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "lm-eval",
+    "datasets",
+    "numpy",
+)
 
 
 def versions(plugins: Mapping[str, str]) -> dict[str, str]:

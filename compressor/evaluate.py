@@ -77,9 +77,7 @@ class Perplexity(_Result):
     fingerprint: str
 
 
-def perplexity(
-    model: Any, sequences: Sequences, batch_size: int = 8, progress: Progress | None = None
-) -> Perplexity:
+def perplexity(model: Any, sequences: Sequences, batch_size: int = 8, progress: Progress | None = None) -> Perplexity:
     """Next-token perplexity of ``model`` on one source.
 
     In a sequence of n tokens the last n − 1 are predicted, each from those before it in the same sequence.
@@ -141,9 +139,7 @@ def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Te
 
 def _check_sequences(model: Any, sequences: Sequences) -> None:
     if not any(len(ids) > 1 for ids in sequences.ids):
-        raise EvaluationError(
-            f"source {sequences.name!r} has no sequence of 2 tokens or more: nothing to predict."
-        )
+        raise EvaluationError(f"source {sequences.name!r} has no sequence of 2 tokens or more: nothing to predict.")
     check_vocabulary(sequences, model.get_input_embeddings().weight.shape[0])
     longest, positions = max(map(len, sequences.ids)), _max_positions(model)
     if positions is not None and longest > positions:
@@ -225,9 +221,7 @@ class TaskResult:
             "version": self.version,
             "fingerprint": self.fingerprint,
             "doc_ids": _to_ranges(self.doc_ids),
-            "correct": {
-                name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()
-            },
+            "correct": {name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()},
             "subtasks": list(self.subtasks),
             "group": self.group,
         }
@@ -240,9 +234,7 @@ class TaskResult:
                 **data,
                 "metrics": {name: Metric(**metric) for name, metric in data["metrics"].items()},
                 "doc_ids": tuple(_from_ranges(data["doc_ids"])),
-                "correct": {
-                    name: tuple(flag == "1" for flag in flags) for name, flags in data["correct"].items()
-                },
+                "correct": {name: tuple(flag == "1" for flag in flags) for name, flags in data["correct"].items()},
                 "subtasks": tuple(data["subtasks"]),
             }
         )
@@ -261,9 +253,7 @@ class LoadedTasks:
         if name in self.names:
             return None
         named = [self.groups[group] for group in self.names if group in self.groups]
-        within = {
-            group.name: {*_members(group), *(sub.name for sub in group.get_all_groups())} for group in named
-        }
+        within = {group.name: {*_members(group), *(sub.name for sub in group.get_all_groups())} for group in named}
         return next((group for group, names in within.items() if name in names), None)
 
 
@@ -347,9 +337,7 @@ def run_tasks(
                 task._instances = None  # the prompts with this model's answers
     results = {name: _task_result(name, task, raw, tasks) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
-    return results | {
-        name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()
-    }
+    return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
 
 
 class _TaskSources:
@@ -439,9 +427,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(
-            0
-        )  # lm-eval would add one that has no embedding
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return HFLM(
         pretrained=model,
@@ -461,9 +447,7 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
     for key, value in _figures(raw["results"][name]):
         metric, _, filter_name = key.partition(",")
         short = key.removesuffix(",none")
-        values = [
-            sample[metric] for sample in samples if sample["filter"] == filter_name and metric in sample
-        ]
+        values = [sample[metric] for sample in samples if sample["filter"] == filter_name and metric in sample]
         is_mean = aggregation.get(metric) is mean
         error = _standard_error_of_mean(values) if is_mean else None
         metrics[short] = Metric(value, error, higher_is_better.get(metric))
@@ -476,9 +460,7 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         documents=len(first_filter),
         num_fewshot=task.get_config("num_fewshot"),
         version=str(task.VERSION),
-        fingerprint=_digest(
-            part for s in first_filter for part in (s["doc_hash"], s["prompt_hash"], s["target_hash"])
-        ),
+        fingerprint=_digest(part for s in first_filter for part in (s["doc_hash"], s["prompt_hash"], s["target_hash"])),
         doc_ids=tuple(sample["doc_id"] for sample in first_filter),
         correct=correct,
         group=tasks.group_of(name),
@@ -764,9 +746,7 @@ def speed(
 
     prefill = {name: [prompt_BS.numel() / timings[name].prefill for timings in rounds] for name in models}
     decode = (
-        {name: [batch_size * steps / timings[name].decode for timings in rounds] for name in models}
-        if steps
-        else None
+        {name: [batch_size * steps / timings[name].decode for timings in rounds] for name in models} if steps else None
     )
     peaks = {name: max(timings[name].peak_memory or 0 for timings in rounds) for name in models}
     return Speed(
@@ -816,9 +796,7 @@ def _warm_up(models: Mapping[str, Any], prompt_BS: Tensor, new_tokens: int) -> s
         _time(model, prompt_BS, 0)
         try:
             _time(model, prompt_BS, new_tokens)
-        except (
-            Exception
-        ) as error:  # whatever third-party model code does not support shows here, and is reported
+        except Exception as error:  # whatever third-party model code does not support shows here, and is reported
             reason = reason or f"{name}: {type(error).__name__.removeprefix('_')}: {error}"
     return reason
 
@@ -867,9 +845,7 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
 
 
 def _fit_positions(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
-    positions = min(
-        (p for p in map(_max_positions, models) if p is not None), default=prompt_tokens + new_tokens
-    )
+    positions = min((p for p in map(_max_positions, models) if p is not None), default=prompt_tokens + new_tokens)
     new_tokens = max(1, min(new_tokens, positions // 2))
     return max(1, min(prompt_tokens, positions - new_tokens)), new_tokens
 

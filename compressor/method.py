@@ -6,7 +6,8 @@ A method goes through three steps. Each step takes only what the step before it 
     decide    `decide(layers, statistics)` is a pure function of the figures: no model, no data
     edit      `edit(moe, decision)` applies the decision to a live model, in place
 
-`check` comes before all of them and needs the model's config only. A method never runs the model and knows no other method.
+`check` comes before all of them and needs the model's config only. A method never runs the model and knows no other
+method.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from compressor.moe import MoELayer, MoEModel
 from compressor.statistics import Statistic
 
 Decision = dict[str, Any]
-"""What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original model."""
+"""What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original
+model.
+"""
 
 
 class Options(BaseModel):
@@ -83,8 +86,8 @@ class Method(ABC, Generic[OptionsT]):
     def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Mapping[str, Tensor]]) -> Decision:
         """Turn the figures into a decision.
 
-        `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same figures,
-        same decision.
+        `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same
+        figures, same decision.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Plugins: who offers which compression method.
 
-A plugin is a module with a function marked `@compressor.hookimpl`, announced under the entry-point group `compressor` of
-its distribution. The core knows no plugin by name: its own come through the same door.
+A plugin is a module with a function marked `@compressor.hookimpl`, announced under the entry-point group `compressor`
+of its distribution. The core knows no plugin by name: its own come through the same door.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Plugins:
 def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
     """Import every installed plugin but those named in `without`.
 
-    `found` replaces the installed entry points, for tests. Raises PluginError, naming plugin and distribution, for a plugin
-    that cannot be imported or offers no valid method, for equal names, and for an unknown name in `without`.
+    `found` replaces the installed entry points, for tests. Raises PluginError, naming plugin and distribution, for a
+    plugin that cannot be imported or offers no valid method, for equal names, and for an unknown name in `without`.
     """
     installed = sorted(entry_points(group=GROUP) if found is None else found, key=lambda entry: entry.name)
     _refuse_equal_names(installed)
@@ -76,7 +76,8 @@ def _refuse_equal_names(installed: Iterable[EntryPoint]) -> None:
         other = owners.setdefault(entry.name, entry)
         if (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
             raise PluginError(
-                f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and {entry.value} "
+                f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and "
+                f"{entry.value} "
                 f"(from {_distribution(entry)[0]}). Uninstall one of them."
             )
 
@@ -94,7 +95,7 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
             raise PluginError(f"{who}: its module {entry.value} is registered under another name too.")
         manager.register(module, name=entry.name)
         manager.check_pending()
-        answers = [
+        answers: list[Any] = [
             implementation.function()
             for implementation in manager.hook.compressor_methods.get_hookimpls()
             if implementation.plugin is module

@@ -125,17 +125,13 @@ def _one_method(value: Any) -> Any:
         raise ValueError(f"found {found}, expected one method with its options; begin each pass with `- `")
     [(method, options)] = value.items()
     if not isinstance(options, dict | None):
-        raise ValueError(
-            f"found {_in_yaml(options)} as the options of {method}, expected a mapping, such as {{}}"
-        )
+        raise ValueError(f"found {_in_yaml(options)} as the options of {method}, expected a mapping, such as {{}}")
     return {"method": method, "options": options or {}}
 
 
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(
-            f"found {device!r}, expected cpu, mps, cuda, or one GPU by its number such as cuda:0"
-        )
+        raise ValueError(f"found {device!r}, expected cpu, mps, cuda, or one GPU by its number such as cuda:0")
     return device
 
 
@@ -150,9 +146,7 @@ class Recipe(_Settings):
         default="cpu", description="where to compute: cpu, cuda, cuda:N or mps"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random"
-    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
     calibration: Calibration = Field(description="the text that the statistics are gathered on")
     passes: tuple[Annotated[PassSpec, BeforeValidator(_one_method)], ...] = Field(
         min_length=1, description="a list of methods with their options, applied in order"
@@ -251,9 +245,7 @@ def load_recipe(
     return LoadedRecipe(recipe, passes, document)
 
 
-def resolve_passes(
-    loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]]
-) -> tuple[ResolvedPass, ...]:
+def resolve_passes(loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]]) -> tuple[ResolvedPass, ...]:
     """Check every pass by its method's options and make the methods. Raises RecipeError with all mistakes."""
     passes = _resolve(loaded.document, methods)
     loaded.document.raise_mistakes()
@@ -389,9 +381,7 @@ class Document:
         if () in self._refused:
             self.raise_mistakes()
 
-    def _build(
-        self, node: yaml.Node, path: KeyPath, locate: _Locate, around: tuple[yaml.Node, ...] = ()
-    ) -> Any:
+    def _build(self, node: yaml.Node, path: KeyPath, locate: _Locate, around: tuple[yaml.Node, ...] = ()) -> Any:
         """Plain data from a node. Keeps the places; what is wrong becomes a mistake and a `_Refused`."""
         place = self._values[path] = locate(node.start_mark.line, node.start_mark.column)
         self._count(place)
@@ -402,9 +392,7 @@ class Document:
         if node.tag not in (_TAG + "seq", _TAG + "map"):
             return self._refuse(path, _unknown_tag(node))
         if isinstance(node, yaml.SequenceNode):
-            return [
-                self._build(item, (*path, i), locate, (*around, node)) for i, item in enumerate(node.value)
-            ]
+            return [self._build(item, (*path, i), locate, (*around, node)) for i, item in enumerate(node.value)]
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
             place = locate(key_node.start_mark.line, key_node.start_mark.column)
@@ -414,9 +402,7 @@ class Document:
                 self._mistakes.append(_Mistake(place, path, wrong))
             elif key in built:
                 first = self._keys[(*path, key)].text
-                self._mistakes.append(
-                    _Mistake(place, (*path, key), f"given twice, first at {first}; keep one")
-                )
+                self._mistakes.append(_Mistake(place, (*path, key), f"given twice, first at {first}; keep one"))
             else:
                 self._keys[(*path, key)] = place
                 built[key] = self._build(value_node, (*path, key), locate, (*around, node))
@@ -445,9 +431,7 @@ class Document:
     def _count(self, place: _Place) -> None:
         self._num_values += 1
         if self._num_values > MAX_VALUES:
-            message = (
-                f"expands to more than {MAX_VALUES:,} values; does an alias (*name) repeat other aliases?"
-            )
+            message = f"expands to more than {MAX_VALUES:,} values; does an alias (*name) repeat other aliases?"
             raise _UnreadableError(place, message)
 
     # From Python
@@ -512,9 +496,7 @@ class Document:
             name = _dotted(path) or "the recipe"
             if isinstance(value, list):
                 if not key.isdecimal():
-                    raise _UnreadableError(
-                        place, f"{name} is a list, expected a number from 0 after it, found {key!r}"
-                    )
+                    raise _UnreadableError(place, f"{name} is a list, expected a number from 0 after it, found {key!r}")
                 if int(key) >= len(value):
                     entries = "1 entry" if len(value) == 1 else f"{len(value)} entries"
                     raise _UnreadableError(place, f"{name} has {entries}, counted from 0")
@@ -579,9 +561,7 @@ def _compose(text: str, locate: _Locate) -> yaml.Node | None:
         node = loader.get_node() if loader.check_node() else None
         if loader.check_node():
             mark = loader.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise _UnreadableError(
-                locate(mark.line, mark.column), "a second document begins, expected only one"
-            )
+            raise _UnreadableError(locate(mark.line, mark.column), "a second document begins, expected only one")
         return node
     except yaml.reader.ReaderError as error:
         place = _end_of(text[: error.position], locate)

@@ -104,9 +104,7 @@ def print_plan(plan: Json, console: Console) -> None:
     _print_table(console, "Size", sizes)
     if plan.get("expert_parameters"):
         share = plan["expert_parameters"] / plan["parameters"]["before"]
-        console.print(
-            Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all.")
-        )
+        console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
     _print_notes(plan, console)
 
 
@@ -137,9 +135,7 @@ def print_inspection(info: Json, console: Console) -> None:
     )
     savings = _table(">experts", ">parameters", ">bytes", ">saved", ">of all")
     for count in sensible_counts(info["layers"]):
-        dropped = sum(
-            max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"]
-        )
+        dropped = sum(max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"])
         saved = round(dropped * info["expert_bytes"] / experts)
         numbers = (human_count(parameters - dropped), human_bytes(info["bytes"] - saved), human_bytes(saved))
         savings.add_row(*map(Text, (str(count), *numbers, f"{saved / info['bytes']:.1%}")))
@@ -206,9 +202,7 @@ def model_card(record: Json) -> str:
         "a pass needs it.",
     ]
     if versions := record.get("versions"):
-        parts.append(
-            "Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
-        )
+        parts.append("Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
 
 
@@ -463,9 +457,7 @@ def _short_labels(paths: Sequence[str]) -> tuple[str, dict[str, str]]:
     parts = [_split_path(path) for path in paths]
     if len({(before, after) for before, _, after in parts}) == 1 and parts[0][1] is not None:
         before, _, after = parts[0]
-        return f"{before}N{after}", {
-            path: str(number) for path, (_, number, _) in zip(paths, parts, strict=True)
-        }
+        return f"{before}N{after}", {path: str(number) for path, (_, number, _) in zip(paths, parts, strict=True)}
     return "layers", {path: path for path in paths}
 
 
@@ -560,7 +552,5 @@ def _human(count: float, units: Sequence[str]) -> str:
         if count < 999.5 or unit == units[-1]:
             break
         count /= 1000
-    decimals = (
-        0 if unit == units[0] else next((d for limit, d in ((9.995, 2), (99.95, 1)) if count < limit), 0)
-    )
+    decimals = 0 if unit == units[0] else next((d for limit, d in ((9.995, 2), (99.95, 1)) if count < limit), 0)
     return f"{count:.{decimals}f}{unit}"

@@ -45,9 +45,7 @@ class BaseSource(BaseModel):
 class DemoSource(BaseSource):
     """Text that every Python carries: `demo: code`, `prose`, `arithmetic`, or `mix` of the three."""
 
-    demo: Literal["code", "prose", "arithmetic", "mix"] = Field(
-        description="which text, or a mix of the three"
-    )
+    demo: Literal["code", "prose", "arithmetic", "mix"] = Field(description="which text, or a mix of the three")
     split: Split | None = Field(default=None, description="default: train to calibrate, held-out to evaluate")
 
     def _default_title(self) -> str:
@@ -124,8 +122,7 @@ class DatasetSource(BaseSource):
         for row in rows.shuffle(seed=seed, buffer_size=10_000):
             if not isinstance(row.get(self.field), str):
                 raise CalibrationError(
-                    f"dataset {self.dataset!r} has no text column {self.field!r}; "
-                    f"its columns are {sorted(row)}."
+                    f"dataset {self.dataset!r} has no text column {self.field!r}; its columns are {sorted(row)}."
                 )
             yield row[self.field]
 
@@ -152,9 +149,7 @@ class TokensSource(BaseSource):
             if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
                 raise CalibrationError(f'{self.tokens}:{number}: expected {{"input_ids": [token ids ≥ 0]}}.')
             if len(ids) < 2:
-                raise CalibrationError(
-                    f"{self.tokens}:{number}: a sequence needs at least 2 tokens, found {len(ids)}."
-                )
+                raise CalibrationError(f"{self.tokens}:{number}: a sequence needs at least 2 tokens, found {len(ids)}.")
             sequences.append(ids[: self.length])
         return sequences[: self.samples]
 
@@ -228,9 +223,7 @@ def _json_lines(path: Path, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CalibrationError(
-                f"{path}:{number}: not JSON: {error.msg} at column {error.colno}."
-            ) from error
+            raise CalibrationError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}.") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
         yield number, row

@@ -1,7 +1,7 @@
 """Figures gathered at MoE layers, and the file that keeps them.
 
-A statistic adds up one batch after another. What it returns are raw sums, one row per batch or one number per expert, so
-that figures of several files, processes or domains can be joined later.
+A statistic adds up one batch after another. What it returns are raw sums, one row per batch or one number per expert,
+so that figures of several files, processes or domains can be joined later.
 """
 
 from __future__ import annotations

@@ -146,9 +146,7 @@ def _source_files(split: Split) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     if not found:
-        raise CalibrationError(
-            f"demo text: no Python sources under {root}; install Python with its library's sources"
-        )
+        raise CalibrationError(f"demo text: no Python sources under {root}; install Python with its library's sources")
     return [
         path
         for name, path in sorted(found.items())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypedDict
 
@@ -137,14 +137,17 @@ def _code(split: Split, rng: random.Random) -> Iterator[_Draft]:
                 drafts.append((context, lines[index]))
     rng.shuffle(drafts)
     for context, right in drafts:
-        candidates = lines_by_indent[_indent(right)]
-        alike = [
-            line
-            for line in rng.sample(candidates, min(_NUM_CANDIDATES, len(candidates)))
-            if abs(len(line) - len(right)) <= 6 and not _words(line) & _words(context)
-        ]
-        if len(alike) >= NUM_DISTRACTORS:
-            yield context, f"{right}\n", [f"{line}\n" for line in alike[:NUM_DISTRACTORS]]
+        alike = _alike(right, context, lines_by_indent[_indent(right)], rng)
+        if len(alike) == NUM_DISTRACTORS:
+            yield context, f"{right}\n", [f"{line}\n" for line in alike]
+
+
+def _alike(right: str, context: str, candidates: Sequence[str], rng: random.Random) -> list[str]:
+    """Up to three of the candidates, as long as the right choice and without a word of the context."""
+    words = _words(context)
+    drawn = rng.sample(candidates, min(_NUM_CANDIDATES, len(candidates)))
+    fitting = (text for text in drawn if abs(len(text) - len(right)) <= 6 and not _words(text) & words)
+    return list(islice(fitting, NUM_DISTRACTORS))
 
 
 def _is_statement(line: str) -> bool:
@@ -161,23 +164,15 @@ def _indent(line: str) -> int:
 
 
 def _prose(split: Split, rng: random.Random) -> Iterator[_Draft]:
-    drafts: list[tuple[int, str, str]] = []
-    for number, passage in enumerate(islice(documents("prose", split), _PROSE_PASSAGES)):
-        drafts += [(number, *cut) for cut in _cuts(passage)]
+    passages = islice(documents("prose", split), _PROSE_PASSAGES)
+    drafts = [draft for passage in passages for draft in _cuts(passage)]
+    continuations = [continuation for _, continuation in drafts]
     rng.shuffle(drafts)
-    for number, context, right in drafts:
-        if not _words(right) & _words(context):
-            continue
-        others = [
-            draft for draft in rng.sample(drafts, min(_NUM_CANDIDATES, len(drafts))) if draft[0] != number
-        ]
-        alike = [
-            text
-            for _, _, text in others
-            if abs(len(text) - len(right)) <= 5 and not _words(text) & _words(context)
-        ]
-        if len(alike) >= NUM_DISTRACTORS:
-            yield context, right, alike[:NUM_DISTRACTORS]
+    for context, right in drafts:
+        if _words(right) & _words(context):
+            alike = _alike(right, context, continuations, rng)
+            if len(alike) == NUM_DISTRACTORS:
+                yield context, right, alike
 
 
 def _cuts(passage: str) -> Iterator[tuple[str, str]]:

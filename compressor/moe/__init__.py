@@ -1,11 +1,11 @@
 """The generic MoE adapter: the only package that knows transformers' conventions.
 
-    structure   everything that is indexed by expert, found by building the model twice on the meta device
-    probe       what a router returns, found by running it alone
-    routing     masking experts inside a router; the rule that turns logits into weights
-    tokens      what a statistic sees: the tokens of one batch at one layer
-    tap         watching a layer while the model runs
-    model       MoEModel: layers, masked, watched, keep
+structure   everything that is indexed by expert, found by building the model twice on the meta device
+probe       what a router returns, found by running it alone
+routing     masking experts inside a router; the rule that turns logits into weights
+tokens      what a statistic sees: the tokens of one batch at one layer
+tap         watching a layer while the model runs
+model       MoEModel: layers, masked, watched, keep
 """
 
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised

@@ -22,8 +22,8 @@ Kept = Mapping[str, Sequence[int]]
 class MoEModel:
     """A transformers model with its MoE layers found.
 
-    Nothing is changed until `keep` is called. Raises UnsupportedModelError where the structure cannot be understood: a dense
-    model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
+    Nothing is changed until `keep` is called. Raises UnsupportedModelError where the structure cannot be understood:
+    a dense model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
     """
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
@@ -34,13 +34,13 @@ class MoEModel:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        live = dict(self.model.named_parameters(remove_duplicate=False))
-        live |= dict(self.model.named_buffers(remove_duplicate=False))
+        live = dict(_tensors(self.model))
         for name, shape in self.structure.shapes.items():
             if name not in live or tuple(live[name].shape) != shape:
                 found = tuple(live[name].shape) if name in live else "nothing"
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__}: by its config {name} should be {shape}, found {found}. Was the model "
+                    f"{type(self.model).__name__}: by its config {name} should be {shape}, found {found}. Was the "
+                    f"model "
                     f"changed after it was loaded?"
                 )
 
@@ -125,7 +125,9 @@ def check_kept(layer: MoELayer, kept: Sequence[int]) -> list[int]:
     """The ids as an ascending list. Raises ValueError where this layer cannot keep exactly these experts."""
     ids = sorted({int(expert) for expert in kept})
     if len(ids) != len(kept) or (ids and not 0 <= ids[0] <= ids[-1] < layer.num_experts):
-        raise ValueError(f"{layer.path}: kept experts must be different ids from 0 to {layer.num_experts - 1}, got {kept}")
+        raise ValueError(
+            f"{layer.path}: kept experts must be different ids from 0 to {layer.num_experts - 1}, got {kept}"
+        )
     problem = count_problem(layer, len(ids))
     if problem:
         raise ValueError(f"{layer.path}: {problem}")
@@ -151,7 +153,8 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
         reason = f"cannot keep {num_kept} experts: each token chooses {layer.top_k}, and fewer than 2 is no choice"
     else:
         reason = (
-            f"cannot keep {num_kept} experts: its router chooses {layer.num_chosen_groups} of {layer.num_groups} groups, "
+            f"cannot keep {num_kept} experts: its router chooses {layer.num_chosen_groups} of {layer.num_groups} "
+            f"groups, "
             f"so the groups need equally many experts, at least 2 each, and at least {layer.top_k} in the chosen ones"
         )
     return f"{reason}. The nearest possible count is {nearest}"
@@ -172,7 +175,8 @@ def refuse_quantised(config: Any) -> None:
     if quantisation is not None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
-            f"{config.model_type}: the checkpoint is quantised ({kind}). Prune the unquantised checkpoint, then quantise "
+            f"{config.model_type}: the checkpoint is quantised ({kind}). Prune the unquantised checkpoint, then "
+            f"quantise "
             f"the result."
         )
 

@@ -20,9 +20,9 @@ _NUM_TOKENS = 24
 class RouterProbe:
     """What a router's forward answered.
 
-    `index_position` and `weights_position` tell where in its output tuple the chosen expert ids [T, K] and their weights
-    [T, K] are; both None where the router returns logits only and its block chooses. `top_k` is the number of experts
-    really chosen, which some classes fix whatever the config says.
+    `index_position` and `weights_position` tell where in its output tuple the chosen expert ids [T, K] and their
+    weights [T, K] are; both None where the router returns logits only and its block chooses. `top_k` is the number of
+    experts really chosen, which some classes fix whatever the config says.
     """
 
     class_name: str
@@ -49,7 +49,9 @@ def probe_router(router: nn.Module, num_experts: int, fallback_top_k: int | None
     returned = ", ".join(f"{t.dtype}{list(t.shape)}".removeprefix("torch.") for t in outputs if isinstance(t, Tensor))
     index = [i for i, t in enumerate(outputs) if _is_choice(t, num_experts) and not t.is_floating_point()]
     top_k = outputs[index[0]].shape[-1] if index else fallback_top_k
-    weights = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point() and _last(t) == top_k]
+    weights = [
+        i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point() and _last(t) == top_k
+    ]
     if not index or not weights:
         return RouterProbe(type(router).__name__, fallback_top_k, None, None, False, returned)
     return RouterProbe(
@@ -82,7 +84,9 @@ def _is_choice(value: object, num_experts: int) -> bool:
 
 
 def _uses_groups(router: nn.Module, hidden: Tensor, index: Tensor, position: int) -> bool:
-    """Whether the choice changes when all groups may be chosen: some classes carry group counts that they do not read."""
+    """Whether the choice changes when all groups may be chosen: some classes carry group counts that they do not
+    read.
+    """
     free = copy.deepcopy(router)
     for attribute, value in list(free.__dict__.items()):
         if type(value) is int and "group" in attribute:

@@ -89,7 +89,9 @@ def biases_masked(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterato
 
 
 def selection_biases(model: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear routers."""
+    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear
+    routers.
+    """
     for name, axis in layer.tensors.items():
         if name.startswith(layer.experts + ".") or "bias" not in name.rpartition(".")[2]:
             continue
@@ -115,12 +117,12 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
 
     def enter(module: nn.Module, args: Any) -> None:
         mode = RouterLogits(router_width(layer), dropped=dropped)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         active.append(mode)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         mode = active.pop()
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if mode.seen is None:
             raise UnsupportedModelError(
                 f"{layer.router}: saw no linear map with {router_width(layer)} outputs inside its forward, so experts "
@@ -135,7 +137,7 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
         for hook in hooks:
             hook.remove()
         while active:
-            active.pop().__exit__(None, None, None)
+            active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,9 @@ class RoutingRule:
     """A router's rule in closed form: weights are `scale × affinity`, over the sum of the chosen ones if `renormalise`.
 
     affinity = softmax, sigmoid or √softplus of the logits; the K experts with the largest `affinity + bias` are chosen.
-    Where softmax is not renormalised, dropping any expert rescales every token: its sum runs over the kept experts only.
-    Every router that fits was compared with the rule on calibration tokens, with all experts and with some masked.
+    Where softmax is not renormalised, dropping any expert rescales every token: its sum runs over the kept experts
+    only. Every router that fits was compared with the rule on calibration tokens, with all experts and with some
+    masked.
     """
 
     score: Score
@@ -192,7 +195,12 @@ Replay = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
 
 
 def fit_rule(
-    layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, biases: Sequence[Tensor], replay: Replay
+    layer: MoELayer,
+    logits_TE: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    biases: Sequence[Tensor],
+    replay: Replay,
 ) -> RoutingRule | None:
     """Find the closed form that explains what the router answered, or None where there is no such form.
 
@@ -206,7 +214,7 @@ def fit_rule(
         for bias in (None, *biases):
             for renormalise in (True, False):
                 rule = RoutingRule(score, renormalise, 1.0, None if bias is None else bias.double().flatten())
-                index, weights = rule.choose(logits_TE, layer.top_k)
+                _, weights = rule.choose(logits_TE, layer.top_k)
                 rule = RoutingRule(score, renormalise, _scale(weights_TK, weights), rule.bias)
                 if _agrees(rule, layer, logits_TE, given_TE, tolerance) and _agrees_masked(
                     rule, layer, logits_TE, replay, tolerance
@@ -239,9 +247,7 @@ def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Ten
     return bool(((difference_T <= limit) | tie_T).all()) and bool((difference_T <= limit).float().mean() >= 0.5)
 
 
-def _agrees_masked(
-    rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float
-) -> bool:
+def _agrees_masked(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float) -> bool:
     num_dropped = (layer.num_experts - layer.top_k + 1) // 2
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

@@ -2,11 +2,11 @@
 
 The model class is built twice on the meta device (no memory, no weights) from two configs that differ in ONE integer.
 A tensor dimension, an integer attribute or a list of child modules that changes with it is, by construction, indexed by
-expert. Which integer of the config is the number of experts is found the same way: it is the one whose change resizes both
-expert weights and router rows.
+expert. Which integer of the config is the number of experts is found the same way: it is the one whose change resizes
+both expert weights and router rows.
 
-Not covered yet, and refused by name: expert ids stored as values of integer tensors; experts without a router beside them;
-layers whose counts hang on different integers of the config.
+Not covered yet, and refused by name: expert ids stored as values of integer tensors; experts without a router beside
+them; layers whose counts hang on different integers of the config.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ModelFactory = Any
 class ExpertAxis:
     """One dimension of a tensor that is indexed by expert: its size is `stride × num_experts + extra`.
 
-    `stride` is 1 but for tensors that keep all experts flattened in one dimension; `extra` counts rows behind the experts'
-    own, which pruning leaves alone.
+    `stride` is 1 but for tensors that keep all experts flattened in one dimension; `extra` counts rows behind the
+    experts' own, which pruning leaves alone.
     """
 
     dim: int
@@ -51,8 +51,8 @@ class ExpertAxis:
 class MoELayer:
     """One MoE block of a model: where it is, how it routes, and everything in it that is indexed by expert.
 
-    `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is greater
-    than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
+    `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is
+    greater than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
     """
 
     path: str
@@ -125,8 +125,8 @@ def find_structure(factory: ModelFactory, config: Any) -> Structure:
     """Build the model on the meta device and find its MoE layers.
 
     `config` is not changed. Costs two builds per integer of the config that could be the number of experts (0.2 s for
-    Mixtral, 0.7 s for DeepSeek-V3). Raises UnsupportedModelError where there are no routed experts or something that hangs
-    on their number cannot be sliced.
+    Mixtral, 0.7 s for DeepSeek-V3). Raises UnsupportedModelError where there are no routed experts or something that
+    hangs on their number cannot be sliced.
     """
     name = getattr(config, "model_type", type(config).__name__)
     base_model = _build(factory, config)
@@ -146,7 +146,8 @@ def find_structure(factory: ModelFactory, config: Any) -> Structure:
     leaf, difference = found
     if difference.odd:
         raise UnsupportedModelError(
-            f"{name}: changing {leaf} changes the model in a way that cannot be sliced: {'; '.join(difference.odd[:3])}."
+            f"{name}: changing {leaf} changes the model in a way that cannot be sliced: "
+            f"{'; '.join(difference.odd[:3])}."
         )
     top_k_leaf = _find_integer(config, leaf, r"top_?k(?!.*group)|per_tok", base_model, factory)
     groups = tuple(
@@ -229,7 +230,9 @@ class _Difference:
     odd: list[str]
 
     def expert_weights(self, base: _Snapshot) -> set[str]:
-        """Paths of the modules that own expert weights: stacked in ≥ 3-D tensors, flattened, or one child per expert."""
+        """Paths of the modules that own expert weights: stacked in ≥ 3-D tensors, flattened, or one child per
+        expert.
+        """
         owners = {
             _parent(name)
             for name, axis in self.tensors.items()

@@ -31,7 +31,9 @@ _NUM_FITTING_TOKENS = 256
 
 @dataclass
 class RealTokens:
-    """Which tokens of the batch that is running are no padding: `mask_T` [B·S] bool. The walk sets it before each batch."""
+    """Which tokens of the batch that is running are no padding: `mask_T` [B·S] bool. The walk sets it before each
+    batch.
+    """
 
     mask_T: Tensor | None = None
 
@@ -82,7 +84,7 @@ class _Tap:
             for hook in hooks:
                 hook.remove()
             while self._modes:
-                self._modes.pop().__exit__(None, None, None)
+                self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _experts_installed(self) -> Any:
         raise NotImplementedError
@@ -92,14 +94,14 @@ class _Tap:
             return
         self._router_call = (args, kwargs)
         mode = RouterLogits(router_width(self.layer))
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes.append(mode)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._paused:
             return
         mode = self._modes.pop()
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if mode.seen is None:
             raise UnsupportedModelError(
                 f"{self.layer.router}: saw no linear map with {router_width(self.layer)} outputs inside its forward."
@@ -323,7 +325,8 @@ class _ListTap(_Tap):
                     self.rule, self.fitted = rule, True
                     return
         raise UnsupportedModelError(
-            f"{layer.path} ({type(block).__name__}): it chooses its experts by a rule that is neither softmax nor sigmoid "
+            f"{layer.path} ({type(block).__name__}): it chooses its experts by a rule that is neither softmax nor "
+            f"sigmoid "
             f"with top-{layer.top_k}, so its smaller versions cannot be computed; this needs a plugin."
         )
 

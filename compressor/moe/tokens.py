@@ -22,8 +22,8 @@ _MIN_CHUNK = 512
 class RankedChunk:
     """Some of the tokens with the outputs of their best-ranked experts.
 
-    `start` and `stop` are the chunk's place among the tokens. `order_cM` are expert ids, the K chosen ones first, then the
-    others by descending rank; `outputs_cMH` float32 is each one's output, not weighted.
+    `start` and `stop` are the chunk's place among the tokens. `order_cM` are expert ids, the K chosen ones first,
+    then the others by descending rank; `outputs_cMH` float32 is each one's output, not weighted.
     """
 
     start: int
@@ -82,10 +82,12 @@ class RoutedTokens:
     def order(self, num_ranks: int) -> Tensor:
         """[T, num_ranks] int64: the chosen experts first, the others by descending rank.
 
-        Ties with the last chosen expert are broken as the router itself broke them. Without a closed rule the others are
-        ranked by their logits, which is good enough only if all of them are looked at.
+        Ties with the last chosen expert are broken as the router itself broke them. Without a closed rule the others
+        are ranked by their logits, which is good enough only if all of them are looked at.
         """
-        ranking_TE = self.logits_TE.double() if self.rule is None else self.rule.ranking(self.rule.affinity(self.logits_TE))
+        ranking_TE = (
+            self.logits_TE.double() if self.rule is None else self.rule.ranking(self.rule.affinity(self.logits_TE))
+        )
         others_TE = ranking_TE.scatter(1, self.index_TK, float("-inf"))
         num_others = num_ranks - self.index_TK.shape[1]
         if num_others <= 0:
@@ -94,9 +96,14 @@ class RoutedTokens:
 
 
 def evaluate_stacked(
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_cH: Tensor, index_cM: Tensor, dtype: torch.dtype
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_cH: Tensor,
+    index_cM: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Outputs [c, M, H] of experts that are called as (hidden, ids [T, K], weights [T, K]): one pair per token and rank."""
+    """Outputs [c, M, H] of experts that are called as (hidden, ids [T, K], weights [T, K]): one pair per token and
+    rank.
+    """
     num_tokens, num_ranks = index_cM.shape
     pairs_PH = hidden_cH.repeat_interleave(num_ranks, dim=0)
     ones_P1 = torch.ones(len(pairs_PH), 1, dtype=dtype, device=hidden_cH.device)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from compressor_expert_pruning.method import ExpertPruning, ExpertPruningOptions
-
 from compressor import hookimpl
+from compressor_expert_pruning.method import ExpertPruning, ExpertPruningOptions
 
 __all__ = ["ExpertPruning", "ExpertPruningOptions"]
 

@@ -38,7 +38,8 @@ class ExpertPruningOptions(Options):
     """How many experts stay in every MoE layer: `keep` or `drop`, one of them."""
 
     keep: StrictInt | StrictFloat | None = Field(
-        default=None, description="experts to keep in every layer: a count (6), or a fraction between 0 and 1 (0.75)"
+        default=None,
+        description="experts to keep in every layer: a count (6), or a fraction between 0 and 1 (0.75)",
     )
     drop: StrictInt | None = Field(default=None, ge=1, description="experts to drop from every layer: a count")
     max_subsets: StrictInt = Field(
@@ -52,7 +53,9 @@ class ExpertPruningOptions(Options):
         if isinstance(self.keep, float) and not 0 < self.keep < 1:
             raise ValueError(f"found keep: {self.keep}; a fraction lies between 0 and 1, a count is a whole number")
         if isinstance(self.keep, int) and self.keep < 1:
-            raise ValueError(f"found keep: {self.keep}; keep at least 1 expert, and at least as many as a token chooses")
+            raise ValueError(
+                f"found keep: {self.keep}; keep at least 1 expert, and at least as many as a token chooses"
+            )
         return self
 
     def num_kept(self, num_experts: int) -> int:

@@ -4,16 +4,16 @@ Source: Lu et al., "Not All Experts are Equal", ACL 2024, arXiv 2402.14800, sect
 
     loss(S) = Σ_batches ‖ F(x; S) − F(x) ‖_Frobenius
 
-F(x; S) is the layer's routed output when the router cannot choose experts outside S. The paper runs the layer once per set.
-Here, with E_e(x) the output of expert e and w_e(S) its weight (0 if not chosen), a token's squared error is
+F(x; S) is the layer's routed output when the router cannot choose experts outside S. The paper runs the layer once
+per set. Here, with E_e(x) the output of expert e and w_e(S) its weight (0 if not chosen), a token's squared error is
 
     ‖ Σ_e w_e(S) E_e − Σ_e w_e E_e ‖²  =  δᵀ G δ        δ = w(S) − w,   G_ij = ⟨E_i(x), E_j(x)⟩
 
-and when d experts are dropped only a token's best K + d ranks can ever be chosen. So the outputs of these few give the loss
-of all sets. δ, not a difference of outputs: a token whose experts all stay adds exactly 0, so ties stay ties.
+and when d experts are dropped only a token's best K + d ranks can ever be chosen. So the outputs of these few give
+the loss of all sets. δ, not a difference of outputs: a token whose experts all stay adds exactly 0, so ties stay ties.
 
-Dimensions: c tokens, E experts, K chosen per token, M = min(E, K + d) ranks, P = C(M, K) possible choices among the ranks,
-S sets of kept experts, H hidden size.
+Dimensions: c tokens, E experts, K chosen per token, M = min(E, K + d) ranks, P = C(M, K) possible choices among the
+ranks, S sets of kept experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TOKENS_PER_LOOKUP = 16
 def num_subsets(layer: MoELayer, num_kept: int) -> int:
     """How many sets of `num_kept` experts the layer can keep; with groups, equally many of each group."""
     per_group = num_kept // layer.num_groups
-    return comb(layer.num_experts // layer.num_groups, per_group) ** layer.num_groups
+    return int(comb(layer.num_experts // layer.num_groups, per_group) ** layer.num_groups)
 
 
 def dropped_subsets(layer: MoELayer, num_kept: int) -> list[tuple[int, ...]]:
@@ -78,7 +78,9 @@ def ranks_needed(layer: MoELayer, num_kept: int) -> int:
 
 
 def _first_choices(num_ranks: int, choices_PK: Tensor) -> Tensor:
-    """[2^M]: for every mask of surviving ranks, which row of `choices_PK` are its first K ranks (0 if fewer survive)."""
+    """[2^M]: for every mask of surviving ranks, which row of `choices_PK` are its first K ranks (0 if fewer
+    survive).
+    """
     top_k = choices_PK.shape[1]
     bit_of_rank = 1 << torch.arange(num_ranks)
     masks = torch.arange(1 << num_ranks)
@@ -91,7 +93,9 @@ def _first_choices(num_ranks: int, choices_PK: Tensor) -> Tensor:
 
 
 def surviving_ranks(order_cM: Tensor, keep_SE: Tensor) -> Tensor:
-    """[c, S] int64: for every token and set, the bit mask of the token's ranks whose expert is kept. Exact up to M = 24."""
+    """[c, S] int64: for every token and set, the bit mask of the token's ranks whose expert is kept. Exact up to M =
+    24.
+    """
     powers = 2.0 ** torch.arange(order_cM.shape[1], device=order_cM.device)
     bit_cE = keep_SE.new_zeros(len(order_cM), keep_SE.shape[1]).scatter_(1, order_cM, powers.expand(order_cM.shape))
     return (bit_cE @ keep_SE.T).long()
