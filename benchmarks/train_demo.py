@@ -44,13 +44,9 @@ BETAS = (0.9, 0.95)
 def prepare(cache: Path) -> None:
     """Train the tokenizer on the train split and write the token ids of every domain and split."""
     texts = {
-        (domain, split): list(corpus.documents(domain, split))
-        for domain in corpus.DOMAINS
-        for split in corpus.SPLITS
+        (domain, split): list(corpus.documents(domain, split)) for domain in corpus.DOMAINS for split in corpus.SPLITS
     }
-    tokenizer = train_tokenizer(
-        [text for (_, split), docs in texts.items() if split == "train" for text in docs]
-    )
+    tokenizer = train_tokenizer([text for (_, split), docs in texts.items() if split == "train" for text in docs])
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(cache / "tokenizer")
     num_tokens = {}
@@ -112,9 +108,7 @@ def draw_batch(
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for parameters of shape [..., rows, columns]."""
 
-    def __init__(
-        self, params: list[torch.nn.Parameter], lr: float, momentum: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -147,9 +141,7 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 def muon_parameters(model: MixtralForCausalLM) -> list[torch.nn.Parameter]:
     """The layers' matrices, without the router's."""
     return [
-        p
-        for name, p in model.named_parameters()
-        if ".layers." in name and p.ndim > 1 and ".gate.weight" not in name
+        p for name, p in model.named_parameters() if ".layers." in name and p.ndim > 1 and ".gate.weight" not in name
     ]
 
 
@@ -294,9 +286,7 @@ def save(
     """Write the checkpoint in bfloat16, the tokenizer, and ``training.json``: how the model came about."""
     args.output.mkdir(parents=True, exist_ok=True)
     copy = MixtralForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(
-        {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    )
+    copy.load_state_dict({name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()})
     copy.generation_config = model.generation_config
     copy.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
@@ -307,9 +297,7 @@ def save(
     settings_file.write_text(json.dumps(tokenizer_settings, indent=2) + "\n")
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)"
-    settings = {
-        name: value for name, value in vars(args).items() if not isinstance(value, Path) and name != "run"
-    }
+    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path) and name != "run"}
     record = {
         "seed": args.seed,
         "settings": settings,
@@ -332,9 +320,7 @@ def save(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     preparing = commands.add_parser("prepare", help="train the tokenizer and tokenise the corpus")
     preparing.set_defaults(run=lambda args: prepare(args.cache))
@@ -356,9 +342,7 @@ def main() -> None:
     training.add_argument("--weight-decay", type=float, default=0.1)
     training.add_argument("--router-aux-loss-coef", type=float, default=0.02)
     training.add_argument("--experts-implementation", default=None, help="eager, batched_mm or grouped_mm")
-    training.add_argument(
-        "--report-every", type=float, default=0.05, help="fraction of the run between reports"
-    )
+    training.add_argument("--report-every", type=float, default=0.05, help="fraction of the run between reports")
     args = parser.parse_args()
     args.run(args)
 

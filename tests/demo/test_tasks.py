@@ -51,9 +51,7 @@ def test_choices_of_code_look_alike():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(
-        EvaluationError, match="no task 'demo_poetry'; known: demo_arithmetic, demo_code, demo_prose"
-    ):
+    with pytest.raises(EvaluationError, match="no task 'demo_poetry'; known: demo_arithmetic, demo_code, demo_prose"):
         build_documents("demo_poetry", "train")
     with pytest.raises(EvaluationError, match="100000 questions asked for, the held-out text gives"):
         build_documents("demo_prose", "held-out", 100_000)
@@ -69,6 +67,4 @@ def test_lm_eval_loads_a_task_with_its_training_documents():
     assert len(task.training_docs()) == len(task.test_docs()) == 400
     document = task.training_docs()[0]
     assert task.doc_to_text(document) == document["context"]
-    assert (
-        task.doc_to_choice(document)[task.doc_to_target(document)] == document["choices"][document["answer"]]
-    )
+    assert task.doc_to_choice(document)[task.doc_to_target(document)] == document["choices"][document["answer"]]
