@@ -4,7 +4,7 @@
     python benchmarks/train_demo.py train --minutes 30 --threads 1 --output compressor/demo/model
 
 ``prepare`` trains the tokenizer on the train split and writes it, with the token ids of both splits, to the
-cache folder. ``train`` makes a Mixtral from random weights. It runs on CPU and on CUDA; the learning rate
+cache folder. ``train`` makes a Mixtral from random weights. It ran on CPU, CUDA is untried; the learning rate
 follows the clock, so that a run of ``--minutes`` ends annealed on any machine (its figures depend on the
 speed).
 
@@ -149,7 +149,7 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Load balance of Switch Transformers (Fedus et al. 2021, equation 4), 1 when even, mean over the layers.
 
     transformers' own pools the layers before it compares experts, so that a layer's idle expert is excused by
-    a busy one of the same number elsewhere; with it several experts here were never chosen. The batch is a
+    a busy one of the same number elsewhere; with it several experts here were idle after four minutes. The batch is a
     mixture, so an expert may still serve one domain alone. ``router_logits``: [tokens, experts] of each.
     """
     losses = []
