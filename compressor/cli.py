@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from compressor._version import __version__
@@ -204,12 +203,15 @@ def _exit_status(arguments: list[str] | None) -> int:
     except CompressorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left under the output's name", file=sys.stderr)
         return 130
+    except Exception as error:
+        # wrong usage: click's own class, which lives in another place from one typer to the next
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            return 2
+        raise
     return status if isinstance(status, int) else 0
 
 

@@ -30,7 +30,7 @@ from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
 from compressor.checkpoint import Checkpoint, OutputFolder
 from compressor.environment import hardware, versions
-from compressor.errors import CalibrationError, RecipeError, VerificationError
+from compressor.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
 from compressor.method import Decision, OptionError, Plan
 from compressor.moe import MoELayer, MoEModel, Structure, find_structure, refuse_quantised
 from compressor.plugins import Plugins, load_plugins
@@ -363,12 +363,14 @@ class _Run:
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
     def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
-        with self._timed("load"):
-            found, preview, identity, shards_digest = self._prepare(given_model, folder)
-            tokenizer = (
-                given_tokenizer if given_tokenizer is not None or found is None else checkpoints.load_tokenizer(found)
-            )
+        with self._timed("check"):
+            found, preview, identity, digest = self._prepare(given_model, folder)
+        with self._timed("read text"):
+            tokenizer = given_tokenizer
+            if tokenizer is None and found is not None:
+                tokenizer = checkpoints.load_tokenizer(found)
             sources = self._read_sources(tokenizer, identity)
+        with self._timed("load"):
             moe = self._load(given_model, found, preview)
         for sequences in [*sources.calibration, *sources.perplexity]:
             check_vocabulary(sequences, _vocabulary(moe.model))
@@ -385,7 +387,7 @@ class _Run:
             after = self._evaluate(moe, tokenizer, sources, "after")
         record: dict[str, Any] = {
             "format": FORMAT,
-            "model": {"reference": self.recipe.model, "fingerprint": shards_digest, **identity},
+            "model": {"reference": self.recipe.model, "fingerprint": digest, **identity},
             "recipe": self.loaded.to_mapping(),
             "recipe_fingerprint": self.loaded.fingerprint,
             "seed": self.recipe.seed,
@@ -488,22 +490,21 @@ class _Run:
     def _read_sources(self, tokenizer: Any, identity: Mapping[str, Any], *, calibrate: bool = True) -> _Sources:
         recipe, seed = self.recipe, self.recipe.seed
         evaluation = recipe.evaluate
-        with self._timed("read text"):
-            data = recipe.calibration.data if calibrate else ()
-            calibration = [load_sequences(source, tokenizer, seed=seed) for source in data]
-            perplexity = [
-                load_sequences(source, tokenizer, seed=seed, split="held-out")
-                for source in (evaluation.perplexity if evaluation else ())
-            ]
-            tasks = None
-            if evaluation and evaluation.tasks:
-                self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
-                tasks = measure.load_tasks(
-                    evaluation.tasks,
-                    task_path=evaluation.task_path,
-                    num_fewshot=evaluation.num_fewshot,
-                    seed=seed,
-                )
+        data = recipe.calibration.data if calibrate else ()
+        calibration = [load_sequences(source, tokenizer, seed=seed) for source in data]
+        perplexity = [
+            load_sequences(source, tokenizer, seed=seed, split="held-out")
+            for source in (evaluation.perplexity if evaluation else ())
+        ]
+        tasks = None
+        if evaluation and evaluation.tasks:
+            self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
+            tasks = measure.load_tasks(
+                evaluation.tasks,
+                task_path=evaluation.task_path,
+                num_fewshot=evaluation.num_fewshot,
+                seed=seed,
+            )
         limit = identity["max_positions"]
         for sequences in calibration:
             longest = max(len(ids) for ids in sequences.ids)
@@ -621,6 +622,11 @@ def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, pro
     differences.
     """
     untouched = walk.logits(moe.model, probe)
+    if not torch.isfinite(untouched).all():
+        raise CheckpointError(
+            "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
+            f"last ones, such as the language-model head, are damaged, or too large for {untouched.dtype}."
+        )
     moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
     if not torch.equal(walk.logits(moe.model, probe), untouched):
         raise VerificationError(
