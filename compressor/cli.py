@@ -204,14 +204,15 @@ def _exit_status(arguments: list[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; nothing is left under the output's name", file=sys.stderr)
-        return 130
+        status = 130
     except Exception as error:
         # wrong usage: click's own class, which lives in another place from one typer to the next
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return 2
         raise
+    if status == 130:  # some typers raise at Ctrl-C, others answer with this status
+        print("interrupted; nothing is left under the output's name", file=sys.stderr)
     return status if isinstance(status, int) else 0
 
 
