@@ -119,12 +119,19 @@ class DatasetSource(BaseSource):
                 f"dataset {self.dataset!r} cannot be opened: {error}. Without a network, give a local "
                 f"folder, or use a `text:`, `jsonl:` or `demo:` source."
             ) from error
-        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+        for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=10_000)):
             if not isinstance(row.get(self.field), str):
                 raise CalibrationError(
                     f"dataset {self.dataset!r} has no text column {self.field!r}; its columns are {sorted(row)}."
                 )
             yield row[self.field]
+
+    def _rows_read(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows; streaming meets damaged files and lost connections only here."""
+        try:
+            yield from rows
+        except Exception as error:  # every format has its own kinds
+            raise CalibrationError(f"dataset {self.dataset!r} cannot be read: {error}") from error
 
 
 class TokensSource(BaseSource):
@@ -146,7 +153,7 @@ class TokensSource(BaseSource):
         sequences = []
         for number, row in _json_lines(self.tokens, self.title):
             ids = row.get("input_ids")
-            if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
                 raise CalibrationError(f'{self.tokens}:{number}: expected {{"input_ids": [token ids ≥ 0]}}.')
             if len(ids) < 2:
                 raise CalibrationError(f"{self.tokens}:{number}: a sequence needs at least 2 tokens, found {len(ids)}.")
@@ -224,6 +231,8 @@ def _json_lines(path: Path, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}.") from error
+        except RecursionError as error:
+            raise CalibrationError(f"{path}:{number}: not a document: nested too deeply.") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
         yield number, row
