@@ -148,6 +148,9 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
     possible = [count for count in range(2, layer.num_experts + 1) if _count_works(layer, count)]
     if num_kept in possible:
         return None
+    if not possible:
+        groups = f" in {layer.num_groups} groups of at least 2" if layer.num_groups > 1 else ""
+        return f"none of its {layer.num_experts} experts can go: each token chooses {layer.top_k}{groups}"
     nearest = min(possible, key=lambda count: (abs(count - num_kept), count))
     if num_kept < max(2, layer.top_k):
         reason = f"cannot keep {num_kept} experts: each token chooses {layer.top_k}, and fewer than 2 is no choice"
