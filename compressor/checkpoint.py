@@ -11,15 +11,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe import ConfigLeaf
@@ -49,6 +52,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
+
+_T = TypeVar("_T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,11 @@ def load_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     raw = read_config(checkpoint.folder)
-    if "auto_map" in raw and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
+    code = raw.get("auto_map")
+    if code and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
         raise CheckpointError(
             f"{checkpoint.reference}: the model's code comes with its checkpoint "
-            f"({raw['auto_map'].get('AutoConfig')}). It "
+            f"({code.get('AutoConfig') if isinstance(code, dict) else code}). It "
             f"runs only with `trust_remote_code: true` in the recipe, or --trust-remote-code; read it first."
         )
     try:
@@ -144,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no config.json, so this is no checkpoint.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
@@ -198,7 +204,9 @@ def verify_files(folder: Path) -> list[Shard]:
         try:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("`weight_map` does not map names of tensors to names of files")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index_path}: cannot be read as an index of shards: {error}") from error
     elif (folder / _SINGLE).exists():
         weight_map, names = None, [_SINGLE]
@@ -288,17 +296,20 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
         experts = getattr(like.config, "_experts_implementation", None)
         extra |= {"experts_implementation": experts} if experts else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=checkpoint.trust_remote_code,
-            output_loading_info=True,
-            use_safetensors=True,
-            **extra,
-        )
-    except Exception as error:  # many kinds: size mismatches, unreadable files, code that comes with the model
-        raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {error}") from error
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=checkpoint.trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
+                **extra,
+            )
+    except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
+        why = _uneven_experts(verify_files(checkpoint.folder)) or error
+        raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     _refuse_bad_keys(checkpoint, info)
     try:
         return model.eval().to(device)
@@ -306,8 +317,37 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
 
 
+def _uneven_experts(shards: list[Shard]) -> str | None:
+    """Which expert lacks a tensor that the others have, or has another than they; as far as names on disk tell."""
+    experts: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for name, (_, shape) in (entry for shard in shards for entry in shard.tensors.items()):
+        parts = re.fullmatch(r"(.*experts)\.(\d+)\.(.+)", name)
+        if parts:
+            experts.setdefault((parts[1], parts[3]), {})[parts[2]] = shape
+    if not experts:
+        return None
+    usual_ids = _most_common(frozenset(shapes) for shapes in experts.values())
+    for (block, leaf), shapes in experts.items():
+        for expert in sorted(usual_ids ^ shapes.keys(), key=int):
+            problem = "is missing" if expert in usual_ids else "belongs to no expert that is whole"
+            return f"{block}.{expert}.{leaf} {problem}."
+        usual = _most_common(shapes.values())
+        for expert, shape in shapes.items():
+            if shape != usual:
+                return f"{block}.{expert}.{leaf} is {list(shape)}, that of the other experts {list(usual)}."
+    return None
+
+
+def _most_common(values: Iterable[_T]) -> _T:
+    [(value, _)] = Counter(values).most_common(1)
+    return value
+
+
 def _refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(
+        f"{name} ({list(found)}, by its config {list(expected)})" for name, found, expected in info["mismatched_keys"]
+    )
     unexpected = sorted(key for key in info["unexpected_keys"])
     for kind, keys in (
         ("are missing from", missing),
@@ -358,20 +398,26 @@ class OutputFolder:
         self.path = target.parent / f".{target.name}.partial-{os.getpid()}"
 
     def __enter__(self) -> OutputFolder:
-        if self.target.exists() and not self.overwrite:
-            raise CheckpointError(
-                f"{self.target} exists already. Choose another output, or pass --overwrite to replace it."
-            )
-        if self.target.exists() and not (self.target.is_dir() and (self.target / "compressor").is_dir()):
-            raise CheckpointError(
-                f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
-            )
         try:
+            self._refuse_existing()
             self.path.mkdir(parents=True)
             (self.path / "compressor").mkdir()
         except OSError as error:
             raise CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.") from error
         return self
+
+    def _refuse_existing(self) -> None:
+        exists = self.target.exists()
+        if exists and not self.overwrite:
+            raise CheckpointError(
+                f"{self.target} exists already. Choose another output, or pass --overwrite to replace it."
+            )
+        if self.target.is_symlink():
+            raise CheckpointError(f"{self.target} is a link. Give the folder that it should lead to as the output.")
+        if exists and not (self.target / "compressor").is_dir():
+            raise CheckpointError(
+                f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
+            )
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -406,12 +452,19 @@ def disk_errors_named(target: Path) -> Iterator[None]:
     """Turn the system's errors about writing into a CheckpointError that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         raise CheckpointError(
-            f"{target}: writing failed: {error.strerror}. Nothing is left under that name."
+            f"{target}: writing failed: {os.strerror(number)}. Nothing is left under that name."
         ) from error
+
+
+def _errno_in(message: str) -> int | None:
+    """Safetensors wraps the system's errors, and only its text tells which: `… (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)", message)
+    return int(found[1]) if found else None
 
 
 def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mapping[ConfigLeaf, int]) -> None:
@@ -421,7 +474,7 @@ def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mappi
     (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
     written.
     """
-    with _without_progress_bars():
+    with _quiet_transformers():
         model.save_pretrained(folder)
     written = read_config(folder)
     raw = read_config(source) if source else dict(written)
@@ -467,14 +520,17 @@ def _carry_over(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
+    """No bars, and no reports on what we look at, and refuse, ourselves."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             with suppress(AttributeError):
                 logging.enable_progress_bar()
