@@ -251,6 +251,7 @@ def apply_decision(
     """Apply a decision.json, or a record.json, to the original model: edit, save, load again and compare."""
     progress = progress or Progress()
     passes = _read_decision(decision_file)
+    _refuse_output_over_input(output, model_reference)
     available = load_plugins().methods
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
         found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
@@ -273,6 +274,12 @@ def apply_decision(
         save_verified(moe, found, folder, probe)
         _write_json(folder.path / "compressor" / DECISION, {"format": FORMAT, "passes": passes})
         folder.finish()
+
+
+def _refuse_output_over_input(output: Path, reference: str) -> None:
+    source = Path(reference).expanduser()
+    if reference and source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
 
 
 def _read_decision(path: Path) -> list[dict[str, Any]]:
@@ -344,17 +351,14 @@ class _Run:
         """All steps, within the output's hidden folder if there is an output."""
         if self.recipe.output is None:
             return self._run(model, tokenizer, None)
-        self._refuse_output_over_input(self.recipe.output)
+        _refuse_output_over_input(self.recipe.output, self.recipe.model)
+        if model is not None:
+            _refuse_output_over_input(self.recipe.output, model.config._name_or_path or "")
         with OutputFolder(self.recipe.output, overwrite=overwrite) as folder:
             with checkpoints.disk_errors_named(folder.target):
                 result = self._run(model, tokenizer, folder)
                 folder.finish()
             return dataclasses.replace(result, folder=folder.target)
-
-    def _refuse_output_over_input(self, output: Path) -> None:
-        source = Path(self.recipe.model).expanduser()
-        if source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
-            raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
