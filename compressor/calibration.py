@@ -12,6 +12,7 @@ blending of domains.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CalibrationError
-from compressor.sources import BaseSource, Source, Split, TokensSource
+from compressor.sources import BaseSource, DemoSource, Source, Split, TokensSource
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def load_sequences(source: Source, tokenizer: Any | None, *, seed: int, split: S
                 f"calibration source {source.title!r} is text, but the model's folder has no tokenizer. "
                 f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
             )
-        ids = _pack(source, tokenizer, source.documents(seed=seed, split=split))
+        parts = source.parts() if isinstance(source, DemoSource) else [source]
+        packed = [_pack(part, tokenizer, part.documents(seed=seed, split=split)) for part in parts]
+        ids = [sequence for turn in itertools.zip_longest(*packed) for sequence in turn if sequence is not None]
     return Sequences(source.title, tuple(ids), fingerprint(ids))
 
 

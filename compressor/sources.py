@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,13 +52,23 @@ class DemoSource(BaseSource):
         return f"demo:{self.demo}"
 
     def documents(self, *, seed: int, split: Split) -> Iterable[str]:
-        """Documents of the split, shuffled by `seed`; `mix` takes the domains in turn."""
-        from compressor.demo.corpus import DOMAINS, documents
+        """One domain's documents of the split, shuffled by `seed`; a `mix` is read through its `parts`."""
+        from compressor.demo.corpus import documents
 
-        split = self.split or split
+        assert self.demo != "mix"
+        return _shuffled(documents(self.demo, self.split or split), seed)
+
+    def parts(self) -> list[DemoSource]:
+        """One source for each domain, with equal shares of the sequences: the first ones get what is left over."""
+        from compressor.demo.corpus import DOMAINS
+
         domains = DOMAINS if self.demo == "mix" else (self.demo,)
-        shuffled = [_shuffled(documents(domain, split), seed) for domain in domains]
-        return shuffled[0] if len(shuffled) == 1 else _in_turn(shuffled)
+        shares = [self.samples // len(domains) + (i < self.samples % len(domains)) for i in range(len(domains))]
+        return [
+            self.model_copy(update={"demo": domain, "samples": share, "name": self.title})
+            for domain, share in zip(domains, shares, strict=True)
+            if share
+        ]
 
 
 class TextSource(BaseSource):
@@ -199,19 +209,6 @@ def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
     texts = list(texts)
     random.Random(seed).shuffle(texts)
     return texts
-
-
-def _in_turn(streams: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Take from the streams so that each has given about the same number of characters at any time."""
-    given = [0] * len(streams)
-    position = [0] * len(streams)
-    while any(p < len(stream) for p, stream in zip(position, streams, strict=True)):
-        open_streams = [i for i, stream in enumerate(streams) if position[i] < len(stream)]
-        i = min(open_streams, key=given.__getitem__)
-        text = streams[i][position[i]]
-        given[i] += len(text)
-        position[i] += 1
-        yield text
 
 
 def _read_text(path: Path, title: str) -> str:
