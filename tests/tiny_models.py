@@ -53,7 +53,15 @@ _DEEPSEEK = _LATENT_ATTENTION | {
 }
 _QWEN = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}
 
-_NO_ROPE_SCALING = {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
 
 # name → (model type, settings)
 _NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,7 +81,7 @@ _NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
         _DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     ),
     "deepseek_v3": ("deepseek_v3", _DEEPSEEK | {"n_group": 2, "topk_group": 1}),
-    "gpt_oss": ("gpt_oss", {"intermediate_size": 24, "num_local_experts": 8, "head_dim": 8} | _NO_ROPE_SCALING),
+    "gpt_oss": ("gpt_oss", {"intermediate_size": 24, "num_local_experts": 8, "head_dim": 8, "rope_parameters": _YARN}),
     "glm4_moe": ("glm4_moe", _DEEPSEEK | {"n_group": 1, "topk_group": 1}),
 }
 _REMOTE = {"mixtral4": "mixtral4", "deepseek4": "deepseek4"}
@@ -167,6 +175,12 @@ def tiny_model(name: str, dtype: str = "float32") -> Any:
 def token_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64."""
     return torch.randint(2, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def keep_six(moe: Any) -> dict[str, list[int]]:
+    """Six of eight experts, others in every layer, three of each half (for routers that choose among two groups)."""
+    kept = ([0, 2, 3, 5, 6, 7], [1, 2, 3, 4, 5, 7], [0, 1, 3, 4, 6, 7])
+    return {layer.path: kept[number] for number, layer in enumerate(moe.layers)}
 
 
 def write_token_file(path: Path, rows: list[list[int]]) -> Path:

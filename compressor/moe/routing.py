@@ -121,15 +121,17 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
         active.append(mode)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not active:
+            return
         mode = active.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if mode.seen is None:
+        if output is not None and mode.seen is None:  # no output: the forward has failed, and says why itself
             raise UnsupportedModelError(
                 f"{layer.router}: saw no linear map with {router_width(layer)} outputs inside its forward, so experts "
                 f"cannot be masked."
             )
 
-    hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave)]
+    hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
     try:
         with biases_masked(model, layer, dropped):
             yield

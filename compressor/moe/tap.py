@@ -75,7 +75,7 @@ class _Tap:
         """Listen to the router and the experts within the context; the model is left as it was."""
         hooks = [
             self.router.register_forward_pre_hook(self._before_router, with_kwargs=True),
-            self.router.register_forward_hook(self._after_router),
+            self.router.register_forward_hook(self._after_router, always_call=True),
         ]
         try:
             with self._experts_installed():
@@ -98,10 +98,12 @@ class _Tap:
         self._modes.append(mode)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._paused:
+        if self._paused or not self._modes:
             return
         mode = self._modes.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if output is None:  # the forward has failed, and says why itself
+            return
         if mode.seen is None:
             raise UnsupportedModelError(
                 f"{self.layer.router}: saw no linear map with {router_width(self.layer)} outputs inside its forward."
@@ -194,11 +196,14 @@ class _StackedTap(_Tap):
             output[~mask_T] = original(hidden[~mask_T], index[~mask_T], weights[~mask_T])
             return output
 
+        had_its_own = experts.__dict__.get("forward")  # accelerate, for one, wraps forward on the instance
         experts.forward = forward
         try:
             yield
         finally:
             del experts.forward
+            if had_its_own is not None:
+                experts.forward = had_its_own
 
     def _call(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         values = [*args, *kwargs.values()]
