@@ -106,22 +106,22 @@ def check(
 ) -> None:
     """Say whether a recipe can work for its model, and what will be kept and dropped. Reads no weights."""
     _calm()
-    from compressor import engine, report
+    from compressor import plan, report
     from compressor.plugins import load_plugins
     from compressor.recipe import load_recipe
 
     methods = load_plugins(without or []).methods
     loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
-    report.print_plan(engine.check(loaded).plan, _console())
+    report.print_plan(plan.check(loaded).plan, _console())
 
 
 @app.command()
 def inspect(model: ModelArgument, trust_remote_code: TrustOption = False) -> None:
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
     _calm()
-    from compressor import engine, report
+    from compressor import plan, report
 
-    report.print_inspection(engine.inspect(model, trust_remote_code=trust_remote_code), _console())
+    report.print_inspection(plan.inspect(model, trust_remote_code=trust_remote_code), _console())
 
 
 @app.command()

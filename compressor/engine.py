@@ -26,13 +26,13 @@ from torch import Tensor
 
 from compressor import checkpoint as checkpoints
 from compressor import evaluate as measure
-from compressor import walk
+from compressor import plan, walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
 from compressor.checkpoint import Checkpoint, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
-from compressor.method import Decision, OptionError, Plan
-from compressor.moe import MoELayer, MoEModel, Structure, find_structure, refuse_quantised
+from compressor.method import Decision
+from compressor.moe import MoEModel, find_structure, refuse_quantised
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
@@ -110,114 +110,6 @@ def load(
             method = methods[done["method"]]
             method(method.options_type.model_validate(done["options"])).restore(moe, done["decision"])
     return model, checkpoints.load_tokenizer(found)
-
-
-# Before any weight is read ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `report.print_plan`
-    takes.
-    """
-
-    checkpoint: Checkpoint
-    structure: Structure
-    bytes_after: int
-    plan: dict[str, Any]
-
-
-def check(loaded: LoadedRecipe) -> Preview:
-    """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
-    recipe = loaded.recipe
-    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
-    config = checkpoints.load_config(found)
-    refuse_quantised(config)
-    structure = find_structure(checkpoints.model_class(found, config), config)
-    return _preview(loaded, found, config, structure)
-
-
-def _preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Structure) -> Preview:
-    layers, notes = structure.layers, list[str]()
-    for resolved in loaded.passes:
-        plan = check_pass(loaded, resolved, layers)
-        layers = tuple(
-            dataclasses.replace(layer, num_experts=plan.num_kept.get(layer.path, layer.num_experts)) for layer in layers
-        )
-        notes += plan.notes
-    dtype = _dtype(loaded.recipe.dtype, config)
-    dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
-    removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
-    before, after = structure.num_parameters, structure.num_parameters - removed
-    plan_json = {
-        "model": found.reference,
-        "architecture": _architecture(config),
-        "dtype": str(dtype).removeprefix("torch."),
-        "layers": [
-            {
-                "path": layer.path,
-                "num_experts": layer.num_experts,
-                "top_k": layer.top_k,
-                "kept": layer.num_experts - dropped[layer.path],
-                "dropped": dropped[layer.path],
-            }
-            for layer in structure.layers
-        ],
-        "parameters": {"before": before, "after": after},
-        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
-        "bytes": {"before": before * dtype.itemsize, "after": after * dtype.itemsize},
-        "notes": notes,
-    }
-    return Preview(found, structure, after * dtype.itemsize, plan_json)
-
-
-def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
-    """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
-    try:
-        return resolved.method.check(layers)
-    except OptionError as error:
-        raise loaded.error((*resolved.path, error.option), str(error)) from error
-
-
-def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
-    found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
-    config = checkpoints.load_config(found)
-    structure = find_structure(checkpoints.model_class(found, config), config)
-    dtype = _dtype("auto", config)
-    experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
-    fixed = [] if structure.top_k_leaf else ["the number of experts per token is fixed by the model's code"]
-    return {
-        "model": reference,
-        "architecture": _architecture(config),
-        "dtype": str(dtype).removeprefix("torch."),
-        "layers": [
-            {
-                "path": layer.path,
-                "num_experts": layer.num_experts,
-                "top_k": layer.top_k,
-                "router": layer.router_kind,
-                "parameters_per_expert": layer.parameters_per_expert,
-            }
-            for layer in structure.layers
-        ],
-        "parameters": structure.num_parameters,
-        "bytes": structure.num_parameters * dtype.itemsize,
-        "expert_parameters": experts,
-        "expert_bytes": experts * dtype.itemsize,
-        "notes": [f"the expert count is `{structure.num_experts_leaf}` in config.json", *fixed],
-    }
-
-
-def _dtype(wanted: str, config: Any) -> torch.dtype:
-    if wanted != "auto":
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
-    found = getattr(config, "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _architecture(config: Any) -> str:
-    return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 # Parts of a run on their own -------------------------------------------------------------------------------
@@ -454,7 +346,7 @@ class _Run:
 
     def _prepare(
         self, given_model: Any, folder: OutputFolder | None, *, with_passes: bool = True
-    ) -> tuple[Checkpoint | None, Preview, dict[str, Any], str | None]:
+    ) -> tuple[Checkpoint | None, plan.Preview, dict[str, Any], str | None]:
         """Everything that can be known, or refused, before weights are read."""
         if given_model is not None:
             refuse_quantised(given_model.config)
@@ -463,10 +355,10 @@ class _Run:
             is_folder = given_model.config._name_or_path and (source / "config.json").exists()
             found = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code) if is_folder else None
             shown = found or Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
-            preview = _preview(self.loaded, shown, given_model.config, structure)
+            preview = plan.preview(self.loaded, shown, given_model.config, structure)
             config, digest = given_model.config, None
         else:
-            preview = check(self.loaded if with_passes else dataclasses.replace(self.loaded, passes=()))
+            preview = plan.check(self.loaded if with_passes else dataclasses.replace(self.loaded, passes=()))
             found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             config = checkpoints.load_config(found)
@@ -475,14 +367,14 @@ class _Run:
         layer_kinds = sorted({layer.router_kind for layer in preview.structure.layers})
         text_config = config.get_text_config()
         identity = {
-            "architecture": _architecture(config),
+            "architecture": plan.architecture(config),
             "model_type": config.model_type,
             "routers": layer_kinds,
             "max_positions": getattr(text_config, "max_position_embeddings", None),
         }
         return found, preview, identity, digest
 
-    def _load(self, given_model: Any, found: Checkpoint | None, preview: Preview) -> MoEModel:
+    def _load(self, given_model: Any, found: Checkpoint | None, preview: plan.Preview) -> MoEModel:
         if given_model is not None:
             return MoEModel(copy.deepcopy(given_model).eval(), preview.structure)
         assert found is not None

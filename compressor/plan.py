@@ -1,0 +1,121 @@
+"""What a recipe will do, and what a model is made of, from config and recipe alone: no weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor import checkpoint as checkpoints
+from compressor.checkpoint import Checkpoint
+from compressor.method import OptionError, Plan
+from compressor.moe import MoELayer, Structure, find_structure, refuse_quantised
+from compressor.recipe import LoadedRecipe, ResolvedPass
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `report.print_plan`
+    takes.
+    """
+
+    checkpoint: Checkpoint
+    structure: Structure
+    bytes_after: int
+    plan: dict[str, Any]
+
+
+def check(loaded: LoadedRecipe) -> Preview:
+    """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
+    recipe = loaded.recipe
+    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+    config = checkpoints.load_config(found)
+    refuse_quantised(config)
+    structure = find_structure(checkpoints.model_class(found, config), config)
+    return preview(loaded, found, config, structure)
+
+
+def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Structure) -> Preview:
+    layers, notes = structure.layers, list[str]()
+    for resolved in loaded.passes:
+        plan = check_pass(loaded, resolved, layers)
+        layers = tuple(
+            dataclasses.replace(layer, num_experts=plan.num_kept.get(layer.path, layer.num_experts)) for layer in layers
+        )
+        notes += plan.notes
+    dtype = _dtype(loaded.recipe.dtype, config)
+    dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
+    removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
+    before, after = structure.num_parameters, structure.num_parameters - removed
+    plan_json = {
+        "model": found.reference,
+        "architecture": architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "kept": layer.num_experts - dropped[layer.path],
+                "dropped": dropped[layer.path],
+            }
+            for layer in structure.layers
+        ],
+        "parameters": {"before": before, "after": after},
+        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
+        "bytes": {"before": before * dtype.itemsize, "after": after * dtype.itemsize},
+        "notes": notes,
+    }
+    return Preview(found, structure, after * dtype.itemsize, plan_json)
+
+
+def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
+    """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
+    try:
+        return resolved.method.check(layers)
+    except OptionError as error:
+        raise loaded.error((*resolved.path, error.option), str(error)) from error
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
+    found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
+    config = checkpoints.load_config(found)
+    structure = find_structure(checkpoints.model_class(found, config), config)
+    dtype = _dtype("auto", config)
+    experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
+    fixed = [] if structure.top_k_leaf else ["the number of experts per token is fixed by the model's code"]
+    return {
+        "model": reference,
+        "architecture": architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "router": layer.router_kind,
+                "parameters_per_expert": layer.parameters_per_expert,
+            }
+            for layer in structure.layers
+        ],
+        "parameters": structure.num_parameters,
+        "bytes": structure.num_parameters * dtype.itemsize,
+        "expert_parameters": experts,
+        "expert_bytes": experts * dtype.itemsize,
+        "notes": [f"the expert count is `{structure.num_experts_leaf}` in config.json", *fixed],
+    }
+
+
+def _dtype(wanted: str, config: Any) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def architecture(config: Any) -> str:
+    return str((getattr(config, "architectures", None) or [config.model_type])[0])
