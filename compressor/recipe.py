@@ -130,8 +130,8 @@ def _one_method(value: Any) -> Any:
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"found {device!r}, expected cpu, mps, cuda, or one GPU by its number such as cuda:0")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"found {device!r}, expected cpu, cuda, or one GPU by its number such as cuda:0")
     return device
 
 
@@ -143,7 +143,7 @@ class Recipe(_Settings):
         default="auto", description="number format to load the weights in; auto is the checkpoint's own"
     )
     device: Annotated[str, AfterValidator(_known_device)] = Field(
-        default="cpu", description="where to compute: cpu, cuda, cuda:N or mps"
+        default="cpu", description="where to compute: cpu, cuda or cuda:N"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
     seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
