@@ -145,6 +145,8 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
     """Why a layer cannot keep so many experts, in words with the nearest possible count; None where it can."""
     if num_kept > layer.num_experts:
         return f"it has {layer.num_experts} experts and cannot keep {num_kept}"
+    if num_kept == layer.num_experts:
+        return None
     possible = [count for count in range(2, layer.num_experts + 1) if _count_works(layer, count)]
     if num_kept in possible:
         return None
@@ -178,7 +180,7 @@ def refuse_quantised(config: Any) -> None:
     if quantisation is not None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
-            f"{config.model_type}: the checkpoint is quantised ({kind}). Prune the unquantised checkpoint, then "
+            f"{config.model_type}: the checkpoint is quantised ({getattr(kind, 'value', kind)}). Prune the unquantised checkpoint, then "
             f"quantise "
             f"the result."
         )

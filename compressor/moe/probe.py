@@ -84,12 +84,16 @@ def _is_choice(value: object, num_experts: int) -> bool:
 
 
 def _uses_groups(router: nn.Module, hidden: Tensor, index: Tensor, position: int) -> bool:
-    """Whether the choice changes when all groups may be chosen: some classes carry group counts that they do not
-    read.
+    """Whether the router reads its group counts at all: some classes carry them and never look.
+
+    Asked by giving it counts that no router can divide its experts by, not by whether groups limited this choice: with
+    all groups chosen they limit nothing, and the router still cuts its experts into groups of equal size.
     """
-    free = copy.deepcopy(router)
-    for attribute, value in list(free.__dict__.items()):
+    impossible = copy.deepcopy(router)
+    for attribute, value in list(impossible.__dict__.items()):
         if type(value) is int and "group" in attribute:
-            setattr(free, attribute, 1)
-    outputs = _call(free, hidden)
+            setattr(impossible, attribute, 10**6)
+    outputs = _call(impossible, hidden)
+    if not isinstance(outputs, tuple) or len(outputs) <= position or not isinstance(outputs[position], Tensor):
+        return True
     return not torch.equal(index.sort(-1).values, outputs[position].sort(-1).values)
