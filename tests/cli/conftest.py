@@ -1,0 +1,208 @@
+"""One tiny Mixtral for the whole session, and the command line called in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from compressor.cli import _exit_status
+
+VOCAB_SIZE = 64
+MAX_POSITIONS = 32
+WORDS = ["</s>", *(f"w{number}" for number in range(1, VOCAB_SIZE))]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Answer]
+WriteRecipe = Callable[..., Path]
+MakeModel = Callable[..., Path]
+CopyOf = Callable[[Path], Path]
+Refused = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test works in its own folder, with tables wide enough not to be folded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Call the command in this process."""
+
+    def call(*arguments: str | Path) -> Answer:
+        capsys.readouterr()
+        status = _exit_status([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Answer(status, captured.out, captured.err)
+
+    return call
+
+
+def save_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w1"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder)
+
+
+def tiny_config(**changes: Any) -> MixtralConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        **changes,
+    }
+    return MixtralConfig(**settings)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """Save a tiny Mixtral with a tokenizer; `edit` may change the live model before it is saved."""
+
+    def make(
+        folder: Path,
+        *,
+        edit: Callable[[Any], Any] | None = None,
+        tokenizer: bool = True,
+        max_shard_size: str = "5GB",
+        **changes: Any,
+    ) -> Path:
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(tiny_config(**changes))
+        if edit is not None:
+            with torch.no_grad():
+                model = edit(model) or model
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer:
+            save_tokenizer(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Path:
+    """A tiny Mixtral of 8 experts, top-2, in one file. Shared: never write into it."""
+    return make_model(tmp_path_factory.mktemp("models") / "mixtral")
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Path:
+    """The same in several shards with an index. Shared: never write into it."""
+    folder = make_model(tmp_path_factory.mktemp("models") / "sharded", max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) >= 2
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama: no experts."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> CopyOf:
+    """A copy of a shared checkpoint, to spoil."""
+
+    def copy(folder: Path) -> Path:
+        target = tmp_path / "models" / folder.name
+        shutil.copytree(folder, target)
+        return target
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six sequences of ready-made ids, of unequal lengths. Shared."""
+    numbers = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
+    rows = [[numbers.randrange(VOCAB_SIZE) for _ in range(length)] for length in (16, 9, 16, 12, 5, 16)]
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, mixtral: Path, tokens: Path) -> WriteRecipe:
+    """Write a recipe that works, with some of its top-level keys changed (None takes a key out)."""
+
+    def write(*, passes: Any = None, data: Any = None, name: str = "recipe.yaml", **changes: Any) -> Path:
+        settings: dict[str, Any] = {
+            "model": str(mixtral),
+            "calibration": {"batch_size": 2, "data": data or [{"tokens": str(tokens)}]},
+            "passes": passes or [{"expert_pruning": {"keep": 6}}],
+            "output": str(tmp_path / "out"),
+            **{key: str(value) if isinstance(value, Path) else value for key, value in changes.items()},
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return path
+
+    return write
+
+
+def snapshot(*folders: Path) -> dict[Path, str]:
+    """Everything below the folders, hidden or not: a digest of each file's bytes, `folder` for a folder."""
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def refused(cli: Cli, tmp_path: Path, mixtral: Path, sharded: Path, dense: Path, tokens: Path) -> Refused:
+    """Call a command that must end with one error saying `says`, status 2, and every file and folder as before."""
+
+    def check(*arguments: str | Path, says: str) -> str:
+        inputs = (tmp_path, mixtral, sharded, dense, tokens.parent)
+        before = snapshot(*inputs)
+        answer = cli(*arguments)
+        assert answer.status == 2, answer
+        assert answer.out == ""
+        assert answer.err.startswith("error: ")
+        assert sum(line.startswith("error: ") for line in answer.err.splitlines()) == 1, answer.err
+        assert "Traceback" not in answer.err
+        assert says in answer.err
+        assert snapshot(*inputs) == before, "a file or folder was changed, made or left behind"
+        return answer.err
+
+    return check
