@@ -30,8 +30,8 @@ from compressor import plan, walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
 from compressor.checkpoint import Checkpoint, OutputFolder
 from compressor.environment import hardware, versions
-from compressor.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
-from compressor.method import Decision
+from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
+from compressor.method import Decision, Method
 from compressor.moe import MoEModel, find_structure, refuse_quantised
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
@@ -99,16 +99,9 @@ def load(
     model = checkpoints.load_model(found, dtype=dtype, device=device)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        methods = load_plugins().methods
         moe = MoEModel(model)
-        for done in record["passes"]:
-            if done["method"] not in methods:
-                raise RecipeError(
-                    f"{folder} was made with the method {done['method']!r}, which no installed plugin offers."
-                )
-            method = methods[done["method"]]
-            method(method.options_type.model_validate(done["options"])).restore(moe, done["decision"])
+        for done in _read_decision(record_path):
+            _method_of(done, record_path).restore(moe, done["decision"])
     return model, checkpoints.load_tokenizer(found)
 
 
@@ -144,21 +137,17 @@ def apply_decision(
     progress = progress or Progress()
     passes = _read_decision(decision_file)
     _refuse_output_over_input(output, model_reference)
-    available = load_plugins().methods
+    methods = [_method_of(done, decision_file) for done in passes]
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
         found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
         checkpoints.verify_files(found.folder)
         progress.say(f"loading {model_reference}")
         moe = MoEModel(checkpoints.load_model(found))
         original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
-        for done in passes:
-            if done["method"] not in available:
-                raise RecipeError(f"{decision_file}: no installed plugin offers the method {done['method']!r}.")
-            method = available[done["method"]]
+        for done, method in zip(passes, methods, strict=True):
             try:
-                current = _in_current_ids(done["decision"], original_ids)
-                method(method.options_type.model_validate(done["options"])).edit(moe, current)
-            except (KeyError, ValueError) as error:
+                method.edit(moe, _in_current_ids(done["decision"], original_ids))
+            except (ValueError, UnsupportedModelError) as error:
                 raise RecipeError(f"{decision_file} does not fit {model_reference}: {error}") from error
             for path, layer in done["decision"]["layers"].items():
                 original_ids[path] = layer.get("kept", original_ids[path])
@@ -179,18 +168,43 @@ def _read_decision(path: Path) -> list[dict[str, Any]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
-        return [{key: done[key] for key in ("method", "version", "options", "decision")} for done in data["passes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        passes = [{key: done[key] for key in ("method", "version", "options", "decision")} for done in data["passes"]]
+        if not passes:
+            raise ValueError("it has no passes")
+        for done in passes:
+            if not all(isinstance(layer, dict) for layer in done["decision"]["layers"].values()):
+                raise ValueError("its layers are no mappings")
+        return passes
+    except KeyError as error:
+        raise RecipeError(f"{path}: not a decision that a run has written: it has no key {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{path}: not a decision that a run has written: {error}") from error
+
+
+def _method_of(done: Mapping[str, Any], file: Path) -> Method[Any]:
+    """The method that made a decision, with the options it was made with."""
+    available = load_plugins().methods
+    if done["method"] not in available:
+        raise RecipeError(f"{file}: no installed plugin offers the method {done['method']!r}.")
+    method = available[done["method"]]
+    try:
+        return method(method.options_type.model_validate(done["options"]))
+    except ValueError as error:
+        raise RecipeError(f"{file}: options of {done['method']!r} that it does not know: {error}") from error
 
 
 def _in_current_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]]) -> Decision:
     """The inverse of `_in_original_ids`."""
     layers = {}
     for path, layer in decision["layers"].items():
+        if path not in original_ids:
+            raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(original_ids)}")
         place = {expert: position for position, expert in enumerate(original_ids[path])}
-        relabelled = {key: [place[expert] for expert in layer[key]] for key in ("kept", "dropped") if key in layer}
-        layers[path] = {**layer, **relabelled}
+        relabelled = {key: layer[key] for key in ("kept", "dropped") if key in layer}
+        unknown = [expert for ids in relabelled.values() for expert in ids if expert not in place]
+        if unknown:
+            raise ValueError(f"{path} has no expert {unknown[0]}")
+        layers[path] = layer | {key: [place[expert] for expert in ids] for key, ids in relabelled.items()}
     return {**decision, "layers": layers}
 
 
@@ -465,13 +479,11 @@ class _Run:
             return None
         perplexities = {}
         for sequences in sources.perplexity:
-            with self.progress.task(f"{when}: perplexity {sequences.name}", len(sequences.ids)) as advance:
-                perplexities[sequences.name] = measure.perplexity(
-                    moe.model, sequences, evaluation.batch_size, _to_advance(advance)
-                )
+            with self.progress.task(f"{when}: perplexity {sequences.name}") as update:
+                perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
         tasks = {}
         if sources.tasks is not None:
-            with self.progress.task(f"{when}: tasks {', '.join(evaluation.tasks)}", 1) as advance:
+            with self.progress.task(f"{when}: tasks {', '.join(evaluation.tasks)}") as update:
                 tasks = measure.run_tasks(
                     moe.model,
                     tokenizer,
@@ -479,8 +491,8 @@ class _Run:
                     limit=evaluation.limit,
                     batch_size=evaluation.batch_size,
                     seed=self.recipe.seed,
+                    progress=update,
                 )
-                advance()
         routed = [
             measure.RoutedSize(layer.num_experts, layer.top_k, layer.parameters_per_expert) for layer in moe.layers
         ]
@@ -593,19 +605,6 @@ def _evaluation_json(figures: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": {name: value.to_json() for name, value in figures["tasks"].items()},
         "size": figures["size"].to_json(),
     }
-
-
-def _to_advance(advance: Any) -> Any:
-    """Turn `progress(done, total)` calls into one `advance` for each part done."""
-    seen = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal seen
-        for _ in range(done - seen):
-            advance()
-        seen = done
-
-    return progress
 
 
 def _write_json(path: Path, data: Any) -> None:
