@@ -203,9 +203,9 @@ def verify_files(folder: Path) -> list[Shard]:
     if index_path.exists():
         try:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-            if not names or not all(isinstance(name, str) for name in names):
+            if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError("`weight_map` does not map names of tensors to names of files")
+            names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index_path}: cannot be read as an index of shards: {error}") from error
     elif (folder / _SINGLE).exists():
