@@ -101,6 +101,11 @@ class ExpertPruning(Method[ExpertPruningOptions]):
     def _check_count(self, layer: MoELayer, num_kept: int) -> None:
         if num_kept == layer.num_experts:
             raise OptionError(self._count_option, f"{layer.path}: all {num_kept} experts would stay: nothing to prune.")
+        if num_kept < 1:
+            raise OptionError(
+                self._count_option,
+                f"{layer.path}: it has {layer.num_experts} experts, so dropping {self.options.drop} would leave none.",
+            )
         problem = count_problem(layer, num_kept)
         if problem:
             raise OptionError(self._count_option, f"{layer.path}: {problem}.")
@@ -158,7 +163,7 @@ class SubsetErrors(Statistic):
             self._tables = SubsetTables.build(self.layer, self.num_kept, tokens.hidden_TH.device)
         self._errors_BS.append(squared_errors(tokens, self._tables, self.num_kept).cpu())
         assert tokens.output_TH is not None
-        self._outputs_B.append(tokens.output_TH.double().square().sum().cpu())
+        self._outputs_B.append(tokens.output_TH.float().square().sum(dtype=torch.float64).cpu())
         self._num_tokens_B.append(tokens.num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
