@@ -483,7 +483,7 @@ class _Run:
                 perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
         tasks = {}
         if sources.tasks is not None:
-            with self.progress.task(f"{when}: tasks {', '.join(evaluation.tasks)}") as update:
+            with self.progress.task(f"{when}: {len(evaluation.tasks)} task(s)") as update:
                 tasks = measure.run_tasks(
                     moe.model,
                     tokenizer,

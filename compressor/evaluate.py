@@ -302,6 +302,7 @@ def run_tasks(
     batch_size: int = 1,
     seed: int = 0,
     quiet: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, TaskResult]:
     """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
 
@@ -311,6 +312,9 @@ def run_tasks(
     model and batch size; among them, log-softmax in the model's dtype. Standard errors of means over
     documents are sample standard deviation / √n, which for rights and wrongs is √(p(1−p)/(n−1)); a group's is
     combined by lm-eval's own rule. Nothing is bootstrapped: other metrics have none.
+
+    ``progress(done, total)`` is called with numbers of requests, a multiple-choice question being one for each
+    choice; equal ones are asked once, so it may end early.
 
     The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer.
     """
@@ -326,7 +330,7 @@ def run_tasks(
     with _quiet(quiet), _seeded(seed), _undisturbed(model), _tying_as_it_is(model):
         try:
             raw = evaluate(
-                lm=_language_model(model, tokenizer, batch_size),
+                lm=_language_model(model, tokenizer, batch_size, progress),
                 task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
                 limit=limit,
                 bootstrap_iters=0,
@@ -421,15 +425,43 @@ def _check_task(name: str, task: Any) -> None:
         raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
     """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy."""
     from lm_eval.models.huggingface import HFLM
+
+    class CountedHFLM(HFLM):  # type: ignore[misc]
+        """Tells how many of the requests have been through the model."""
+
+        done = total = 0
+
+        def _count(self, number: int) -> None:
+            self.done = min(self.done + number, self.total)
+            if progress is not None:
+                progress(self.done, self.total)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.total += len(requests)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.total += len(requests)
+            return super().generate_until(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self._count(len(inps))
+            return logits
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            written = super()._model_generate(context, *args, **kwargs)
+            self._count(len(context))
+            return written
 
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return HFLM(
+    return CountedHFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,

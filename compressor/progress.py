@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Advance = Callable[[], None]
+Update = Callable[[int, int], None]
+"""Called as (parts done so far, parts in all) after each part."""
 Style = Literal["bar", "lines", "quiet"]
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -33,19 +34,19 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Advance]:
-        """A step of `total` equal parts; call what is yielded after each part."""
+    def task(self, title: str) -> Iterator[Update]:
+        """A step of some parts: call what is yielded whenever another part is done."""
         if self.style == "quiet":
-            yield lambda: None
+            yield lambda done, total: None
         elif self.style == "bar":
-            with self._bar(title, total) as advance:
-                yield advance
+            with self._bar(title) as update:
+                yield update
         else:
-            with self._lines(title, total) as advance:
-                yield advance
+            with self._lines(title) as update:
+                yield update
 
     @contextmanager
-    def _bar(self, title: str, total: int) -> Iterator[Advance]:
+    def _bar(self, title: str) -> Iterator[Update]:
         from rich import progress as bars
         from rich.console import Console
 
@@ -58,23 +59,21 @@ class Progress:
             bars.TimeRemainingColumn(),
         )
         with bars.Progress(*columns, console=Console(stderr=True)) as display:
-            task = display.add_task(title, total=total)
-            yield lambda: display.advance(task)
+            task = display.add_task(title, total=None)
+            yield lambda done, total: display.update(task, completed=done, total=total)
 
     @contextmanager
-    def _lines(self, title: str, total: int) -> Iterator[Advance]:
+    def _lines(self, title: str) -> Iterator[Update]:
         started = spoken = time.monotonic()
-        done = 0
         self.say(f"{title} ...")
 
-        def advance() -> None:
-            nonlocal done, spoken
-            done += 1
+        def update(done: int, total: int) -> None:
+            nonlocal spoken
             now = time.monotonic()
-            if done < total and now - spoken >= _SECONDS_BETWEEN_LINES:
+            if 0 < done < total and now - spoken >= _SECONDS_BETWEEN_LINES:
                 left = (now - started) / done * (total - done)
-                self.say(f"{title}: {done} of {total}, about {left:.0f} s left")
+                self.say(f"{title}: {done:,} of {total:,}, about {left:.0f} s left")
                 spoken = now
 
-        yield advance
+        yield update
         self.say(f"{title}: done in {time.monotonic() - started:.1f} s")

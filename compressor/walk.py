@@ -8,7 +8,9 @@ Not covered yet: reading one layer at a time from disk, and a second stream thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from compressor.calibration import TokenBatch
 from compressor.moe import MoEModel, RealTokens
-from compressor.progress import Progress
+from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
 
 
@@ -43,8 +45,8 @@ def observe(
     try:
         with (
             moe.watched(visitors, real),
-            progress.task(title, len(batches) * len(visitors)) as advance,
-            _advancing(moe, visitors, advance),
+            progress.task(title) as update,
+            _counted(model, list(visitors), len(batches), update),
         ):
             for batch in batches:
                 real.mask_T = batch.attention_mask.flatten().to(device)
@@ -74,16 +76,17 @@ def logits(model: Any, batch: TokenBatch) -> Tensor:
     return output[batch.attention_mask.to(device)]  # type: ignore[no-any-return]
 
 
-class _advancing:
-    """Moves the progress bar on whenever a watched layer has run."""
+@contextmanager
+def _counted(model: Any, paths: Sequence[str], num_batches: int, update: Update) -> Iterator[None]:
+    """Report every time that a watched layer has run."""
+    count = itertools.count(1)
 
-    def __init__(self, moe: MoEModel, paths: Mapping[str, object], advance: object) -> None:
-        self._modules = [moe.model.get_submodule(path) for path in paths]
-        self._advance = advance
+    def report(*_: object) -> None:
+        update(next(count), num_batches * len(paths))
 
-    def __enter__(self) -> None:
-        self._hooks = [module.register_forward_hook(lambda *_: self._advance()) for module in self._modules]  # type: ignore[operator]
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks = [model.get_submodule(path).register_forward_hook(report) for path in paths]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
