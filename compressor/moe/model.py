@@ -180,9 +180,8 @@ def refuse_quantised(config: Any) -> None:
     if quantisation is not None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
-            f"{config.model_type}: the checkpoint is quantised ({getattr(kind, 'value', kind)}). Prune the unquantised checkpoint, then "
-            f"quantise "
-            f"the result."
+            f"{config.model_type}: the checkpoint is quantised ({getattr(kind, 'value', kind)}). "
+            f"Prune the unquantised checkpoint, then quantise the result."
         )
 
 

@@ -27,6 +27,7 @@ from compressor.moe.tokens import RoutedTokens, evaluate_list, evaluate_stacked
 Visitor = Callable[[RoutedTokens], None]
 
 _NUM_FITTING_TOKENS = 256
+_NUM_TOKENS_THROUGH_BLOCK = 64
 
 
 @dataclass
@@ -119,9 +120,15 @@ class _Tap:
             )
         return mask_T
 
-    def _logits_TE(self, mask_T: Tensor) -> Tensor:
+    def _logits_TE(self, mask_T: Tensor, dtype: torch.dtype) -> Tensor:
         assert self._logits is not None
-        return self._logits.reshape(len(mask_T), -1)[mask_T][:, : self.layer.num_experts].float()
+        logits_TE = self._logits.reshape(len(mask_T), -1)[mask_T][:, : self.layer.num_experts].float()
+        if not torch.isfinite(logits_TE).all():
+            raise CheckpointError(
+                f"{self.layer.path}: the router's logits are not finite on calibration text (NaN or infinity); the "
+                f"weights before this layer are damaged, or too large for {dtype}."
+            )
+        return logits_TE
 
     def _chosen(self, output: Any, mask_T: Tensor) -> tuple[Tensor, Tensor]:
         """The ids and weights in a router's output, of real tokens only."""
@@ -143,6 +150,7 @@ class _Tap:
 
         return replay
 
+    @torch.no_grad()
     def _fit(self, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Any) -> None:
         """Find the router's closed rule on the first tokens seen."""
         few = slice(0, _NUM_FITTING_TOKENS)
@@ -156,16 +164,15 @@ class _Tap:
         self.fitted = True
 
     def _visit(self, tokens: RoutedTokens) -> None:
-        if not torch.isfinite(tokens.logits_TE).all():
-            raise CheckpointError(
-                f"{self.layer.path}: the router's logits are not finite on calibration text (NaN or infinity); the "
-                f"weights before this layer are damaged, or too large for {tokens.hidden_TH.dtype}."
-            )
         self.visitor(tokens)
-        if tokens.output_TH is not None and not torch.isfinite(tokens.output_TH).all():
+        if tokens.output_TH is not None:
+            self._refuse_not_finite(tokens.output_TH)
+
+    def _refuse_not_finite(self, output: Tensor) -> None:
+        if not torch.isfinite(output).all():
             raise CheckpointError(
                 f"{self.layer.path}: the experts' output is not finite on calibration text (NaN or infinity); their "
-                f"weights are damaged, or too large for {tokens.hidden_TH.dtype}."
+                f"weights are damaged, or too large for {output.dtype}."
             )
 
 
@@ -227,7 +234,7 @@ class _StackedTap(_Tap):
             raise UnsupportedModelError(
                 f"{self.layer.path}: the block chooses the experts, not its router; this needs a plugin."
             )
-        logits_TE = self._logits_TE(mask_T)
+        logits_TE = self._logits_TE(mask_T, hidden.dtype)
         replay = self._replay(mask_T)
         if not self.fitted:
             self._fit(logits_TE, index[mask_T], weights[mask_T], replay)
@@ -260,7 +267,7 @@ class _ListTap(_Tap):
         hidden = args[0] if args else next(iter(kwargs.values()))
         flat = hidden.reshape(-1, hidden.shape[-1])
         mask_T = self._mask(len(flat))
-        logits_TE = self._logits_TE(mask_T)
+        logits_TE = self._logits_TE(mask_T, hidden.dtype)
         (container, names), *others = self.layer.containers.items()
         if others:
             raise UnsupportedModelError(f"{self.layer.path}: experts in {1 + len(others)} lists; this needs a plugin.")
@@ -272,7 +279,7 @@ class _ListTap(_Tap):
                 self._fit(logits_TE, index, weights, replay)
         else:
             if not self.fitted:
-                self._fit_by_block(block, hidden, modules)
+                self._fit_by_block(block, flat[mask_T], logits_TE, modules)
             rule = self.rule
             assert rule is not None
             index, weights = rule.choose(logits_TE, self.layer.top_k)
@@ -295,19 +302,19 @@ class _ListTap(_Tap):
         )
 
     @torch.no_grad()
-    def _fit_by_block(self, block: nn.Module, hidden: Tensor, modules: list[nn.Module]) -> None:
-        """Find the rule of a block that chooses by itself: the one that explains how its output changes under masks.
+    def _fit_by_block(self, block: nn.Module, hidden_TH: Tensor, logits_TE: Tensor, modules: list[nn.Module]) -> None:
+        """Find the rule of a block that chooses by itself: the one that explains how its output changes under a mask.
 
-        Differences of outputs are compared, so whatever the block adds (shared experts) does not matter.
+        Differences of outputs are compared, so whatever the block adds (shared experts) does not matter. The experts
+        masked are those that these tokens choose most, so that there is a difference to explain.
         """
         layer = self.layer
-        assert self._logits is not None
-        few = hidden.reshape(-1, hidden.shape[-1])[:64]
-        logits_TE = self._logits.reshape(-1, layer.num_experts)[: len(few)].float()
+        few, logits_TE = hidden_TH[:_NUM_TOKENS_THROUGH_BLOCK], logits_TE[:_NUM_TOKENS_THROUGH_BLOCK]
         all_TM = torch.arange(layer.num_experts, device=few.device).expand(len(few), -1)
         outputs_TEH = evaluate_list(modules, few, all_TM).double()
-        kept = sorted(range(layer.num_experts), key=lambda e: (e * 7) % layer.num_experts)[: -(-layer.num_experts // 2)]
-        kept = sorted(kept) if len(kept) >= layer.top_k else list(range(layer.top_k))
+        times_chosen_E = logits_TE.topk(layer.top_k, dim=-1).indices.flatten().bincount(minlength=layer.num_experts)
+        num_kept = max(layer.top_k, -(-layer.num_experts // 2))
+        kept = sorted(times_chosen_E.argsort(stable=True)[:num_kept].tolist())
         self._paused = True
         try:
             full = _first(block.forward(few[None]))
@@ -316,6 +323,7 @@ class _ListTap(_Tap):
         finally:
             self._paused = False
         wanted_TH = (masked - full).double().reshape(len(few), -1)
+        self._refuse_not_finite(full)
         dropped = dropped_experts(layer, kept, few.device)
         for score in ("softmax", "sigmoid"):
             for renormalise in (True, False):
@@ -331,8 +339,7 @@ class _ListTap(_Tap):
                     return
         raise UnsupportedModelError(
             f"{layer.path} ({type(block).__name__}): it chooses its experts by a rule that is neither softmax nor "
-            f"sigmoid "
-            f"with top-{layer.top_k}, so its smaller versions cannot be computed; this needs a plugin."
+            f"sigmoid with top-{layer.top_k}, so its smaller versions cannot be computed; this needs a plugin."
         )
 
 

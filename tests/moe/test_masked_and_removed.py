@@ -7,6 +7,7 @@ import torch
 from by_hand import ROUTING, choose, correction_bias, router_logits
 from tiny_models import ARCHITECTURES, DTYPES, keep_six, tiny_model, token_ids
 from torch.overrides import _get_current_function_mode_stack
+from traces import assert_untouched, traces
 
 from compressor import MoEModel, UnsupportedModelError
 
@@ -19,25 +20,6 @@ ATTENTION_MASK[1, 12:] = 0
 def logits(model):
     """Of real tokens."""
     return model(IDS, attention_mask=ATTENTION_MASK).logits[ATTENTION_MASK.bool()]
-
-
-def traces(model):
-    """Everything that a context could leave behind in a model."""
-    hooks = [
-        (path, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__)
-        for path, module in model.named_modules()
-    ]
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return hooks, [(name, id(tensor), tensor.detach().clone()) for name, tensor in tensors]
-
-
-def assert_untouched(model, before):
-    hooks, tensors = traces(model)
-    assert hooks == before[0]
-    for (name, identity, tensor), (old_name, old_identity, old) in zip(tensors, before[1], strict=True):
-        assert (name, identity) == (old_name, old_identity)
-        assert torch.equal(tensor.view(torch.uint8), old.view(torch.uint8)) if tensor.dim() else tensor == old, name
-    assert _get_current_function_mode_stack() == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
