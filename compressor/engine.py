@@ -240,6 +240,31 @@ def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder,
 # The run ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """The model of a run, before its weights are read: a checkpoint, or a live model and the folder it came from."""
+
+    checkpoint: Checkpoint | None
+    live: Any
+    config: Any
+    preview: plan.Preview
+    fingerprint: str | None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model's config speaks of."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def about(self) -> dict[str, Any]:
+        """What the record says of the model, beside the name that the user gave it."""
+        return {
+            "fingerprint": self.fingerprint,
+            "architecture": plan.architecture(self.config),
+            "model_type": self.config.model_type,
+            "routers": sorted({layer.router_kind for layer in self.preview.structure.layers}),
+        }
+
+
 @dataclass
 class _Run:
     """One run of a recipe. The methods follow the drawing at the top of the module."""
@@ -274,14 +299,16 @@ class _Run:
 
     def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
         with self._timed("check"):
-            found, preview, identity, digest = self._prepare(given_model, folder)
+            subject = self._subject(given_model)
+            if folder:
+                folder.require_space(subject.preview.bytes_after)
         with self._timed("read text"):
             tokenizer = given_tokenizer
-            if tokenizer is None and found is not None:
-                tokenizer = checkpoints.load_tokenizer(found)
-            sources = self._read_sources(tokenizer, identity)
+            if tokenizer is None and subject.checkpoint is not None:
+                tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
+            sources = self._read_sources(tokenizer, subject)
         with self._timed("load"):
-            moe = self._load(given_model, found, preview)
+            moe = self._load(subject)
         for sequences in [*sources.calibration, *sources.perplexity]:
             check_vocabulary(sequences, _vocabulary(moe.model))
         batches = [
@@ -289,51 +316,23 @@ class _Run:
             for sequences in sources.calibration
             for batch in make_batches(sequences.ids, self.recipe.calibration.batch_size)
         ]
-        original = moe.structure
         with self._timed("evaluate before"):
             before = self._evaluate(moe, tokenizer, sources, "before")
         passes = self._apply_passes(moe, batches, folder)
         with self._timed("evaluate after"):
             after = self._evaluate(moe, tokenizer, sources, "after")
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            "model": {"reference": self.recipe.model, "fingerprint": digest, **identity},
-            "recipe": self.loaded.to_mapping(),
-            "recipe_fingerprint": self.loaded.fingerprint,
-            "seed": self.recipe.seed,
-            "calibration": [_about(sequences) for sequences in sources.calibration],
-            "layers": [
-                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
-                for layer in original.layers
-            ],
-            "passes": passes,
-        }
         if folder:
             with self._timed("save"):
                 self.progress.say("saving, and loading again to compare")
-                save_verified(moe, found, folder, _check_batch(batches[0]))
-                if after is not None:
-                    after["bytes_on_disk"] = measure.bytes_on_disk(folder.path)
-        if found and before is not None:
-            before["bytes_on_disk"] = measure.bytes_on_disk(found.folder)
+                save_verified(moe, subject.checkpoint, folder, _check_batch(batches[0]))
+        record = self._record(subject, sources, passes)
         if before is not None and after is not None:
-            record["evaluation"] = {
-                "before": _evaluation_json(before),
-                "after": _evaluation_json(after),
-                "paired": {
-                    task: {metric: flips.to_json() for metric, flips in by_metric.items()}
-                    for task, by_metric in measure.paired(before["tasks"], after["tasks"]).items()
-                },
-            }
-            if self.recipe.evaluate is not None and self.recipe.evaluate.speed:
-                with self._timed("speed"):
-                    record["evaluation"]["speed"] = self._speed(given_model, found, moe)
-        record |= {
-            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
-            "hardware": hardware(self.recipe.device),
-            "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
-            "output": str(self.recipe.output) if self.recipe.output else None,
-        }
+            if subject.checkpoint:
+                before["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
+            if folder:
+                after["bytes_on_disk"] = measure.bytes_on_disk(folder.path)
+            record["evaluation"] = self._compared(before, after, subject, moe)
+        record |= self._circumstances()
         if folder:
             inside = folder.path / "compressor"
             (inside / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
@@ -343,61 +342,44 @@ class _Run:
 
     def evaluate_only(self) -> dict[str, Any]:
         """Measure the recipe's model as it is."""
-        found, preview, identity, digest = self._prepare(None, None, with_passes=False)
-        assert found is not None
-        tokenizer = checkpoints.load_tokenizer(found)
-        sources = self._read_sources(tokenizer, identity, calibrate=False)
-        figures = self._evaluate(self._load(None, found, preview), tokenizer, sources, "measuring")
+        subject = self._subject(None, with_passes=False)
+        assert subject.checkpoint is not None
+        tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
+        sources = self._read_sources(tokenizer, subject, calibrate=False)
+        figures = self._evaluate(self._load(subject), tokenizer, sources, "measuring")
         assert figures is not None
-        figures["bytes_on_disk"] = measure.bytes_on_disk(found.folder)
-        return {
-            "format": FORMAT,
-            "model": {"reference": self.recipe.model, "fingerprint": digest, **identity},
-            "evaluation": {"after": _evaluation_json(figures)},
-        }
+        figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
+        about = {"reference": self.recipe.model, **subject.about()}
+        return {"format": FORMAT, "model": about, "evaluation": {"after": _evaluation_json(figures)}}
 
     # load
 
-    def _prepare(
-        self, given_model: Any, folder: OutputFolder | None, *, with_passes: bool = True
-    ) -> tuple[Checkpoint | None, plan.Preview, dict[str, Any], str | None]:
+    def _subject(self, given_model: Any, *, with_passes: bool = True) -> _Subject:
         """Everything that can be known, or refused, before weights are read."""
-        if given_model is not None:
-            refuse_quantised(given_model.config)
-            structure = find_structure(type(given_model), given_model.config)
-            source = Path(given_model.config._name_or_path or "")
-            is_folder = given_model.config._name_or_path and (source / "config.json").exists()
-            found = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code) if is_folder else None
-            shown = found or Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
-            preview = plan.preview(self.loaded, shown, given_model.config, structure)
-            config, digest = given_model.config, None
-        else:
-            preview = plan.check(self.loaded if with_passes else dataclasses.replace(self.loaded, passes=()))
+        loaded = self.loaded if with_passes else dataclasses.replace(self.loaded, passes=())
+        if given_model is None:
+            preview = plan.check(loaded)
             found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
-            config = checkpoints.load_config(found)
-        if folder:
-            folder.require_space(preview.bytes_after)
-        layer_kinds = sorted({layer.router_kind for layer in preview.structure.layers})
-        text_config = config.get_text_config()
-        identity = {
-            "architecture": plan.architecture(config),
-            "model_type": config.model_type,
-            "routers": layer_kinds,
-            "max_positions": getattr(text_config, "max_position_embeddings", None),
-        }
-        return found, preview, identity, digest
+            return _Subject(found, None, checkpoints.load_config(found), preview, digest)
+        config = given_model.config
+        refuse_quantised(config)
+        source = Path(config._name_or_path or "")
+        origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
+        preview = plan.preview(loaded, origin, config, find_structure(type(given_model), config))
+        has_folder = bool(config._name_or_path) and (source / "config.json").exists()
+        return _Subject(origin if has_folder else None, given_model, config, preview, None)
 
-    def _load(self, given_model: Any, found: Checkpoint | None, preview: plan.Preview) -> MoEModel:
-        if given_model is not None:
-            return MoEModel(copy.deepcopy(given_model).eval(), preview.structure)
-        assert found is not None
+    def _load(self, subject: _Subject) -> MoEModel:
+        if subject.live is not None:
+            return MoEModel(copy.deepcopy(subject.live).eval(), subject.preview.structure)
+        assert subject.checkpoint is not None
         self.progress.say(f"loading {self.recipe.model}")
-        model = checkpoints.load_model(found, dtype=self.recipe.dtype, device=self.recipe.device)
+        model = checkpoints.load_model(subject.checkpoint, dtype=self.recipe.dtype, device=self.recipe.device)
         checkpoints.refuse_not_finite(model, self.recipe.model)
-        return MoEModel(model, preview.structure)
+        return MoEModel(model, subject.preview.structure)
 
-    def _read_sources(self, tokenizer: Any, identity: Mapping[str, Any], *, calibrate: bool = True) -> _Sources:
+    def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         recipe, seed = self.recipe, self.recipe.seed
         evaluation = recipe.evaluate
         data = recipe.calibration.data if calibrate else ()
@@ -406,6 +388,14 @@ class _Run:
             load_sequences(source, tokenizer, seed=seed, split="held-out")
             for source in (evaluation.perplexity if evaluation else ())
         ]
+        limit = subject.max_positions
+        for sequences in calibration:
+            longest = max(len(ids) for ids in sequences.ids)
+            if limit and longest > limit:
+                raise CalibrationError(
+                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
+                    f"give a smaller `length:`."
+                )
         tasks = None
         if evaluation and evaluation.tasks:
             self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
@@ -415,16 +405,50 @@ class _Run:
                 num_fewshot=evaluation.num_fewshot,
                 seed=seed,
             )
-        limit = identity["max_positions"]
-        for sequences in calibration:
-            longest = max(len(ids) for ids in sequences.ids)
-            if limit and longest > limit:
-                raise CalibrationError(
-                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
-                    f"give a "
-                    f"smaller `length:`."
-                )
         return _Sources(calibration, perplexity, tasks)
+
+    # record
+
+    def _record(self, subject: _Subject, sources: _Sources, passes: list[dict[str, Any]]) -> dict[str, Any]:
+        """What was done, on what, with what."""
+        return {
+            "format": FORMAT,
+            "model": {"reference": self.recipe.model, **subject.about()},
+            "recipe": self.loaded.to_mapping(),
+            "recipe_fingerprint": self.loaded.fingerprint,
+            "seed": self.recipe.seed,
+            "calibration": [_about(sequences) for sequences in sources.calibration],
+            "layers": [
+                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
+                for layer in subject.preview.structure.layers
+            ],
+            "passes": passes,
+        }
+
+    def _circumstances(self) -> dict[str, Any]:
+        return {
+            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+            "hardware": hardware(self.recipe.device),
+            "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
+            "output": str(self.recipe.output) if self.recipe.output else None,
+        }
+
+    def _compared(
+        self, before: Mapping[str, Any], after: Mapping[str, Any], subject: _Subject, moe: MoEModel
+    ) -> dict[str, Any]:
+        """The record's `evaluation`: figures before and after, answers flipped, and speed side by side."""
+        compared: dict[str, Any] = {
+            "before": _evaluation_json(before),
+            "after": _evaluation_json(after),
+            "paired": {
+                task: {metric: flips.to_json() for metric, flips in by_metric.items()}
+                for task, by_metric in measure.paired(before["tasks"], after["tasks"]).items()
+            },
+        }
+        if self.recipe.evaluate is not None and self.recipe.evaluate.speed:
+            with self._timed("speed"):
+                compared["speed"] = self._speed(subject, moe)
+        return compared
 
     # observe, decide, edit
 
@@ -503,13 +527,13 @@ class _Run:
             "peak_memory": measure.peak_memory(self.recipe.device),
         }
 
-    def _speed(self, given_model: Any, found: Checkpoint | None, moe: MoEModel) -> dict[str, Any]:
+    def _speed(self, subject: _Subject, moe: MoEModel) -> dict[str, Any]:
         """The original, loaded once more, against the smaller model, alternated."""
         self.progress.say("speed: original and smaller model in turn")
-        original = given_model
+        original = subject.live
         if original is None:
-            assert found is not None
-            original = checkpoints.load_model(found, dtype=self.recipe.dtype, device=self.recipe.device)
+            assert subject.checkpoint is not None
+            original = checkpoints.load_model(subject.checkpoint, dtype=self.recipe.dtype, device=self.recipe.device)
         vocabulary = _vocabulary(moe.model)
         models = {"before": original, "after": moe.model}
         return measure.speed(models, vocab_size=vocabulary, seed=self.recipe.seed).to_json()
