@@ -148,8 +148,8 @@ class RoutingRule:
 
     affinity = softmax, sigmoid or √softplus of the logits; the K experts with the largest `affinity + bias` are chosen.
     Where softmax is not renormalised, dropping any expert rescales every token: its sum runs over the kept experts
-    only. Every router that fits was compared with the rule on calibration tokens, with all experts and with some
-    masked.
+    only. The rule was compared with the router on the first calibration tokens, with all experts and with some masked,
+    and explains what the router answered on these.
     """
 
     score: Score
@@ -210,10 +210,10 @@ def fit_rule(
     """
     if layer.num_groups > 1:
         return None
-    tolerance = 1e-4 if weights_TK.dtype == torch.float32 else 2e-2
+    tolerance = _tolerance(weights_TK)
     given_TE = _scatter(index_TK, weights_TK, layer.num_experts)
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
-        for bias in (None, *biases):
+        for bias in (*biases, None):  # a small bias may have decided nothing yet, on so few tokens
             for renormalise in (True, False):
                 rule = RoutingRule(score, renormalise, 1.0, None if bias is None else bias.double().flatten())
                 _, weights = rule.choose(logits_TE, layer.top_k)
@@ -223,6 +223,16 @@ def fit_rule(
                 ):
                     return rule
     return None
+
+
+def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> bool:
+    """Whether the rule gives what the router answered on these tokens, ties within rounding aside."""
+    given_TE = _scatter(index_TK, weights_TK, layer.num_experts)
+    return _agrees(rule, layer, logits_TE, given_TE, _tolerance(weights_TK))
+
+
+def _tolerance(weights_TK: Tensor) -> float:
+    return 1e-4 if weights_TK.dtype == torch.float32 else 2e-2
 
 
 def _scale(given_TK: Tensor, unscaled_TK: Tensor) -> float:

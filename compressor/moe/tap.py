@@ -16,6 +16,7 @@ from compressor.moe.routing import (
     RoutingRule,
     biases_masked,
     dropped_experts,
+    explains,
     fit_rule,
     masked_router,
     router_width,
@@ -163,6 +164,15 @@ class _Tap:
         self.rule = fit_rule(self.layer, logits_TE[few], index_TK[few], weights_TK[few], biases, replay_few)
         self.fitted = True
 
+    @torch.no_grad()
+    def _rule_for(self, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Any) -> RoutingRule | None:
+        """The closed rule if it explains this batch too; None, so that the router itself is asked, if it does not."""
+        if not self.fitted:
+            self._fit(logits_TE, index_TK, weights_TK, replay)
+        if self.rule is None or not explains(self.rule, self.layer, logits_TE, index_TK, weights_TK):
+            return None
+        return self.rule
+
     def _visit(self, tokens: RoutedTokens) -> None:
         self.visitor(tokens)
         if tokens.output_TH is not None:
@@ -236,15 +246,14 @@ class _StackedTap(_Tap):
             )
         logits_TE = self._logits_TE(mask_T, hidden.dtype)
         replay = self._replay(mask_T)
-        if not self.fitted:
-            self._fit(logits_TE, index[mask_T], weights[mask_T], replay)
+        index_TK, weights_TK = index[mask_T], weights[mask_T]
         return RoutedTokens(
             layer=self.layer,
             hidden_TH=hidden[mask_T],
             logits_TE=logits_TE,
-            index_TK=index[mask_T],
-            weights_TK=weights[mask_T],
-            rule=self.rule,
+            index_TK=index_TK,
+            weights_TK=weights_TK,
+            rule=self._rule_for(logits_TE, index_TK, weights_TK, replay),
             replay=replay,
             evaluate_experts=lambda x, e: evaluate_stacked(original, x, e, weights.dtype),
         )
@@ -275,18 +284,17 @@ class _ListTap(_Tap):
         if self.layer.router_probe.index_position is not None:
             index, weights = self._chosen(self._router_output, mask_T)
             replay = self._replay(mask_T)
-            if not self.fitted:
-                self._fit(logits_TE, index, weights, replay)
+            rule = self._rule_for(logits_TE, index, weights, replay)
         else:
             if not self.fitted:
                 self._fit_by_block(block, flat[mask_T], logits_TE, modules)
-            rule = self.rule
-            assert rule is not None
-            index, weights = rule.choose(logits_TE, self.layer.top_k)
+            rule = known = self.rule
+            assert known is not None
+            index, weights = known.choose(logits_TE, self.layer.top_k)
 
             def replay(kept: Any) -> tuple[Tensor, Tensor]:
                 dropped = dropped_experts(self.layer, kept, logits_TE.device)
-                return rule.choose(logits_TE.index_fill(-1, dropped, float("-inf")), self.layer.top_k)
+                return known.choose(logits_TE.index_fill(-1, dropped, float("-inf")), self.layer.top_k)
 
         self._visit(
             RoutedTokens(
@@ -295,7 +303,7 @@ class _ListTap(_Tap):
                 logits_TE=logits_TE,
                 index_TK=index,
                 weights_TK=weights,
-                rule=self.rule,
+                rule=rule,
                 replay=replay,
                 evaluate_experts=lambda x, e: evaluate_list(modules, x, e),
             )
