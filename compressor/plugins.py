@@ -56,8 +56,7 @@ def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None
     `found` replaces the installed entry points, for tests. Raises PluginError, naming plugin and distribution, for a
     plugin that cannot be imported or offers no valid method, for equal names, and for an unknown name in `without`.
     """
-    installed = sorted(entry_points(group=GROUP) if found is None else found, key=lambda entry: entry.name)
-    _refuse_equal_names(installed)
+    installed = _by_name(entry_points(group=GROUP) if found is None else found)
     blocked = set(without)
     unknown = blocked - {entry.name for entry in installed}
     if unknown:
@@ -69,17 +68,20 @@ def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None
     return Plugins(plugins, _methods(plugins))
 
 
-def _refuse_equal_names(installed: Iterable[EntryPoint]) -> None:
-    """Pluggy takes the first of two plugins with one name and says nothing of the second; we refuse."""
+def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Each entry point once, sorted by name.
+
+    Pluggy takes the first of two plugins with one name and says nothing of the second; we refuse.
+    """
     owners: dict[str, EntryPoint] = {}
-    for entry in installed:
+    for entry in found:
         other = owners.setdefault(entry.name, entry)
         if (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
             raise PluginError(
                 f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and "
-                f"{entry.value} "
-                f"(from {_distribution(entry)[0]}). Uninstall one of them."
+                f"{entry.value} (from {_distribution(entry)[0]}). Uninstall one of them."
             )
+    return [owners[name] for name in sorted(owners)]
 
 
 def _distribution(entry: EntryPoint) -> tuple[str, str]:
@@ -107,6 +109,11 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
             f"{who} cannot be loaded: {type(error).__name__}: {error}. Mend or uninstall it, or run with "
             f"--without {entry.name}."
         ) from error
+    if not answers:
+        raise PluginError(f"{who}: {entry.value} has no function `compressor_methods` marked @compressor.hookimpl.")
+    for answer in answers:
+        if not isinstance(answer, list | tuple):
+            raise PluginError(f"{who}: compressor_methods() answers {answer!r}, expected a list of methods.")
     methods = tuple(method for answer in answers for method in answer)
     for method in methods:
         _verify(method, who)
