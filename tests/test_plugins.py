@@ -1,0 +1,284 @@
+"""The door that plugins come through: what is refused, in which words, and a third-party plugin that works."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import tiny_folder
+
+from compressor.errors import PluginError
+from compressor.plugins import load_plugins
+
+Install = Callable[..., list[EntryPoint]]
+
+METHOD = """
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+from pydantic import Field
+from compressor import Decision, Method, MoELayer, MoEModel, OptionError, Options, Plan, count_problem, hookimpl
+
+
+class FirstOptions(Options):
+    count: int = Field(ge=1, description="experts to keep in every layer")
+
+
+class KeepFirst(Method[FirstOptions]):
+    '''Keep the first experts of every layer.'''
+
+    name = "keep_first"
+    version = "1"
+    options_type: ClassVar[type[Options]] = FirstOptions
+
+    def check(self, layers: Sequence[MoELayer]) -> Plan:
+        for layer in layers:
+            problem = count_problem(layer, self.options.count)
+            if problem:
+                raise OptionError("count", f"{layer.path}: {problem}")
+        return Plan({layer.path: self.options.count for layer in layers})
+
+    def statistic(self, layer: MoELayer) -> None:
+        return None
+
+    def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Any]) -> Decision:
+        return {"layers": {layer.path: {"kept": list(range(self.options.count))} for layer in layers}}
+
+    def edit(self, moe: MoEModel, decision: Decision) -> None:
+        moe.keep({path: layer["kept"] for path, layer in decision["layers"].items()})
+
+
+@hookimpl
+def compressor_methods() -> list[type[KeepFirst]]:
+    return [KeepFirst]
+"""
+
+OFFER = """
+from compressor import Method, Options, hookimpl
+{body}
+@hookimpl
+def compressor_methods():
+    return {offered}
+"""
+
+
+def write_distribution(folder: Path, distribution: str, plugins: dict[str, str], source: str) -> str:
+    """Lay out an installed distribution as pip does; its one module holds `source`. Returns the module's name."""
+    module = distribution.replace("-", "_")
+    (folder / f"{module}.py").write_text(textwrap.dedent(source))
+    information = folder / f"{module}-1.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+    lines = [f"{name} = {value or module}" for name, value in plugins.items()]
+    (information / "entry_points.txt").write_text("\n".join(["[compressor]", *lines, ""]))
+    return module
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install distributions (name → source of the module) and return all their entry points."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def add(sources: dict[str, str], plugin: str | None = None) -> list[EntryPoint]:
+        for distribution, source in sources.items():
+            module = write_distribution(folder, distribution, {plugin or distribution: ""}, source)
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return [entry for found in distributions(path=[str(folder)]) for entry in found.entry_points]
+
+    return add
+
+
+def offer(offered: str, body: str = "") -> str:
+    return OFFER.format(offered=offered, body=textwrap.dedent(body))
+
+
+# --- what is installed
+
+
+def test_our_own() -> None:
+    plugins = load_plugins()
+    assert [(plugin.name, plugin.distribution) for plugin in plugins.plugins] == [("expert-pruning", "moe-compressor")]
+    assert list(plugins.methods) == ["expert_pruning"]
+    assert plugins.methods["expert_pruning"].__module__ == "compressor_expert_pruning.method"
+
+
+def test_without(install: Install) -> None:
+    assert load_plugins(["expert-pruning"]).methods == {}
+    found = install({"one": METHOD, "two": offer("[]")})
+    assert [plugin.name for plugin in load_plugins(["one"], found).plugins] == ["two"]
+
+
+def test_unknown_without(install: Install) -> None:
+    with pytest.raises(PluginError) as error:
+        load_plugins(["onne"], install({"one": METHOD, "two": offer("[]")}))
+    assert str(error.value) == "--without onne: no such plugin is installed; installed are: one, two."
+    with pytest.raises(PluginError, match="installed are: none"):
+        load_plugins(["one"], [])
+
+
+def test_third_party_method(install: Install) -> None:
+    plugins = load_plugins(found=install({"keep-first": METHOD}))
+    [plugin] = plugins.plugins
+    assert (plugin.name, plugin.distribution, plugin.version) == ("keep-first", "keep-first", "1.2")
+    assert plugins.methods["keep_first"].__name__ == "KeepFirst"
+
+
+def test_same_entry_point_found_twice_is_one(install: Install) -> None:
+    found = install({"keep-first": METHOD})
+    assert len(load_plugins(found=[*found, *found]).plugins) == 1
+
+
+# --- what is refused
+
+
+def test_equal_entry_point_names(install: Install) -> None:
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=sorted(install({"one": METHOD, "two": METHOD}, plugin="pruner"), key=lambda e: e.value))
+    assert str(error.value) == (
+        "two plugins are called 'pruner': one (from one) and two (from two). Uninstall one of them."
+    )
+
+
+def test_equal_method_names(install: Install) -> None:
+    found = install({"one": METHOD, "two": METHOD})
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=found)
+    assert str(error.value) == (
+        "two plugins offer a method called 'keep_first': one and two. Run with --without one of them."
+    )
+    assert list(load_plugins(["two"], found).methods) == ["keep_first"]
+
+
+def test_one_module_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    write_distribution(tmp_path, "twice", {"first": "twice", "second": "twice"}, METHOD)
+    found = [entry for dist in distributions(path=[str(tmp_path)]) for entry in dist.entry_points]
+    with pytest.raises(PluginError, match=r"plugin 'second' \(from twice 1\.2\): its module twice is registered under"):
+        load_plugins(found=found)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def (", "SyntaxError: "),
+        ("from compressor import nothing_like_it", "ImportError: cannot import name 'nothing_like_it'"),
+        (offer("[]").replace("compressor_methods", "compressor_method"), "PluginValidationError: "),
+        (offer("[1 / 0]"), "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_plugin_that_fails(source: str, says: str, install: Install) -> None:
+    found = install({"broken": source, "keep-first": METHOD})
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=found)
+    message = str(error.value)
+    assert message.startswith(f"plugin 'broken' (from broken 1.2) cannot be loaded: {says}")
+    assert message.endswith("Mend or uninstall it, or run with --without broken.")
+    assert list(load_plugins(["broken"], found).methods) == ["keep_first"]
+
+
+NO_STEPS = """
+class Half(Method):
+    name = "half"
+    version = "1"
+    options_type = Options
+    def check(self, layers): ...
+    def edit(self, moe, decision): ...
+"""
+WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, layers, statistics): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = 1", "rubbish has no function `compressor_methods` marked @compressor.hookimpl."),
+        (offer("None"), "compressor_methods() answers None, expected a list of methods."),
+        (offer("'text'"), "compressor_methods() answers 'text', expected a list of methods."),
+        (offer("[3]"), "3 is not a subclass of compressor.Method."),
+        (offer("[Options]"), "<class 'compressor.method.Options'> is not a subclass of compressor.Method."),
+        (offer("[Half]", NO_STEPS), "Half does not implement decide, statistic."),
+        (offer("[Half]", WHOLE.replace('name = "half"', "")), "Half has no `name`."),
+        (offer("[Half]", WHOLE.replace('"half"', "3")), "Half has no `name`."),
+        (offer("[Half]", WHOLE.replace('version = "1"', "")), "Half has no `version`."),
+        (
+            offer("[Half]", WHOLE.replace("options_type = Options", "")),
+            "Half.options_type is not a subclass of compressor.Options.",
+        ),
+        (
+            offer("[Half]", WHOLE.replace("options_type = Options", "options_type = dict")),
+            "Half.options_type is not a subclass of compressor.Options.",
+        ),
+    ],
+)
+def test_plugin_that_offers_rubbish(source: str, says: str, install: Install) -> None:
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=install({"rubbish": source}))
+    assert str(error.value) == f"plugin 'rubbish' (from rubbish 1.2): {says}"
+
+
+def test_the_same_plugin_whole_is_taken(install: Install) -> None:
+    assert list(load_plugins(found=install({"half": offer("[Half]", WHOLE)})).methods) == ["half"]
+
+
+# --- a third party's plugin, in a process of its own
+
+
+def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "compressor.cli", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
+    write_distribution(tmp_path, "keep-first", {"keep-first": ""}, METHOD)
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(16))}))
+    recipe: dict[str, Any] = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
+        "passes": [{"keep_first": {"count": 6}}, {"expert_pruning": {"keep": 4}}],
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    answer = command(tmp_path, "run", "--quiet", path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
+    assert record["versions"]["keep-first"] == "1.2"
+    first, second = record["passes"]
+    for layer in first["decision"]["layers"].values():
+        assert layer["kept"] == [0, 1, 2, 3, 4, 5]
+    for layer in second["decision"]["layers"].values():
+        assert set(layer["kept"]) < {0, 1, 2, 3, 4, 5}
+    # without the plugin the folder says what it was made with
+    import compressor
+
+    with pytest.raises(compressor.RecipeError, match="no installed plugin offers the method 'keep_first'"):
+        compressor.load(tmp_path / "out")
+
+
+def test_broken_plugin_stops_the_command_and_without_heals_it(tmp_path: Path) -> None:
+    write_distribution(tmp_path, "broken", {"broken": ""}, "import not_there_at_all")
+    answer = command(tmp_path, "methods")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == (
+        "error: plugin 'broken' (from broken 1.2) cannot be loaded: ModuleNotFoundError: No module named "
+        "'not_there_at_all'. Mend or uninstall it, or run with --without broken.\n"
+    )
+    answer = command(tmp_path, "methods", "--without", "broken")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert "expert_pruning" in answer.stdout
