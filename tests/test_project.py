@@ -1,0 +1,258 @@
+"""The project itself: what is public, who imports whom, what is documented, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from configparser import ConfigParser
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import typer
+
+import compressor
+from compressor.cli import app
+from compressor.demo import MODEL_FILES
+from compressor.plugins import load_plugins
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "compressor"
+PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "__init__.py").exists())
+
+ORDER = (
+    "cli",
+    "testing",
+    "engine",
+    "plan",
+    "report",
+    "evaluate",
+    "recipe",
+    "plugins",
+    "method",
+    "walk",
+    "calibration",
+    "statistics",
+    "checkpoint",
+    "moe",
+    "sources",
+    "demo",
+    "progress",
+    "environment",
+    "_version",
+    "errors",
+)
+"""The core's modules, top to bottom: each imports only those below it."""
+
+PUBLIC = [
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionResult",
+    "CompressorError",
+    "Decision",
+    "EvaluationError",
+    "Method",
+    "MoELayer",
+    "MoEModel",
+    "OptionError",
+    "Options",
+    "Plan",
+    "PluginError",
+    "RankedChunk",
+    "RecipeError",
+    "RoutedTokens",
+    "RoutingRule",
+    "Statistic",
+    "UnsupportedModelError",
+    "VerificationError",
+    "__version__",
+    "compress",
+    "count_problem",
+    "hookimpl",
+    "load",
+]
+
+
+def imports(file: Path) -> Iterator[tuple[str, str | None]]:
+    """(module, name) of every import in a file, also inside functions; but not those for type checkers only."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def core_modules() -> dict[str, list[Path]]:
+    """Top-level module of the core → its files."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(CORE.rglob("*.py")):
+        found.setdefault(file.relative_to(CORE).with_suffix("").parts[0], []).append(file)
+    return found
+
+
+# --- what is public
+
+
+def test_all_is_exact() -> None:
+    assert compressor.__all__ == PUBLIC == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(compressor, name) is not None
+
+
+def test_other_names_are_not() -> None:
+    with pytest.raises(AttributeError, match="module 'compressor' has no attribute 'prune'"):
+        _ = compressor.prune
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    """Imports under TYPE_CHECKING mirror the names that are imported on first use."""
+    tree = ast.parse((CORE / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: str(node.module).removeprefix("compressor.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == compressor._HOME
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, compressor; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "[]\n"
+
+
+# --- who imports whom
+
+
+@pytest.mark.parametrize("name", sorted(core_modules().keys() - {"__init__"}))
+def test_imports_go_downwards(name: str) -> None:
+    assert name in ORDER, f"{name}: give it a place in ORDER"
+    below = set(ORDER[ORDER.index(name) + 1 :])
+    for file in core_modules()[name]:
+        for module, imported in imports(file):
+            if module.split(".")[0] != "compressor":
+                continue
+            target = module.split(".")[1] if "." in module else str(imported)
+            assert target == name or target in below, (
+                f"{file.relative_to(ROOT)} imports {target}, which stands above it"
+            )
+
+
+def test_the_package_itself_imports_only_what_is_light() -> None:
+    assert {module for module, _ in imports(CORE / "__init__.py") if module.startswith("compressor")} == {
+        "compressor._version",
+        "compressor.errors",
+        "compressor.plugins",
+    }
+
+
+def test_core_imports_no_plugin() -> None:
+    for file in CORE.rglob("*.py"):
+        for module, _ in imports(file):
+            assert not module.startswith("compressor_"), f"{file.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_plugins_import_only_what_is_public(plugin: Path) -> None:
+    for file in plugin.rglob("*.py"):
+        for module, name in imports(file):
+            top = module.split(".")[0]
+            if top == "compressor":
+                assert module == "compressor", f"{file.name} imports {module}"
+                assert name in compressor.__all__, f"{file.name} imports {name}, which is not public"
+            elif top.startswith("compressor_"):
+                assert top == plugin.name, f"{file.name} imports another plugin, {module}"
+
+
+def test_one_word_all_the_way() -> None:
+    """Folder `compressor_expert_pruning`, entry point `expert-pruning`, key `expert_pruning`, class `ExpertPruning`."""
+    ours = {entry.name: entry.value for entry in entry_points(group="compressor")}
+    assert set(ours.values()) == {path.name for path in PLUGINS}
+    for plugin in load_plugins().plugins:
+        word = ours[plugin.name].removeprefix("compressor_")
+        assert plugin.name == word.replace("_", "-")
+        [method] = plugin.methods
+        assert method.name == word
+        assert method.__name__ == word.title().replace("_", "")
+
+
+def test_every_option_of_every_method_is_described() -> None:
+    for method in load_plugins().methods.values():
+        assert method.__doc__
+        for name, field in method.options_type.model_fields.items():
+            assert field.description, f"{method.name}.{name}"
+
+
+# --- what is documented
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_commands_are_documented(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help, f"{name}: {parameter.name}"
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"compressor {name}" not in readme] == []
+
+
+# --- what the wheel holds
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [path] = folder.iterdir()
+    return path
+
+
+def test_wheel_holds_the_code_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+    information = f"moe_compressor-{compressor.__version__}.dist-info/"
+    expected = {
+        path.relative_to(folder.parent).as_posix()
+        for folder in (CORE, *PLUGINS)
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if not name.startswith(information)} == expected
+    assert "compressor/py.typed" in names
+    assert {f"compressor/demo/model/{name}" for name in MODEL_FILES} <= names
+    assert f"{information}licenses/LICENSE" in names
+
+
+def test_wheel_is_small(wheel: Path) -> None:
+    assert wheel.name == f"moe_compressor-{compressor.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size <= 12 * 10**6
+
+
+def test_wheel_announces_the_command_and_the_plugins(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        text = file.read(f"moe_compressor-{compressor.__version__}.dist-info/entry_points.txt").decode()
+    parser = ConfigParser()
+    parser.read_string(text)
+    assert {section: dict(parser[section]) for section in parser.sections()} == {
+        "console_scripts": {"compressor": "compressor.cli:main"},
+        "compressor": {path.name.removeprefix("compressor_").replace("_", "-"): path.name for path in PLUGINS},
+    }
