@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from torch import Tensor
 from compressor.moe.routing import Replay, RoutingRule
 from compressor.moe.structure import MoELayer
 
+_ROWS_PER_EXPERT = 768
+"""Tokens that an expert is given at a time, on average: enough for fast matrix products, few enough that what lies
+between them (the experts' inner activations) stays near the processor. See benchmarks/README.md.
+"""
 _CHUNK_BYTES = 256 * 2**20
-_MIN_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class RoutedTokens:
         layer's own output falls out on the way.
         """
         hidden_size = self.hidden_TH.shape[-1]
-        chunk = max(_MIN_CHUNK, _CHUNK_BYTES // (4 * hidden_size * num_ranks))
+        most = max(1, min(_ROWS_PER_EXPERT * self.layer.num_experts, _CHUNK_BYTES // (4 * hidden_size)) // num_ranks)
+        chunk = ceil(self.num_tokens / ceil(self.num_tokens / most)) if self.num_tokens else most
         order_TM = self.order(num_ranks)
         output_TH = torch.empty_like(self.hidden_TH)
         for start in range(0, self.num_tokens, chunk):
