@@ -156,9 +156,7 @@ def test_chunks_change_no_figure(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     sequences = random_sequences(5, 31, 2, 17)
     whole = evaluate.perplexity(model, sequences, batch_size=4)
     monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 4 * VOCAB_SIZE * 7)
-    assert evaluate.perplexity(model, sequences, batch_size=4).mean_loss == pytest.approx(
-        whole.mean_loss, rel=1e-9
-    )
+    assert evaluate.perplexity(model, sequences, batch_size=4).mean_loss == pytest.approx(whole.mean_loss, rel=1e-9)
 
 
 def test_log_softmax_is_in_float32() -> None:
@@ -231,9 +229,7 @@ def multiple_choice(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def local_tasks() -> dict[str, dict[str, Any]]:
-    rolling = multiple_choice(
-        "demo_rolling", output_type="loglikelihood_rolling", doc_to_target="{{question}}"
-    )
+    rolling = multiple_choice("demo_rolling", output_type="loglikelihood_rolling", doc_to_target="{{question}}")
     rolling["metric_list"] = [
         {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
     ]
@@ -256,8 +252,7 @@ def yaml_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "doc_to_target: answer\ndoc_to_choice: choices\n"
         )
     (tmp_path / "my_group.yaml").write_text(
-        "group: my_group\ntask: [my_choice, my_other]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+        "group: my_group\ntask: [my_choice, my_other]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     return tmp_path
 
@@ -285,9 +280,7 @@ def test_tasks_equal_lm_eval(model: Any, tokenizer: Any, choice: evaluate.Loaded
     )["results"]["demo_choice"]
     for metric in ("acc", "acc_norm"):
         assert ours.metrics[metric].value == theirs[f"{metric},none"]
-        assert ours.metrics[metric].standard_error == pytest.approx(
-            theirs[f"{metric}_stderr,none"], rel=1e-12
-        )
+        assert ours.metrics[metric].standard_error == pytest.approx(theirs[f"{metric}_stderr,none"], rel=1e-12)
         assert ours.metrics[metric].higher_is_better is True
     assert ours.documents == 12
     assert ours.num_fewshot == 0
@@ -386,9 +379,7 @@ def test_the_demos_tasks_are_known_without_being_given() -> None:
         evaluate.load_tasks(["demo_arithmetic"], num_fewshot=2)
 
 
-def test_tasks_that_cannot_be_used(
-    tmp_path: Path, model: Any, choice: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_that_cannot_be_used(tmp_path: Path, model: Any, choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match=r"unknown task 'demo_choise'\. Did you mean demo_choice, "):
         load("demo_choise")
     with pytest.raises(EvaluationError, match=r"task_path .*nowhere: there is no such folder"):
@@ -409,18 +400,13 @@ def test_lm_evals_own_index(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = evaluate._TaskSources(None, local_tasks)
     with pytest.raises(EvaluationError, match=r"unknown task 'arc_eazy'\. Did you mean arc_easy"):
         sources.load("arc_eazy")
-    with pytest.raises(
-        EvaluationError, match=r"task 'arc_easy': its documents cannot be read: .*without a network"
-    ):
+    with pytest.raises(EvaluationError, match=r"task 'arc_easy': its documents cannot be read: .*without a network"):
         sources.load("arc_easy")
 
 
 def state_of(model: Any, tokenizer: Any) -> Any:
     return (
-        {
-            name: (id(p), p.data_ptr(), p.dtype, p.device, p.requires_grad)
-            for name, p in model.named_parameters()
-        },
+        {name: (id(p), p.data_ptr(), p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()},
         {name: module.training for name, module in model.named_modules()},
         model.config.to_dict(),
         model.generation_config.to_dict(),
@@ -617,9 +603,7 @@ def test_speed_alternates(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
 
 def test_decoding_is_what_generate_writes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[torch.Tensor] = []
-    hook = model.register_forward_pre_hook(
-        lambda _, __, inputs: fed.append(inputs["input_ids"]), with_kwargs=True
-    )
+    hook = model.register_forward_pre_hook(lambda _, __, inputs: fed.append(inputs["input_ids"]), with_kwargs=True)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     evaluate._time(model, prompt, 6)
     hook.remove()
@@ -634,9 +618,7 @@ def test_a_model_without_cache_has_no_decoding_speed(model: Any) -> None:
     without = copy.deepcopy(model)
     forward = without.forward
     without.forward = lambda input_ids, use_cache: forward(input_ids=input_ids, use_cache=False)
-    result = evaluate.speed(
-        {"before": model, "after": without}, vocab_size=VOCAB_SIZE, prompt_tokens=4, repeats=1
-    )
+    result = evaluate.speed({"before": model, "after": without}, vocab_size=VOCAB_SIZE, prompt_tokens=4, repeats=1)
     assert result.decode is None
     assert result.decode_ratio is None
     assert result.decode_reason == "after: CannotDecodeError: the model returns no key-value cache"
@@ -670,9 +652,7 @@ def test_real_figures_print(model: Any, tokenizer: Any, choice: evaluate.LoadedT
             "peak_memory": evaluate.peak_memory("cpu"),
         }
     flips = evaluate.paired(tasks["before"], tasks["after"])
-    speed = evaluate.speed(
-        {"before": model, "after": changed}, vocab_size=VOCAB_SIZE, new_tokens=2, repeats=1
-    )
+    speed = evaluate.speed({"before": model, "after": changed}, vocab_size=VOCAB_SIZE, new_tokens=2, repeats=1)
     evaluation = {
         **sides,
         "paired": {name: {m: f.to_json() for m, f in metrics.items()} for name, metrics in flips.items()},
