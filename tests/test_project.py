@@ -30,22 +30,22 @@ ORDER = (
     "plan",
     "report",
     "evaluate",
+    "walk",
     "recipe",
     "plugins",
     "method",
-    "walk",
-    "calibration",
     "statistics",
+    "calibration",
     "checkpoint",
     "moe",
     "sources",
     "demo",
-    "progress",
     "environment",
+    "progress",
     "_version",
     "errors",
 )
-"""The core's modules, top to bottom: each imports only those below it."""
+"""The core's modules, top to bottom, as in docs/architecture.md: each imports only those below it."""
 
 PUBLIC = [
     "CalibrationError",

@@ -1,0 +1,122 @@
+"""Text and token ids → sequences → padded batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from compressor.calibration import Sequences, check_vocabulary, fingerprint, load_sequences, make_batches
+from compressor.errors import CalibrationError
+from compressor.sources import Source
+
+
+class Letters:
+    """A tokenizer of single letters: a is 1, b is 2, …; the end of text is 0."""
+
+    def __init__(self, eos_token_id: int | None = 0) -> None:
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 96 for letter in text if letter.isalpha()]}
+
+
+def source(**settings: Any) -> Any:
+    return TypeAdapter(Source).validate_python(settings)
+
+
+def rows(sequences: Sequences) -> list[list[int]]:
+    return [ids.tolist() for ids in sequences.ids]
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_text_is_cut_from_its_start_and_the_rest_dropped(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh")
+    found = load_sequences(source(text=tmp_path / "text.txt", length=3), Letters(), seed=0)
+    assert rows(found) == [[1, 2, 3], [4, 5, 6], [7, 8, 0]]
+    assert found.name == "text"
+    assert found.num_tokens == 9
+    found = load_sequences(source(text=tmp_path / "text.txt", length=3), Letters(eos_token_id=None), seed=0)
+    assert rows(found) == [[1, 2, 3], [4, 5, 6]]
+    found = load_sequences(source(text=tmp_path / "text.txt", length=3, samples=1), Letters(), seed=0)
+    assert rows(found) == [[1, 2, 3]]
+
+
+def test_documents_are_joined_with_the_end_of_text(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "lines.jsonl", {"text": "ab"}, {"text": "ab"}, {"text": "ab"})
+    assert rows(load_sequences(source(jsonl=path, length=4), Letters(), seed=0)) == [[1, 2, 0, 1], [2, 0, 1, 2]]
+
+
+def test_documents_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "lines.jsonl", *({"text": letter} for letter in "abcdefgh"))
+    orders = [rows(load_sequences(source(jsonl=path, length=16), Letters(), seed=seed))[0] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == [0] * 8 + list(range(1, 9))
+
+
+def test_json_lines_skip_empty_lines_and_take_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('\n{"words": "ab", "text": 3}\n\n')
+    assert rows(load_sequences(source(jsonl=path, length=3, field="words"), Letters(), seed=0)) == [[1, 2, 0]]
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert rows(load_sequences(source(jsonl=path, length=4), Letters(), seed=0)) == [[1, 2, 3, 0]]
+
+
+def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "ids.jsonl", {"input_ids": [5, 0, 7]}, {"input_ids": [1, 2]}, {"input_ids": [9, 9]})
+    assert rows(load_sequences(source(tokens=path), None, seed=3)) == [[5, 0, 7], [1, 2], [9, 9]]
+    assert rows(load_sequences(source(tokens=path, samples=2, length=2), None, seed=3)) == [[5, 0], [1, 2]]
+
+
+def test_demo_text_of_both_splits_differs() -> None:
+    train, held_out = (
+        load_sequences(source(demo="prose", samples=2, length=16), Letters(), seed=0, split=split)
+        for split in ("train", "held-out")
+    )
+    assert train.fingerprint != held_out.fingerprint
+    chosen = load_sequences(source(demo="prose", samples=2, length=16, split="held-out"), Letters(), seed=0)
+    assert chosen.fingerprint == held_out.fingerprint
+
+
+def test_fingerprint_tells_order_and_borders_apart() -> None:
+    one = [torch.tensor([1, 2]), torch.tensor([3])]
+    assert fingerprint(one) == fingerprint([ids.to(torch.int32) for ids in one])
+    others = [
+        [torch.tensor([3]), torch.tensor([1, 2])],
+        [torch.tensor([1]), torch.tensor([2, 3])],
+        [torch.arange(1, 4)],
+    ]
+    assert len({fingerprint(ids) for ids in [one, *others]}) == 4
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    batches = make_batches([torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([6, 7])], 2)
+    assert [batch.input_ids.tolist() for batch in batches] == [[[1, 2, 3], [4, 5, 0]], [[6, 7]]]
+    assert [batch.attention_mask.tolist() for batch in batches] == [
+        [[True, True, True], [True, True, False]],
+        [[True, True]],
+    ]
+
+
+def test_vocabulary() -> None:
+    sequences = Sequences("mine", (torch.tensor([1, 9]),), "")
+    check_vocabulary(sequences, 10)
+    with pytest.raises(CalibrationError, match=r"'mine' holds token id 9, but the model has only 9 embeddings"):
+        check_vocabulary(sequences, 9)
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="is text, but the model's folder has no tokenizer"):
+        load_sequences(source(text=tmp_path / "text.txt"), None, seed=0)
