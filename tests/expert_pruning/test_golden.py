@@ -1,7 +1,7 @@
 """The same answers as the paper's own published code, end to end: `tests/golden/README.md` says what was recorded.
 
-bfloat16 is compared with eager attention and eager experts, as the reference ran (transformers 4.36 had no others): other
-kernels round the hidden states elsewhere, and the recorded figures are those of one order of rounding.
+bfloat16 is compared with eager attention and eager experts, as the reference ran: other kernels round the hidden states
+elsewhere, and the recorded figures are those of one order of rounding.
 """
 
 from __future__ import annotations

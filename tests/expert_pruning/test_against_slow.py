@@ -1,0 +1,176 @@
+"""The search against the obvious slow version: mask the logits, route again, put the output together, compare."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from compressor import RoutingRule
+from compressor.moe import tokens as tokens_module
+from compressor_expert_pruning import subsets
+from compressor_expert_pruning.subsets import SubsetTables, dropped_subsets, squared_errors
+
+ROUTERS = (
+    "softmax",
+    "softmax_not_renormalised",
+    "softmax_not_renormalised_scaled",
+    "sigmoid_biased_scaled",
+    "sequential",
+)
+HIDDEN = 6
+
+
+def softmax(logits, top_k, bias):
+    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
+    return index, weights / weights.sum(-1, keepdim=True)
+
+
+def softmax_not_renormalised(logits, top_k, bias):
+    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
+    return index, weights
+
+
+def softmax_not_renormalised_scaled(logits, top_k, bias):
+    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
+    return index, 1.5 * weights
+
+
+def sigmoid_biased_scaled(logits, top_k, bias):
+    scores = logits.double().sigmoid()
+    index = (scores + bias).masked_fill(logits == float("-inf"), float("-inf")).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, index)
+    return index, 2.5 * weights / weights.sum(-1, keepdim=True)
+
+
+def sequential(logits, top_k, bias):
+    """No closed rule: each choice is weighed against those still to be had, and an even id counts double."""
+    left, ids, weights = logits.double(), [], []
+    for _ in range(top_k):
+        best = left.argmax(-1, keepdim=True)
+        ids.append(best)
+        weights.append(left.softmax(-1).gather(1, best) * (2 - best % 2))
+        left = left.scatter(1, best, float("-inf"))
+    return torch.cat(ids, 1), torch.cat(weights, 1)
+
+
+def rule(router, bias):
+    return {
+        "softmax": RoutingRule("softmax", True, 1.0),
+        "softmax_not_renormalised": RoutingRule("softmax", False, 1.0),
+        "softmax_not_renormalised_scaled": RoutingRule("softmax", False, 1.5),
+        "sigmoid_biased_scaled": RoutingRule("sigmoid", True, 2.5, bias),
+        "sequential": None,
+    }[router]
+
+
+@pytest.fixture
+def random_tokens(make_tokens):
+    def make(router, num_tokens, num_experts, top_k, seed):
+        generator = torch.Generator().manual_seed(seed)
+        bias = torch.randn(num_experts, generator=generator, dtype=torch.float64) * 0.3
+        return make_tokens(
+            torch.randn(num_tokens, HIDDEN, generator=generator),
+            torch.randn(num_experts, HIDDEN, HIDDEN, generator=generator),
+            torch.randn(num_tokens, num_experts, generator=generator) * 1.5,
+            top_k,
+            lambda logits: globals()[router](logits, top_k, bias),
+            rule(router, bias),
+        )
+
+    return make
+
+
+def output(tokens, index, weights):
+    """[T, H] float64: Σ over the chosen experts of weight × output."""
+    outputs = tokens.evaluate_experts(tokens.hidden_TH, index).double()
+    return (weights.double()[..., None] * outputs).sum(1)
+
+
+def slow_errors(tokens, num_kept):
+    full = output(tokens, tokens.index_TK, tokens.weights_TK)
+    experts = range(tokens.layer.num_experts)
+    return torch.stack(
+        [
+            (output(tokens, *tokens.replay(list(kept))) - full).square().sum()
+            for kept in reversed(list(itertools.combinations(experts, num_kept)))  # so the dropped ones ascend
+        ]
+    )
+
+
+def fast_errors(tokens, num_kept):
+    tables = SubsetTables.build(tokens.layer, num_kept, torch.device("cpu"))
+    return squared_errors(tokens, tables, num_kept)
+
+
+SHAPES = [
+    (num_experts, top_k, num_kept)
+    for num_experts in range(2, 11)
+    for top_k in range(1, min(4, num_experts - 1) + 1)
+    for num_kept in range(top_k, num_experts)
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_set_of_every_shape(random_tokens, router):
+    for seed, (num_experts, top_k, num_kept) in enumerate(SHAPES):
+        tokens = random_tokens(router, 7, num_experts, top_k, seed)
+        found, expected = fast_errors(tokens, num_kept), slow_errors(tokens, num_kept)
+        where = f"{num_experts} experts, {top_k} chosen, {num_kept} kept"
+        limit = 1e-6 * float(output(tokens, tokens.index_TK, tokens.weights_TK).square().sum())
+        assert torch.allclose(found, expected, rtol=2e-5, atol=limit), where
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid_biased_scaled", "sequential_ids"])
+def test_a_token_whose_experts_all_stay_adds_exactly_nothing(make_tokens, random_tokens, router):
+    def by_id(logits):  # weights that do not depend on who else is there, so only the replay can tell
+        index = logits.topk(2, dim=-1).indices
+        return index, 1.0 / (3.0 + index)
+
+    seen = 0
+    for seed in range(12):
+        tokens = random_tokens("softmax" if router == "sequential_ids" else router, 1, 6, 2, seed)
+        if router == "sequential_ids":
+            experts = torch.randn(6, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed))
+            tokens = make_tokens(tokens.hidden_TH, experts, tokens.logits_TE, 2, by_id, None)
+        chosen = set(tokens.index_TK[0].tolist())
+        for dropped, error in zip(dropped_subsets(tokens.layer, 3), fast_errors(tokens, 3).tolist(), strict=True):
+            assert (error == 0.0) == chosen.isdisjoint(dropped)
+            seen += error == 0.0
+    assert seen == 12 * 4  # of the four others, three are dropped
+
+
+def test_dropping_any_expert_rescales_where_softmax_is_not_renormalised(random_tokens):
+    tokens = random_tokens("softmax_not_renormalised", 1, 6, 2, 0)
+    assert (fast_errors(tokens, 5) > 0).all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_however_the_work_is_cut_up(random_tokens, router, monkeypatch):
+    """Chunks of tokens, parts of chunks, and the look-up for thousands of sets give the same sums."""
+    tokens = random_tokens(router, 50, 7, 2, 3)
+    whole = fast_errors(tokens, 4)
+    monkeypatch.setattr(tokens_module, "_ROWS_PER_EXPERT", 12)
+    monkeypatch.setattr(subsets, "_BYTES", 1)
+    monkeypatch.setattr(subsets, "_SMALL_TABLE", 0)
+    monkeypatch.setattr(subsets, "_TOKENS_PER_LOOKUP", 3)
+    chunks = [chunk.stop - chunk.start for chunk in tokens.ranked_outputs(5)]
+    assert len(chunks) > 3
+    assert sum(chunks) == 50
+    torch.testing.assert_close(fast_errors(tokens, 4), whole, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(whole, slow_errors(tokens, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_both_ways_of_looking_up(random_tokens):
+    """Few sets over many ranks look up the choice first, many sets over few ranks the error first."""
+    for num_experts, top_k, num_kept, direct in ((8, 5, 7, False), (10, 2, 5, True)):
+        tokens = random_tokens("softmax", 40, num_experts, top_k, 5)
+        tables = SubsetTables.build(tokens.layer, num_kept, torch.device("cpu"))
+        assert (len(tables.choice_of_mask) <= 4 * len(tables.dropped)) == direct
+        torch.testing.assert_close(fast_errors(tokens, num_kept), slow_errors(tokens, num_kept), rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_no_error(random_tokens):
+    for router in ROUTERS:
+        assert fast_errors(random_tokens(router, 0, 5, 2, 0), 3).tolist() == [0.0] * 10
