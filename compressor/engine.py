@@ -216,9 +216,9 @@ def _random_batch(model: Any) -> TokenBatch:
 
 
 def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder, probe: TokenBatch) -> None:
-    """Write the checkpoint, load it again, and compare its logits with the live model's, bit by bit.
+    """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
 
-    Raises VerificationError if any differs, CheckpointError if a tensor is missing or unexpected.
+    Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
     """
     leaf = moe.structure.num_experts_leaf
     folder.require_space(measure.size(moe.model).bytes)
@@ -227,13 +227,19 @@ def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder,
     trust = found.trust_remote_code if found else False
     device = str(next(moe.model.parameters()).device)
     again = checkpoints.load_model(Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model)
+    live, loaded = moe.model.state_dict(), again.state_dict()
+    different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
+    if different or len(live) != len(loaded):
+        raise VerificationError(
+            f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
+            f"({', '.join(different[:3])}). Nothing was kept."
+        )
     expected, answered = walk.logits(moe.model, probe), walk.logits(again, probe)
     if not torch.equal(expected, answered):
         difference = float((expected.float() - answered.float()).abs().max())
         raise VerificationError(
             f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
-            f"difference of "
-            f"a logit: {difference:.3g}). Nothing was kept."
+            f"difference of a logit: {difference:.3g}). Nothing was kept."
         )
 
 

@@ -1,0 +1,281 @@
+"""A pruned checkpoint is an ordinary one: transformers alone, in a process that cannot import this library, reads it,
+and gives the same logits to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import (
+    ARCHITECTURES,
+    DTYPES,
+    is_remote,
+    keep_six,
+    random_model,
+    tiny_folder,
+    tiny_model,
+    token_ids,
+    write_checkpoint,
+    write_token_file,
+)
+
+from compressor import MoEModel, compress
+from compressor.calibration import TokenBatch
+from compressor.checkpoint import Checkpoint, OutputFolder, load_model, save_checkpoint
+from compressor.engine import save_verified
+
+READER = """
+import json, sys
+sys.modules["compressor"] = None        # importing it is an error from here on
+sys.modules["compressor_expert_pruning"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+jobs, ids, answers = json.load(open(sys.argv[1])), torch.tensor(json.loads(sys.argv[2])), {}
+for key, job in jobs.items():
+    model, info = AutoModelForCausalLM.from_pretrained(
+        job["folder"], dtype="auto", trust_remote_code=job["remote"], output_loading_info=True)
+    model.eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()       # off the file: see compressor.checkpoint.align
+    assert not any(info.values()), (key, info)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()   # into memory laid out as the live model's: see test_saved_to_the_bit
+    with torch.no_grad():
+        answers[key + "/logits"] = model(ids).logits
+        answers[key + "/generated"] = model.generate(
+            ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=not job["remote"])
+    answers[key + "/parameters"] = torch.tensor(model.num_parameters())
+try:
+    import compressor
+except ImportError:
+    save_file({key: value.contiguous() for key, value in answers.items()}, sys.argv[3])
+"""
+IDS = token_ids(2, 12, seed=8)
+
+
+def generated(model, name):
+    with torch.no_grad():
+        return model.generate(
+            IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=not is_remote(name)
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pruned")
+
+
+@pytest.fixture(scope="module")
+def live(folder):
+    """name, dtype → the live model that was pruned and written to `folder / name-dtype`."""
+    rows = [token_ids(length, seed=length).tolist() for length in (40, 33, 48, 21, 48, 40)]
+    tokens = write_token_file(folder / "tokens.jsonl", rows)
+    models = {}
+    for name in ARCHITECTURES:
+        recipe = {
+            "model": str(tiny_folder(name)),
+            "trust_remote_code": is_remote(name),
+            "calibration": {"batch_size": 2, "data": [{"tokens": str(tokens)}]},
+            "passes": [{"expert_pruning": {"keep": 6}}],
+            "output": str(folder / f"{name}-float32"),
+        }
+        models[name, "float32"] = compress(recipe).model
+        # in half precision ties decide what a run would find, so the sets are given
+        moe = MoEModel(tiny_model(name, "bfloat16"))
+        moe.keep(keep_six(moe))
+        source = Checkpoint(name, tiny_folder(name), is_remote(name))
+        with OutputFolder(folder / f"{name}-bfloat16") as output:
+            save_verified(moe, source, output, TokenBatch(IDS, torch.ones_like(IDS, dtype=torch.bool)))
+            output.finish()
+        models[name, "bfloat16"] = moe.model
+    return models
+
+
+@pytest.fixture(scope="module")
+def answers(folder, live):
+    """What transformers alone makes of all of them, in one process."""
+    jobs = {f"{n}-{d}": {"folder": str(folder / f"{n}-{d}"), "remote": is_remote(n)} for n, d in live}
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    (folder / "reader.py").write_text(READER, encoding="utf-8")
+    command = [sys.executable, "-I", "reader.py", "jobs.json", json.dumps(IDS.tolist()), "answers.safetensors"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "answers.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_alone_gives_the_same_logits(name, dtype, live, answers):
+    model = live[name, dtype]
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert logits.dtype == getattr(torch, dtype)
+    assert torch.equal(answers[f"{name}-{dtype}/logits"], logits)
+    assert torch.equal(answers[f"{name}-{dtype}/generated"], generated(model, name))
+    assert int(answers[f"{name}-{dtype}/parameters"]) == model.num_parameters()
+    original = tiny_model(name, dtype)
+    assert model.num_parameters() < original.num_parameters()
+    with torch.no_grad():
+        assert not torch.equal(original(IDS).logits, logits)
+
+
+COUNT_KEYS = {
+    "mixtral": {"num_local_experts", "num_experts"},
+    "qwen2_moe": {"num_experts"},
+    "qwen3_moe": {"num_experts", "num_local_experts"},
+    "qwen3_moe_not_normalised": {"num_experts", "num_local_experts"},
+    "olmoe": {"num_experts", "num_local_experts"},
+    "granitemoe": {"num_local_experts"},
+    "phimoe": {"num_local_experts"},
+    "deepseek_v2": {"n_routed_experts", "num_experts"},
+    "deepseek_v2_groups": {"n_routed_experts", "num_experts"},
+    "deepseek_v3": {"n_routed_experts", "num_local_experts"},
+    "gpt_oss": {"num_local_experts", "num_experts"},
+    "glm4_moe": {"n_routed_experts", "num_local_experts"},
+    "mixtral4": {"num_local_experts"},
+    "deepseek4": {"n_routed_experts"},
+}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_config(name, dtype, folder, live):
+    """The source's own, with the count and the rope under every name that readers know."""
+    source, written = (
+        read_json(tiny_folder(name) / "config.json"),
+        read_json(folder / f"{name}-{dtype}" / "config.json"),
+    )
+    assert {key for key in written if written[key] == 6 and "expert" in key} == COUNT_KEYS[name]
+    assert not {key for key in written if written[key] == 8 and "expert" in key}
+    assert written["dtype"] == written["torch_dtype"] == dtype
+    if not is_remote(name):
+        assert written["rope_parameters"] == source["rope_parameters"]
+        assert written["rope_theta"] == source["rope_parameters"]["rope_theta"]
+        scaled = source["rope_parameters"]["rope_type"] != "default"
+        assert scaled == (name == "gpt_oss") == ("rope_scaling" in written)
+    changed = COUNT_KEYS[name] | {"dtype", "torch_dtype", "rope_theta", "rope_scaling"}
+    assert {k: v for k, v in written.items() if k not in changed} == {
+        k: v for k, v in source.items() if k not in changed
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_files_are_carried_to_the_byte(name, dtype, folder, live):
+    source, output = tiny_folder(name), folder / f"{name}-{dtype}"
+    carried = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
+    if is_remote(name):
+        carried |= {f"modeling_{name}.py", f"configuration_{name}.py"}
+        carried -= {"generation_config.json"} - {path.name for path in source.iterdir()}
+    for file in carried:
+        assert (output / file).read_bytes() == (source / file).read_bytes(), file
+    weights = {path.name for path in output.glob("*.safetensors")}
+    assert weights == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_to_the_bit(name, dtype, folder, live):
+    """transformers leaves weights where the file has them, 8 bytes off the boundary that fast products like. torch then
+    rounds some of them otherwise in the last bit, so `load_model` moves them; else sound checkpoints would be refused.
+    """
+    again = load_model(Checkpoint(name, folder / f"{name}-{dtype}", is_remote(name)))
+    assert {tensor.data_ptr() % 64 for tensor in [*again.parameters(), *again.buffers()]} == {0}
+    tensors = live[name, dtype].state_dict()
+    assert tensors.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in again.state_dict().items())
+    for seed in range(5):
+        ids = token_ids(2, 12, seed=seed)
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, live[name, dtype](ids).logits)
+
+
+# Other sources and other ways to save ----------------------------------------------------------------------
+
+
+def pruned_and_saved(source: Path, output: Path):
+    moe = MoEModel(load_model(Checkpoint("source", source)))
+    moe.keep(keep_six(moe))
+    output.mkdir()
+    leaf = moe.structure.num_experts_leaf
+    save_checkpoint(moe.model, source, output, {leaf: 6})
+    return moe.model
+
+
+@pytest.mark.parametrize(
+    ("name", "old_count", "new_count"),
+    [
+        ("qwen3_moe", "num_experts", "num_local_experts"),
+        ("mixtral", "num_local_experts", "num_experts"),
+        ("deepseek_v3", "n_routed_experts", "num_local_experts"),
+    ],
+)
+def test_source_written_by_transformers_4(name, old_count, new_count, tmp_path):
+    """Its config.json knows rope_theta and torch_dtype, and one name of the count."""
+    source = write_checkpoint(random_model(name), tmp_path / "source")
+    raw = read_json(source / "config.json")
+    rope = raw.pop("rope_parameters")
+    count = raw.pop(old_count, None) or raw.pop(new_count)
+    raw.pop(new_count, None)
+    raw |= {old_count: count, "rope_theta": rope["rope_theta"], "torch_dtype": raw.pop("dtype")}
+    (source / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+
+    model = pruned_and_saved(source, tmp_path / "pruned")
+
+    again = load_model(Checkpoint("pruned", tmp_path / "pruned"))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    written = read_json(tmp_path / "pruned" / "config.json")
+    assert written[old_count] == written[new_count] == 6
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == rope["rope_theta"]
+
+
+def test_source_in_several_files(tmp_path):
+    source = tmp_path / "source"
+    random_model("mixtral").save_pretrained(source, max_shard_size="100KB")
+    assert (source / "model.safetensors.index.json").exists()
+    model = pruned_and_saved(source, tmp_path / "pruned")
+    assert not (tmp_path / "pruned" / "model.safetensors.index.json").exists()
+    with torch.no_grad():
+        again = load_model(Checkpoint("pruned", tmp_path / "pruned"))
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_model_without_a_source(tmp_path):
+    moe = MoEModel(random_model("qwen3_moe"))
+    moe.keep(keep_six(moe))
+    save_checkpoint(moe.model, None, tmp_path, {moe.structure.num_experts_leaf: 6})
+    written = read_json(tmp_path / "config.json")
+    assert written["num_experts"] == written["num_local_experts"] == 6
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    with torch.no_grad():
+        assert torch.equal(load_model(Checkpoint("it", tmp_path))(IDS).logits, moe.model(IDS).logits)
+
+
+def test_tied_embeddings_are_saved_once(tmp_path):
+    source = write_checkpoint(random_model("mixtral", tie_word_embeddings=True), tmp_path / "source")
+    model = pruned_and_saved(source, tmp_path / "pruned")
+    assert "lm_head.weight" not in load_file(tmp_path / "pruned" / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_model(Checkpoint("it", tmp_path / "pruned"))(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "mixtral4"])
+def test_no_dropped_weight_is_left_on_disk(name, folder, live):
+    """Neither as a tensor nor hidden in a larger one."""
+    size = sum(tensor.nbytes for tensor in {id(t): t for t in live[name, "float32"].state_dict().values()}.values())
+    on_disk = (folder / f"{name}-float32" / "model.safetensors").stat().st_size
+    assert size <= on_disk < size + 20_000
