@@ -45,7 +45,7 @@ def dropped_subsets(layer: MoELayer, num_kept: int) -> list[tuple[int, ...]]:
     num_dropped = size - num_kept // layer.num_groups
     groups = [range(group * size, (group + 1) * size) for group in range(layer.num_groups)]
     choices = [itertools.combinations(group, num_dropped) for group in groups]
-    return sorted(tuple(itertools.chain.from_iterable(parts)) for parts in itertools.product(*choices))
+    return [tuple(itertools.chain.from_iterable(parts)) for parts in itertools.product(*choices)]
 
 
 @dataclass(frozen=True)

@@ -146,20 +146,32 @@ def test_dropping_any_expert_rescales_where_softmax_is_not_renormalised(random_t
     assert (fast_errors(tokens, 5) > 0).all()
 
 
+CUTS = {
+    "chunks": {"tokens._ROWS_PER_EXPERT": 12},
+    "parts of chunks": {"subsets._BYTES": 1, "subsets._TOKENS_PER_LOOKUP": 7},
+    "look-ups": {"subsets._SMALL_TABLE": 0, "subsets._TOKENS_PER_LOOKUP": 3},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_however_the_work_is_cut_up(random_tokens, router, monkeypatch):
-    """Chunks of tokens, parts of chunks, and the look-up for thousands of sets give the same sums."""
-    tokens = random_tokens(router, 50, 7, 2, 3)
-    whole = fast_errors(tokens, 4)
-    monkeypatch.setattr(tokens_module, "_ROWS_PER_EXPERT", 12)
-    monkeypatch.setattr(subsets, "_BYTES", 1)
-    monkeypatch.setattr(subsets, "_SMALL_TABLE", 0)
-    monkeypatch.setattr(subsets, "_TOKENS_PER_LOOKUP", 3)
-    chunks = [chunk.stop - chunk.start for chunk in tokens.ranked_outputs(5)]
-    assert len(chunks) > 3
-    assert sum(chunks) == 50
-    torch.testing.assert_close(fast_errors(tokens, 4), whole, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(whole, slow_errors(tokens, 4), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("shape", [(7, 2, 4), (8, 5, 7)])
+def test_however_the_work_is_cut_up(random_tokens, router, shape, cut, monkeypatch):
+    num_experts, top_k, num_kept = shape
+    tokens = random_tokens(router, 50, num_experts, top_k, 3)
+    whole = fast_errors(tokens, num_kept)
+    output_TH = tokens.output_TH
+    for name, value in CUTS[cut].items():
+        module, attribute = name.split(".")
+        monkeypatch.setattr({"tokens": tokens_module, "subsets": subsets}[module], attribute, value)
+    if cut == "chunks":
+        chunks = [chunk.stop - chunk.start for chunk in tokens.ranked_outputs(num_experts)]
+        assert len(chunks) > 3
+        assert sum(chunks) == 50
+        assert max(chunks) - min(chunks) <= len(chunks)
+    torch.testing.assert_close(fast_errors(tokens, num_kept), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, slow_errors(tokens, num_kept), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens.output_TH, output_TH, rtol=1e-5, atol=1e-5)
 
 
 def test_both_ways_of_looking_up(random_tokens):
