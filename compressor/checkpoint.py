@@ -52,7 +52,6 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
-_ALIGNMENT = 64
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -313,22 +312,10 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     _refuse_bad_keys(checkpoint, info)
     align(model)
-    _align(model)
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
-
-
-def _align(model: Any) -> None:
-    """Move weights to the memory boundary that torch itself gives to new tensors.
-
-    transformers leaves them where the file has them, and the processor's products round some of them otherwise there,
-    in the last bit: a checkpoint would not answer bit by bit as the model that it was written from.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-            tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
 
 
 @torch.no_grad()
