@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -269,6 +270,27 @@ def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
 
     with pytest.raises(compressor.RecipeError, match="no installed plugin offers the method 'keep_first'"):
         compressor.load(tmp_path / "out")
+
+
+def test_the_tutorials_plugin_works(tmp_path: Path) -> None:
+    """The code in docs/plugins.md, as it stands there, installed as a distribution and run by its recipe."""
+    tutorial = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"```python\n(# my_least_used.py\n.*?)```", tutorial, re.DOTALL)
+    [passes] = re.findall(r"```yaml\n(passes:\n.*?)```", tutorial, re.DOTALL)
+    write_distribution(tmp_path, "my-least-used", {"least-used": ""}, source)
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(32))}))
+    recipe = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
+        "output": str(tmp_path / "out"),
+        **yaml.safe_load(passes),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = command(tmp_path, "run", "--quiet", tmp_path / "recipe.yaml")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
+    assert record["passes"][0]["method"] == "least_used"
+    assert all(len(layer["kept"]) == 6 for layer in record["passes"][0]["decision"]["layers"].values())
 
 
 def test_broken_plugin_stops_the_command_and_without_heals_it(tmp_path: Path) -> None:
