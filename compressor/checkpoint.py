@@ -90,8 +90,7 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or "\\" in reference:
         raise CheckpointError(
             f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
-            f"is "
-            f"called `{DEMO}`."
+            f"is called `{DEMO}`."
         )
     return Checkpoint(reference, _download(reference, weights=weights), trust_remote_code)
 
@@ -117,8 +116,7 @@ def _download(repository: str, *, weights: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub "
-            f"cannot be "
-            f"reached ({type(error).__name__}). Download it where there is a network, and give its folder."
+            f"cannot be reached ({type(error).__name__}). Download it where there is a network, and give its folder."
         ) from error
 
 
@@ -245,8 +243,7 @@ def _read_header(path: Path) -> Shard:
     if size != 8 + length + end:
         raise CheckpointError(
             f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
-            f"damaged. "
-            f"Download or copy it again."
+            f"damaged. Download or copy it again."
         )
     return Shard(path, tensors, hashlib.sha256(text).hexdigest(), size)
 

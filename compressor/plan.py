@@ -87,7 +87,11 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     structure = find_structure(checkpoints.model_class(found, config), config)
     dtype = _dtype("auto", config)
     experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
-    fixed = [] if structure.top_k_leaf else ["the number of experts per token is fixed by the model's code"]
+    notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
+    if not structure.top_k_leaf:
+        notes.append("the number of experts per token is fixed by the model's code")
+    if getattr(config, "quantization_config", None) is not None:
+        notes.append("the checkpoint is quantised: sizes are those of unquantised weights, and `run` will refuse it")
     return {
         "model": reference,
         "architecture": architecture(config),
@@ -106,7 +110,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         "bytes": structure.num_parameters * dtype.itemsize,
         "expert_parameters": experts,
         "expert_bytes": experts * dtype.itemsize,
-        "notes": [f"the expert count is `{structure.num_experts_leaf}` in config.json", *fixed],
+        "notes": notes,
     }
 
 

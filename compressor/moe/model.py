@@ -40,8 +40,7 @@ class MoEModel:
                 found = tuple(live[name].shape) if name in live else "nothing"
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__}: by its config {name} should be {shape}, found {found}. Was the "
-                    f"model "
-                    f"changed after it was loaded?"
+                    f"model changed after it was loaded?"
                 )
 
     @property
