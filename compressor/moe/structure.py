@@ -344,6 +344,8 @@ def _layers(
             block = _parent(block)
         inside = [router for router in routers if _inside(router, block)]
         router = _parent(min(inside, key=lambda path: path.count(".")))
+        while _parent(router) != block and not _inside(experts, _parent(router)):
+            router = _parent(router)  # from the linear map to the module around it that also chooses
         found.append((block, experts, router))
     if len({block for block, _, _ in found}) != len(found):
         raise UnsupportedModelError(f"{name}: several modules share one router's block; this needs a plugin.")

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 from by_hand import router_of
-from tiny_models import ARCHITECTURES, DTYPES, keep_six, random_model, tiny_config, tiny_model, token_ids
+from tiny_models import ARCHITECTURES, DTYPES, keep_six, random_model, randomise, tiny_config, tiny_model, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor import MoEModel
 from compressor.moe import find_structure
@@ -162,6 +163,42 @@ def test_router_that_chooses_two_whatever_the_config_says():
     moe = MoEModel(random_model("phimoe", num_experts_per_tok=3))
     assert moe.structure.top_k_leaf is None
     assert {layer.top_k for layer in moe.layers} == {2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "router"),
+    [
+        ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2}, "model.layers.0.mlp.gate"),
+        (
+            "longcat_flash",
+            {"n_routed_experts": 8, "moe_topk": 2, "num_layers": 2, "expert_ffn_hidden_size": 24, "zero_expert_num": 2},
+            "model.layers.0.mlp.router",
+        ),
+    ],
+)
+def test_router_is_the_module_that_chooses_not_the_linear_map_inside_it(model_type, settings, router):
+    """LongCat's router never calls its linear module, only its weight: a mask on that module would mask nothing."""
+    config = AutoConfig.for_model(
+        model_type,
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "head_dim": 8}
+        | {"num_hidden_layers": 2, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "ffn_hidden_size": 48}
+        | settings,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomise(model)
+    moe = MoEModel(model)
+    assert moe.layers[0].router == router
+    assert moe.layers[0].router_probe.class_name.endswith(("Gate", "Router"))
+    ids = token_ids(2, 11)
+    with torch.no_grad():
+        untouched = model(ids).logits
+        with moe.masked(keep_six(moe)):
+            masked = model(ids).logits
+        moe.keep(keep_six(moe))
+        assert (masked - untouched).abs().max() > 0.1
+        torch.testing.assert_close(model(ids).logits, masked, rtol=2e-5, atol=1e-5)
 
 
 def test_dense_layers_between():
