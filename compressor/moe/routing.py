@@ -176,11 +176,6 @@ class RoutingRule:
         """Whether dropping an expert changes the weights of tokens that never chose it."""
         return self.score == "softmax" and not self.renormalise
 
-    def weights(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """(affinity, weight) of every expert as if all were chosen and not renormalised, both [T, E] float64."""
-        affinity_TE = self.affinity(logits_TE)
-        return affinity_TE, affinity_TE * self.scale
-
     def choose(self, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The chosen ids [T, K] int64 and their weights [T, K] float64; logits of experts that are gone are −inf."""
         affinity_TE = self.affinity(logits_TE)

@@ -123,6 +123,12 @@ class _Tap:
 
     def _logits_TE(self, mask_T: Tensor, dtype: torch.dtype) -> Tensor:
         assert self._logits is not None
+        if router_width(self.layer) != self.layer.num_experts:
+            raise UnsupportedModelError(
+                f"{self.layer.router}: it chooses among {router_width(self.layer)} things, only "
+                f"{self.layer.num_experts} "
+                f"of which are experts with weights; watching such a router needs a plugin."
+            )
         logits_TE = self._logits.reshape(len(mask_T), -1)[mask_T][:, : self.layer.num_experts].float()
         if not torch.isfinite(logits_TE).all():
             raise CheckpointError(

@@ -232,9 +232,3 @@ def test_square_root_of_softplus():
         RoutingRule("sqrtsoftplus", True, 1.5), [[one, two], [two, one]], 2, [[1, 0], [0, 1]], [[1.0, 0.5], [1.0, 0.5]]
     )
     check(RoutingRule("sqrtsoftplus", False, 1.0), [[one, two]], 2, [[1, 0]], [[2.0, 1.0]])
-
-
-def test_weights_as_if_all_were_chosen():
-    affinity, weights = RoutingRule("sigmoid", True, 2.0).weights(torch.tensor([[LOG(3), 0.0]]))
-    torch.testing.assert_close(affinity, torch.tensor([[0.75, 0.5]], dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(weights, torch.tensor([[1.5, 1.0]], dtype=torch.float64), rtol=1e-6, atol=0)
