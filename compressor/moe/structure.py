@@ -70,6 +70,19 @@ class MoELayer:
     parameters_per_expert: int
     """Parameters that go with one expert: its weights, its router row, its biases."""
     router_probe: RouterProbe
+    num_extra_choices: int = 0
+    """Things behind the experts that the router can choose and that pruning leaves alone: identity experts, a skip."""
+    top_k_fixed: bool = False
+    """Whether the class chooses a fixed number of experts, whatever the config says."""
+    watch_problem: str | None = None
+    """Why the layer's tokens cannot be watched, in words, or None."""
+    padding_problem: str | None = None
+    """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
+
+    @property
+    def num_choices(self) -> int:
+        """How many things the router chooses among: the experts and whatever stands behind them."""
+        return self.num_experts + self.num_extra_choices
 
     @property
     def is_list(self) -> bool:
