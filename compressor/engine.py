@@ -372,6 +372,7 @@ class _Run:
         refuse_quantised(config)
         source = Path(config._name_or_path or "")
         origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
+        plan.check_evaluation(loaded, type(given_model), config)
         preview = plan.preview(loaded, origin, config, find_structure(type(given_model), config))
         has_folder = bool(config._name_or_path) and (source / "config.json").exists()
         return _Subject(origin if has_folder else None, given_model, config, preview, None)

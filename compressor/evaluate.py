@@ -464,6 +464,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Progr
     return CountedHFLM(
         pretrained=model,
         tokenizer=tokenizer,
+        backend="causal",
         batch_size=batch_size,
         prefix_token_id=tokenizer.pad_token_id if starts == (None, None) else None,
     )
@@ -836,14 +837,18 @@ def _warm_up(models: Mapping[str, Any], prompt_BS: Tensor, new_tokens: int) -> s
 def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
     device = model.device
     prompt_BS = prompt_BS.to(device)
-    can_keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if can_keep_last else {}
+    takes = inspect.signature(model.forward).parameters
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    two_parts = "decoder_input_ids" in takes
+    extra |= {"decoder_input_ids": prompt_BS} if two_parts else {"use_cache": True}
     with _undisturbed(model), _counted_memory(model) as peak:
         start = _now(device)
-        output = model(input_ids=prompt_BS, use_cache=True, **last_only)
+        output = model(input_ids=prompt_BS, **extra)
         middle = _now(device)
         for _ in range(new_tokens):
             cache = getattr(output, "past_key_values", None)
+            if two_parts or not hasattr(output, "logits"):
+                raise _CannotDecodeError("the model does not predict the next token of a text")
             if cache is None:
                 raise _CannotDecodeError("the model returns no key-value cache")
             token_B1 = output.logits[:, -1:].argmax(-1)

@@ -34,8 +34,22 @@ def check(loaded: LoadedRecipe) -> Preview:
     found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
     config = checkpoints.load_config(found)
     refuse_quantised(config)
-    structure = find_structure(checkpoints.model_class(found, config), config)
-    return preview(loaded, found, config, structure)
+    cls = checkpoints.model_class(found, config)
+    check_evaluation(loaded, cls, config)
+    return preview(loaded, found, config, find_structure(cls, config))
+
+
+def check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
+    """Raise RecipeError if the recipe measures how the model continues text, and models of this class do not."""
+    evaluation = loaded.recipe.evaluate
+    problem = checkpoints.next_token_problem(cls, config)
+    for key in ("perplexity", "tasks"):
+        if problem and evaluation and getattr(evaluation, key):
+            raise loaded.error(
+                ("evaluate", key),
+                f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured "
+                f"like this; leave `{key}` out (an empty `evaluate: {{}}` still measures sizes)",
+            )
 
 
 def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Structure) -> Preview:

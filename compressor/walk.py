@@ -8,6 +8,7 @@ Not covered yet: reading one layer at a time from disk, and a second stream thro
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,30 +51,44 @@ def observe(
         ):
             for batch in batches:
                 real.mask_T = batch.attention_mask.flatten().to(device)
-                body(**model_inputs(batch, device), use_cache=False)
+                body(**model_inputs(body, batch))
     finally:
         model.train(was_training)
 
 
-def model_inputs(batch: TokenBatch, device: torch.device) -> dict[str, Tensor]:
-    """Arguments of a model's forward; the mask is left out where there is no padding, which lets fast attention run."""
-    inputs = {"input_ids": batch.input_ids.to(device)}
-    if not batch.attention_mask.all():
-        inputs["attention_mask"] = batch.attention_mask.to(device, torch.int64)
-    return inputs
+def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
+    """Arguments of a model's forward, or of its base model's, on its own device.
+
+    The mask is left out where there is no padding, which lets fast attention run. A model with an encoder and a
+    decoder reads the same ids in both, so every MoE layer sees as many tokens, padding in the same places.
+    """
+    device = next(model.parameters()).device
+    ids = batch.input_ids.to(device)
+    mask = None if batch.attention_mask.all() else batch.attention_mask.to(device, torch.int64)
+    inputs: dict[str, Any] = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return inputs | {"use_cache": False}
+    inputs["decoder_input_ids"] = ids
+    if model.config.is_encoder_decoder:
+        return inputs | ({} if mask is None else {"decoder_attention_mask": mask}) | {"use_cache": False}
+    # Block diffusion: the decoder reads the encoder's cache, so its mask covers both and the cache must be there.
+    return inputs | ({} if mask is None else {"decoder_attention_mask": torch.cat([mask, mask], dim=1)})
 
 
 @torch.no_grad()
 def logits(model: Any, batch: TokenBatch) -> Tensor:
-    """The model's logits [N, V] at the batch's N real tokens, in the model's dtype."""
-    device = next(model.parameters()).device
+    """The model's logits [N, V] at the batch's N real tokens, in the model's dtype.
+
+    Of a class without a head these are its last hidden states, [N, H]: what it hands out instead.
+    """
     was_training = model.training
     model.eval()
     try:
-        output = model(**model_inputs(batch, device), use_cache=False).logits
+        output = model(**model_inputs(model, batch))
     finally:
         model.train(was_training)
-    return output[batch.attention_mask.to(device)]  # type: ignore[no-any-return]
+    answers = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return answers[batch.attention_mask.to(answers.device)]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def test_dense_model(refused: Refused, recipe: WriteRecipe, dense: Path) -> None
         ("{}", ": transformers cannot read config.json (model_type None): "),
         ('{"model_type": "own"}', ": transformers cannot read config.json (model_type 'own'): "),
         ('{"model_type": "mixtral", "num_local_experts": "eight"}', "expected int, got str (value: 'eight')"),
-        ('{"model_type": "vit"}', ": model type 'vit' has no causal language model in transformers."),
+        ('{"model_type": "vit"}', "vit: no routed experts found."),
     ],
 )
 def test_folder_that_is_no_checkpoint(

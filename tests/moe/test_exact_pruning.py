@@ -38,7 +38,7 @@ def block_inputs(moe, batches=BATCHES):
         for layer in moe.layers
     ]
     for batch in batches:
-        moe.model(**model_inputs(batch, torch.device("cpu")))
+        moe.model(**model_inputs(moe.model, batch))
     for hook in hooks:
         hook.remove()
     return found
