@@ -47,11 +47,13 @@ class Plan:
     """What a method will do, known from the config alone.
 
     `num_kept` is the number of experts that each layer will keep, by layer path; layers that are left as they are need
-    not be named. `notes` are sentences for the user.
+    not be named. `notes` are sentences for the user. `top_k` is the number of experts per token that every layer will
+    choose, None if that stays as it is.
     """
 
     num_kept: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    top_k: int | None = None
 
 
 class OptionError(ValueError):
