@@ -1,11 +1,14 @@
 """Tiny random models of every model type with routed experts that the installed transformers has.
 
-A type's own default config is shrunk by rules on the names of its keys (`_SCALARS`), recursively, so that a type that
+A type's own default config is shrunk by rules on the names of its keys (`_SIZES`), part by part, so that a type that
 this file has never heard of comes out small as well; `_SETTINGS` adds what rules cannot know. Weights are drawn large:
 routers choose differently from token to token, correction biases decide, experts matter.
 
     model = tiny_model("mixtral")
     logits = answers(model, tiny_inputs(model))
+
+    model.save_pretrained(folder)
+    same = auto_class("mixtral").from_pretrained(folder, attn_implementation="eager")
 
 Not covered: images, sounds and videos (composites answer to text alone; their towers are built, and not run).
 """
@@ -14,30 +17,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 VOCAB_SIZE = 128
+LARGEST_TEXT_ID = 99  # the ids above it are left to placeholders for images and the like
 HIDDEN_SIZE = 64
 HEAD_DIM = 16
+ROTARY_HEAD_DIM = 8  # of each half of a head in latent attention
 NUM_HEADS = 4
 NUM_LAYERS = 3
-LARGEST_TEXT_ID = 99  # ids above are left to placeholders for images and the like
 
-# The Auto classes that are asked for a type's class, in this order.
+# --- Which types, and their classes -----------------------------------------------------------------------------------
+
+# Asked for a type's class in this order.
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -46,25 +49,28 @@ _AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModel",
 )
-
-
-# --- Which types, and their classes -----------------------------------------------------------------------------------
+_MODELS = Path(transformers.__file__).parent / "models"
+_EXPERTS_IN_CODE = re.compile(r"^class \w*(?:experts?|moe)\w*|\.\w*expert\w*", re.IGNORECASE | re.MULTILINE)
+_IMPORT_IN_CODE = re.compile(r"^from \.\.(\w+)\.modeling_\w+ import", re.MULTILINE)
+_PART_IN_CODE = re.compile(r"model_type=\"([\w-]+)\"")
 
 
 @functools.cache
 def candidate_types() -> tuple[str, ...]:
     """Model types of the installed transformers that may have routed experts, in alphabetical order.
 
-    Those whose class is written in a file that speaks of experts, or that imports from such a file. Found by reading
-    the source text; no model is imported. A few have no routed experts after all.
+    Those with a model class whose code names experts, or that is put together from such code. The source is searched as
+    text and no model is imported: a second. Some have no routed experts after all.
     """
-    return tuple(sorted(name for name in CONFIG_MAPPING_NAMES if _class_names(name) and _mentions_experts(name)))
+    return tuple(
+        sorted(name for name in CONFIG_MAPPING_NAMES if _class_names(name) and _names_experts(_module(name), ()))
+    )
 
 
-def auto_class(model_type: str) -> type:
-    """The Auto class to load a checkpoint of this type with.
+def auto_class(model_type: str) -> Any:
+    """The Auto class to load a checkpoint of this type with, such as `AutoModelForCausalLM`.
 
-    The first, in the order of `_AUTO_CLASSES`, that has a class made for this type's whole config; if there is none,
+    The first in the order of `_AUTO_CLASSES` whose class for this type takes the type's whole config; where none does,
     the first that has a class.
 
     Raises:
@@ -74,7 +80,7 @@ def auto_class(model_type: str) -> type:
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
-    """The class that `auto_class` makes for this type.
+    """The class that `auto_class` makes of this type's config.
 
     Raises:
         ValueError: transformers has no such type, or no class for it.
@@ -82,20 +88,20 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     return _auto_and_model_class(model_type)[1]
 
 
-def _auto_and_model_class(model_type: str) -> tuple[type, type[PreTrainedModel]]:
+def _auto_and_model_class(model_type: str) -> tuple[Any, type[PreTrainedModel]]:
     found = [
         (getattr(transformers, auto_name), getattr(transformers, class_name))
         for auto_name, class_name in _class_names(model_type).items()
     ]
     if not found:
-        raise ValueError(f"transformers {transformers.__version__} has no model class for type {model_type!r}.")
+        raise ValueError(f"transformers {transformers.__version__} has no model class for the type {model_type!r}.")
     whole = CONFIG_MAPPING[model_type]
-    # A composite's type may name its text model first (AutoModelForCausalLM, llama4): that takes only a part of it.
+    # AutoModelForCausalLM makes of some composites, such as llama4, the text model alone, out of a part of the config.
     return next((pair for pair in found if pair[1].config_class is whole), found[0])
 
 
 def _class_names(model_type: str) -> dict[str, str]:
-    """Auto class name → model class name."""
+    """Auto class → model class, by name."""
     found = {}
     for auto_name in _AUTO_CLASSES:
         names = getattr(modeling_auto, auto_name)._model_mapping._model_mapping.get(model_type)
@@ -104,173 +110,326 @@ def _class_names(model_type: str) -> dict[str, str]:
     return found
 
 
-def _mentions_experts(model_type: str) -> bool:
-    return _text_mentions_experts(model_type_to_module_name(model_type))
+def _module(model_type: str) -> str:
+    name: str = model_type_to_module_name(model_type)
+    return name
+
+
+def _names_experts(module: str, asking: tuple[str, ...]) -> bool:
+    """Whether a folder of models names experts in code, or one does that it is put together from."""
+    if module in asking:  # they import from each other
+        return False
+    modeling = _code(module, "modeling")
+    if _EXPERTS_IN_CODE.search(modeling):
+        return True
+    parts = set(_IMPORT_IN_CODE.findall(modeling))
+    if "AutoModel" in modeling:  # builds its parts from their configs: the default types of these count
+        parts |= {_module(name) for name in _PART_IN_CODE.findall(_code(module, "configuration"))}
+    return any(_names_experts(part, (*asking, module)) for part in sorted(parts))
 
 
 @functools.cache
-def _text_mentions_experts(module: str) -> bool:
-    files = sorted((Path(transformers.__file__).parent / "models" / module).glob("modeling_*.py"))
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        if re.search(r"expert|moe", text, re.IGNORECASE):
-            return True
-        if "AutoModel" in text:
-            return True
-    return False
+def _code(module: str, kind: str) -> str:
+    files = sorted((_MODELS / module.replace(".", "/")).glob(f"{kind}_*.py"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 # --- Configs ----------------------------------------------------------------------------------------------------------
 
-# Keys that hold how many experts there are, how many a token gets, and how they are grouped.
-_EXPERTS = re.compile(r"(moe_)?(num|n)(_local|_routed)?_experts")
-_TOP_K = re.compile(r"(num_experts_per_tok(en)?|(moe_)?(top_?k|k)(_experts)?)")
+_NUM_EXPERTS = re.compile(r"(moe_)?(num|n)(_local|_routed)?_experts")
+_TOP_K = re.compile(r"num_experts_per_tok(en)?|(moe_)?(top_?k|k)(_experts)?")
+_NUM_GROUPS = re.compile(r"n_group|num_expert_groups?")
+_GROUPS_KEPT = re.compile(r"topk_group")
+_SWITCHED_OFF = re.compile(r".*(dropout|pdrop|layerdrop|jitter|drop_path).*")
+_TOKEN_ID = re.compile(r".*(token|codec|speaker).*_ids?|.*token_index")
+_TOWER = re.compile(r".*(vision|audio|image|video|speech|wav|timestamp).*")
 
-# What a key of this name (in full) becomes, given its default; the first that matches counts. Only positive whole
-# numbers are shrunk, None stays None.
-_SCALARS: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"(n_group|num_expert_group)", lambda _: 2),
-    (r"topk_group", lambda _: 1),
+# A key of this name (in full) gets a size made from its default one; the first that matches counts. Only positive whole
+# numbers are changed: 0, None and flags say what a layer has, not how large it is.
+_SIZES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*(mtp|nextn).*", lambda _: 0),
-    (r".*shared_experts?", lambda _: 1),
-    (r"(first_k_dense_replace|num_dense_layers|moe_layer_start_index)", lambda old: min(old, 1)),
-    (r"moe_layer_end_index", lambda _: NUM_LAYERS - 1),
-    (r"(.*_sparse_step|.*_layer_period|layer_group_size|.*_every_n_layers|.*_pattern|no_rope.*interval)", lambda old: min(old, 2)),
-    (r".*_layer_offset", lambda _: 1),
-    (r"num_sparse_(en|de)coder_layers", lambda _: 2),
-    (r"(num_)?((en|de)coder_)(layers)", lambda _: 4),
-    (r"(num_hidden_layers|n_layers?|num_layers)", lambda _: NUM_LAYERS),
+    (r".*shared_experts", lambda _: 1),
+    (r"zero_expert_num", lambda _: 4),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", lambda old: min(old, 1)),
+    (r".*(_sparse_step|_layer_period|_group_size|_every_n_layers|_pattern|_interval)", lambda old: min(old, 2)),
+    (r".*_layer_offset|num_sparse_(en|de)coder_layers", lambda old: min(old, 2)),
+    (r"(en|de)coder_layers", lambda _: 4),
     (r"depth", lambda _: 2),
-    (r".*vocab_size.*", lambda _: VOCAB_SIZE),
+    (r".*vocab_size.*|codebook_size", lambda _: VOCAB_SIZE),
+    (r".*(max_position_embeddings|max_seq_len|model_max_length)", lambda old: min(old, 512)),
     (r".*shared.*intermediate_size|share_expert_dim", lambda _: 40),
-    (r"(moe_intermediate_size|expert_ffn_hidden_size)", lambda _: 32),
+    (r"moe_intermediate_size|expert_ffn_hidden_size", lambda _: 32),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|mlp_dim|d_ff).*", lambda _: 48),
-    (r"qk_(rope|nope)_head_dim", lambda _: 8),
+    (r"(?!q_).*lora_rank|hc_lowrank|mamba_dt_rank", lambda _: 16),
+    (r"q_lora_rank", lambda _: 24),
+    (r".*qk_(rope|nope)_head_dim", lambda _: ROTARY_HEAD_DIM),
     (r".*(head_dim|d_kv|kv_channels|d_head)", lambda _: HEAD_DIM),
-    (r".*lora_rank", lambda _: 16),
     (r".*(hidden_size|d_model|hidden_dim).*", lambda _: HIDDEN_SIZE),
     (r".*(n_heads?|num_heads|attention_heads|(key|value|kv)_heads)", lambda old: min(old, NUM_HEADS)),
-    (r"sliding_window.*|attention_chunk_size", lambda _: 8),
+    (r"n_groups|mamba_n_groups", lambda old: min(old, 2)),
+    (r"(mamba_)?expand", lambda _: 1),
+    (r"sliding_window.*|attention_chunk_size|(mamba_)?chunk_size|block_size", lambda old: min(old, 8)),
 )
-_ZEROED = re.compile(r".*(dropout|pdrop|layerdrop|jitter|drop_path).*")
-_TOKEN_ID = re.compile(r".*_(token_id|token_index|token_ids|id)|bo._.*|eo._.*")
 
-# Per model type: settings that the rules cannot know. Keys of a part are written `text_config.key`.
-_SETTINGS: dict[str, dict[str, Any]] = {}
+# Only where a type's default is None, and its code takes no None.
+_FILLED: dict[str, Any] = {"head_dim": HEAD_DIM, "moe_intermediate_size": 32, "n_shared_experts": 1}
+
+# What rules cannot know, per model type of a config or of a part of it; `part.key` where the part has no type of its own.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config.rope_theta": 10000.0},  # the model reads it, the config lacks it
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},  # None by default, which does not run
+    "deepseek_v2": {"topk_method": "group_limited_greedy"},  # without it, groups do nothing
+    "deepseek_v4": {"head_dim": 64},  # an eighth of it is rotated
+    "dots3_note_text": {  # sliding layers have sizes of their own, given under these names
+        "swa_num_attention_heads": NUM_HEADS,
+        "swa_num_key_value_heads": NUM_HEADS,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": HEAD_DIM,
+        "swa_qk_nope_head_dim": ROTARY_HEAD_DIM,
+        "swa_v_head_dim": HEAD_DIM,
+    },
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 24],  # of text experts, of vision experts
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},  # half of a head
+    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"num_hidden_layers": 4},  # every other layer has experts
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},  # None by default, which does not run
+    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},  # the model reads it, the config lacks it
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 40},  # likewise
+    "qwen4_exp_text": {  # None by default, which does not run
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "step3p7_text": {  # layers of one kind by default, which does not run without a window either
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "num_sliding_attention_heads": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},  # takes no other number
+}
+# Experts are an option of these, off by default; full attention has wider heads.
+_GEMMA = {"enable_moe_block": True, "per_layer_config": {layer: {"head_dim": 2 * HEAD_DIM} for layer in (1, 2)}}
+_SETTINGS |= dict.fromkeys(("gemma4_text", "diffusion_gemma_text"), _GEMMA)
+# Rotated halves of a head (partly rotated: 4 of 8) fall to time, height and width.
+_SETTINGS["glm4v_moe_text"] = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    }
+}
+
+_LEFT_ALONE = object()
 
 
 def tiny_config(model_type: str, *, num_experts: int = 8, top_k: int = 2, **changes: Any) -> PreTrainedConfig:
-    """A config of a few small layers, at least two of them with experts.
+    """A config of a few small layers, at least two of them with experts; with groups of experts where a type knows them.
 
     Args:
         model_type: As in `candidate_types()`.
         num_experts: Routed experts in each layer.
-        top_k: Experts that a token is sent to, where the type has a key for it.
-        **changes: Settings that replace or add to these, in the part of the config that counts the experts.
+        top_k: Experts that a token is sent to; without effect for types that fix it (switch_transformers, zaya: 1).
+        **changes: Settings that replace these, in the part of the config that counts the experts, or else in the
+            nearest part around it that has such a key.
 
     Raises:
-        ValueError: transformers has no such type.
+        ValueError: transformers has no such type, or its config no such key.
     """
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"transformers {transformers.__version__} has no model type {model_type!r}.")
-    shrink = _Shrink(num_experts, top_k, changes)
-    config = shrink.config(CONFIG_MAPPING[model_type](), model_type)
+    default = CONFIG_MAPPING[model_type]()
+    shrinking = _Shrinking(num_experts, top_k, _place(default, changes))
+    config: PreTrainedConfig = shrinking.config(default)
     config._attn_implementation = "eager"
     return config
 
 
-class _Shrink:
-    """The rules, applied to one config with all of its parts."""
+def _place(default: Any, changes: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Which part takes which change: path of the part → settings."""
+    parts = dict(_parts(default))
+    homes = [path for path, part in parts.items() if not _is_tower(path) and any(map(_NUM_EXPERTS.fullmatch, vars(part)))]
+    placed: dict[tuple[str, ...], dict[str, Any]] = {}
+    for key, value in changes.items():
+        takers = set()
+        for home in homes or [()]:
+            around = [home[:length] for length in range(len(home), -1, -1)]
+            takers |= {next((path for path in around if _knows(parts[path], key)), None)}
+        if takers <= {None}:
+            raise ValueError(f"The config of {default.model_type!r} has no key {key!r}.")
+        for path in takers - {None}:
+            placed.setdefault(path, {})[parts[path].attribute_map.get(key, key)] = value
+    return placed
 
-    def __init__(self, num_experts: int, top_k: int, changes: dict[str, Any]) -> None:
+
+def _parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value, (*path, name))
+
+
+def _knows(config: Any, key: str) -> bool:
+    return key in vars(config) or key in config.attribute_map or isinstance(getattr(type(config), key, None), property)
+
+
+def _is_tower(path: tuple[str, ...]) -> bool:
+    return any(map(_TOWER.fullmatch, path))
+
+
+class _Shrinking:
+    """The rules, applied to one config in all its parts."""
+
+    def __init__(self, num_experts: int, top_k: int, changes: dict[tuple[str, ...], dict[str, Any]]) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
         self.changes = changes
-        self.token_ids: dict[int, int] = {}
+        self.token_ids: dict[int, int] = {}  # default → tiny, the same in all parts
 
-    def config(self, default: Any, model_type: str) -> Any:
-        plain = type(default)()
-        settings: dict[str, Any] = {}
-        names = [field.name for field in dataclasses.fields(type(default))]
-        class_defaults = {field.name: field.default for field in dataclasses.fields(type(default))}
-        for name in names:
-            old = getattr(default, name, None)
+    def config(self, default: Any, path: tuple[str, ...] = (), given: Mapping[str, Any] | None = None) -> Any:
+        """A small config of the class of `default`, made anew: its own code derives and checks the rest."""
+        special = {**_SETTINGS.get(default.model_type, {}), **(given or {})}
+        number_of_layers = special.get("num_hidden_layers", _number_of_layers(default))
+        untouched = vars(type(default)())
+        settings = {}
+        for field in dataclasses.fields(type(default)):
+            name, old = field.name, vars(default).get(field.name)
             if isinstance(old, PreTrainedConfig):
-                settings[name] = self.config(old, old.model_type)
+                inner = {key.partition(".")[2]: special[key] for key in special if key.startswith(f"{name}.")}
+                settings[name] = self.config(old, (*path, name), inner)
                 continue
-            new = self.value(name, old, class_defaults[name], default)
-            if new is not _KEEP:
+            new = self.value(name, old, default, number_of_layers, is_derived=field.default is None)
+            if new is not _LEFT_ALONE:
                 settings[name] = new
-            elif old != getattr(plain, name, None):
+            elif old != untouched.get(name) and field.default is not None:
                 settings[name] = old
-        if any(_EXPERTS.fullmatch(name) for name in names):
-            settings |= self.changes
-        settings |= _SETTINGS.get(model_type, {})
+        settings |= {key: value for key, value in special.items() if "." not in key}
+        settings |= self.changes.get(path, {})
+        overrides = default.to_dict().get("per_layer_config")
+        if overrides and "per_layer_config" not in settings:
+            settings["per_layer_config"] = self.overrides(overrides, default, settings, number_of_layers)
         return type(default)(**settings)
 
-    def value(self, name: str, old: Any, class_default: Any, config: Any) -> Any:
-        if _EXPERTS.fullmatch(name):
+    def overrides(
+        self, old: Mapping[str, Mapping[str, Any]], default: Any, settings: Mapping[str, Any], number_of_layers: int
+    ) -> dict[int, dict[str, Any]]:
+        """`per_layer_config`: what the first layer of a kind has of its own, for all tiny layers of that kind."""
+        lists = [key for key, value in settings.items() if isinstance(value, list) and len(value) == number_of_layers]
+        by_kind: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        for number, override in old.items():
+            by_kind.setdefault(tuple(vars(default)[key][int(number)] for key in lists), override)
+        shrunk = {}
+        for layer in range(number_of_layers):
+            override = by_kind.get(tuple(settings[key][layer] for key in lists), {})
+            new = {key: self.value(key, value, default, number_of_layers, is_derived=False) for key, value in override.items()}
+            shrunk[layer] = {key: override[key] if value is _LEFT_ALONE else value for key, value in new.items()}
+        return shrunk
+
+    def value(self, name: str, old: Any, default: Any, number_of_layers: int, *, is_derived: bool) -> Any:
+        if _NUM_EXPERTS.fullmatch(name):
             return self.num_experts
         if _TOP_K.fullmatch(name):
             return self.top_k
-        if name in {"n_group", "num_expert_group"}:
+        if _NUM_GROUPS.fullmatch(name):
             return 2
-        if name == "topk_group":
+        if _GROUPS_KEPT.fullmatch(name):
             return 1
-        if isinstance(old, (list, tuple)) and len(old) > 1:
-            return self.list_value(name, list(old), config)
-        if class_default is None:
-            return _KEEP
-        if isinstance(old, (int, float)) and not isinstance(old, bool) and _ZEROED.fullmatch(name):
+        if old is None:
+            return _FILLED.get(name, _LEFT_ALONE)
+        if isinstance(old, list | tuple) and len(old) == getattr(default, "num_hidden_layers", None):
+            return _per_layer(name, list(old), number_of_layers)
+        if _TOKEN_ID.fullmatch(name) and isinstance(old, int | list):
+            return [self.token_id(each) for each in old] if isinstance(old, list) else self.token_id(old)
+        if is_derived:
+            return _LEFT_ALONE
+        if isinstance(old, int | float) and not isinstance(old, bool) and _SWITCHED_OFF.fullmatch(name):
             return type(old)(0)
-        if isinstance(old, bool) or not isinstance(old, int) or old <= 0:
-            return _KEEP
-        if _TOKEN_ID.fullmatch(name):
-            return self.token_id(old)
-        for pattern, rule in _SCALARS:
-            if re.fullmatch(pattern, name):
-                new = rule(old)
-                if "key_value_heads" in name or name == "kv_n_heads":
-                    heads = getattr(config, "num_attention_heads", old)
-                    new = NUM_HEADS if hasattr(config, "kv_lora_rank") or old == heads else min(old, 2)
-                return new
-        return _KEEP
+        if not isinstance(old, int) or isinstance(old, bool) or old <= 0:
+            return _LEFT_ALONE
+        return _size(name, old, default, number_of_layers)
 
-    def token_id(self, old: int) -> int:
-        if old <= 2:
+    def token_id(self, old: Any) -> Any:
+        if not isinstance(old, int) or old <= 2:
             return old
         return self.token_ids.setdefault(old, VOCAB_SIZE - 1 - len(self.token_ids))
 
-    def list_value(self, name: str, old: list[Any], config: Any) -> Any:
-        num_layers = getattr(config, "num_hidden_layers", None)
-        if len(old) != num_layers:
-            return _KEEP
-        if old == list(range(len(old))):
-            return list(range(NUM_LAYERS))
-        if "heads" in name:
-            return [NUM_HEADS] * NUM_LAYERS
-        kinds = list(dict.fromkeys(old))
-        return [*kinds, *[kinds[-1]] * NUM_LAYERS][:NUM_LAYERS]
+
+def _number_of_layers(default: Any) -> int:
+    """Enough for each kind of layer, and for two layers with experts."""
+    total = getattr(default, "num_hidden_layers", None)
+    lists = [value for value in vars(default).values() if isinstance(value, list | tuple) and len(value) == total]
+    needed = [len(kinds) + (_expert_kind(kinds) != kinds[-1]) for kinds in (_kinds(value) for value in lists) if kinds]
+    return max([NUM_LAYERS, *needed])
 
 
-_KEEP = object()
+def _kinds(per_layer: Any) -> list[Any]:
+    """Kinds of layers, in the order in which they first appear."""
+    return [] if list(per_layer) == list(range(len(per_layer))) else list(dict.fromkeys(per_layer))
+
+
+def _expert_kind(kinds: list[Any]) -> Any:
+    return next((kind for kind in reversed(kinds) if re.search("moe|sparse$", str(kind))), kinds[-1])
+
+
+def _per_layer(name: str, old: list[Any], number_of_layers: int) -> list[Any]:
+    """A list with a value for each layer: every kind of layer once, then more of those with experts."""
+    if "heads" in name:
+        return [NUM_HEADS] * number_of_layers
+    kinds = _kinds(old)
+    if not kinds:
+        return list(range(number_of_layers))
+    return [*kinds, *[_expert_kind(kinds)] * number_of_layers][:number_of_layers]
+
+
+def _size(name: str, old: int, default: Any, number_of_layers: int) -> Any:
+    if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", name):
+        return number_of_layers
+    if name == "moe_layer_end_index":
+        return number_of_layers - 1
+    if name in {"num_key_value_heads", "kv_n_heads", "num_kv_heads"}:
+        heads = getattr(default, "num_attention_heads", None)
+        return NUM_HEADS if hasattr(default, "kv_lora_rank") or old == heads else min(old, 2)
+    if name == "head_dim" and old == getattr(default, "qk_rope_head_dim", None):
+        return ROTARY_HEAD_DIM
+    for pattern, size in _SIZES:
+        if re.fullmatch(pattern, name):
+            return size(old)
+    return _LEFT_ALONE
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
 
+_ROUTER_WEIGHT = re.compile(r"(.*\.)?(gate|router)(\.\w+)*\.weight")
+
 
 def tiny_model(
-    model_type: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+    model_type: str,
+    *,
+    num_experts: int = 8,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: Any,
 ) -> PreTrainedModel:
-    """A model with random weights, in evaluation mode.
+    """A model with random weights on the CPU, in evaluation mode.
 
     Args:
         model_type: As in `candidate_types()`.
-        dtype: Of the weights; those that transformers keeps in float32 at all times stay so.
-        seed: Equal seeds give equal weights.
-        **changes: As in `tiny_config`, its `num_experts` and `top_k` among them.
+        num_experts: As in `tiny_config`.
+        top_k: As in `tiny_config`.
+        dtype: Of the weights; those that transformers always keeps in float32 stay so.
+        seed: Equal seeds give equal weights, whatever the dtype (rounded).
+        **changes: As in `tiny_config`.
+
+    Raises:
+        ValueError: As `tiny_config`.
     """
-    config = tiny_config(model_type, **changes)
+    config = tiny_config(model_type, num_experts=num_experts, top_k=top_k, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(model_type)._from_config(config, dtype=dtype)
@@ -282,47 +441,56 @@ def tiny_model(
 def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
     """Draw all weights anew, in place.
 
-    Weights N(0, 1/fan-in), those of routers three times that, biases of every kind N(0, 0.3²); norms stay as they are.
-    Whole numbers that name experts become other experts, distinct in each row.
+    Weights N(0, 1/fan-in) with the last dimension as fan-in, those of routers three times that; biases of every kind
+    N(0, 0.3²); scales of single experts uniform in [0.5, 1.5). Norms and all other vectors stay as they are. A table
+    that names experts (`tid2eid`, int64 [vocabulary, K]) gets random ones, distinct in each row.
     """
     generator = torch.Generator().manual_seed(seed)
-    seen: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) in seen or "inv_freq" in name:
-            continue
-        seen.add(id(tensor))
-        if name.endswith("tid2eid"):
-            num_experts = max(int(getattr(model.config, "n_routed_experts", 8)), tensor.shape[-1])
-            tensor.copy_(torch.rand(tensor.shape[0], num_experts, generator=generator).argsort(-1)[:, : tensor.shape[-1]])
-        if not tensor.is_floating_point():
-            continue
+    for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if "bias" in leaf:
-            tensor.normal_(0.0, 0.3, generator=generator)
-        elif tensor.dim() >= 2:
-            gain = 3.0 if re.search(r"(gate|router)\.(\w+\.)?weight$", name) else 1.0
-            tensor.normal_(0.0, gain * tensor.shape[-1] ** -0.5, generator=generator)
+            _fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.3)
+        elif "per_expert" in leaf:
+            _fill(parameter, torch.rand(parameter.shape, generator=generator) + 0.5)
+        elif parameter.dim() >= 2:
+            scale = (3.0 if _ROUTER_WEIGHT.fullmatch(name) else 1.0) * parameter.shape[-1] ** -0.5
+            _fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if "bias" in leaf:
+            _fill(buffer, torch.randn(buffer.shape, generator=generator) * 0.3)
+        elif leaf == "tid2eid":
+            rows, top_k = buffer.shape
+            num_experts = model.get_submodule(owner).num_experts
+            _fill(buffer, torch.rand(rows, num_experts, generator=generator).argsort(dim=-1)[:, :top_k])
+
+
+def _fill(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)
 
 
 def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    """Text that the model's forward takes: random token ids [batch, length], int64, no padding."""
+    """Text that the model's forward takes: random token ids, int64 [batch, length], without padding or placeholders."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, LARGEST_TEXT_ID + 1, (batch, length), generator=generator)
-    inputs = {"input_ids": ids.to(model.device)}
+
+    def token_ids() -> Tensor:
+        return torch.randint(3, LARGEST_TEXT_ID + 1, (batch, length), generator=generator).to(model.device)
+
+    inputs = {"input_ids": token_ids()}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids.flip(0, 1).to(model.device)
+        inputs["decoder_input_ids"] = token_ids()
     return inputs
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits [batch, length, vocabulary], or the last hidden states [batch, length, hidden] of a model without a head.
+def answers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What the model says: logits [batch, length, vocabulary] or, of a class without a head, hidden states.
 
-    The same for the same weights and inputs.
+    Equal for equal weights and inputs.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         output = model(**inputs, **extra)
-    found = output.get("logits", None)
-    return found if found is not None else output["last_hidden_state"]
+    found: Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+    return found
