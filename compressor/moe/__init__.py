@@ -1,13 +1,16 @@
 """The generic MoE adapter: the only package that knows transformers' conventions.
 
 structure   everything that is indexed by expert, found by building the model twice on the meta device
-probe       what a router returns, found by running it alone
+probe       how a block routes, found by running a part of it on random weights
+logits      the linear map inside a router: seen, masked, replaced
 routing     masking experts inside a router; the rule that turns logits into weights
+counts      numbers of experts that differ from layer to layer: config, building, slicing
 tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
 model       MoEModel: layers, masked, watched, keep
 """
 
+from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
@@ -29,4 +32,7 @@ __all__ = [
     "count_problem",
     "find_structure",
     "refuse_quantised",
+    "settle",
+    "uneven_class",
+    "uneven_counts",
 ]

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.moe.routing import masked_router
+from compressor.moe.counts import slice_layer, uneven_counts, write_counts
+from compressor.moe.probe import SWITCHED_OFF
+from compressor.moe.routing import (
+    dropped_experts,
+    masked_router,
+    redirected,
+    router_weights,
+    selection_biases,
+    tensor_at,
+    top_k_set,
+    write_top_k,
+)
 from compressor.moe.structure import MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
@@ -22,8 +33,9 @@ Kept = Mapping[str, Sequence[int]]
 class MoEModel:
     """A transformers model with its MoE layers found.
 
-    Nothing is changed until `keep` is called. Raises UnsupportedModelError where the structure cannot be understood:
-    a dense model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
+    Nothing is changed until `keep` is called. `structure` is what an adapter found, for a model that the structural one
+    cannot explain. Raises UnsupportedModelError where the structure cannot be understood: a dense model, a quantised
+    one, or one that hangs on its experts in a way that cannot be sliced.
     """
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
@@ -31,7 +43,9 @@ class MoEModel:
         self.config: Any = model.config
         refuse_quantised(self.config)
         self.structure = structure or find_structure(type(model), self.config)
+        self.structure = self.structure.with_counts(uneven_counts(self.config))
         self._check_shapes()
+        self._check_ids()
 
     def _check_shapes(self) -> None:
         live = dict(_tensors(self.model))
@@ -42,6 +56,20 @@ class MoEModel:
                     f"{type(self.model).__name__}: by its config {name} should be {shape}, found {found}. Was the "
                     f"model changed after it was loaded?"
                 )
+
+    def _check_ids(self) -> None:
+        """Tables of integers must hold what their shape makes us believe: different experts in every row."""
+        for layer in self.layers:
+            for name in layer.id_tensors:
+                ids = tensor_at(self.model, name)
+                if ids.is_meta:
+                    continue
+                ordered = ids.sort(-1).values
+                if int(ids.min()) < 0 or int(ids.max()) >= layer.num_experts or bool((ordered.diff(dim=-1) == 0).any()):
+                    raise UnsupportedModelError(
+                        f"{name}: its integers were taken for expert ids, and are not: a row should name "
+                        f"{ids.shape[-1]} different experts from 0 to {layer.num_experts - 1}."
+                    )
 
     @property
     def layers(self) -> tuple[MoELayer, ...]:
@@ -56,72 +84,124 @@ class MoEModel:
         raise KeyError(f"no MoE layer at {path!r}; the layers are {[layer.path for layer in self.layers]}")
 
     @contextmanager
-    def masked(self, kept: Kept) -> Iterator[None]:
-        """Within the context, only `kept` experts can be chosen in the layers named; the others' logits are −inf."""
-        kept = {path: check_kept(self.layer(path), ids) for path, ids in kept.items()}
+    def masked(self, kept: Kept, *, top_k: int | None = None) -> Iterator[None]:
+        """Within the context, only `kept` experts can be chosen in the layers named; the others' logits are −inf.
+
+        `top_k` lowers the number of experts per token in every layer.
+        """
+        kept = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in kept.items()}
+        self._check_top_k(top_k)
         with ExitStack() as stack:
             for path, ids in kept.items():
                 stack.enter_context(masked_router(self.model, self.layer(path), ids))
+            stack.enter_context(top_k_set(self.model, self.structure, top_k))
             yield
 
     @contextmanager
     def watched(self, visitors: Mapping[str, Visitor], real: RealTokens) -> Iterator[None]:
         """Within the context, a layer's visitor is given its RoutedTokens whenever the model runs."""
-        with tapped(self.model, {path: self.layer(path) for path in visitors}, visitors, real):
+        for path in visitors:
+            self.layer(path)
+        with tapped(self.model, self.structure, visitors, real):
             yield
 
     @torch.no_grad()
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: Kept, *, top_k: int | None = None, padded: bool = False) -> None:
         """Remove all experts but `kept`, in place: weights, router rows, biases, integers, and the count in the config.
 
-        Every layer must be named, all with the same number of experts: a config holds one count. Raises ValueError or
-        UnsupportedModelError before anything is changed.
+        Every layer must be named. With one count for all layers the result is an ordinary model of its class. With
+        other counts in other layers, no class of transformers builds it: the config then says which layer has how many
+        (`config.compressor`), and `compressor.load` reads it. `padded` keeps the largest count everywhere instead, with
+        surplus experts switched off by the router's bias: that loads anywhere, and saves no memory in those layers.
+
+        `top_k` lowers the number of experts per token, in every layer. Raises ValueError or UnsupportedModelError
+        before anything is changed.
         """
         missing = [layer.path for layer in self.layers if layer.path not in kept]
         if missing:
             raise ValueError(f"keep() must name every MoE layer; {missing[0]} is missing")
-        checked = {path: check_kept(self.layer(path), ids) for path, ids in kept.items()}
-        counts = {path: len(ids) for path, ids in checked.items()}
-        if len(set(counts.values())) > 1:
-            raise UnsupportedModelError(
-                f"a checkpoint holds one expert count for all layers, found {sorted(set(counts.values()))}; "
-                f"keep the same number everywhere."
-            )
+        checked = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in kept.items()}
+        self._check_top_k(top_k)
+        switched_off: dict[str, list[int]] = {}
+        if padded:
+            checked, switched_off = self._padded(checked)
+        self._check_shared_tensors(checked)
         layers = tuple(self._keep_in_layer(layer, checked[layer.path]) for layer in self.layers)
-        self.structure.num_experts_leaf.set(self.config, next(iter(counts.values())))
         self.structure = dataclasses.replace(
             self.structure, layers=layers, shapes={n: tuple(t.shape) for n, t in _tensors(self.model)},
             num_parameters=sum(p.numel() for p in self.model.parameters()),
         )  # fmt: skip
+        for layer in layers:
+            off = torch.tensor(switched_off.get(layer.path, []), dtype=torch.int64)
+            for name, bias in selection_biases(self.model, layer) if len(off) else ():
+                bias.index_fill_(layer.tensors[name].dim, off.to(bias.device), SWITCHED_OFF)
+        write_counts(self.model, self.structure)
+        if top_k is not None:
+            write_top_k(self.model, self.structure, top_k)
+            self.structure = dataclasses.replace(
+                self.structure, layers=tuple(dataclasses.replace(layer, top_k=top_k) for layer in layers)
+            )
 
-    def _keep_in_layer(self, layer: MoELayer, kept: list[int]) -> MoELayer:
-        in_lists = tuple(path + "." for path in layer.containers)
-        for name, axis in layer.tensors.items():
-            if name.startswith(in_lists):
-                continue
-            module_path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(module_path)
-            old = getattr(module, leaf)
-            new = old.index_select(axis.dim, axis.rows(kept, layer.num_experts).to(old.device))
-            if isinstance(old, nn.Parameter):
-                module._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
-            else:
-                module._buffers[leaf] = new
-        containers = {}
-        for path, names in layer.containers.items():
-            container = self.model.get_submodule(path)
-            modules = [container._modules[names[expert]] for expert in kept]
-            for name in names:
-                del container._modules[name]
-            containers[path] = names[: len(kept)]
-            container._modules.update(zip(containers[path], modules, strict=True))
-        for (path, attribute), (stride, extra) in layer.integers.items():
-            setattr(self.model.get_submodule(path), attribute, stride * len(kept) + extra)
-        return dataclasses.replace(layer, num_experts=len(kept), containers=containers)
+    def _check_top_k(self, top_k: int | None) -> None:
+        if top_k is None:
+            return
+        fixed = next((layer for layer in self.layers if layer.top_k_fixed), None)
+        if fixed is not None:
+            raise UnsupportedModelError(
+                f"{fixed.path}: its class chooses {fixed.top_k} experts per token whatever the config says, so "
+                f"`top_k` cannot be changed."
+            )
+        if not 1 <= top_k <= min(layer.top_k for layer in self.layers):
+            raise ValueError(f"top_k can be lowered from {self.layers[0].top_k} to 1 at least, got {top_k}")
+
+    def _check_shared_tensors(self, kept: Mapping[str, Sequence[int]]) -> None:
+        """Layers that share weights must keep the same experts."""
+        owners: dict[int, str] = {}
+        for layer in self.layers:
+            for name in layer.tensors:
+                other = owners.setdefault(id(tensor_at(self.model, name)), layer.path)
+                if list(kept[other]) != list(kept[layer.path]):
+                    raise UnsupportedModelError(
+                        f"{layer.path} and {other} share their weights ({name}), so they must keep the same experts."
+                    )
+
+    def _padded(self, kept: Mapping[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """(kept ids, all counts equal; new ids of the surplus experts to be switched off)."""
+        most = max(len(ids) for ids in kept.values())
+        filled: dict[str, list[int]] = {}
+        switched_off: dict[str, list[int]] = {}
+        for layer in self.layers:
+            own, size = set(kept[layer.path]), layer.num_experts // layer.num_groups
+            if len(own) < most and layer.padding_problem:
+                raise UnsupportedModelError(f"{layer.path}: cannot be padded: {layer.padding_problem}.")
+            ids: list[int] = []
+            for group in range(layer.num_groups):
+                members = range(group * size, (group + 1) * size)
+                mine = [expert for expert in members if expert in own]
+                spare = [expert for expert in members if expert not in own]
+                ids += sorted(mine + spare[: most // layer.num_groups - len(mine)])
+            filled[layer.path] = ids
+            switched_off[layer.path] = [position for position, expert in enumerate(ids) if expert not in own]
+        return filled, switched_off
+
+    def _keep_in_layer(self, layer: MoELayer, kept: Sequence[int]) -> MoELayer:
+        for name in layer.id_tensors:
+            table = tensor_at(self.model, name)
+            dropped = dropped_experts(layer, kept, table.device)
+            new_id = torch.zeros(layer.num_experts, dtype=table.dtype, device=table.device)
+            new_id[torch.tensor(kept, device=table.device)] = torch.arange(
+                len(kept), dtype=table.dtype, device=table.device
+            )
+            if not table.is_meta:
+                rows = router_weights(self.model, layer)[0][: layer.num_experts]
+                table.copy_(new_id[redirected(table, dropped, rows).long()])
+        return slice_layer(self.model, layer, kept)
 
 
-def check_kept(layer: MoELayer, kept: Sequence[int]) -> list[int]:
+def check_kept(layer: MoELayer, kept: Sequence[int], *, top_k: int | None = None) -> list[int]:
     """The ids as an ascending list. Raises ValueError where this layer cannot keep exactly these experts."""
+    if top_k is not None:
+        layer = dataclasses.replace(layer, top_k=top_k)
     ids = sorted({int(expert) for expert in kept})
     if len(ids) != len(kept) or (ids and not 0 <= ids[0] <= ids[-1] < layer.num_experts):
         raise ValueError(

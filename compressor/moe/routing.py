@@ -5,75 +5,52 @@ Dimensions: T tokens, E experts of the layer, K experts chosen per token, M rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from compressor.errors import UnsupportedModelError
-from compressor.moe.structure import MoELayer
+from compressor.moe.logits import RouterLogits
+from compressor.moe.structure import MoELayer, Structure
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
-
-_LINEAR_FUNCTIONS = {
-    functional.linear,
-    torch.mm,
-    torch.matmul,
-    torch.addmm,
-    torch.Tensor.mm,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-}
-
-
-class RouterLogits(TorchFunctionMode):
-    """While active, sees the linear map inside a router: records its output, masks it, or answers it from a record.
-
-    `dropped` are expert ids whose logits become −inf; `recorded` replaces the product by logits seen before.
-    """
-
-    def __init__(self, width: int, dropped: Tensor | None = None, recorded: Tensor | None = None) -> None:
-        super().__init__()
-        self.width = width
-        self.dropped = dropped
-        self.recorded = recorded
-        self.seen: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass every call through, but those that produce the router's logits."""
-        if func not in _LINEAR_FUNCTIONS:
-            return func(*args, **(kwargs or {}))
-        out = self.recorded if self.recorded is not None else func(*args, **(kwargs or {}))
-        if out.shape[-1] != self.width:
-            return out
-        self.seen = out
-        if self.dropped is not None and len(self.dropped):
-            return out.index_fill(-1, self.dropped, float("-inf"))
-        return out.clone() if self.recorded is not None else out
-
-
-def router_width(layer: MoELayer) -> int:
-    """Number of logits of the layer's router: its experts, and whatever rows it has behind them."""
-    return layer.num_experts + max(
-        (axis.extra for name, axis in layer.tensors.items() if name.startswith(layer.router + ".")), default=0
-    )
-
 
 def dropped_experts(layer: MoELayer, kept: Sequence[int], device: torch.device) -> Tensor:
     """The ids that are not kept, ascending, int64."""
     return torch.tensor(sorted(set(range(layer.num_experts)) - set(kept)), dtype=torch.int64, device=device)
 
 
-@contextmanager
-def biases_masked(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
-    """Set the selection biases of the dropped experts to −inf, and put them back afterwards, bit for bit.
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its full name."""
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
 
-    Some routers add such a bias to the scores, after the linear map, to decide who is chosen.
+
+def router_weights(model: nn.Module, layer: MoELayer) -> list[Tensor]:
+    """What the layer's logits are computed with; RouterLogits knows the router's linear map by them."""
+    return [tensor_at(model, name) for name in layer.router_weights]
+
+
+def selection_biases(model: nn.Module, layer: MoELayer) -> list[tuple[str, Tensor]]:
+    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear
+    routers.
+    """
+    return [(name, tensor_at(model, name)) for name in layer.selection_biases]
+
+
+@contextmanager
+def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
+    """Hide experts from everything but the logits, and put it all back afterwards, bit for bit.
+
+    Selection biases, which some routers add to the scores after the linear map, become −inf. Look-up tables that hold
+    expert ids are redirected to experts that stay.
     """
     saved: list[tuple[Tensor, Tensor]] = []
     try:
@@ -81,6 +58,10 @@ def biases_masked(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterato
             saved.append((tensor, tensor.detach().clone()))
             with torch.no_grad():
                 tensor.index_fill_(layer.tensors[name].dim, dropped, float("-inf"))
+        for name in layer.id_tensors:
+            tensor = tensor_at(model, name)
+            saved.append((tensor, tensor.detach().clone()))
+            tensor.copy_(redirected(tensor, dropped, router_weights(model, layer)[0][: layer.num_experts]))
         yield
     finally:
         with torch.no_grad():
@@ -88,17 +69,26 @@ def biases_masked(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterato
                 tensor.copy_(value)
 
 
-def selection_biases(model: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear
-    routers.
+@torch.no_grad()
+def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
+    """A table of expert ids [N, K] in which every dropped expert is replaced by one that stays.
+
+    The stand-in is the kept expert whose router row is most alike (largest cosine), of those that the table's row does
+    not name already, so a token still has K different experts. No source prescribes this; an expert with a similar
+    router row was trained to be chosen for similar tokens.
     """
-    for name, axis in layer.tensors.items():
-        if name.startswith(layer.experts + ".") or "bias" not in name.rpartition(".")[2]:
-            continue
-        module_path, _, leaf = name.rpartition(".")
-        tensor = getattr(model.get_submodule(module_path), leaf)
-        if tensor.numel() == tensor.shape[axis.dim]:
-            yield name, tensor
+    if not len(dropped):
+        return ids
+    rows_EH = functional.normalize(router_EH.float(), dim=-1)
+    alike_EE = (rows_EH @ rows_EH.T).index_fill(1, dropped, float("-inf"))
+    is_dropped_E = torch.zeros(len(rows_EH), dtype=torch.bool, device=ids.device).index_fill(0, dropped, True)
+    new = ids.clone()
+    for column in range(ids.shape[-1]):
+        where = is_dropped_E[new[:, column].long()].nonzero()[:, 0]
+        for part in where.split(2**22 // len(rows_EH) + 1):
+            alike = alike_EE[new[part, column].long()].scatter(1, new[part].long(), float("-inf"))
+            new[part, column] = alike.argmax(-1).to(new.dtype)
+    return new
 
 
 @contextmanager
@@ -108,15 +98,15 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
     This is what removing the other experts means: the router's own softmax, top-k and renormalisation then see only the
     kept ones.
     """
-    router = model.get_submodule(layer.router)
-    dropped = dropped_experts(layer, kept, next(router.parameters()).device)
+    router, weights = model.get_submodule(layer.router), router_weights(model, layer)
+    dropped = dropped_experts(layer, kept, weights[0].device)
     if not len(dropped):
         yield
         return
     active: list[RouterLogits] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        mode = RouterLogits(router_width(layer), dropped=dropped)
+        mode = RouterLogits(weights, dropped=dropped)
         mode.__enter__()  # type: ignore[no-untyped-call]
         active.append(mode)
 
@@ -127,19 +117,41 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if output is not None and mode.seen is None:  # no output: the forward has failed, and says why itself
             raise UnsupportedModelError(
-                f"{layer.router}: saw no linear map with {router_width(layer)} outputs inside its forward, so experts "
-                f"cannot be masked."
+                f"{layer.router}: saw no linear map with its weights inside its forward, so experts cannot be masked."
             )
 
     hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
     try:
-        with biases_masked(model, layer, dropped):
+        with experts_hidden(model, layer, dropped):
             yield
     finally:
         for hook in hooks:
             hook.remove()
         while active:
             active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def top_k_set(model: Any, structure: Structure, top_k: int | None) -> Iterator[None]:
+    """Within the context every router chooses `top_k` experts; None leaves them as they are."""
+    leaf = structure.top_k_leaf
+    if top_k is None or leaf is None:
+        yield
+        return
+    saved = leaf.get(model.config)
+    write_top_k(model, structure, top_k)
+    try:
+        yield
+    finally:
+        write_top_k(model, structure, saved)
+
+
+def write_top_k(model: Any, structure: Structure, top_k: int) -> None:
+    """Set the number of experts per token in the config and in every module that keeps it."""
+    assert structure.top_k_leaf is not None
+    structure.top_k_leaf.set(model.config, top_k)
+    for (path, attribute), (stride, extra) in structure.top_k_integers.items():
+        setattr(model.get_submodule(path), attribute, stride * top_k + extra)
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,11 @@ class RoutingRule:
         return index_TK, weights_TK * self.scale
 
 
-Replay = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
-"""kept ids → (index [T, K], weights [T, K]): the router itself, run again on the same tokens with all others masked."""
+class Replay(Protocol):
+    """The router itself, run again on the same tokens with all but the kept experts masked."""
+
+    def __call__(self, kept: Sequence[int], top_k: int | None = None) -> tuple[Tensor, Tensor]:
+        """(index [T, K], weights [T, K]); `top_k` replaces the model's number of experts per token."""
 
 
 def fit_rule(
@@ -203,10 +218,10 @@ def fit_rule(
 
     Tried on the tokens given and, through `replay`, on three sets of masked experts.
     """
-    if layer.num_groups > 1:
+    if layer.num_groups > 1 or layer.id_tensors:
         return None
     tolerance = _tolerance(weights_TK)
-    given_TE = _scatter(index_TK, weights_TK, layer.num_experts)
+    given_TE = _scatter(index_TK, weights_TK, layer.num_choices)
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
         for bias in (*biases, None):  # a small bias may have decided nothing yet, on so few tokens
             for renormalise in (True, False):
@@ -222,7 +237,7 @@ def fit_rule(
 
 def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> bool:
     """Whether the rule gives what the router answered on these tokens, ties within rounding aside."""
-    given_TE = _scatter(index_TK, weights_TK, layer.num_experts)
+    given_TE = _scatter(index_TK, weights_TK, layer.num_choices)
     return _agrees(rule, layer, logits_TE, given_TE, _tolerance(weights_TK))
 
 
@@ -237,17 +252,17 @@ def _scale(given_TK: Tensor, unscaled_TK: Tensor) -> float:
     return rounded if abs(scale - rounded) < 1e-3 * abs(scale) else scale
 
 
-def _scatter(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    empty = torch.zeros(len(index_TK), num_experts, dtype=torch.float64, device=index_TK.device)
+def _scatter(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
+    empty = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
     return empty.scatter_(1, index_TK, weights_TK.double())
 
 
 def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Tensor, tolerance: float) -> bool:
     """Whether the rule gives these weights to all tokens but those whose choice is a tie within rounding."""
     index, weights = rule.choose(logits_TE, layer.top_k)
-    difference_T = (_scatter(index, weights, layer.num_experts) - given_TE).abs().amax(-1)
+    difference_T = (_scatter(index, weights, layer.num_choices) - given_TE).abs().amax(-1)
     ranking = rule.ranking(rule.affinity(logits_TE)).masked_fill(logits_TE == float("-inf"), float("-inf"))
-    best = ranking.topk(min(layer.top_k + 1, layer.num_experts), dim=-1).values
+    best = ranking.topk(min(layer.top_k + 1, layer.num_choices), dim=-1).values
     tie_T = (best[:, layer.top_k - 1] - best[:, -1]).abs() <= tolerance * best[:, -1].abs().clamp_min(1e-12)
     tie_T &= torch.tensor(best.shape[-1] > layer.top_k, device=tie_T.device)
     limit = tolerance * given_TE.abs().amax(-1).clamp_min(1e-12)
@@ -262,6 +277,6 @@ def _agrees_masked(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay
         kept = sorted(set(range(layer.num_experts)) - set(dropped.tolist()))
         index, weights = replay(kept)
         masked = logits_TE.index_fill(-1, dropped.to(logits_TE.device), float("-inf"))
-        if not _agrees(rule, layer, masked, _scatter(index, weights, layer.num_experts), tolerance):
+        if not _agrees(rule, layer, masked, _scatter(index, weights, layer.num_choices), tolerance):
             return False
     return True

@@ -3,10 +3,7 @@
 The model class is built twice on the meta device (no memory, no weights) from two configs that differ in ONE integer.
 A tensor dimension, an integer attribute or a list of child modules that changes with it is, by construction, indexed by
 expert. Which integer of the config is the number of experts is found the same way: it is the one whose change resizes
-both expert weights and router rows.
-
-Not covered yet, and refused by name: expert ids stored as values of integer tensors; experts without a router beside
-them; layers whose counts hang on different integers of the config.
+both expert weights and router rows. `probe` then runs one MoE block of each kind to learn how it routes.
 """
 
 from __future__ import annotations
@@ -14,15 +11,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.moe.probe import RouterProbe, probe_router
+from compressor.moe.probe import Place, RouterProbe, probe_router
 
 ModelFactory = Any
 """A callable that builds a model from a transformers config: usually the model's class."""
@@ -40,11 +38,19 @@ class ExpertAxis:
     stride: int = 1
     extra: int = 0
 
-    def rows(self, kept: list[int], num_experts: int) -> torch.Tensor:
+    def rows(self, kept: Sequence[int], num_experts: int) -> torch.Tensor:
         """Indices [stride × len(kept) + extra] int64 of the rows that stay when only `kept` experts do."""
         first = torch.tensor(kept, dtype=torch.int64)[:, None] * self.stride
         own = (first + torch.arange(self.stride)).reshape(-1)
         return torch.cat([own, torch.arange(num_experts * self.stride, num_experts * self.stride + self.extra)])
+
+    def size(self, num_experts: int) -> int:
+        """The dimension's size with that many experts."""
+        return self.stride * num_experts + self.extra
+
+
+Integers = Mapping[tuple[str, str], tuple[int, int]]
+"""(module path, attribute) → (stride, extra) of an integer attribute: its value is `stride × count + extra`."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,20 @@ class MoELayer:
     router: str
     experts: str
     tensors: Mapping[str, ExpertAxis]
-    integers: Mapping[tuple[str, str], tuple[int, int]]
-    """(module path, attribute) → (stride, extra) of an integer attribute that counts experts."""
+    integers: Integers
     containers: Mapping[str, tuple[str, ...]]
     """Module lists with one child per expert → the children's names, in expert order."""
+    id_tensors: tuple[str, ...]
+    """Integer tensors […, top_k] that hold expert ids as values: a token's experts are looked up, not computed."""
     parameters_per_expert: int
     """Parameters that go with one expert: its weights, its router row, its biases."""
     router_probe: RouterProbe
+    router_weights: tuple[str, ...] = ()
+    """The router's tensors with one row per expert: what its logits are computed with."""
+    selection_biases: tuple[str, ...] = ()
+    """Tensors with one number per expert that are added to logits or scores, wherever in the block they live."""
     num_extra_choices: int = 0
-    """Things behind the experts that the router can choose and that pruning leaves alone: identity experts, a skip."""
+    """Things behind the experts that the router can choose and that pruning leaves alone: identity experts."""
     top_k_fixed: bool = False
     """Whether the class chooses a fixed number of experts, whatever the config says."""
     watch_problem: str | None = None
@@ -83,11 +94,6 @@ class MoELayer:
     def num_choices(self) -> int:
         """How many things the router chooses among: the experts and whatever stands behind them."""
         return self.num_experts + self.num_extra_choices
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the experts are modules in a list (remote code of the transformers 4 era), not stacked tensors."""
-        return bool(self.containers)
 
     @property
     def router_kind(self) -> str:
@@ -132,6 +138,29 @@ class Structure:
     shapes: Mapping[str, tuple[int, ...]]
     """Every tensor of the model."""
     num_parameters: int
+    integers: Integers = dataclasses.field(default_factory=dict)
+    """Integer attributes outside the MoE blocks that count experts."""
+    top_k_integers: Integers = dataclasses.field(default_factory=dict)
+    """Integer attributes that follow the number of experts per token."""
+    other_leaves: tuple[ConfigLeaf, ...] = ()
+    """Expert counts of other parts of the model (a vision tower's, a talker's), which are left as they are."""
+
+    def with_counts(self, counts: Mapping[str, int]) -> Structure:
+        """The structure of the same model with other numbers of experts in some layers, by layer path."""
+        layers, shapes, num_parameters = [], dict(self.shapes), self.num_parameters
+        for layer in self.layers:
+            count = counts.get(layer.path, layer.num_experts)
+            num_parameters -= (layer.num_experts - count) * layer.parameters_per_expert
+            containers = {path: names[:count] for path, names in layer.containers.items()}
+            for path, names in layer.containers.items():
+                gone = tuple(f"{path}.{name}." for name in names[count:])
+                shapes = {name: shape for name, shape in shapes.items() if not (gone and name.startswith(gone))}
+            for name, axis in layer.tensors.items():
+                shape = list(shapes[name])
+                shape[axis.dim] = axis.size(count)
+                shapes[name] = tuple(shape)
+            layers.append(dataclasses.replace(layer, num_experts=count, containers=containers))
+        return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
 
 
 def find_structure(factory: ModelFactory, config: Any) -> Structure:
@@ -144,36 +173,73 @@ def find_structure(factory: ModelFactory, config: Any) -> Structure:
     name = getattr(config, "model_type", type(config).__name__)
     base_model = _build(factory, config)
     base = _Snapshot.of(base_model)
-    found: tuple[ConfigLeaf, _Difference] | None = None
-    for leaf in _integer_leaves(config, "expert", at_least=2):
-        difference = _difference(factory, config, leaf, base)
-        if difference is None or not (difference.expert_weights(base) and difference.router_rows(base)):
-            continue
-        if found is None or len(difference.tensors) > len(found[1].tensors):
-            found = leaf, difference
-    if found is None:
-        raise UnsupportedModelError(
-            f"{name}: no routed experts found. No integer of the config with 'expert' in its name resizes both expert "
-            f"weights and router rows, so this is a dense model, or one whose structure needs a plugin."
-        )
-    leaf, difference = found
+    leaf, difference, other_leaves = _find_expert_count(factory, config, base, name)
     if difference.odd:
         raise UnsupportedModelError(
             f"{name}: changing {leaf} changes the model in a way that cannot be sliced: "
             f"{'; '.join(difference.odd[:3])}."
         )
-    top_k_leaf = _find_integer(config, leaf, r"top_?k(?!.*group)|per_tok", base_model, factory)
-    groups = tuple(
-        _find_integer(config, leaf, pattern, base_model, factory)
-        for pattern in (r"^(n|num)_(expert_)?groups?$", r"top_?k_groups?$")
+    finder = _LayerFinder(base_model, base, difference, leaf, config, name)
+    blocks = finder.blocks()
+    top_k, *groups = (
+        _find_integer(config, leaf, pattern, tuple(blocks), base, factory)
+        for pattern in (r"top_?k(?!.*group)|per_tok|(^|_)k$", r"^(n|num)_(expert_)?groups?$", r"top_?k_groups?$")
     )
-    layers = _layers(base_model, base, difference, leaf.get(config), name, top_k_leaf, groups, config)
-    return Structure(layers, leaf, _effective(top_k_leaf, config, layers), base.shapes, base.num_parameters)
+    layers = finder.layers(blocks, top_k[0] if top_k else None, [found[0] if found else None for found in groups])
+    top_k_leaf, top_k_integers = _effective_top_k(top_k, config, layers, base)
+    inside = [place for place in difference.integers if any(_inside(place[0], layer.path) for layer in layers)]
+    return Structure(
+        layers=tuple(dataclasses.replace(layer, top_k_fixed=top_k_leaf is None) for layer in layers),
+        num_experts_leaf=leaf,
+        top_k_leaf=top_k_leaf,
+        shapes=base.shapes,
+        num_parameters=base.num_parameters,
+        integers={place: value for place, value in difference.integers.items() if place not in inside},
+        top_k_integers=top_k_integers,
+        other_leaves=other_leaves,
+    )
 
 
-def _effective(leaf: ConfigLeaf | None, config: Any, layers: tuple[MoELayer, ...]) -> ConfigLeaf | None:
-    """The leaf, if the routers choose as many experts as it says."""
-    return leaf if leaf is not None and all(layer.top_k == leaf.get(config) for layer in layers) else None
+def _find_expert_count(
+    factory: ModelFactory, config: Any, base: _Snapshot, name: str
+) -> tuple[ConfigLeaf, _Difference, tuple[ConfigLeaf, ...]]:
+    """The integer that resizes expert weights and router rows; of several, the language model's, then the one on which
+    most hangs.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found: list[tuple[tuple[bool, int, int], ConfigLeaf, _Difference]] = []
+    for word in ("expert", "moe"):
+        for leaf in _integer_leaves(config, word, at_least=2):
+            difference = _difference(factory, config, leaf, base)
+            if difference is not None and difference.expert_weights(base) and difference.router_rows(base):
+                rank = (leaf.holder(config) is text, len(difference.tensors), leaf.get(config))
+                found.append((rank, leaf, difference))
+        if found:
+            break
+    if not found:
+        raise UnsupportedModelError(
+            f"{name}: no routed experts found. No integer of the config resizes both expert weights and router rows, "
+            f"so this is a dense model, or one whose structure needs an adapter from a plugin."
+        )
+    _, best, difference = max(found, key=lambda entry: entry[0])
+    others = [
+        leaf
+        for _, leaf, other in found
+        if leaf != best and not set(other.tensors) & set(difference.tensors) and not other.odd
+    ]
+    return best, difference, tuple(others)
+
+
+def _effective_top_k(
+    found: tuple[ConfigLeaf, _Difference] | None, config: Any, layers: Sequence[MoELayer], base: _Snapshot
+) -> tuple[ConfigLeaf | None, Integers]:
+    """The leaf and what follows it, if all routers choose as many experts as it says and no tensor hangs on it."""
+    if found is None:
+        return None, {}
+    leaf, difference = found
+    if difference.odd or difference.tensors or any(layer.top_k != leaf.get(config) for layer in layers):
+        return None, {}
+    return leaf, difference.integers
 
 
 def _build(factory: ModelFactory, config: Any) -> nn.Module:
@@ -211,7 +277,7 @@ class _Snapshot:
     shapes: dict[str, tuple[int, ...]]
     integers: dict[tuple[str, str], int]
     children: dict[str, tuple[str, ...]]
-    id_tensors: tuple[str, ...]
+    integer_tensors: tuple[str, ...]
     num_parameters: int
 
     @classmethod
@@ -228,7 +294,7 @@ class _Snapshot:
                 if _is_count(value)
             },
             children={path: tuple(module._modules) for path, module in modules.items()},
-            id_tensors=tuple(n for n, t in tensors.items() if not (t.is_floating_point() or t.is_complex())),
+            integer_tensors=tuple(n for n, t in tensors.items() if not (t.is_floating_point() or t.is_complex())),
             num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
         )
 
@@ -261,52 +327,61 @@ class _Difference:
             for name, axis in self.tensors.items()
             if len(base.shapes[name]) == 2
             and axis.stride == 1
-            and min(base.shapes[name]) > 1
+            and axis.dim == 0
+            and base.shapes[name][1] > 1
             and not any(name.startswith(owner + ".") for owner in owners)
         ]
 
 
-def _difference(factory: ModelFactory, config: Any, leaf: ConfigLeaf, base: _Snapshot) -> _Difference | None:
-    """Build again with twice the value and compare; None where the class refuses the doubled value."""
+def _difference(
+    factory: ModelFactory, config: Any, leaf: ConfigLeaf, base: _Snapshot, *, by: int | None = None
+) -> _Difference | None:
+    """Build again with twice the value, or `by` more, and compare; None where the class refuses that value."""
     value = leaf.get(config)
+    step = by or value
     changed = copy.deepcopy(config)
     try:
-        leaf.set(changed, 2 * value)
+        leaf.set(changed, value + step)
         other = _Snapshot.of(_build(factory, changed))
     except Exception:  # a config class may refuse a value for any reason; such a leaf cannot be the one we look for
         return None
-    containers, odd = _grown_containers(base, other, value)
+    containers, odd = _grown_containers(base, other, value, step)
     tensors: dict[str, ExpertAxis] = {}
     for name, shape in base.shapes.items():
         new = other.shapes.get(name)
         if new == shape:
             continue
         dims = [i for i, (a, b) in enumerate(zip(shape, new, strict=False)) if a != b] if new else []
-        if new is None or len(new) != len(shape) or len(dims) != 1 or (new[dims[0]] - shape[dims[0]]) % value:
+        if new is None or len(new) != len(shape) or len(dims) != 1 or (new[dims[0]] - shape[dims[0]]) % step:
             odd.append(f"tensor {name}: {shape} → {new}")
             continue
-        stride = (new[dims[0]] - shape[dims[0]]) // value
+        stride = (new[dims[0]] - shape[dims[0]]) // step
+        if stride < 0 or shape[dims[0]] < stride * value:
+            odd.append(f"tensor {name}: {shape} → {new}")
+            continue
         tensors[name] = ExpertAxis(dims[0], stride, shape[dims[0]] - stride * value)
     grown = tuple(path + "." for path in containers)
     odd += [f"tensor {name} appears" for name in other.shapes if name not in base.shapes and not name.startswith(grown)]
     integers: dict[tuple[str, str], tuple[int, int]] = {}
     for place, old in base.integers.items():
         delta = other.integers.get(place, old) - old
-        if delta % value:
+        if delta % step:
             odd.append(f"attribute {'.'.join(place)}: {old} → {old + delta}")
         elif delta:
-            integers[place] = (delta // value, old - delta)
+            integers[place] = (delta // step, old - delta // step * value)
     return _Difference(tensors, integers, containers, odd)
 
 
-def _grown_containers(base: _Snapshot, other: _Snapshot, value: int) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+def _grown_containers(
+    base: _Snapshot, other: _Snapshot, value: int, step: int
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     containers: dict[str, tuple[str, ...]] = {}
     odd: list[str] = []
     for path, names in base.children.items():
         new = other.children.get(path, names)
         if new == names:
             continue
-        if len(names) == value and len(new) == 2 * value and new[:value] == names:
+        if len(names) == value and len(new) == value + step and new[:value] == names:
             containers[path] = names
         else:
             odd.append(f"children of {path}: {len(names)} → {len(new)}")
@@ -322,98 +397,140 @@ def _inside(path: str, block: str) -> bool:
 
 
 def _find_integer(
-    config: Any, count: ConfigLeaf, pattern: str, base_model: nn.Module, factory: ModelFactory
-) -> ConfigLeaf | None:
-    """The integer beside the expert count whose name fits and on which an attribute of the model hangs."""
+    config: Any, count: ConfigLeaf, pattern: str, blocks: tuple[str, ...], base: _Snapshot, factory: ModelFactory
+) -> tuple[ConfigLeaf, _Difference] | None:
+    """The integer beside the expert count whose name fits, with what hangs on it.
+
+    One that changes attributes inside the MoE blocks is wanted; without such, one on which nothing hangs, and which
+    modules may read while they run.
+    """
     fitting = [leaf for leaf in _integer_leaves(config, pattern) if leaf.path == count.path and leaf != count]
+    silent = []
     for leaf in fitting:
-        changed = copy.deepcopy(config)
-        leaf.set(changed, leaf.get(config) + 1)
-        try:
-            other = _Snapshot.of(_build(factory, changed))
-        except Exception:  # as in _difference
+        difference = _difference(factory, config, leaf, base, by=1)
+        if difference is None:
             continue
-        if other.integers != _Snapshot.of(base_model).integers:
-            return leaf
-    return None
+        if any(_inside(path, block) for path, _ in difference.integers for block in blocks):
+            return leaf, difference
+        if not (difference.integers or difference.tensors or difference.odd):
+            silent.append((leaf, difference))
+    return silent[0] if len(silent) == 1 else None
 
 
-def _layers(
-    base_model: nn.Module,
-    base: _Snapshot,
-    difference: _Difference,
-    num_experts: int,
-    name: str,
-    top_k_leaf: ConfigLeaf | None,
-    group_leaves: tuple[ConfigLeaf | None, ...],
-    config: Any,
-) -> tuple[MoELayer, ...]:
-    """One MoELayer per module that owns experts, together with the router nearest to it."""
-    routers = difference.router_rows(base)
-    found = []
-    for experts in difference.expert_weights(base):
-        block = _parent(experts)
-        while block and not any(_inside(router, block) for router in routers):
-            block = _parent(block)
-        inside = [router for router in routers if _inside(router, block)]
-        router = _parent(min(inside, key=lambda path: path.count(".")))
-        while _parent(router) != block and not _inside(experts, _parent(router)):
-            router = _parent(router)  # from the linear map to the module around it that also chooses
-        found.append((block, experts, router))
-    if len({block for block, _, _ in found}) != len(found):
-        raise UnsupportedModelError(f"{name}: several modules share one router's block; this needs a plugin.")
+@dataclass(frozen=True)
+class _LayerFinder:
+    """Groups what the differential build found into MoE layers, one per block that owns experts and a router."""
 
-    probes: dict[tuple[object, ...], RouterProbe] = {}
-    layers = []
-    order = {path: position for position, path in enumerate(base.children)}
-    for block, experts, router in sorted(found, key=lambda entry: order[entry[0]]):
-        id_tensors = [tensor for tensor in base.id_tensors if _inside(tensor, block)]
-        if id_tensors:
-            raise UnsupportedModelError(
-                f"{name}: {id_tensors[0]} holds integers that may be expert ids; slicing would leave them wrong."
-            )
-        tensors = {path: axis for path, axis in difference.tensors.items() if _inside(path, block)}
-        containers = {path: names for path, names in difference.containers.items() if _inside(path, block)}
-        module = base_model.get_submodule(router)
-        groups = tuple(leaf.get(config) if leaf else 1 for leaf in group_leaves)
-        fallback_top_k = top_k_leaf.get(config) if top_k_leaf else None
-        shape = tuple(base.shapes[path] for path in tensors if _inside(path, router))
-        key = (type(module), shape, repr(module.__dict__.get("top_k")))
+    model: nn.Module
+    base: _Snapshot
+    difference: _Difference
+    leaf: ConfigLeaf
+    config: Any
+    name: str
+
+    def layers(
+        self,
+        blocks: Mapping[str, tuple[str, str, tuple[str, ...]]],
+        top_k_leaf: ConfigLeaf | None,
+        group_leaves: Sequence[ConfigLeaf | None],
+    ) -> tuple[MoELayer, ...]:
+        """The layers in the order of the model."""
+        order = {path: position for position, path in enumerate(self.base.children)}
+        probes: dict[object, RouterProbe] = {}
+        layers = []
+        groups = [leaf.get(self.config) if leaf else 1 for leaf in group_leaves]
+        for block in sorted(blocks, key=order.__getitem__):
+            layers.append(self._layer(block, *blocks[block], top_k_leaf, groups, probes))
+        stray = [path for path in self.difference.tensors if not any(_inside(path, layer.path) for layer in layers)]
+        if stray:
+            raise UnsupportedModelError(f"{self.name}: {stray[0]} is indexed by expert but belongs to no MoE layer.")
+        return tuple(layers)
+
+    def blocks(self) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """Block → (experts, router, its weights): the smallest module around some experts that holds router rows too."""
+        routers = self.difference.router_rows(self.base)
+        owners: dict[str, list[str]] = {}
+        for owner in self.difference.expert_weights(self.base):
+            block = _parent(owner)
+            while block and not any(_inside(router, block) for router in routers):
+                block = _parent(block)
+            owners.setdefault(block, []).append(owner)
+        blocks: dict[str, tuple[str, str, tuple[str, ...]]] = {}
+        for block, owned in owners.items():
+            inside = [router for router in routers if _inside(router, block)]
+            if not inside:
+                raise UnsupportedModelError(f"{self.name}: {owned[0]} holds experts, and no router is beside them.")
+            router = _parent(min(inside, key=lambda path: path.count(".")))
+            while _parent(router) != block and not any(_inside(owner, _parent(router)) for owner in owned):
+                router = _parent(router)  # from the linear map to the module around it that also chooses
+            prefix = f"{block}." if block else ""
+            children = {owner[len(prefix) :].partition(".")[0] for owner in owned}
+            experts = prefix + children.pop() if len(children) == 1 else block
+            blocks[block] = experts, router, tuple(path for path in inside if _inside(path, router))
+        return blocks
+
+    def _layer(
+        self,
+        block: str,
+        experts: str,
+        router: str,
+        router_weights: tuple[str, ...],
+        top_k_leaf: ConfigLeaf | None,
+        groups: Sequence[int],
+        probes: dict[object, RouterProbe],
+    ) -> MoELayer:
+        tensors = {path: axis for path, axis in self.difference.tensors.items() if _inside(path, block)}
+        containers = {path: names for path, names in self.difference.containers.items() if _inside(path, block)}
+        top_k = top_k_leaf.get(self.config) if top_k_leaf else None
+        id_tensors = [path for path in self.base.integer_tensors if _inside(path, block)]
+        for path in id_tensors:
+            if self.base.shapes[path][-1:] != (top_k,) or path in tensors:
+                raise UnsupportedModelError(
+                    f"{self.name}: {path} holds integers, and whether they are expert ids cannot be told; slicing "
+                    f"would leave them wrong. This needs an adapter from a plugin."
+                )
+        place = Place(block, router, experts, tensors, router_weights, tuple(containers), tuple(id_tensors))
+        key = self._signature(block)
         if key not in probes:
-            probes[key] = probe_router(module, num_experts, fallback_top_k, groups[0])
+            probes[key] = probe_router(self.model, place, self.leaf, self.config, top_k, groups[0], self.name)
         probe = probes[key]
-        if probe.top_k is None:
-            raise UnsupportedModelError(
-                f"{name}: cannot tell how many experts {router} ({type(module).__name__}) chooses per token; "
-                f"its forward returned {probe.returned}."
-            )
-        layers.append(
-            MoELayer(
-                path=block,
-                num_experts=num_experts,
-                top_k=probe.top_k,
-                num_groups=groups[0] if probe.uses_groups else 1,
-                num_chosen_groups=groups[1] if probe.uses_groups else 1,
-                router=router,
-                experts=experts,
-                tensors=tensors,
-                integers={place: value for place, value in difference.integers.items() if _inside(place[0], block)},
-                containers=containers,
-                parameters_per_expert=_parameters_per_expert(base_model, tensors, containers),
-                router_probe=probe,
-            )
+        return MoELayer(
+            path=block,
+            num_experts=self.leaf.get(self.config),
+            top_k=probe.top_k,
+            num_groups=groups[0] if probe.uses_groups else 1,
+            num_chosen_groups=groups[1] if probe.uses_groups else 1,
+            router=router,
+            experts=experts,
+            tensors=tensors,
+            integers={place: value for place, value in self.difference.integers.items() if _inside(place[0], block)},
+            containers=containers,
+            id_tensors=tuple(id_tensors),
+            parameters_per_expert=_parameters_per_expert(self.model, tensors, containers),
+            router_probe=probe,
+            router_weights=router_weights,
+            selection_biases=tuple(
+                name for name in place.biases if prod(self.base.shapes[name]) == self.base.shapes[name][tensors[name].dim]
+            ),
+            num_extra_choices=probe.num_extra_choices,
+            watch_problem=probe.watch_problem,
+            padding_problem=probe.padding_problem,
         )
-    # integers above the blocks (a top-level `num_experts`, say) belong to the first layer, so that they are set once
-    outside = {
-        place: value
-        for place, value in difference.integers.items()
-        if not any(_inside(place[0], layer.path) for layer in layers)
-    }
-    stray = [path for path in difference.tensors if not any(_inside(path, layer.path) for layer in layers)]
-    if stray:
-        raise UnsupportedModelError(f"{name}: {stray[0]} is indexed by expert but belongs to no MoE layer.")
-    layers[0] = dataclasses.replace(layers[0], integers={**layers[0].integers, **outside})
-    return tuple(layers)
+
+    def _signature(self, block: str) -> object:
+        """What two blocks share that route alike: classes, shapes, and settings but the layer's number."""
+        module = self.model.get_submodule(block)
+        prefix = f"{block}." if block else ""
+        return (
+            tuple((name, type(child)) for name, child in module.named_modules()),
+            tuple((name[len(prefix) :], shape) for name, shape in self.base.shapes.items() if name.startswith(prefix)),
+            tuple(
+                (name, key, value)
+                for name, child in module.named_modules()
+                for key, value in child.__dict__.items()
+                if isinstance(value, int | float | str) and "layer" not in key
+            ),
+        )
 
 
 def _parameters_per_expert(

@@ -21,6 +21,9 @@ between them (the experts' inner activations) stays near the processor. See benc
 """
 _CHUNK_BYTES = 256 * 2**20
 
+Lift = Callable[[Tensor], Tensor]
+"""Outputs of the experts module [N, H'] → what they add to the block's own output [N, H]; linear."""
+
 
 @dataclass(frozen=True)
 class RankedChunk:
@@ -56,8 +59,12 @@ class RoutedTokens:
     replay: Replay
     evaluate_experts: Callable[[Tensor, Tensor], Tensor]
     """(hidden [c, H], expert ids [c, M]) → outputs [c, M, H]."""
+    lift: Lift | None = None
+    """How the block carries its experts' output to its own, where it scales or projects it."""
     output_TH: Tensor | None = field(default=None, repr=False)
-    """The layer's routed output; filled by `ranked_outputs`, so that nobody computes it twice."""
+    """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
+    experts_output_TH: Tensor | None = field(default=None, repr=False)
+    """The same before the block scales or projects it: what the experts module answers."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +72,7 @@ class RoutedTokens:
         return len(self.hidden_TH)
 
     def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
-        """The outputs of each token's `num_ranks` best experts, some tokens at a time.
+        """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's output.
 
         Costs num_ranks / K ordinary forwards of the experts. The first K ranks are the experts really chosen, so the
         layer's own output falls out on the way.
@@ -75,14 +82,19 @@ class RoutedTokens:
         chunk = ceil(self.num_tokens / ceil(self.num_tokens / most)) if self.num_tokens else most
         order_TM = self.order(num_ranks)
         output_TH = torch.empty_like(self.hidden_TH)
+        lifted: list[Tensor] = []
         for start in range(0, self.num_tokens, chunk):
             stop = min(start + chunk, self.num_tokens)
             outputs_cMH = self.evaluate_experts(self.hidden_TH[start:stop], order_TM[start:stop]).float()
             weights_cK = self.weights_TK[start:stop].float()
             chosen_cKH = outputs_cMH[:, : weights_cK.shape[1]]
             output_TH[start:stop] = torch.bmm(weights_cK[:, None], chosen_cKH)[:, 0].to(output_TH.dtype)
+            if self.lift is not None:
+                outputs_cMH = self.lift(outputs_cMH.flatten(0, 1)).view(*outputs_cMH.shape[:2], -1)
+                lifted.append(torch.bmm(weights_cK[:, None], outputs_cMH[:, : weights_cK.shape[1]])[:, 0])
             yield RankedChunk(start, stop, order_TM[start:stop], outputs_cMH)
-        self.output_TH = output_TH
+        self.experts_output_TH = output_TH
+        self.output_TH = torch.cat(lifted) if lifted else output_TH
 
     def order(self, num_ranks: int) -> Tensor:
         """[T, num_ranks] int64: the chosen experts first, the others by descending rank.
