@@ -7,6 +7,7 @@ other readers know other spellings of the same key than the transformers of the 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import inspect
@@ -45,6 +46,7 @@ _WEIGHT_SUFFIXES = {
     ".onnx",
     ".pkl",
 }
+_EXTRA = "mtp|nextn"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -268,10 +270,11 @@ def _runnable_parts(config: Any) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape)."""
+    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), and → bytes."""
 
     path: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    sizes: Mapping[str, int]
     header_digest: str
     num_bytes: int
 
@@ -282,17 +285,11 @@ def verify_files(folder: Path) -> list[Shard]:
     Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard,
     and for weights in a format other than safetensors.
     """
-    index_path = folder / _INDEX
-    if index_path.exists():
-        try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError("`weight_map` does not map names of tensors to names of files")
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index_path}: cannot be read as an index of shards: {error}") from error
+    weight_map = _read_index(folder)
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
     elif (folder / _SINGLE).exists():
-        weight_map, names = None, [_SINGLE]
+        names = [_SINGLE]
     else:
         other = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
         found = f"found {', '.join(other[:3])}" if other else "found no weights at all"
@@ -311,6 +308,20 @@ def verify_files(folder: Path) -> list[Shard]:
     return shards
 
 
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name → file, as the index of shards says; None where there is no index."""
+    path = folder / _INDEX
+    if not path.exists():
+        return None
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("`weight_map` does not map names of tensors to names of files")
+        return dict(weight_map)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as an index of shards: {error}") from error
+
+
 def _read_header(path: Path) -> Shard:
     size = path.stat().st_size
     try:
@@ -322,6 +333,7 @@ def _read_header(path: Path) -> Shard:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
@@ -330,7 +342,7 @@ def _read_header(path: Path) -> Shard:
             f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
             f"damaged. Download or copy it again."
         )
-    return Shard(path, tensors, hashlib.sha256(text).hexdigest(), size)
+    return Shard(path, tensors, sizes, hashlib.sha256(text).hexdigest(), size)
 
 
 def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:
@@ -357,6 +369,150 @@ def fingerprint(folder: Path, shards: list[Shard]) -> str:
                 file.seek(max(0, shard.num_bytes - _SAMPLE_BYTES) * part // 4)
                 digest.update(file.read(_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# What transformers does not build --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Extra prediction layers (multi-token prediction, next-n heads) that a checkpoint has and its class ignores.
+
+    transformers drops them on loading without a word, so a checkpoint that it saves is without them, and its config
+    must not announce them any more. Paths are those of config.json.
+    """
+
+    num_tensors: int
+    num_bytes: int | None
+    """None where only the index is at hand, not the weights."""
+    layers: tuple[str, ...]
+    announced: Mapping[tuple[str, ...], int]
+    """Integers of config.json that announce the layers: they become 0."""
+    padded: Mapping[tuple[str, ...], tuple[int, int]]
+    """Lists of config.json with an entry for each of these layers too → their length, and the one that they get."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record holds; a list that is cut appears by its lengths."""
+        changed = {".".join(path): [value, 0] for path, value in self.announced.items()}
+        lengths = {".".join(path): list(lengths) for path, lengths in self.padded.items()}
+        found = {"tensors": self.num_tensors, "bytes": self.num_bytes, "layers": list(self.layers), "config": changed}
+        return found | ({"list_lengths": lengths} if lengths else {})
+
+    def patch(self, raw: dict[str, Any]) -> None:
+        """Take what announces the layers out of a config.json, in place."""
+        for path in self.announced:
+            _holder(raw, path)[path[-1]] = 0
+        for path, (_, length) in self.padded.items():
+            holder = _holder(raw, path)
+            holder[path[-1]] = holder[path[-1]][:length]
+
+
+def find_left_out(folder: Path, config: Any, cls: Any) -> LeftOut | None:
+    """The extra prediction layers in a checkpoint's folder that `cls` does not build; None where there are none.
+
+    Reads names, from the index and the shards' headers, as far as they are there; no weights.
+    """
+    sizes = _tensor_sizes(folder)
+    text = config.get_text_config()
+    num_layers = getattr(text, "num_hidden_layers", None)
+    prefixes = {name: prefix for name in sizes if (prefix := _extra_layer(name, num_layers))}
+    if not prefixes:
+        return None
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    names = [name for name in prefixes if any(re.search(pattern, name) for pattern in ignored)]
+    if not names:
+        return None
+    known = [sizes[name] for name in names]
+    raw = read_config(folder)
+    announced = _announced(raw, config)
+    return LeftOut(
+        num_tensors=len(names),
+        num_bytes=None if None in known else sum(size for size in known if size is not None),
+        layers=tuple(dict.fromkeys(prefixes[name] for name in names)),
+        announced=announced,
+        padded=_padded(raw, text, num_layers, max(announced.values(), default=0)),
+    )
+
+
+def _tensor_sizes(folder: Path) -> dict[str, int | None]:
+    """Tensor name → bytes, or None where its file is not there."""
+    files = _read_index(folder)
+    shards = {*files.values()} if files else {_SINGLE}
+    known = [_read_header(folder / name) for name in sorted(shards) if (folder / name).exists()]
+    return dict.fromkeys(files or (), None) | {name: size for shard in known for name, size in shard.sizes.items()}
+
+
+def _extra_layer(name: str, num_layers: int | None) -> str | None:
+    """The path of the extra prediction layer that a tensor belongs to by its name: a layer behind the model's last
+    one, or anything that is called so (`mtp.`, `model.mtp_layers.`).
+    """
+    parts = name.split(".")[:-1]
+    for position, part in enumerate(parts):
+        if re.search(_EXTRA, part) or (part.isdigit() and num_layers is not None and int(part) >= num_layers):
+            return ".".join(parts[: position + 1])
+        if part.isdigit():
+            return None
+    return None
+
+
+def _announced(raw: Mapping[str, Any], config: Any) -> dict[tuple[str, ...], int]:
+    """Paths in config.json of the integers above 0 that announce extra prediction layers.
+
+    With them those that the config's class sets by itself where config.json has no such key.
+    """
+
+    def walk(holder: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+        for key, value in holder.items():
+            if isinstance(value, dict):
+                yield from walk(value, (*path, key))
+            elif _announces(key, value):
+                yield (*path, key), value
+
+    found = dict(walk(raw, ()))
+    text = config.get_text_config()
+    where = tuple(key for key, value in vars(config).items() if value is text and isinstance(raw.get(key), dict))
+    for key, value in vars(text).items():
+        if _announces(key, value) and not {path[-1] for path in found} & _spellings(text, key):
+            found[*where, key] = value
+    return found
+
+
+def _announces(key: str, value: object) -> bool:
+    return type(value) is int and value > 0 and bool(re.search(_EXTRA, key) and re.search("layer|module|^num_", key))
+
+
+def _padded(
+    raw: Mapping[str, Any], text: Any, num_layers: int | None, num_extra: int
+) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Lists with an entry for each layer and each extra one, which the config's class cuts itself while the extra
+    layers are announced, and finds too long when they are not.
+    """
+    found: dict[tuple[str, ...], tuple[int, int]] = {}
+    if num_layers is None or not num_extra:
+        return found
+    for path in ((), *((key,) for key, value in raw.items() if isinstance(value, dict))):
+        holder = _holder(raw, (*path, ""))
+        if holder.get("num_hidden_layers") != num_layers:
+            continue
+        for key, value in holder.items():
+            if isinstance(value, list) and len(value) == num_layers + num_extra and getattr(text, key, None) != value:
+                found[*path, key] = (len(value), num_layers)
+    return found
+
+
+def _holder(raw: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The object of config.json that holds the last name of a path."""
+    for name in path[:-1]:
+        raw = raw[name]
+    return raw
+
+
+def _spellings(config: Any, key: str) -> set[str]:
+    """The names that an attribute of a config goes by: readers differ in the one they look for."""
+    aliases = getattr(config, "attribute_map", None) or {}
+    return {key, *(alias for alias, name in aliases.items() if name == key)}
 
 
 # Loading ---------------------------------------------------------------------------------------------------
@@ -564,12 +720,18 @@ def _errno_in(message: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mapping[ConfigLeaf, int]) -> None:
+def save_checkpoint(
+    model: Any,
+    source: Path | None,
+    folder: Path,
+    counts: Mapping[ConfigLeaf, int],
+    left_out: LeftOut | None = None,
+) -> None:
     """Write a live model into `folder` as a checkpoint that the source's readers can read.
 
     `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
     (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
-    written.
+    written. `left_out` is what of the source transformers did not build: config.json announces it no more.
     """
     with _quiet_transformers():
         model.save_pretrained(folder)
@@ -577,6 +739,8 @@ def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mappi
     raw = read_config(source) if source else dict(written)
     for leaf, value in counts.items():
         _patch_count(raw, leaf, model.config, value)
+    if left_out:
+        left_out.patch(raw)
     _patch_rope(raw, written)
     dtype = str(model.dtype).removeprefix("torch.")
     raw |= {"dtype": dtype, "torch_dtype": dtype}
@@ -586,13 +750,9 @@ def save_checkpoint(model: Any, source: Path | None, folder: Path, counts: Mappi
 
 
 def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int) -> None:
-    """Write an integer under every name that it goes by: readers differ in the one they look for."""
-    holder = raw
-    for name in leaf.path:
-        holder = holder[name]
-    aliases = getattr(leaf.holder(config), "attribute_map", {}) or {}
-    for name in {leaf.key, *(alias for alias, key in aliases.items() if key == leaf.key)}:
-        holder[name] = value
+    """Write an integer under every name that it goes by."""
+    for name in sorted(_spellings(leaf.holder(config), leaf.key)):
+        _holder(raw, (*leaf.path, name))[name] = value
 
 
 def _patch_rope(raw: dict[str, Any], written: Mapping[str, Any]) -> None:

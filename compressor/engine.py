@@ -28,11 +28,11 @@ from compressor import checkpoint as checkpoints
 from compressor import evaluate as measure
 from compressor import plan, walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
-from compressor.checkpoint import Checkpoint, OutputFolder
+from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
 from compressor.method import Decision, Method
-from compressor.moe import MoEModel, find_structure, refuse_quantised
+from compressor.moe import MoEModel, refuse_quantised
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
@@ -152,8 +152,12 @@ def apply_decision(
             for path, layer in done["decision"]["layers"].items():
                 original_ids[path] = layer.get("kept", original_ids[path])
         probe = _random_batch(moe.model)
-        save_verified(moe, found, folder, probe)
-        _write_json(folder.path / "compressor" / DECISION, {"format": FORMAT, "passes": passes})
+        left_out = checkpoints.find_left_out(found.folder, checkpoints.load_config(found), type(moe.model))
+        if left_out:
+            progress.say(plan.left_out_note(left_out))
+        save_verified(moe, found, folder, probe, left_out)
+        written = {"format": FORMAT, "passes": passes} | _left_out_json(left_out)
+        _write_json(folder.path / "compressor" / DECISION, written)
         folder.finish()
 
 
@@ -215,14 +219,21 @@ def _random_batch(model: Any) -> TokenBatch:
     return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def save_verified(moe: MoEModel, found: Checkpoint | None, folder: OutputFolder, probe: TokenBatch) -> None:
+def save_verified(
+    moe: MoEModel,
+    found: Checkpoint | None,
+    folder: OutputFolder,
+    probe: TokenBatch,
+    left_out: LeftOut | None = None,
+) -> None:
     """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
 
     Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
     """
     leaf = moe.structure.num_experts_leaf
     folder.require_space(measure.size(moe.model).bytes)
-    checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, {leaf: leaf.get(moe.config)})
+    counts = {leaf: leaf.get(moe.config)}
+    checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
     checkpoints.verify_files(folder.path)
     trust = found.trust_remote_code if found else False
     device = str(next(moe.model.parameters()).device)
@@ -267,6 +278,7 @@ class _Subject:
             "fingerprint": self.fingerprint,
             "architecture": plan.architecture(self.config),
             "model_type": self.config.model_type,
+            "auto_class": self.preview.auto_class,
             "routers": sorted({layer.router_kind for layer in self.preview.structure.layers}),
         }
 
@@ -308,6 +320,8 @@ class _Run:
             subject = self._subject(given_model)
             if folder:
                 folder.require_space(subject.preview.bytes_after)
+        if subject.preview.left_out:
+            self.progress.say(plan.left_out_note(subject.preview.left_out))
         with self._timed("read text"):
             tokenizer = given_tokenizer
             if tokenizer is None and subject.checkpoint is not None:
@@ -330,7 +344,8 @@ class _Run:
         if folder:
             with self._timed("save"):
                 self.progress.say("saving, and loading again to compare")
-                save_verified(moe, subject.checkpoint, folder, _check_batch(batches[0]))
+                probe = _check_batch(batches[0])
+                save_verified(moe, subject.checkpoint, folder, probe, subject.preview.left_out)
         record = self._record(subject, sources, passes)
         if before is not None and after is not None:
             if subject.checkpoint:
@@ -372,9 +387,9 @@ class _Run:
         refuse_quantised(config)
         source = Path(config._name_or_path or "")
         origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
-        plan.check_evaluation(loaded, type(given_model), config)
-        preview = plan.preview(loaded, origin, config, find_structure(type(given_model), config))
         has_folder = bool(config._name_or_path) and (source / "config.json").exists()
+        left_out = checkpoints.find_left_out(source, config, type(given_model)) if has_folder else None
+        preview = plan.preview(loaded, origin, config, type(given_model), left_out)
         return _Subject(origin if has_folder else None, given_model, config, preview, None)
 
     def _load(self, subject: _Subject) -> MoEModel:
@@ -430,7 +445,7 @@ class _Run:
                 for layer in subject.preview.structure.layers
             ],
             "passes": passes,
-        }
+        } | _left_out_json(subject.preview.left_out)
 
     def _circumstances(self) -> dict[str, Any]:
         return {
@@ -638,6 +653,10 @@ def _evaluation_json(figures: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": {name: value.to_json() for name, value in figures["tasks"].items()},
         "size": figures["size"].to_json(),
     }
+
+
+def _left_out_json(left_out: LeftOut | None) -> dict[str, Any]:
+    return {"left_out": left_out.to_json()} if left_out else {}
 
 
 def _write_json(path: Path, data: Any) -> None:

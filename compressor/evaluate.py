@@ -838,7 +838,7 @@ def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
     device = model.device
     prompt_BS = prompt_BS.to(device)
     takes = inspect.signature(model.forward).parameters
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    extra: Json = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     two_parts = "decoder_input_ids" in takes
     extra |= {"decoder_input_ids": prompt_BS} if two_parts else {"use_cache": True}
     with _undisturbed(model), _counted_memory(model) as peak:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from compressor import checkpoint as checkpoints
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.method import OptionError, Plan
 from compressor.moe import MoELayer, Structure, find_structure, refuse_quantised
 from compressor.recipe import LoadedRecipe, ResolvedPass
+from compressor.report import human_bytes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Preview:
     checkpoint: Checkpoint
     structure: Structure
     bytes_after: int
+    auto_class: str
+    left_out: LeftOut | None
     plan: dict[str, Any]
 
 
@@ -35,11 +38,10 @@ def check(loaded: LoadedRecipe) -> Preview:
     config = checkpoints.load_config(found)
     refuse_quantised(config)
     cls = checkpoints.model_class(found, config)
-    check_evaluation(loaded, cls, config)
-    return preview(loaded, found, config, find_structure(cls, config))
+    return preview(loaded, found, config, cls, checkpoints.find_left_out(found.folder, config, cls))
 
 
-def check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
+def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
     """Raise RecipeError if the recipe measures how the model continues text, and models of this class do not."""
     evaluation = loaded.recipe.evaluate
     problem = checkpoints.next_token_problem(cls, config)
@@ -52,8 +54,11 @@ def check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
             )
 
 
-def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Structure) -> Preview:
-    layers, notes = structure.layers, list[str]()
+def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, cls: Any, left_out: LeftOut | None) -> Preview:
+    """The same for a model whose class and config are at hand."""
+    _check_evaluation(loaded, cls, config)
+    structure = find_structure(cls, config)
+    layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         layers = tuple(
@@ -83,7 +88,20 @@ def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, structure: Str
         "bytes": {"before": before * dtype.itemsize, "after": after * dtype.itemsize},
         "notes": notes,
     }
-    return Preview(found, structure, after * dtype.itemsize, plan_json)
+    auto_class = checkpoints.auto_class(cls, config)
+    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json)
+
+
+def left_out_note(left_out: LeftOut) -> str:
+    """What a compressed checkpoint will be without, in one sentence."""
+    size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
+    keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
+    becomes = f" and {keys} becomes 0" if keys else ""
+    return (
+        f"the checkpoint has {left_out.num_tensors} tensors{size} of extra prediction layers, "
+        f"{', '.join(left_out.layers)}, that transformers does not build; the smaller checkpoint is written without "
+        f"them{becomes}"
+    )
 
 
 def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
@@ -98,12 +116,16 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
     found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
     config = checkpoints.load_config(found)
-    structure = find_structure(checkpoints.model_class(found, config), config)
+    cls = checkpoints.model_class(found, config)
+    structure = find_structure(cls, config)
+    left_out = checkpoints.find_left_out(found.folder, config, cls)
     dtype = _dtype("auto", config)
     experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
     notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
     if not structure.top_k_leaf:
         notes.append("the number of experts per token is fixed by the model's code")
+    if left_out:
+        notes.append(left_out_note(left_out))
     if getattr(config, "quantization_config", None) is not None:
         notes.append("the checkpoint is quantised: sizes are those of unquantised weights, and `run` will refuse it")
     return {

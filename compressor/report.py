@@ -25,6 +25,13 @@ Json = Mapping[str, Any]
 NOTHING = "–"
 MAX_COUNT_ROWS = 16
 ACCURACIES = ("acc", "acc_norm")
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModel": "feature-extraction",
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,10 @@ def _text_or_nothing(value: Any) -> str:
 def model_card(record: Json) -> str:
     """The output's README.md: front matter for the hub, how it was made, its figures, how to load it."""
     reference, output = record["model"]["reference"], record.get("output") or "FOLDER"
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    auto_class = record["model"].get("auto_class", "AutoModelForCausalLM")
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if auto_class in PIPELINES:
+        front["pipeline_tag"] = PIPELINES[auto_class]
     if is_hub_id(reference):
         front["base_model"] = reference
     methods = [done["method"] for done in record.get("passes", [])]
@@ -192,18 +202,30 @@ def model_card(record: Json) -> str:
         parts += ["## Figures", _markdown_table(rows), "\n".join(_legend(rows, record))]
     if layers := _kept_lines(record):
         parts += ["## Experts kept", layers]
+    if left_out := record.get("left_out"):
+        parts.append(_left_out_sentence(left_out))
     parts += [
         "## Recipe",
         f"```yaml\n{_yaml(record['recipe'])}```",
         "## Load it",
         f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
-        "The folder is an ordinary Hugging Face checkpoint, so `AutoModelForCausalLM.from_pretrained` and "
+        f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
         "serving software read it too. `compressor.load` also puts back what a checkpoint cannot hold, where "
         "a pass needs it.",
     ]
     if versions := record.get("versions"):
         parts.append("Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _left_out_sentence(left_out: Json) -> str:
+    size = f" ({human_bytes(left_out['bytes'])})" if left_out["bytes"] is not None else ""
+    set_to = " and ".join(f"`{key}` is {after}" for key, (_, after) in left_out["config"].items())
+    return (
+        f"The original's extra prediction layers, {', '.join(f'`{path}`' for path in left_out['layers'])}, with "
+        f"{left_out['tensors']} tensors{size}, are not in this checkpoint, because transformers does not build them"
+        + (f"; in its `config.json` {set_to}." if set_to else ".")
+    )
 
 
 def human_bytes(count: int) -> str:
