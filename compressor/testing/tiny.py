@@ -38,6 +38,8 @@ ROTARY_HEAD_DIM = 8  # of each half of a head in latent attention
 NUM_HEADS = 4
 NUM_LAYERS = 3
 
+_LEFT_ALONE = object()
+
 # --- Which types, and their classes -----------------------------------------------------------------------------------
 
 # Asked for a type's class in this order.
@@ -140,28 +142,31 @@ _NUM_EXPERTS = re.compile(r"(moe_)?(num|n)(_local|_routed)?_experts")
 _TOP_K = re.compile(r"num_experts_per_tok(en)?|(moe_)?(top_?k|k)(_experts)?")
 _NUM_GROUPS = re.compile(r"n_group|num_expert_groups?")
 _GROUPS_KEPT = re.compile(r"topk_group")
+_NUM_LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers")
+_KEY_VALUE_HEADS = re.compile(r"num_key_value_heads|kv_n_heads|num_kv_heads")
+_LAYER_NUMBERS = re.compile(r".*only_layers")
 _SWITCHED_OFF = re.compile(r".*(dropout|pdrop|layerdrop|jitter|drop_path).*")
 _TOKEN_ID = re.compile(r".*(token|codec|speaker).*_ids?|.*token_index")
 _TOWER = re.compile(r".*(vision|audio|image|video|speech|wav|timestamp).*")
 
-# A key of this name (in full) gets a size made from its default one; the first that matches counts. Only positive whole
+# A key of this name (in full) gets a size made from its default; the first that matches counts. Only positive whole
 # numbers are changed: 0, None and flags say what a layer has, not how large it is.
 _SIZES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*(mtp|nextn).*", lambda _: 0),
     (r".*shared_experts", lambda _: 1),
     (r"zero_expert_num", lambda _: 4),
-    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", lambda old: min(old, 1)),
+    (r"num_dense_layers|moe_layer_start_index|.*_layer_offset", lambda old: min(old, 1)),
     (r".*(_sparse_step|_layer_period|_group_size|_every_n_layers|_pattern|_interval)", lambda old: min(old, 2)),
-    (r".*_layer_offset|num_sparse_(en|de)coder_layers", lambda old: min(old, 2)),
+    (r"num_sparse_(en|de)coder_layers|depth", lambda old: min(old, 2)),
     (r"(en|de)coder_layers", lambda _: 4),
-    (r"depth", lambda _: 2),
     (r".*vocab_size.*|codebook_size", lambda _: VOCAB_SIZE),
     (r".*(max_position_embeddings|max_seq_len|model_max_length)", lambda old: min(old, 512)),
+    (r"num_position_embeddings|position_embedding_size", lambda old: min(old, 256)),
     (r".*shared.*intermediate_size|share_expert_dim", lambda _: 40),
     (r"moe_intermediate_size|expert_ffn_hidden_size", lambda _: 32),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|mlp_dim|d_ff).*", lambda _: 48),
-    (r"(?!q_).*lora_rank|hc_lowrank|mamba_dt_rank", lambda _: 16),
     (r"q_lora_rank", lambda _: 24),
+    (r".*lora_rank|hc_lowrank|mamba_dt_rank", lambda _: 16),
     (r".*qk_(rope|nope)_head_dim", lambda _: ROTARY_HEAD_DIM),
     (r".*(head_dim|d_kv|kv_channels|d_head)", lambda _: HEAD_DIM),
     (r".*(hidden_size|d_model|hidden_dim).*", lambda _: HIDDEN_SIZE),
@@ -170,34 +175,61 @@ _SIZES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"(mamba_)?expand", lambda _: 1),
     (r"sliding_window.*|attention_chunk_size|(mamba_)?chunk_size|block_size", lambda old: min(old, 8)),
 )
+# More of these, in towers for images and sounds alone: widths of layers, and not of what goes in.
+_TOWER_SIZES: tuple[tuple[str, Callable[[int], int]], ...] = (
+    *_SIZES,
+    (r".*(output|input|in|out|decoder|embed)_(dim|size|channels)", lambda old: min(old, HIDDEN_SIZE)),
+)
+_TOWER_WIDTHS = re.compile(r".*(hidden_sizes|channels)")
 
 # Only where a type's default is None, and its code takes no None.
 _FILLED: dict[str, Any] = {"head_dim": HEAD_DIM, "moe_intermediate_size": 32, "n_shared_experts": 1}
 
-# What rules cannot know, per model type of a config or of a part of it; `part.key` where the part has no type of its own.
+# Experts are an option of these, off by default; full attention has wider heads.
+_GEMMA = {"enable_moe_block": True, "per_layer_config": {layer: {"head_dim": 2 * HEAD_DIM} for layer in (1, 2)}}
+# What rules cannot know, per model type of a config or of a part of it; `part.key` where the part has no own type.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config.rope_theta": 10000.0},  # the model reads it, the config lacks it
+    "dbrx": {
+        "attn_config.rope_theta": 10000.0,  # the model reads it, the config lacks it
+        "attn_config.clip_qkv": 8.0,  # None by default, which does not run
+    },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},  # None by default, which does not run
     "deepseek_v2": {"topk_method": "group_limited_greedy"},  # without it, groups do nothing
     "deepseek_v4": {"head_dim": 64},  # an eighth of it is rotated
+    "diffusion_gemma": {"canvas_length": 8},
+    "diffusion_gemma_text": _GEMMA,
     "dots3_note_text": {  # sliding layers have sizes of their own, given under these names
         "swa_num_attention_heads": NUM_HEADS,
         "swa_num_key_value_heads": NUM_HEADS,
         "swa_q_lora_rank": 24,
         "swa_kv_lora_rank": 32,
-        "swa_head_dim": HEAD_DIM,
+        "swa_head_dim": 2 * ROTARY_HEAD_DIM,
         "swa_qk_nope_head_dim": ROTARY_HEAD_DIM,
         "swa_v_head_dim": HEAD_DIM,
+        "per_layer_config": _LEFT_ALONE,
     },
     "ernie4_5_vl_moe_text": {
-        "moe_intermediate_size": [32, 24],  # of text experts, of vision experts
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},  # half of a head
+        "moe_intermediate_size": [32, 24],  # of experts for text, and for images
+        # half of a head falls to height, width and time
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "gemma4_text": _GEMMA,
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],  # half of what is rotated of a head falls to time, height and width
+        }
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "inkling_vision": {"num_hidden_layers": 4, "patch_size": 4},  # each layer multiplies widths; patches must suit them
     "jamba": {"num_hidden_layers": 4},  # every other layer has experts
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},  # None by default, which does not run
-    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},  # the model reads it, the config lacks it
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 40},  # likewise
+    "qwen3_omni_moe": {
+        "talker_config.spatial_merge_size": 2,  # the model reads it, the config lacks it
+        "talker_config.text_config.shared_expert_intermediate_size": 40,  # likewise
+    },
     "qwen4_exp_text": {  # None by default, which does not run
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -205,31 +237,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
-    "step3p7_text": {  # layers of one kind by default, which does not run without a window either
+    "step3p5": {  # the text part of step3p7: layers of one kind by default, which does not run without a window either
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "sliding_window": 8,
         "num_sliding_attention_heads": 2,
     },
     "zaya": {"num_experts_per_tok": 1},  # takes no other number
 }
-# Experts are an option of these, off by default; full attention has wider heads.
-_GEMMA = {"enable_moe_block": True, "per_layer_config": {layer: {"head_dim": 2 * HEAD_DIM} for layer in (1, 2)}}
-_SETTINGS |= dict.fromkeys(("gemma4_text", "diffusion_gemma_text"), _GEMMA)
-# Rotated halves of a head (partly rotated: 4 of 8) fall to time, height and width.
-_SETTINGS["glm4v_moe_text"] = {
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [1, 1, 2],
-    }
-}
-
-_LEFT_ALONE = object()
 
 
 def tiny_config(model_type: str, *, num_experts: int = 8, top_k: int = 2, **changes: Any) -> PreTrainedConfig:
-    """A config of a few small layers, at least two of them with experts; with groups of experts where a type knows them.
+    """A config of a few small layers, at least two of them with experts; in groups, where a type knows groups.
 
     Args:
         model_type: As in `candidate_types()`.
@@ -244,25 +262,25 @@ def tiny_config(model_type: str, *, num_experts: int = 8, top_k: int = 2, **chan
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"transformers {transformers.__version__} has no model type {model_type!r}.")
     default = CONFIG_MAPPING[model_type]()
-    shrinking = _Shrinking(num_experts, top_k, _place(default, changes))
+    shrinking = _Shrinking(num_experts, top_k, _placed(default, changes))
     config: PreTrainedConfig = shrinking.config(default)
     config._attn_implementation = "eager"
     return config
 
 
-def _place(default: Any, changes: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+def _placed(default: Any, changes: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Which part takes which change: path of the part → settings."""
     parts = dict(_parts(default))
-    homes = [path for path, part in parts.items() if not _is_tower(path) and any(map(_NUM_EXPERTS.fullmatch, vars(part)))]
+    counting = [path for path, part in parts.items() if not _is_tower(path) and _counts_experts(part)] or [()]
     placed: dict[tuple[str, ...], dict[str, Any]] = {}
     for key, value in changes.items():
         takers = set()
-        for home in homes or [()]:
-            around = [home[:length] for length in range(len(home), -1, -1)]
-            takers |= {next((path for path in around if _knows(parts[path], key)), None)}
-        if takers <= {None}:
+        for path in counting:
+            outwards = [path[:length] for length in range(len(path), -1, -1)]
+            takers |= set([around for around in outwards if _knows(parts[around], key)][:1])
+        if not takers:
             raise ValueError(f"The config of {default.model_type!r} has no key {key!r}.")
-        for path in takers - {None}:
+        for path in takers:
             placed.setdefault(path, {})[parts[path].attribute_map.get(key, key)] = value
     return placed
 
@@ -274,12 +292,16 @@ def _parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _parts(value, (*path, name))
 
 
+def _counts_experts(config: Any) -> bool:
+    return any(_NUM_EXPERTS.fullmatch(name) for name in vars(config))
+
+
 def _knows(config: Any, key: str) -> bool:
     return key in vars(config) or key in config.attribute_map or isinstance(getattr(type(config), key, None), property)
 
 
 def _is_tower(path: tuple[str, ...]) -> bool:
-    return any(map(_TOWER.fullmatch, path))
+    return any(_TOWER.fullmatch(name) for name in path)
 
 
 class _Shrinking:
@@ -292,66 +314,67 @@ class _Shrinking:
         self.token_ids: dict[int, int] = {}  # default → tiny, the same in all parts
 
     def config(self, default: Any, path: tuple[str, ...] = (), given: Mapping[str, Any] | None = None) -> Any:
-        """A small config of the class of `default`, made anew: its own code derives and checks the rest."""
-        special = {**_SETTINGS.get(default.model_type, {}), **(given or {})}
-        number_of_layers = special.get("num_hidden_layers", _number_of_layers(default))
-        untouched = vars(type(default)())
+        """A small config of the class of `default`, made anew, so that the class derives and checks the rest."""
+        kind = type(default)
+        special = _SETTINGS.get(default.model_type, {}) | dict(given or {})
+        part = _Part(default, is_tower=_is_tower(path))
+        part.num_layers = special.get("num_hidden_layers", part.num_layers)
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        usual = _values(kind())
         settings = {}
-        for field in dataclasses.fields(type(default)):
-            name, old = field.name, vars(default).get(field.name)
+        for name, old in part.values.items():
             if isinstance(old, PreTrainedConfig):
                 inner = {key.partition(".")[2]: special[key] for key in special if key.startswith(f"{name}.")}
                 settings[name] = self.config(old, (*path, name), inner)
-                continue
-            new = self.value(name, old, default, number_of_layers, is_derived=field.default is None)
-            if new is not _LEFT_ALONE:
-                settings[name] = new
-            elif old != untouched.get(name) and field.default is not None:
+            elif name in fields:
+                new = self.value(name, old, part, is_derived=fields[name] is None)
+                if new is not _LEFT_ALONE:
+                    settings[name] = new
+                elif old != usual.get(name):
+                    settings[name] = old
+            elif name not in usual:  # what the whole config gave to this part
                 settings[name] = old
         settings |= {key: value for key, value in special.items() if "." not in key}
         settings |= self.changes.get(path, {})
         overrides = default.to_dict().get("per_layer_config")
         if overrides and "per_layer_config" not in settings:
-            settings["per_layer_config"] = self.overrides(overrides, default, settings, number_of_layers)
-        return type(default)(**settings)
+            settings["per_layer_config"] = self.overrides(overrides, part, settings)
+        return kind(**{key: value for key, value in settings.items() if value is not _LEFT_ALONE})
 
     def overrides(
-        self, old: Mapping[str, Mapping[str, Any]], default: Any, settings: Mapping[str, Any], number_of_layers: int
+        self, old: Mapping[str, Mapping[str, Any]], part: _Part, settings: Mapping[str, Any]
     ) -> dict[int, dict[str, Any]]:
         """`per_layer_config`: what the first layer of a kind has of its own, for all tiny layers of that kind."""
-        lists = [key for key, value in settings.items() if isinstance(value, list) and len(value) == number_of_layers]
-        by_kind: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        lists = [name for name in part.per_layer if name in settings]
+        by_kind: dict[tuple[Any, ...], dict[str, Any]] = {}
         for number, override in old.items():
-            by_kind.setdefault(tuple(vars(default)[key][int(number)] for key in lists), override)
-        shrunk = {}
-        for layer in range(number_of_layers):
-            override = by_kind.get(tuple(settings[key][layer] for key in lists), {})
-            new = {key: self.value(key, value, default, number_of_layers, is_derived=False) for key, value in override.items()}
-            shrunk[layer] = {key: override[key] if value is _LEFT_ALONE else value for key, value in new.items()}
-        return shrunk
+            new = {key: self.value(key, value, part, is_derived=False) for key, value in override.items()}
+            kept = {key: override[key] if value is _LEFT_ALONE else value for key, value in new.items()}
+            by_kind.setdefault(tuple(part.values[name][int(number)] for name in lists), kept)
+        kinds = [tuple(settings[name][layer] for name in lists) for layer in range(part.num_layers)]
+        return {layer: dict(by_kind[kind]) for layer, kind in enumerate(kinds) if kind in by_kind}
 
-    def value(self, name: str, old: Any, default: Any, number_of_layers: int, *, is_derived: bool) -> Any:
+    def value(self, name: str, old: Any, part: _Part, *, is_derived: bool) -> Any:
+        """What a key becomes, or `_LEFT_ALONE`; `is_derived`: the class works it out from other keys."""
         if _NUM_EXPERTS.fullmatch(name):
-            return self.num_experts
+            return min(old, 8) if part.is_tower else self.num_experts
         if _TOP_K.fullmatch(name):
             return self.top_k
         if _NUM_GROUPS.fullmatch(name):
             return 2
-        if _GROUPS_KEPT.fullmatch(name):
+        if _GROUPS_KEPT.fullmatch(name) or name == "first_k_dense_replace":
             return 1
         if old is None:
             return _FILLED.get(name, _LEFT_ALONE)
-        if isinstance(old, list | tuple) and len(old) == getattr(default, "num_hidden_layers", None):
-            return _per_layer(name, list(old), number_of_layers)
-        if _TOKEN_ID.fullmatch(name) and isinstance(old, int | list):
+        if _TOKEN_ID.fullmatch(name):
             return [self.token_id(each) for each in old] if isinstance(old, list) else self.token_id(old)
-        if is_derived:
+        if isinstance(old, list | tuple):
+            return part.shrunk_list(name, list(old))
+        if is_derived or isinstance(old, bool) or not isinstance(old, int | float):
             return _LEFT_ALONE
-        if isinstance(old, int | float) and not isinstance(old, bool) and _SWITCHED_OFF.fullmatch(name):
+        if _SWITCHED_OFF.fullmatch(name):
             return type(old)(0)
-        if not isinstance(old, int) or isinstance(old, bool) or old <= 0:
-            return _LEFT_ALONE
-        return _size(name, old, default, number_of_layers)
+        return part.size(name, old) if isinstance(old, int) and old > 0 else _LEFT_ALONE
 
     def token_id(self, old: Any) -> Any:
         if not isinstance(old, int) or old <= 2:
@@ -359,47 +382,65 @@ class _Shrinking:
         return self.token_ids.setdefault(old, VOCAB_SIZE - 1 - len(self.token_ids))
 
 
-def _number_of_layers(default: Any) -> int:
-    """Enough for each kind of layer, and for two layers with experts."""
-    total = getattr(default, "num_hidden_layers", None)
-    lists = [value for value in vars(default).values() if isinstance(value, list | tuple) and len(value) == total]
-    needed = [len(kinds) + (_expert_kind(kinds) != kinds[-1]) for kinds in (_kinds(value) for value in lists) if kinds]
-    return max([NUM_LAYERS, *needed])
+class _Part:
+    """A default config, or a part of one, and how many layers are left of it."""
+
+    def __init__(self, default: Any, *, is_tower: bool) -> None:
+        self.values = _values(default)
+        self.is_tower = is_tower
+        total = next((old for name, old in self.values.items() if _NUM_LAYERS.fullmatch(name)), None)
+        # name → kinds of layers, in the order in which they first appear
+        self.per_layer = {
+            name: [] if list(old) == list(range(len(old))) else list(dict.fromkeys(old))
+            for name, old in self.values.items()
+            if isinstance(old, list | tuple) and (len(old) == total or name == "layers_block_type")
+        }
+        kinds = [len(kinds) + (_with_experts(kinds) != kinds[-1]) for kinds in self.per_layer.values() if kinds]
+        self.num_layers = max([NUM_LAYERS, *kinds])
+
+    def shrunk_list(self, name: str, old: list[Any]) -> Any:
+        if self.is_tower and _TOWER_WIDTHS.fullmatch(name):
+            return [width * HIDDEN_SIZE // max(old) for width in old]
+        if name in self.per_layer:
+            return self.per_layer_list(name)
+        if _LAYER_NUMBERS.fullmatch(name) and old:
+            return [0]
+        return _LEFT_ALONE
+
+    def per_layer_list(self, name: str) -> list[Any]:
+        """A value for each layer: every kind of layer once, then more of those with experts."""
+        kinds = self.per_layer[name]
+        if "heads" in name:
+            return [NUM_HEADS] * self.num_layers
+        if not kinds:
+            return list(range(self.num_layers))
+        return [*kinds, *[_with_experts(kinds)] * self.num_layers][: self.num_layers]
+
+    def size(self, name: str, old: int) -> Any:
+        if _NUM_LAYERS.fullmatch(name):
+            return self.num_layers
+        if name == "moe_layer_end_index":
+            return self.num_layers - 1
+        if _KEY_VALUE_HEADS.fullmatch(name):
+            is_latent = "kv_lora_rank" in self.values
+            return NUM_HEADS if is_latent or old == self.values.get("num_attention_heads") else min(old, 2)
+        if name == "head_dim" and old == self.values.get("qk_rope_head_dim"):
+            return ROTARY_HEAD_DIM
+        sizes = _TOWER_SIZES if self.is_tower else _SIZES
+        return next((size(old) for pattern, size in sizes if re.fullmatch(pattern, name)), _LEFT_ALONE)
 
 
-def _kinds(per_layer: Any) -> list[Any]:
-    """Kinds of layers, in the order in which they first appear."""
-    return [] if list(per_layer) == list(range(len(per_layer))) else list(dict.fromkeys(per_layer))
+def _values(config: Any) -> dict[str, Any]:
+    """A config's settings by the names of its fields; read past the guard of those that differ between layers."""
+    alias = {kept: name for name, kept in config.attribute_map.items()}
+    fields = {field.name for field in dataclasses.fields(config)}
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    return {name if name in fields else alias.get(name, name): value for name, value in values.items()}
 
 
-def _expert_kind(kinds: list[Any]) -> Any:
+def _with_experts(kinds: list[Any]) -> Any:
+    """The kind of layer that has experts; the last where names do not tell."""
     return next((kind for kind in reversed(kinds) if re.search("moe|sparse$", str(kind))), kinds[-1])
-
-
-def _per_layer(name: str, old: list[Any], number_of_layers: int) -> list[Any]:
-    """A list with a value for each layer: every kind of layer once, then more of those with experts."""
-    if "heads" in name:
-        return [NUM_HEADS] * number_of_layers
-    kinds = _kinds(old)
-    if not kinds:
-        return list(range(number_of_layers))
-    return [*kinds, *[_expert_kind(kinds)] * number_of_layers][:number_of_layers]
-
-
-def _size(name: str, old: int, default: Any, number_of_layers: int) -> Any:
-    if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", name):
-        return number_of_layers
-    if name == "moe_layer_end_index":
-        return number_of_layers - 1
-    if name in {"num_key_value_heads", "kv_n_heads", "num_kv_heads"}:
-        heads = getattr(default, "num_attention_heads", None)
-        return NUM_HEADS if hasattr(default, "kv_lora_rank") or old == heads else min(old, 2)
-    if name == "head_dim" and old == getattr(default, "qk_rope_head_dim", None):
-        return ROTARY_HEAD_DIM
-    for pattern, size in _SIZES:
-        if re.fullmatch(pattern, name):
-            return size(old)
-    return _LEFT_ALONE
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -477,7 +518,7 @@ def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12, see
         return torch.randint(3, LARGEST_TEXT_ID + 1, (batch, length), generator=generator).to(model.device)
 
     inputs = {"input_ids": token_ids()}
-    if model.config.is_encoder_decoder:
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = token_ids()
     return inputs
 
