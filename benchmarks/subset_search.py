@@ -144,7 +144,7 @@ def ours(case: Case, model: nn.Module, moe: MoEModel, batches: list[Tensor]) -> 
     """The loss of every set, as `compressor run` finds it: one calibration pass with the layer watched."""
     layer = moe.layers[0]
     block = model.get_submodule(layer.path)
-    statistic = SubsetErrors(layer, case.num_kept)
+    statistic = SubsetErrors(layer, [case.num_kept])
     real = RealTokens(torch.ones(TOKENS // BATCHES, dtype=torch.bool))
     with moe.watched({layer.path: statistic.update}, real):
         for hidden in batches:

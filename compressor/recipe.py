@@ -397,7 +397,7 @@ class Document:
         for key_node, value_node in node.value:
             place = locate(key_node.start_mark.line, key_node.start_mark.column)
             key = key_node.value
-            wrong = _wrong_key(key_node)
+            wrong = None if _may_be_number(path) and _is_number(key_node) else _wrong_key(key_node)
             if wrong:
                 self._mistakes.append(_Mistake(place, path, wrong))
             elif key in built:
@@ -453,6 +453,8 @@ class Document:
         if isinstance(value, BaseModel):
             value = value.model_dump(exclude_unset=True)
         if isinstance(value, Mapping):
+            if _may_be_number(path):
+                value = {str(key) if type(key) is int else key: item for key, item in value.items()}
             for key in value:
                 if not isinstance(key, str):
                     self._mistakes.append(_Mistake(place, path, f"found the key {key!r}, expected a text"))
@@ -592,6 +594,17 @@ def _end_of(text: str, locate: _Locate) -> _Place:
 def _unknown_tag(node: yaml.Node) -> str:
     tag = node.tag
     return f"found the tag {tag.replace(_TAG, '!!')}, expected a value without a tag"
+
+
+def _may_be_number(path: KeyPath) -> bool:
+    """Whether keys of the mapping at `path` may be whole numbers, which are kept as texts: those inside an option of a
+    method may, such as numbers of layers.
+    """
+    return path[:1] == ("passes",) and len(path) > 3
+
+
+def _is_number(node: yaml.Node) -> bool:
+    return node.tag == _TAG + "int" and re.fullmatch(r"0|[1-9]\d*", node.value) is not None
 
 
 def _wrong_key(node: yaml.Node) -> str | None:

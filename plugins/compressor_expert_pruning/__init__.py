@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from compressor import hookimpl
-from compressor_expert_pruning.method import ExpertPruning, ExpertPruningOptions
+from compressor_expert_pruning.method import ExpertPruning
+from compressor_expert_pruning.options import ExpertPruningOptions
 
 __all__ = ["ExpertPruning", "ExpertPruningOptions"]
 

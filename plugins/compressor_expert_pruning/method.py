@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor
 
 from compressor import (
@@ -22,6 +22,8 @@ from compressor import (
     Statistic,
     count_problem,
 )
+from compressor_expert_pruning.budget import allocate, possible_totals
+from compressor_expert_pruning.options import ExpertPruningOptions, names, number
 from compressor_expert_pruning.subsets import (
     SubsetTables,
     best_subset,
@@ -34,38 +36,6 @@ from compressor_expert_pruning.subsets import (
 _MAX_RANKS = 20
 
 
-class ExpertPruningOptions(Options):
-    """How many experts stay in every MoE layer: `keep` or `drop`, one of them."""
-
-    keep: StrictInt | StrictFloat | None = Field(
-        default=None,
-        description="experts to keep in every layer: a count (6), or a fraction between 0 and 1 (0.75)",
-    )
-    drop: StrictInt | None = Field(default=None, ge=1, description="experts to drop from every layer: a count")
-    max_subsets: StrictInt = Field(
-        default=20_000, ge=1, description="refuse to search more sets of experts per layer than this"
-    )
-
-    @model_validator(mode="after")
-    def _one_of_keep_and_drop(self) -> ExpertPruningOptions:
-        if (self.keep is None) == (self.drop is None):
-            raise ValueError("say how many experts stay with one of `keep` and `drop`, for example `keep: 6`")
-        if isinstance(self.keep, float) and not 0 < self.keep < 1:
-            raise ValueError(f"found keep: {self.keep}; a fraction lies between 0 and 1, a count is a whole number")
-        if isinstance(self.keep, int) and self.keep < 1:
-            raise ValueError(
-                f"found keep: {self.keep}; keep at least 1 expert, and at least as many as a token chooses"
-            )
-        return self
-
-    def num_kept(self, num_experts: int) -> int:
-        """The count for a layer of `num_experts`; a fraction is rounded to the nearest count, halves upwards."""
-        if self.drop is not None:
-            return num_experts - self.drop
-        assert self.keep is not None
-        return self.keep if isinstance(self.keep, int) else int(self.keep * num_experts + 0.5)
-
-
 class ExpertPruning(Method[ExpertPruningOptions]):
     """Keep the set of experts that changes each MoE layer's output least on calibration text (arXiv 2402.14800)."""
 
@@ -73,57 +43,214 @@ class ExpertPruning(Method[ExpertPruningOptions]):
     version = "1"
     options_type: ClassVar[type[Options]] = ExpertPruningOptions
 
+    # check
+
     def check(self, layers: Sequence[MoELayer]) -> Plan:
-        """Possible counts only; and few enough sets to look at all of them."""
-        notes = []
+        """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
+        self._check_top_k(layers)
+        self._check_names(layers)
         for layer in layers:
-            num_kept = self.options.num_kept(layer.num_experts)
-            self._check_count(layer, num_kept)
-            sets, ranks = num_subsets(layer, num_kept), ranks_needed(layer, num_kept)
-            if sets > self.options.max_subsets or ranks > _MAX_RANKS:
-                limit = (
-                    f"the limit is {self.options.max_subsets:,} (`max_subsets`)"
-                    if sets > self.options.max_subsets
-                    else f"each token would need its best {ranks} experts, the limit is {_MAX_RANKS}"
-                )
-                raise OptionError(
-                    self._count_option,
-                    f"{layer.path}: keeping {num_kept} of {layer.num_experts} experts means {sets:,} possible sets per "
-                    f"layer, too many to look at all of them: {limit}. Drop fewer experts.",
-                )
-            notes.append(f"{sets:,} sets of {num_kept} experts per layer, all of them looked at")
-        return Plan({layer.path: self.options.num_kept(layer.num_experts) for layer in layers}, sorted(set(notes)))
-
-    @property
-    def _count_option(self) -> str:
-        return "drop" if self.options.drop is not None else "keep"
-
-    def _check_count(self, layer: MoELayer, num_kept: int) -> None:
-        if num_kept == layer.num_experts:
-            raise OptionError(self._count_option, f"{layer.path}: all {num_kept} experts would stay: nothing to prune.")
-        if num_kept < 1:
-            raise OptionError(
-                self._count_option,
-                f"{layer.path}: it has {layer.num_experts} experts, so dropping {self.options.drop} would leave none.",
+            if not self.options.budget:
+                self._check_count(layer)
+            if self._searches(layer):
+                self._check_search(layer)
+        planned = self._planned(layers)
+        if self.options.top_k is None and sum(planned.values()) == sum(layer.num_experts for layer in layers):
+            where = f"{layers[0].path}: all {layers[0].num_experts} experts would stay"
+            raise self._refused(f"{where}: nothing to prune.")
+        notes = sorted({note for layer in layers for note in self._search_notes(layer)})
+        if self.options.budget:
+            notes.append(
+                f"{sum(planned.values()):,} experts stay in {len(layers)} layers; how many in which is found on the "
+                f"calibration text, an even split is shown"
             )
-        problem = count_problem(layer, num_kept)
-        if problem:
-            raise OptionError(self._count_option, f"{layer.path}: {problem}.")
+        if self.options.padded:
+            notes.append(self._padding_note(layers, planned))
+        if self.options.top_k is not None:
+            notes.append(f"each token chooses {self.options.top_k} of a layer's experts, now {layers[0].top_k}")
+        return Plan(planned, notes, top_k=self.options.top_k)
 
-    def statistic(self, layer: MoELayer) -> Statistic:
-        """The squared errors of every set, per batch."""
-        return SubsetErrors(layer, self.options.num_kept(layer.num_experts))
+    def _refused(self, message: str) -> OptionError:
+        return OptionError(self.options.count_option, message)
+
+    def _check_top_k(self, layers: Sequence[MoELayer]) -> None:
+        for layer in layers:
+            top_k = self.options.top_k
+            if top_k is None:
+                return
+            if layer.top_k_fixed:
+                message = f"its class chooses {layer.top_k} experts per token whatever the config says"
+            elif top_k == layer.top_k:
+                message = f"each token chooses {top_k} experts already; leave `top_k` out"
+            elif top_k > layer.top_k:
+                message = f"each token chooses {layer.top_k} experts, which can be lowered but not raised to {top_k}"
+            else:
+                continue
+            raise OptionError("top_k", f"{layer.path}: {message}.")
+
+    def _check_names(self, layers: Sequence[MoELayer]) -> None:
+        known = list(dict.fromkeys(number(layer) or layer.path for layer in layers))
+        for name in self.options.by_layer:
+            if not any(name in names(layer) for layer in layers):
+                raise self._refused(
+                    f"there is no MoE layer {name}; the MoE layers are {', '.join(known)} (or by path, such as "
+                    f"{layers[0].path})."
+                )
+        for layer in layers:
+            if all(name in self.options.by_layer for name in names(layer)):
+                raise self._refused(f"{layer.path}: named twice, as {' and as '.join(names(layer))}; keep one of them.")
+
+    def _check_count(self, layer: MoELayer) -> None:
+        num_kept = self.options.num_kept(layer)
+        assert num_kept is not None
+        if num_kept < 1:
+            raise self._refused(
+                f"{layer.path}: it has {layer.num_experts} experts, so dropping {self.options.drop} would leave none."
+            )
+        problem = count_problem(self._smaller(layer), num_kept)
+        if problem:
+            raise self._refused(f"{layer.path}: {problem}.")
+
+    def _check_search(self, layer: MoELayer) -> None:
+        if layer.watch_problem is not None:
+            raise self._refused(f"{layer.path}: its experts cannot be compared: {layer.watch_problem}")
+        sets, ranks = self._num_sets(layer), self._num_ranks(layer)
+        if sets <= self.options.max_subsets and ranks <= _MAX_RANKS:
+            return
+        limit = (
+            f"the limit is {self.options.max_subsets:,} (`max_subsets`)"
+            if sets > self.options.max_subsets
+            else f"each token would need its best {ranks} experts, the limit is {_MAX_RANKS}"
+        )
+        counts = self._counts(layer)
+        kept = f"{counts[0]}" if len(counts) == 1 else f"from {counts[0]} to {counts[-1]}"
+        raise self._refused(
+            f"{layer.path}: keeping {kept} of {layer.num_experts} experts means {sets:,} possible sets per layer, too "
+            f"many to look at all of them: {limit}. {'Drop fewer experts' if len(counts) == 1 else 'Give counts'}."
+        )
+
+    def _search_notes(self, layer: MoELayer) -> Iterator[str]:
+        sets, counts = self._num_sets(layer), self._counts(layer)
+        if self.options.budget:
+            yield f"{sets:,} sets of {counts[0]} to {counts[-1]} experts per layer, all of them looked at"
+        elif sets > 1:
+            yield f"{sets:,} sets of {counts[0]} experts per layer, all of them looked at"
+
+    def _padding_note(self, layers: Sequence[MoELayer], planned: Mapping[str, int]) -> str:
+        most = max(planned.values())
+        if not self.options.budget and min(planned.values()) == most:
+            raise OptionError("padded", f"every layer keeps {most} experts, so there is nothing to pad; leave it out.")
+        for layer in layers:
+            if layer.padding_problem is not None and (self.options.budget or planned[layer.path] < most):
+                raise OptionError("padded", f"{layer.path}: {layer.padding_problem}")
+        if self.options.budget:
+            return "padded to the largest layer's count: what the other layers drop beyond that saves no memory"
+        stay = {layer.path: most - planned[layer.path] for layer in layers}
+        parameters = sum(stay[layer.path] * layer.parameters_per_expert for layer in layers)
+        return (
+            f"padded to {most} experts in every layer: {parameters:,} parameters of {sum(stay.values())} dropped "
+            f"experts stay in the checkpoint"
+        )
+
+    # how many
+
+    def _smaller(self, layer: MoELayer) -> MoELayer:
+        """The layer with the number of choices per token that it will have."""
+        return layer if self.options.top_k is None else dataclasses.replace(layer, top_k=self.options.top_k)
+
+    def _counts(self, layer: MoELayer) -> list[int]:
+        """The counts among whose sets is searched, ascending: one, or with a mean all that the layer could keep."""
+        num_kept = self.options.num_kept(layer)
+        if num_kept is not None:
+            return [num_kept]
+        smaller = self._smaller(layer)
+        return [count for count in range(1, layer.num_experts + 1) if count_problem(smaller, count) is None]
+
+    def _num_sets(self, layer: MoELayer) -> int:
+        return sum(num_subsets(layer, count) for count in self._counts(layer))
+
+    def _num_ranks(self, layer: MoELayer) -> int:
+        return max(ranks_needed(layer, count, self.options.top_k) for count in self._counts(layer))
+
+    def _searches(self, layer: MoELayer) -> bool:
+        """Whether anything changes in the layer."""
+        return self.options.top_k is not None or self._counts(layer) != [layer.num_experts]
+
+    def _total(self, layers: Sequence[MoELayer]) -> int:
+        """The experts that a mean leaves in all. Raises OptionError if the layers cannot keep exactly so many."""
+        assert self.options.budget is not None
+        total = self.options.budget.total([layer.num_experts for layer in layers])
+        possible = possible_totals([self._counts(layer) for layer in layers])
+        if total in possible:
+            return total
+        nearest = min(possible, key=lambda one: (abs(one - total), one))
+        raise self._refused(
+            f"a mean of {self.options.budget.mean} is {total} experts in {len(layers)} layers, which cannot be: what "
+            f"the layers can keep adds up to {possible[0]} at least and {possible[-1]} at most"
+            f"{'' if len(possible) > possible[-1] - possible[0] else ', in steps'}. "
+            f"The nearest possible mean is {nearest / len(layers):.6g}."
+        )
+
+    def _planned(self, layers: Sequence[MoELayer]) -> dict[str, int]:
+        """The count of every layer; with a mean, whose split only the figures can tell, the most even one."""
+        if not self.options.budget:
+            return {layer.path: self._counts(layer)[0] for layer in layers}
+        total = self._total(layers)
+        uneven = [{count: (count - total / len(layers)) ** 2 for count in self._counts(layer)} for layer in layers]
+        return self._allocated(layers, uneven, total)
+
+    def _allocated(
+        self, layers: Sequence[MoELayer], costs: Sequence[Mapping[int, float]], total: int
+    ) -> dict[str, int]:
+        table_LC = torch.full((len(layers), 1 + max(map(max, costs))), float("inf"), dtype=torch.float64)
+        for row_C, by_count in zip(table_LC, costs, strict=True):
+            row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
+        return dict(zip((layer.path for layer in layers), allocate(table_LC, total), strict=True))
+
+    # observe, decide, edit
+
+    def statistic(self, layer: MoELayer) -> Statistic | None:
+        """The squared errors of every set, per batch; nothing where nothing changes."""
+        return SubsetErrors(layer, self._counts(layer), self.options.top_k) if self._searches(layer) else None
 
     def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Mapping[str, Tensor]]) -> Decision:
         """Per layer: the ids kept, their loss, and the loss as a fraction of the output's own norm."""
-        decided: dict[str, Any] = {}
-        for layer in layers:
-            figures = statistics[layer.path]
-            num_kept = self.options.num_kept(layer.num_experts)
-            dropped, losses_S = best_subset(figures["squared_error"], dropped_subsets(layer, num_kept))
-            norm = float(figures["squared_output"].sqrt().sum())
+        found = {layer.path: self._best_of_counts(layer, statistics.get(layer.path)) for layer in layers}
+        decision: Decision = {"layers": {}}
+        if self.options.budget:
+            total = self._total(layers)
+            costs = [{count: one["loss"] ** 2 for count, one in found[layer.path].items()} for layer in layers]
+            num_kept = self._allocated(layers, costs, total)
+            decision["budget"] = {
+                "asked_mean": self.options.budget.mean,
+                "mean": total / len(layers),
+                "num_kept": total,
+                "num_experts": sum(layer.num_experts for layer in layers),
+                "summed_squared_loss": sum(found[path][count]["loss"] ** 2 for path, count in num_kept.items()),
+            }
+        else:
+            num_kept = {layer.path: self._counts(layer)[0] for layer in layers}
+        decision["layers"] = {path: found[path][count] for path, count in num_kept.items()}
+        if self.options.top_k is not None:
+            decision["top_k"] = self.options.top_k
+        if self.options.padded:
+            decision["padded"] = True
+        return decision
+
+    def _best_of_counts(self, layer: MoELayer, figures: Mapping[str, Tensor] | None) -> dict[int, dict[str, Any]]:
+        """For every count searched: what will be decided if the layer keeps so many."""
+        if figures is None:
+            kept = list(range(layer.num_experts))
+            unchanged = {"kept": kept, "dropped": [], "loss": 0.0, "relative_loss": 0.0, "median_loss": 0.0, "sets": 1}
+            return {layer.num_experts: unchanged}
+        norm = float(figures["squared_output"].sqrt().sum())
+        counts = self._counts(layer)
+        by_count = torch.split(figures["squared_error"], [num_subsets(layer, count) for count in counts], dim=1)
+        found = {}
+        for count, squared_BS in zip(counts, by_count, strict=True):
+            dropped, losses_S = best_subset(squared_BS, dropped_subsets(layer, count))
             loss = float(losses_S.min())
-            decided[layer.path] = {
+            found[count] = {
                 "kept": [expert for expert in range(layer.num_experts) if expert not in dropped],
                 "dropped": list(dropped),
                 "loss": loss,
@@ -131,27 +258,37 @@ class ExpertPruning(Method[ExpertPruningOptions]):
                 "median_loss": float(losses_S.quantile(0.5)),
                 "sets": len(losses_S),
             }
-        return {"layers": decided}
+        return found
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Removed means masked."""
-        return moe.masked(_kept(decision))
+        return moe.masked(_kept(decision), **_changes(decision, "top_k"))
 
     def edit(self, moe: MoEModel, decision: Decision) -> None:
         """Remove the experts that are not kept."""
-        moe.keep(_kept(decision))
+        moe.keep(_kept(decision), **_changes(decision, "top_k", "padded"))
 
 
 def _kept(decision: Decision) -> dict[str, list[int]]:
     return {path: layer["kept"] for path, layer in decision["layers"].items()}
 
 
-class SubsetErrors(Statistic):
-    """Per batch B and set S: the squared error of the layer's output; and per batch the squared norm of the output."""
+def _changes(decision: Decision, *names: str) -> dict[str, Any]:
+    """What the decision says beside the experts kept, under these names."""
+    return {name: decision[name] for name in names if name in decision}
 
-    def __init__(self, layer: MoELayer, num_kept: int) -> None:
+
+class SubsetErrors(Statistic):
+    """Per batch B and set S: the squared error of the layer's output; and per batch the squared norm of the output.
+
+    The sets are those of all `counts` of kept experts, in this order. With `top_k` the smaller layer chooses only so
+    many experts per token.
+    """
+
+    def __init__(self, layer: MoELayer, counts: Sequence[int], top_k: int | None = None) -> None:
         self.layer = layer
-        self.num_kept = num_kept
+        self.counts = counts
+        self.top_k = top_k
         self._tables: SubsetTables | None = None
         self._errors_BS: list[Tensor] = []
         self._outputs_B: list[Tensor] = []
@@ -160,8 +297,8 @@ class SubsetErrors(Statistic):
     def update(self, tokens: RoutedTokens) -> None:
         """Add the row of one batch."""
         if self._tables is None:
-            self._tables = SubsetTables.build(self.layer, self.num_kept, tokens.hidden_TH.device)
-        self._errors_BS.append(squared_errors(tokens, self._tables, self.num_kept).cpu())
+            self._tables = SubsetTables.build(self.layer, self.counts, tokens.hidden_TH.device, self.top_k)
+        self._errors_BS.append(squared_errors(tokens, self._tables).cpu())
         assert tokens.output_TH is not None
         self._outputs_B.append(tokens.output_TH.float().square().sum(dtype=torch.float64).cpu())
         self._num_tokens_B.append(tokens.num_tokens)

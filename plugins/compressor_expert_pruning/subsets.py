@@ -12,8 +12,13 @@ per set. Here, with E_e(x) the output of expert e and w_e(S) its weight (0 if no
 and when d experts are dropped only a token's best K + d ranks can ever be chosen. So the outputs of these few give
 the loss of all sets. δ, not a difference of outputs: a token whose experts all stay adds exactly 0, so ties stay ties.
 
-Dimensions: c tokens, E experts, K chosen per token, M = min(E, K + d) ranks, P = C(M, K) possible choices among the
-ranks, S sets of kept experts, H hidden size.
+If fewer experts per token are chosen than in the original (k < K), the first term is the smaller layer with k and the
+second the original one with its own K, so δ = w(S, k) − w(full, K). Some routers choose among more than experts (an
+identity, a skip): these stay in every set, have ranks like any other, and count in a softmax that is not renormalised.
+
+Dimensions: c tokens, E experts, N = E + what else can be chosen, K chosen per token, k chosen by the smaller layer
+(k = K if not lowered), M = min(N, max(K, k + d)) ranks, P = C(M, k) possible choices among the ranks, S sets of kept
+experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -50,74 +55,98 @@ def dropped_subsets(layer: MoELayer, num_kept: int) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class SubsetTables:
-    """Look-up tables for one layer's shape: they depend on E, K and the dropped sets only."""
+    """Look-up tables for one layer's shape: they depend on E, N, K, k and the dropped sets only."""
 
     dropped: list[tuple[int, ...]]
-    keep_SE: Tensor
-    """float32, 1 where set S keeps expert E."""
-    choices_PK: Tensor
-    """int64: the possible choices of K among M ranks, lexicographic; the first is the ordinary one."""
+    keep_SN: Tensor
+    """float32, 1 where set S keeps expert N, and for everything behind the experts."""
+    choices_Pk: Tensor
+    """int64: the possible choices of k among M ranks, lexicographic; the first is the ordinary one."""
     choice_of_mask: Tensor
     """[2^M] int64: bit mask of the ranks that survive → the choice that a token then makes."""
+    num_ranks: int
+    """M."""
+    top_k: int | None
+    """k, or None if it is not lowered."""
 
     @classmethod
-    def build(cls, layer: MoELayer, num_kept: int, device: torch.device) -> SubsetTables:
-        """All tables; memory S·E·4 + 2^M·8 bytes."""
-        dropped = dropped_subsets(layer, num_kept)
-        keep_SE = torch.ones(len(dropped), layer.num_experts)
-        keep_SE.scatter_(1, torch.tensor(dropped, dtype=torch.int64), 0.0)
-        num_ranks = ranks_needed(layer, num_kept)
-        choices_PK = torch.combinations(torch.arange(num_ranks), layer.top_k)
-        choice_of_mask = _first_choices(num_ranks, choices_PK)
-        return cls(dropped, keep_SE.to(device), choices_PK.to(device), choice_of_mask.to(device))
+    def build(
+        cls, layer: MoELayer, counts: Sequence[int], device: torch.device, top_k: int | None = None
+    ) -> SubsetTables:
+        """Tables for all sets of all `counts` of kept experts, in this order; memory S·N·4 + 2^M·8 bytes."""
+        by_count = [dropped_subsets(layer, num_kept) for num_kept in counts]
+        keep_SN = torch.cat([_keep_masks(layer, dropped) for dropped in by_count])
+        num_ranks = max(ranks_needed(layer, num_kept, top_k) for num_kept in counts)
+        choices_Pk = torch.combinations(torch.arange(num_ranks), layer.top_k if top_k is None else top_k)
+        return cls(
+            dropped=[one for dropped in by_count for one in dropped],
+            keep_SN=keep_SN.to(device),
+            choices_Pk=choices_Pk.to(device),
+            choice_of_mask=_first_choices(num_ranks, choices_Pk).to(device),
+            num_ranks=num_ranks,
+            top_k=top_k,
+        )
 
 
-def ranks_needed(layer: MoELayer, num_kept: int) -> int:
-    """M: how many ranks of a token can become its choice when all but `num_kept` experts go."""
-    return min(layer.num_experts, layer.top_k + layer.num_experts - num_kept)
+def _keep_masks(layer: MoELayer, dropped: Sequence[tuple[int, ...]]) -> Tensor:
+    keep_SN = torch.ones(len(dropped), layer.num_choices)
+    return keep_SN.scatter_(1, torch.tensor(dropped, dtype=torch.int64), 0.0)
 
 
-def _first_choices(num_ranks: int, choices_PK: Tensor) -> Tensor:
-    """[2^M]: for every mask of surviving ranks, which row of `choices_PK` are its first K ranks (0 if fewer
+def ranks_needed(layer: MoELayer, num_kept: int, top_k: int | None = None) -> int:
+    """M: how many ranks of a token are looked at: its own K, and those that can become its choice of `top_k` when all
+    but `num_kept` experts go.
+    """
+    smaller = layer.top_k if top_k is None else top_k
+    return min(layer.num_choices, max(layer.top_k, smaller + layer.num_experts - num_kept))
+
+
+def _first_choices(num_ranks: int, choices_Pk: Tensor) -> Tensor:
+    """[2^M]: for every mask of surviving ranks, which row of `choices_Pk` are its first k ranks (0 if fewer
     survive).
     """
-    top_k = choices_PK.shape[1]
+    top_k = choices_Pk.shape[1]
     bit_of_rank = 1 << torch.arange(num_ranks)
     masks = torch.arange(1 << num_ranks)
     alive = (masks[:, None] & bit_of_rank) > 0
     first = alive & (alive.cumsum(1) <= top_k)
     chosen_mask = (first * bit_of_rank).sum(1)
     row_of_mask = torch.zeros(1 << num_ranks, dtype=torch.int64)
-    row_of_mask[bit_of_rank[choices_PK].sum(1)] = torch.arange(len(choices_PK))
+    row_of_mask[bit_of_rank[choices_Pk].sum(1)] = torch.arange(len(choices_Pk))
     return row_of_mask[chosen_mask]
 
 
-def surviving_ranks(order_cM: Tensor, keep_SE: Tensor) -> Tensor:
+def surviving_ranks(order_cM: Tensor, keep_SN: Tensor) -> Tensor:
     """[c, S] int64: for every token and set, the bit mask of the token's ranks whose expert is kept. Exact up to M =
     24.
     """
     powers = 2.0 ** torch.arange(order_cM.shape[1], device=order_cM.device)
-    bit_cE = keep_SE.new_zeros(len(order_cM), keep_SE.shape[1]).scatter_(1, order_cM, powers.expand(order_cM.shape))
-    return (bit_cE @ keep_SE.T).long()
+    bit_cN = keep_SN.new_zeros(len(order_cM), keep_SN.shape[1]).scatter_(1, order_cM, powers.expand(order_cM.shape))
+    return (bit_cN @ keep_SN.T).long()
 
 
-def choice_weights(affinity_cM: Tensor, choices_PK: Tensor, *, renormalise: bool, scale: float) -> Tensor:
+def choice_weights(affinity_cM: Tensor, choices_Pk: Tensor, *, renormalise: bool, scale: float) -> Tensor:
     """[c, P, M] float64: the weight of every rank under every choice, 0 for ranks not chosen."""
-    weights_cPK = affinity_cM[:, choices_PK]
+    weights_cPk = affinity_cM[:, choices_Pk]
     if renormalise:
-        weights_cPK = weights_cPK / weights_cPK.sum(-1, keepdim=True)
-    empty_cPM = affinity_cM.new_zeros(len(affinity_cM), len(choices_PK), affinity_cM.shape[1])
-    return empty_cPM.scatter_(2, choices_PK.expand(len(affinity_cM), -1, -1), scale * weights_cPK)
+        weights_cPk = weights_cPk / weights_cPk.sum(-1, keepdim=True)
+    empty_cPM = affinity_cM.new_zeros(len(affinity_cM), len(choices_Pk), affinity_cM.shape[1])
+    return empty_cPM.scatter_(2, choices_Pk.expand(len(affinity_cM), -1, -1), scale * weights_cPk)
 
 
-def choice_errors(weights_cPM: Tensor, gram_cMM: Tensor) -> Tensor:
-    """[c, P] float64: δᵀ G δ of every choice P, δ = its weights − those of the ordinary choice (the first)."""
-    delta_cPM = weights_cPM - weights_cPM[:, :1]
+def choice_errors(weights_cPM: Tensor, full_cM: Tensor, gram_cMM: Tensor) -> Tensor:
+    """[c, P] float64: δᵀ G δ of every choice P, δ = its weights − those of the whole layer."""
+    delta_cPM = weights_cPM - full_cM[:, None]
     return (torch.bmm(delta_cPM, gram_cMM) * delta_cPM).sum(-1)
 
 
 def rescaled_errors(
-    weights_cPM: Tensor, gram_cMM: Tensor, choice_cS: Tensor, affinity_cE: Tensor, keep_SE: Tensor
+    weights_cPM: Tensor,
+    full_cM: Tensor,
+    gram_cMM: Tensor,
+    choice_cS: Tensor,
+    affinity_cN: Tensor,
+    keep_SN: Tensor,
 ) -> Tensor:
     """[c, S] float64: the error where every dropped expert rescales all weights (softmax that is not renormalised).
 
@@ -126,9 +155,9 @@ def rescaled_errors(
     """
     product_cPM = torch.bmm(weights_cPM, gram_cMM)
     squared_cP = (product_cPM * weights_cPM).sum(-1)
-    with_full_cP = (product_cPM * weights_cPM[:, :1]).sum(-1)
-    errors_cP = choice_errors(weights_cPM, gram_cMM)
-    growth_cS = 1.0 / (affinity_cE @ keep_SE.T.double()) - 1.0
+    with_full_cP = (product_cPM * full_cM[:, None]).sum(-1)
+    errors_cP = choice_errors(weights_cPM, full_cM, gram_cMM)
+    growth_cS = 1.0 / (affinity_cN @ keep_SN.T.double()) - 1.0
     # ‖u_P (1 + g) − u‖² = ‖u_P − u‖² + 2 g (⟨u_P,u_P⟩ − ⟨u_P,u⟩) + g² ⟨u_P,u_P⟩
     return (
         errors_cP.gather(1, choice_cS)
@@ -137,46 +166,75 @@ def rescaled_errors(
     )
 
 
-def squared_errors(tokens: RoutedTokens, tables: SubsetTables, num_kept: int) -> Tensor:
+def squared_errors(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
     """[S] float64: Σ over the batch's tokens of the squared error of every set of kept experts."""
-    if tokens.rule is None:
+    rule, top_k = tokens.rule, tables.top_k
+    if rule is None or (top_k is not None and not _holds_for(rule, tokens, top_k)):
         return _squared_errors_by_replay(tokens, tables)
     total_S = torch.zeros(len(tables.dropped), dtype=torch.float64, device=tokens.hidden_TH.device)
-    affinity_TE = tokens.rule.affinity(tokens.logits_TE)
-    for chunk in tokens.ranked_outputs(ranks_needed(tokens.layer, num_kept)):
-        num_ranks = chunk.order_cM.shape[1]
-        step = max(_TOKENS_PER_LOOKUP, _BYTES // (8 * len(tables.choices_PK) * num_ranks))
+    affinity_TN = rule.affinity(tokens.logits_TE)
+    for chunk in tokens.ranked_outputs(tables.num_ranks):
+        step = max(_TOKENS_PER_LOOKUP, _BYTES // (8 * len(tables.choices_Pk) * tables.num_ranks))
         for start in range(0, len(chunk.order_cM), step):
             part = slice(start, start + step)
             outputs_cMH = chunk.outputs_cMH[part]
-            total_S += _part_errors(
-                tokens.rule,
-                tables,
-                chunk.order_cM[part],
-                torch.bmm(outputs_cMH, outputs_cMH.transpose(1, 2)).double(),
-                affinity_TE[chunk.start : chunk.stop][part],
-            )
+            affinity_cN = affinity_TN[chunk.start : chunk.stop][part]
+            order_cM, gram_cMM = chunk.order_cM[part], torch.bmm(outputs_cMH, outputs_cMH.transpose(1, 2)).double()
+            if top_k is not None:
+                order_cM, gram_cMM = _sorted_choice(rule, affinity_cN, order_cM, gram_cMM, tokens.layer.top_k)
+            total_S += _part_errors(rule, tables, order_cM, gram_cMM, affinity_cN, tokens.layer.top_k)
     return total_S.clamp_min_(0.0)
 
 
+def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
+    """Whether the rule, fitted to the router as it is, also says what the router gives with a lower `top_k`.
+
+    Not a matter of course: some renormalise only where they choose more than one. Ties may fall either way, so a tenth
+    of the tokens may differ.
+    """
+    num_choices = tokens.layer.num_choices
+    given_TN = _weights_by_id(*tokens.replay(range(tokens.layer.num_experts), top_k=top_k), num_choices)
+    found_TN = _weights_by_id(*rule.choose(tokens.logits_TE, top_k), num_choices)
+    tolerance = 1e-4 if tokens.weights_TK.dtype == torch.float32 else 2e-2
+    differs_T = (given_TN - found_TN).abs().amax(1) > tolerance * given_TN.abs().amax(1)
+    return int(differs_T.sum()) <= 0.1 * tokens.num_tokens
+
+
+def _sorted_choice(
+    rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cMM: Tensor, num_chosen: int
+) -> tuple[Tensor, Tensor]:
+    """`order_cM` and `gram_cMM` with the chosen experts by descending rank: a router need not give them so, and a
+    lower k takes the first of them.
+    """
+    ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])
+    place_cM = torch.arange(order_cM.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
+    place_cM[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)
+    rows_cMM = gram_cMM.gather(1, place_cM[:, :, None].expand(gram_cMM.shape))
+    return order_cM.gather(1, place_cM), rows_cMM.gather(2, place_cM[:, None, :].expand(gram_cMM.shape))
+
+
 def _part_errors(
-    rule: RoutingRule, tables: SubsetTables, order_cM: Tensor, gram_cMM: Tensor, affinity_cE: Tensor
+    rule: RoutingRule, tables: SubsetTables, order_cM: Tensor, gram_cMM: Tensor, affinity_cN: Tensor, num_chosen: int
 ) -> Tensor:
     """[S]: the squared errors of some tokens, summed."""
-    weights_cPM = choice_weights(
-        affinity_cE.gather(1, order_cM), tables.choices_PK, renormalise=rule.renormalise, scale=rule.scale
-    )
-    errors_cP = None if rule.rescales_all else choice_errors(weights_cPM, gram_cMM)
+    affinity_cM = affinity_cN.gather(1, order_cM)
+    weights_cPM = choice_weights(affinity_cM, tables.choices_Pk, renormalise=rule.renormalise, scale=rule.scale)
+    if tables.top_k is None:
+        full_cM = weights_cPM[:, 0]
+    else:
+        ordinary_1K = torch.arange(num_chosen, device=order_cM.device)[None]
+        full_cM = choice_weights(affinity_cM, ordinary_1K, renormalise=rule.renormalise, scale=rule.scale)[:, 0]
+    errors_cP = None if rule.rescales_all else choice_errors(weights_cPM, full_cM, gram_cMM)
     total_S = gram_cMM.new_zeros(len(tables.dropped))
     # few tokens at a time where there are many sets: the [tokens, S] look-up then stays in the processor's cache
     step = len(order_cM) if len(tables.dropped) < _SMALL_TABLE else _TOKENS_PER_LOOKUP
     for start in range(0, len(order_cM), step):
         part = slice(start, start + step)
-        mask_cS = surviving_ranks(order_cM[part], tables.keep_SE)
+        mask_cS = surviving_ranks(order_cM[part], tables.keep_SN)
         if errors_cP is None:
             choice_cS = tables.choice_of_mask[mask_cS]
             total_S += rescaled_errors(
-                weights_cPM[part], gram_cMM[part], choice_cS, affinity_cE[part], tables.keep_SE
+                weights_cPM[part], full_cM[part], gram_cMM[part], choice_cS, affinity_cN[part], tables.keep_SN
             ).sum(0)
         elif len(tables.choice_of_mask) <= 4 * len(tables.dropped):
             total_S += errors_cP[part][:, tables.choice_of_mask].gather(1, mask_cS).sum(0)
@@ -188,29 +246,30 @@ def _part_errors(
 def _squared_errors_by_replay(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
     """[S]: the same for a router without a closed rule: it is run again for every set, the experts are not.
 
-    All E outputs of each token are needed (E / K forwards), since such a router may choose anything.
+    All N outputs of each token are needed (N / K forwards), since such a router may choose anything.
     """
-    num_experts = tokens.layer.num_experts
-    gram_TEE = torch.empty(tokens.num_tokens, num_experts, num_experts, device=tokens.hidden_TH.device)
-    for chunk in tokens.ranked_outputs(num_experts):
+    num_choices = tokens.layer.num_choices
+    gram_TNN = torch.empty(tokens.num_tokens, num_choices, num_choices, device=tokens.hidden_TH.device)
+    for chunk in tokens.ranked_outputs(num_choices):
         rank_of_expert = chunk.order_cM.argsort(1)
-        outputs_cEH = chunk.outputs_cMH.gather(1, rank_of_expert[..., None].expand(chunk.outputs_cMH.shape))
-        gram_TEE[chunk.start : chunk.stop] = torch.bmm(outputs_cEH, outputs_cEH.transpose(1, 2))
-    full_TE = _weights_by_expert(tokens.index_TK, tokens.weights_TK, num_experts)
+        outputs_cNH = chunk.outputs_cMH.gather(1, rank_of_expert[..., None].expand(chunk.outputs_cMH.shape))
+        gram_TNN[chunk.start : chunk.stop] = torch.bmm(outputs_cNH, outputs_cNH.transpose(1, 2))
+    full_TN = _weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)
     totals = []
     for dropped in tables.dropped:
-        kept = [expert for expert in range(num_experts) if expert not in dropped]
-        delta_TE = (_weights_by_expert(*tokens.replay(kept), num_experts) - full_TE).float()
-        changed = delta_TE.abs().amax(1) > 0
-        delta_cE = delta_TE[changed]
-        errors_c = (torch.bmm(gram_TEE[changed], delta_cE[..., None])[..., 0] * delta_cE).sum(1, dtype=torch.float64)
+        kept = [expert for expert in range(tokens.layer.num_experts) if expert not in dropped]
+        delta_TN = (_weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices) - full_TN).float()
+        changed = delta_TN.abs().amax(1) > 0
+        delta_cN = delta_TN[changed]
+        errors_c = (torch.bmm(gram_TNN[changed], delta_cN[..., None])[..., 0] * delta_cN).sum(1, dtype=torch.float64)
         totals.append(errors_c.sum())
     return torch.stack(totals).clamp_min_(0.0)
 
 
-def _weights_by_expert(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    empty_TE = torch.zeros(len(index_TK), num_experts, dtype=torch.float64, device=index_TK.device)
-    return empty_TE.scatter_(1, index_TK, weights_TK.double())
+def _weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
+    """[T, N] float64: every expert's weight by its id, 0 if not chosen."""
+    empty_TN = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
+    return empty_TN.scatter_(1, index_TK, weights_TK.double())
 
 
 def best_subset(squared_errors_BS: Tensor, dropped: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], Tensor]:

@@ -57,7 +57,7 @@ def make_tokens(make_layer: Callable[..., MoELayer]) -> Callable[..., RoutedToke
     ) -> RoutedTokens:
         num_experts = len(matrices_EHH)
 
-        def replay(kept: list[int]) -> tuple[Tensor, Tensor]:
+        def replay(kept: list[int], top_k: int | None = None) -> tuple[Tensor, Tensor]:
             dropped = [expert for expert in range(num_experts) if expert not in kept]
             masked = logits_TE.clone()
             masked[:, dropped] = float("-inf")

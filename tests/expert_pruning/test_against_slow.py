@@ -100,8 +100,7 @@ def slow_errors(tokens, num_kept):
 
 
 def fast_errors(tokens, num_kept):
-    tables = SubsetTables.build(tokens.layer, num_kept, torch.device("cpu"))
-    return squared_errors(tokens, tables, num_kept)
+    return squared_errors(tokens, SubsetTables.build(tokens.layer, [num_kept], torch.device("cpu")))
 
 
 SHAPES = [
@@ -178,7 +177,7 @@ def test_both_ways_of_looking_up(random_tokens):
     """Few sets over many ranks look up the choice first, many sets over few ranks the error first."""
     for num_experts, top_k, num_kept, direct in ((8, 5, 7, False), (10, 2, 5, True)):
         tokens = random_tokens("softmax", 40, num_experts, top_k, 5)
-        tables = SubsetTables.build(tokens.layer, num_kept, torch.device("cpu"))
+        tables = SubsetTables.build(tokens.layer, [num_kept], torch.device("cpu"))
         assert (len(tables.choice_of_mask) <= 4 * len(tables.dropped)) == direct
         torch.testing.assert_close(fast_errors(tokens, num_kept), slow_errors(tokens, num_kept), rtol=1e-5, atol=1e-6)
 

@@ -27,13 +27,13 @@ def test_one_of_keep_and_drop(options):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, 1.5, -0.5])
 def test_a_fraction_lies_between_0_and_1(fraction):
-    with pytest.raises(ValidationError, match=f"found keep: {fraction}; a fraction lies between 0 and 1"):
+    with pytest.raises(ValidationError, match=f"found {fraction}; a fraction lies between 0 and 1"):
         ExpertPruningOptions(keep=fraction)
 
 
 @pytest.mark.parametrize("count", [0, -2])
 def test_a_count_is_at_least_1(count):
-    with pytest.raises(ValidationError, match=f"found keep: {count}; keep at least 1 expert"):
+    with pytest.raises(ValidationError, match=f"found {count}; keep at least 1 expert"):
         ExpertPruningOptions(keep=count)
 
 

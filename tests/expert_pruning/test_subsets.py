@@ -106,7 +106,7 @@ def test_choice_errors():
     weights = float64([[[1, 0], [0, 1]], [[2, 0], [0, 3]]])
     gram = float64([[[2, 1], [1, 5]], [[1, -1], [-1, 4]]])
     # (−1, 1) G (−1, 1) = 2 − 2 + 5;  (−2, 3) G (−2, 3) = 4 + 12 + 36
-    assert choice_errors(weights, gram).tolist() == [[0.0, 5.0], [0.0, 52.0]]
+    assert choice_errors(weights, weights[:, 0], gram).tolist() == [[0.0, 5.0], [0.0, 52.0]]
 
 
 def test_rescaled_errors():
@@ -114,7 +114,7 @@ def test_rescaled_errors():
     weights = float64([[[0.75, 0.0], [0.0, 0.25]]])
     gram = float64([[[4, 0], [0, 16]]])
     keep = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    found = rescaled_errors(weights, gram, torch.tensor([[1, 0, 0]]), float64([[0.75, 0.25]]), keep)
+    found = rescaled_errors(weights, weights[:, 0], gram, torch.tensor([[1, 0, 0]]), float64([[0.75, 0.25]]), keep)
     # without 0: (0, 4), squared error 2.25 + 16; without 1: (2, 0), 0.25; none dropped: 0
     torch.testing.assert_close(found, float64([[18.25, 0.25, 0.0]]), rtol=1e-14, atol=1e-15)
 
@@ -152,8 +152,8 @@ def test_three_tokens_three_experts(make_tokens, renormalise, expected, closed_r
         softmax_router(2, renormalise=renormalise),
         RoutingRule("softmax", renormalise, 1.0) if closed_rule else None,
     )
-    tables = SubsetTables.build(tokens.layer, 2, torch.device("cpu"))
-    found = squared_errors(tokens, tables, 2)
+    tables = SubsetTables.build(tokens.layer, [2], torch.device("cpu"))
+    found = squared_errors(tokens, tables)
     torch.testing.assert_close(found, float64(expected), rtol=1e-6, atol=0)
 
 
@@ -167,7 +167,7 @@ def test_the_layers_output_falls_out(make_tokens):
         RoutingRule("softmax", True, 1.0),
     )
     assert tokens.output_TH is None
-    squared_errors(tokens, SubsetTables.build(tokens.layer, 2, torch.device("cpu")), 2)
+    squared_errors(tokens, SubsetTables.build(tokens.layer, [2], torch.device("cpu")))
     torch.testing.assert_close(tokens.output_TH, torch.tensor([[1.375], [10 / 3], [1.625]]), rtol=1e-6, atol=0)
 
 
