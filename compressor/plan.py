@@ -96,7 +96,7 @@ def left_out_note(left_out: LeftOut) -> str:
     """What a compressed checkpoint will be without, in one sentence."""
     size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
     keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
-    becomes = f" and {keys} becomes 0" if keys else ""
+    becomes = f" and {keys} {'become' if len(left_out.announced) > 1 else 'becomes'} 0" if keys else ""
     return (
         f"the checkpoint has {left_out.num_tensors} tensors{size} of extra prediction layers, "
         f"{', '.join(left_out.layers)}, that transformers does not build; the smaller checkpoint is written without "

@@ -1,0 +1,299 @@
+"""Extra prediction layers (MTP, next-n heads) that a checkpoint has and transformers does not build, end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import compressor
+from compressor import plan
+from compressor.checkpoint import verify_files
+from compressor.plugins import load_plugins
+from compressor.recipe import load_recipe
+
+Cli = Callable[..., Any]
+WriteRecipe = Callable[..., Path]
+Refused = Callable[..., str]
+Json = dict[str, Any]
+
+VOCAB_SIZE = 64
+_COMMON: Json = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_DEEPSEEK: Json = _COMMON | {
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 59,
+    "n_routed_experts": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_GLM: Json = _COMMON | {
+    "num_hidden_layers": 46,
+    "first_k_dense_replace": 44,
+    "n_routed_experts": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 8,
+}
+_QWEN: Json = _COMMON | {
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "head_dim": 8,
+    "shared_expert_intermediate_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_nextn_predict_layers": 1,
+}
+
+# name → (model type, settings, a layer with the tensors of an extra one, what the extra one's names begin with)
+MODELS = {
+    "deepseek_v3": ("deepseek_v3", _DEEPSEEK, "model.layers.60", "model.layers.61"),
+    "glm4_moe": ("glm4_moe", _GLM, "model.layers.45", "model.layers.46"),
+    "qwen3_next": ("qwen3_next", _QWEN, "model.layers.1", "mtp.layers.0"),
+}
+NAMES = pytest.mark.parametrize("name", MODELS)
+
+
+def announced(folder: Path) -> int:
+    """What serving software reads, as vLLM does: the number of layers to build for drafts."""
+    config = AutoConfig.from_pretrained(folder)
+    value = getattr(config, "num_nextn_predict_layers", 0)
+    assert isinstance(value, int)
+    return value
+
+
+def config_of(folder: Path) -> Json:
+    config = json.loads((folder / "config.json").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    config = {key: value for key, value in (config_of(folder) | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def extra_tensors(tensors: dict[str, torch.Tensor], layer: str, prefix: str) -> dict[str, torch.Tensor]:
+    """A copy of one layer under the extra layer's name, and what joins the two streams there."""
+    copied = {prefix + name.removeprefix(layer): t + 1 for name, t in tensors.items() if name.startswith(layer + ".")}
+    assert any(".experts.7." in name for name in copied)
+    joined = prefix if prefix.startswith("model") else prefix.partition(".")[0]
+    return copied | {f"{joined}.eh_proj.weight": torch.ones(16, 32), f"{joined}.enorm.weight": torch.ones(16)}
+
+
+def write_model(folder: Path, name: str, *, sharded: bool = False) -> dict[str, torch.Tensor]:
+    """A checkpoint with an extra prediction layer, which is returned; sharded as published: it has its own file."""
+    model_type, settings, layer, prefix = MODELS[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).save_pretrained(folder)
+    write_config(folder, num_nextn_predict_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    extra = extra_tensors(tensors, layer, prefix)
+    if not sharded:
+        save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+        return extra
+    (folder / "model.safetensors").unlink()
+    files = {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": extra}
+    for file, held in files.items():
+        save_file(held, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {tensor: file for file, held in files.items() for tensor in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return extra
+
+
+@pytest.fixture(scope="module", params=[f"{name} {form}" for name in MODELS for form in ("single", "sharded")])
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Name, folder and extra tensors of a checkpoint with an extra prediction layer. Shared: never write into it."""
+    name, form = request.param.split()
+    folder = tmp_path_factory.mktemp("models") / name
+    return name, folder, write_model(folder, name, sharded=form == "sharded")
+
+
+def expected(name: str, extra: dict[str, torch.Tensor]) -> Json:
+    prefix = MODELS[name][3]
+    return {
+        "tensors": len(extra),
+        "bytes": sum(4 * tensor.numel() for tensor in extra.values()),
+        "layers": [prefix if prefix.startswith("model") else "mtp"],
+        "config": {"num_nextn_predict_layers": [1, 0]},
+    }
+
+
+def sentence(about: Json) -> str:
+    size = f"{about['bytes'] / 1000:.1f} kB"
+    return (
+        f"the checkpoint has {about['tensors']} tensors ({size}) of extra prediction layers, {about['layers'][0]}, "
+        f"that transformers does not build; the smaller checkpoint is written without them and "
+        f"`num_nextn_predict_layers` becomes 0"
+    )
+
+
+def plan_of(recipe: Path) -> Json:
+    """The plan but for the model's name."""
+    found = plan.check(load_recipe(recipe, methods=load_plugins().methods)).plan
+    return {key: value for key, value in found.items() if key != "model"}
+
+
+def compare_with_plain(output: Path, smaller: Any, source: Path, extra: Json) -> None:
+    """The output is what the plain Auto class loads whole, without the extra layer and its announcement."""
+    assert announced(source) == 1
+    assert announced(output) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(smaller) is type(model)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, smaller(ids).logits)
+    names = tensors_of(output).keys()
+    assert len(names) > len(extra)
+    assert not names & extra.keys()
+    before, after = config_of(source), config_of(output)
+    counts = {"n_routed_experts", "num_experts", "num_local_experts"}
+    spellings = {"rope_theta", "rope_parameters", "torch_dtype", "dtype"}
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert "num_nextn_predict_layers" in changed
+    assert changed <= {"num_nextn_predict_layers"} | counts | spellings
+
+
+def test_run(published: Any, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    name, source, extra = published
+    answer = cli("run", recipe(model=source))
+    assert answer.status == 0, answer.err
+    about = expected(name, extra)
+    assert sentence(about) in answer.out + answer.err
+    output = tmp_path / "out"
+    record = json.loads((output / "compressor" / "record.json").read_text())
+    assert record["left_out"] == about
+    compare_with_plain(output, compressor.load(output)[0], source, extra)
+    card = (output / "README.md").read_text()
+    assert (
+        f"The original's extra prediction layers, `{about['layers'][0]}`, with {about['tensors']} tensors "
+        f"({about['bytes'] / 1000:.1f} kB), are not in this checkpoint, because transformers does not build them; in "
+        f"its `config.json` `num_nextn_predict_layers` is 0.\n"
+    ) in card
+
+
+def test_apply(published: Any, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    name, source, extra = published
+    assert cli("run", "--quiet", recipe(model=source)).status == 0
+    answer = cli("apply", tmp_path / "out" / "compressor" / "record.json", source, "--output", tmp_path / "again")
+    assert answer.status == 0, answer.err
+    assert sentence(expected(name, extra)) in answer.out + answer.err
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    decision = json.loads((tmp_path / "again" / "compressor" / "decision.json").read_text())
+    assert decision["left_out"] == expected(name, extra)
+    once_more = tmp_path / "again" / "compressor" / "decision.json"
+    assert cli("apply", "--quiet", once_more, source, "--output", tmp_path / "third").status == 0
+    compare_with_plain(tmp_path / "third", compressor.load(tmp_path / "third")[0], source, extra)
+
+
+def test_check_and_inspect(published: Any, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    name, source, extra = published
+    for answer in (cli("check", recipe(model=source)), cli("inspect", source)):
+        assert sentence(expected(name, extra)) in " ".join(answer.out.split())
+    without = tmp_path / "without"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(without)
+    with_, without_ = (plan_of(recipe(model=folder)) for folder in (source, without))
+    assert with_.pop("notes") == [sentence(expected(name, extra)), *without_.pop("notes")]
+    assert with_ == without_
+
+
+def test_live_model(published: Any, tokens: Path, tmp_path: Path) -> None:
+    name, source, extra = published
+    recipe = {
+        "model": "mine",
+        "calibration": {"batch_size": 2, "data": [{"tokens": str(tokens)}]},
+        "passes": [{"expert_pruning": {"keep": 6}}],
+        "output": str(tmp_path / "out"),
+    }
+    result = compressor.compress(recipe, model=AutoModelForCausalLM.from_pretrained(source))
+    assert result.record["left_out"] == expected(name, extra)
+    compare_with_plain(tmp_path / "out", result.model, source, extra)
+
+
+@NAMES
+def test_announced_but_not_there(name: str, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    extra = write_model(tmp_path / "model", name)
+    tensors = {key: tensor for key, tensor in tensors_of(tmp_path / "model").items() if key not in extra}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    answer = cli("run", recipe(model=tmp_path / "model"))
+    assert answer.status == 0
+    assert "extra prediction" not in answer.out + answer.err
+    assert "left_out" not in json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
+    assert "extra prediction" not in (tmp_path / "out" / "README.md").read_text()
+    assert announced(tmp_path / "out") == 1
+    assert "extra prediction" not in cli("check", recipe(model=tmp_path / "model")).out
+
+
+def test_only_the_index_at_hand(cli: Cli, tmp_path: Path) -> None:
+    """As for a model on the hub whose weights are not downloaded."""
+    extra = write_model(tmp_path / "model", "qwen3_next", sharded=True)
+    for shard in verify_files(tmp_path / "model"):
+        shard.path.unlink()
+    says = f"has {len(extra)} tensors of extra prediction layers, mtp, that transformers does not build"
+    assert says in " ".join(cli("inspect", tmp_path / "model").out.split())
+
+
+def test_layers_that_the_class_has_are_not_extra(cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """glm4_moe ignores layer 46 of its smaller model, which the larger one has."""
+    settings = _GLM | {"num_hidden_layers": 48, "first_k_dense_replace": 46}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **settings))
+    model.save_pretrained(tmp_path / "model")
+    assert model.config.num_nextn_predict_layers == 1
+    answer = cli("run", recipe(model=tmp_path / "model"))
+    assert answer.status == 0
+    assert "extra prediction" not in answer.out + answer.err
+    assert any(name.startswith("model.layers.46.mlp.experts.5.") for name in tensors_of(tmp_path / "out"))
+
+
+def test_extra_layers_that_the_class_does_not_ignore_are_refused(
+    refused: Refused, recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", "deepseek_v3")
+    tensors = tensors_of(tmp_path / "model")
+    tensors["model.layers.62.enorm.weight"] = torch.ones(16)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    says = "1 tensor(s) are not expected in the checkpoint: model.layers.62.enorm.weight."
+    refused("run", "--quiet", recipe(model=tmp_path / "model"), says=says)
+
+
+def test_key_that_only_the_class_sets(cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """DeepseekV3Config announces one layer by default: the smaller config says 0 itself."""
+    write_model(tmp_path / "model", "deepseek_v3")
+    write_config(tmp_path / "model", num_nextn_predict_layers=None)
+    assert announced(tmp_path / "model") == 1
+    assert cli("run", "--quiet", recipe(model=tmp_path / "model")).status == 0
+    assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
+    assert announced(tmp_path / "out") == 0
