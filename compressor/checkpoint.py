@@ -529,9 +529,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
     cls = _class_to_load(checkpoint, config)
     extra: dict[str, Any] = {}
     if like is not None:
-        extra["attn_implementation"] = like.config._attn_implementation
-        experts = getattr(like.config, "_experts_implementation", None)
-        extra |= {"experts_implementation": experts} if experts else {}
+        for name in ("attn_implementation", "experts_implementation"):
+            extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(
@@ -552,6 +551,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
+
+
+def _implementations(config: Any, name: str) -> dict[str, Any]:
+    """The implementation that a config names, under the empty key, and those of its sub-configs under theirs."""
+    parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
+    return {"": getattr(config, name, None)} | {key: _implementations(part, name) for key, part in parts.items()}
 
 
 def _class_to_load(checkpoint: Checkpoint, config: Any) -> Any:

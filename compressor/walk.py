@@ -3,7 +3,8 @@
 Layer-wise: every layer sees the activations of the model as it is. One pass over the data; each layer's output is put
 together from the expert outputs its statistic asked for, so the experts are not run twice.
 
-Not covered yet: reading one layer at a time from disk, and a second stream through the layers already pruned.
+Not covered yet: reading one layer at a time from disk, and a second stream through the layers already pruned. In a
+block-diffusion model, padding counts towards the sliding window through which the decoder sees its prompt.
 """
 
 from __future__ import annotations
@@ -71,8 +72,11 @@ def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
     inputs["decoder_input_ids"] = ids
     if model.config.is_encoder_decoder:
         return inputs | ({} if mask is None else {"decoder_attention_mask": mask}) | {"use_cache": False}
-    # Block diffusion: the decoder reads the encoder's cache, so its mask covers both and the cache must be there.
-    return inputs | ({} if mask is None else {"decoder_attention_mask": torch.cat([mask, mask], dim=1)})
+    # Block diffusion: the decoder reads the encoder's cache, which must be there, and goes on behind its real tokens.
+    if mask is not None:
+        inputs["decoder_attention_mask"] = torch.cat([mask, mask], dim=1)
+        inputs["decoder_position_ids"] = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device)
+    return inputs
 
 
 @torch.no_grad()
