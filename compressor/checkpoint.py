@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 from compressor.errors import CheckpointError, UnsupportedModelError
-from compressor.moe import ConfigLeaf
+from compressor.moe import UNEVEN_KEY, ConfigLeaf, settle, uneven_class, uneven_counts
 
 DEMO = "demo"
 
@@ -545,6 +545,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = _uneven_experts(verify_files(checkpoint.folder)) or error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
+    if uneven_counts(config):
+        settle(model)
     _refuse_bad_keys(checkpoint, info)
     align(model)
     try:
@@ -560,7 +562,9 @@ def _implementations(config: Any, name: str) -> dict[str, Any]:
 
 
 def _class_to_load(checkpoint: Checkpoint, config: Any) -> Any:
-    return model_class(checkpoint, config)
+    """The model's class, or for layers with different numbers of experts one that builds them so."""
+    cls = model_class(checkpoint, config)
+    return uneven_class(cls, config) if uneven_counts(config) else cls
 
 
 @torch.no_grad()
@@ -744,6 +748,9 @@ def save_checkpoint(
     raw = read_config(source) if source else dict(written)
     for leaf, value in counts.items():
         _patch_count(raw, leaf, model.config, value)
+    raw.pop(UNEVEN_KEY, None)
+    if uneven_counts(model.config):
+        raw[UNEVEN_KEY] = getattr(model.config, UNEVEN_KEY)
     if left_out:
         left_out.patch(raw)
     _patch_rope(raw, written)

@@ -10,6 +10,7 @@ tap         watching a layer while the model runs
 model       MoEModel: layers, masked, watched, keep
 """
 
+from compressor.moe.counts import KEY as UNEVEN_KEY
 from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
@@ -18,6 +19,7 @@ from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
 
 __all__ = [
+    "UNEVEN_KEY",
     "ConfigLeaf",
     "ExpertAxis",
     "Kept",

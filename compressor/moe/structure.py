@@ -96,6 +96,11 @@ class MoELayer:
         return self.num_experts + self.num_extra_choices
 
     @property
+    def is_list(self) -> bool:
+        """Whether the experts are modules in a list or dictionary, not stacked tensors."""
+        return bool(self.containers)
+
+    @property
     def router_kind(self) -> str:
         """The router's class and what it does, for tables."""
         groups = f", {self.num_chosen_groups} of {self.num_groups} groups" if self.num_groups > 1 else ""
@@ -179,14 +184,14 @@ def find_structure(factory: ModelFactory, config: Any) -> Structure:
             f"{name}: changing {leaf} changes the model in a way that cannot be sliced: "
             f"{'; '.join(difference.odd[:3])}."
         )
-    finder = _LayerFinder(base_model, base, difference, leaf, config, name)
+    finder = _LayerFinder(factory, base_model, base, difference, leaf, config, name)
     blocks = finder.blocks()
     top_k, *groups = (
         _find_integer(config, leaf, pattern, tuple(blocks), base, factory)
         for pattern in (r"top_?k(?!.*group)|per_tok|(^|_)k$", r"^(n|num)_(expert_)?groups?$", r"top_?k_groups?$")
     )
     layers = finder.layers(blocks, top_k[0] if top_k else None, [found[0] if found else None for found in groups])
-    top_k_leaf, top_k_integers = _effective_top_k(top_k, config, layers, base)
+    top_k_leaf, top_k_integers = _effective_top_k(top_k, finder, blocks, layers)
     inside = [place for place in difference.integers if any(_inside(place[0], layer.path) for layer in layers)]
     return Structure(
         layers=tuple(dataclasses.replace(layer, top_k_fixed=top_k_leaf is None) for layer in layers),
@@ -231,13 +236,29 @@ def _find_expert_count(
 
 
 def _effective_top_k(
-    found: tuple[ConfigLeaf, _Difference] | None, config: Any, layers: Sequence[MoELayer], base: _Snapshot
+    found: tuple[ConfigLeaf, _Difference] | None,
+    finder: _LayerFinder,
+    blocks: Mapping[str, tuple[str, str, tuple[str, ...]]],
+    layers: Sequence[MoELayer],
 ) -> tuple[ConfigLeaf | None, Integers]:
-    """The leaf and what follows it, if all routers choose as many experts as it says and no tensor hangs on it."""
+    """The leaf and what follows it, if all routers choose as many experts as it says, with another number too, and no
+    tensor hangs on it.
+    """
     if found is None:
         return None, {}
     leaf, difference = found
-    if difference.odd or difference.tensors or any(layer.top_k != leaf.get(config) for layer in layers):
+    top_k = leaf.get(finder.config)
+    if difference.odd or difference.tensors or any(layer.top_k != top_k for layer in layers):
+        return None, {}
+    other = copy.deepcopy(finder.config)
+    leaf.set(other, top_k - 1 if top_k > 1 else 2)
+    try:
+        changed = dataclasses.replace(finder, model=_build(finder.factory, other), config=other)
+        probes: dict[object, RouterProbe] = {}
+        for path in (layers[0].path, layers[-1].path):
+            if changed.layer(path, *blocks[path], leaf, (1, 1), probes).top_k != leaf.get(other):
+                return None, {}
+    except Exception:  # a class may refuse the other number for any reason: then it is not to be changed
         return None, {}
     return leaf, difference.integers
 
@@ -421,6 +442,7 @@ def _find_integer(
 class _LayerFinder:
     """Groups what the differential build found into MoE layers, one per block that owns experts and a router."""
 
+    factory: ModelFactory
     model: nn.Module
     base: _Snapshot
     difference: _Difference
@@ -440,7 +462,7 @@ class _LayerFinder:
         layers = []
         groups = [leaf.get(self.config) if leaf else 1 for leaf in group_leaves]
         for block in sorted(blocks, key=order.__getitem__):
-            layers.append(self._layer(block, *blocks[block], top_k_leaf, groups, probes))
+            layers.append(self.layer(block, *blocks[block], top_k_leaf, groups, probes))
         stray = [path for path in self.difference.tensors if not any(_inside(path, layer.path) for layer in layers)]
         if stray:
             raise UnsupportedModelError(f"{self.name}: {stray[0]} is indexed by expert but belongs to no MoE layer.")
@@ -469,7 +491,7 @@ class _LayerFinder:
             blocks[block] = experts, router, tuple(path for path in inside if _inside(path, router))
         return blocks
 
-    def _layer(
+    def layer(
         self,
         block: str,
         experts: str,

@@ -473,9 +473,18 @@ def tiny_model(
     config = tiny_config(model_type, num_experts=num_experts, top_k=top_k, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(model_type)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(model_type)._from_config(config, dtype=dtype)
+    _keep_in_float32(model, dtype)
     randomise(model, seed=seed)
     return model.eval()
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn into float32, in place, what `from_pretrained` keeps so and a freshly made model does not."""
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
 
 
 @torch.no_grad()
@@ -483,31 +492,29 @@ def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
     """Draw all weights anew, in place.
 
     Weights N(0, 1/fan-in) with the last dimension as fan-in, those of routers three times that; biases of every kind
-    N(0, 0.3²); scales of single experts uniform in [0.5, 1.5). Norms and all other vectors stay as they are. A table
+    N(0, 0.3²); scales of single experts uniform in [0.5, 1.5]. Norms and all other vectors stay as they are. A table
     that names experts (`tid2eid`, int64 [vocabulary, K]) gets random ones, distinct in each row.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if "bias" in leaf:
-            _fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         elif "per_expert" in leaf:
-            _fill(parameter, torch.rand(parameter.shape, generator=generator) + 0.5)
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
         elif parameter.dim() >= 2:
-            scale = (3.0 if _ROUTER_WEIGHT.fullmatch(name) else 1.0) * parameter.shape[-1] ** -0.5
-            _fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
+            gain = 3.0 if _ROUTER_WEIGHT.fullmatch(name) else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * parameter.shape[-1] ** -0.5)
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        if "bias" in leaf:
-            _fill(buffer, torch.randn(buffer.shape, generator=generator) * 0.3)
+        if leaf == "balancing_biases":  # zaya writes the last one, for skipping all experts, anew on every load
+            buffer[:-1] = torch.randn(buffer[:-1].shape, generator=generator) * 0.3
+        elif "bias" in leaf:
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
         elif leaf == "tid2eid":
             rows, top_k = buffer.shape
             num_experts = model.get_submodule(owner).num_experts
-            _fill(buffer, torch.rand(rows, num_experts, generator=generator).argsort(dim=-1)[:, :top_k])
-
-
-def _fill(tensor: Tensor, values: Tensor) -> None:
-    tensor.copy_(values)
+            buffer.copy_(torch.rand(rows, num_experts, generator=generator).argsort(dim=-1)[:, :top_k])
 
 
 def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,398 @@
+"""What every model, adapter and method must pass, as functions for anybody's tests.
+
+    from compressor.testing import check_model
+    report = check_model(model, inputs)      # a tiny random model of your architecture, and what its forward takes
+    report.raise_for_failures()
+
+Every check compares the model with itself: experts removed against the same experts masked, a checkpoint read back
+against the live model, figures against the blocks' own outputs. Nothing is known of any architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import checkpoint as checkpoints
+from compressor.checkpoint import Checkpoint
+from compressor.errors import CompressorError, VerificationError
+from compressor.moe import MoELayer, MoEModel, RealTokens, RoutedTokens, count_problem
+from compressor.testing.tiny import answers
+
+_EXACT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+"""Largest relative difference of a token's answer that rounding explains."""
+_TIES = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.5, torch.float16: 0.25}
+"""Share of tokens that may differ by more. Experts tie often in half precision, where a tie may fall anew; of a few dozen
+tokens one that does so changes all that follow it in its sequence.
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, whether it passed (None: does not apply), and what was measured or why it does not apply."""
+
+    name: str
+    passed: bool | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        mark = {True: "passed", False: "FAILED", None: "does not apply"}[self.passed]
+        return f"{self.name}: {mark}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class Report:
+    """All checks of one model."""
+
+    model: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that did not pass."""
+        return [check for check in self.checks if check.passed is False]
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, *(f"  {check}" for check in self.checks)])
+
+    def raise_for_failures(self) -> None:
+        """Raise VerificationError, naming every check that failed."""
+        if self.failed:
+            raise VerificationError(f"{self.model}: " + "; ".join(str(check) for check in self.failed))
+
+
+def check_model(
+    model: Any, inputs: Mapping[str, Tensor], *, load: Callable[[Path], Any] | None = None, statistics: bool = True
+) -> Report:
+    """Run all checks on a live model, which is copied and not changed.
+
+    `inputs` are arguments of its forward with at least two sequences. `load` reads a folder as a user without this
+    library would; by default the class's own `from_pretrained`. Raises UnsupportedModelError where the structure cannot
+    be found; everything else ends up in the report.
+    """
+    if load is None:
+        load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
+    subject = _Subject(model, inputs, load)
+    report = Report(type(model).__name__)
+    checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("keep all", subject.keep_all),
+        ("removed = masked", subject.removed),
+        ("top-k lowered", subject.top_k_lowered),
+        ("uneven", subject.uneven),
+        ("padded", subject.padded),
+    ]
+    if statistics:
+        checks.append(("statistics", subject.statistics))
+    for name, run in checks:
+        try:
+            report.checks += run()
+        except CompressorError as error:
+            report.checks.append(Check(name, False, str(error)))
+        except Exception as error:  # whatever the model's own code raises is a failure with a name
+            report.checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
+    return report
+
+
+@dataclass
+class _Subject:
+    model: Any
+    inputs: Mapping[str, Tensor]
+    load: Callable[[Path], Any]
+
+    def __post_init__(self) -> None:
+        self.moe = MoEModel(copy.deepcopy(self.model).eval())
+        self.untouched = answers(self.moe.model, self.inputs)
+
+    def _copy(self) -> MoEModel:
+        return MoEModel(copy.deepcopy(self.model).eval())
+
+    # the edit, against masks and against what was saved
+
+    def keep_all(self) -> Iterator[Check]:
+        """Removing nothing changes no bit."""
+        moe = self._copy()
+        moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+        yield _equal("keep all", answers(moe.model, self.inputs), self.untouched)
+
+    def removed(self) -> Iterator[Check]:
+        """The same number everywhere: removed = masked, saved = live, with the model's own classes, and generate()."""
+        kept = kept_evenly(self.moe)
+        if kept is None:
+            yield Check("removed = masked", None, "no smaller number of experts is possible in all layers")
+            return
+        with self.moe.masked(kept):
+            masked = answers(self.moe.model, self.inputs)
+        if torch.equal(masked, self.untouched):
+            yield Check("removed = masked", False, "masking experts changes nothing, so nothing can be compared")
+            return
+        moe = self._copy()
+        moe.keep(kept)
+        yield _close("removed = masked", answers(moe.model, self.inputs), masked)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from self._saved("saved", moe, Path(folder), self.load)
+
+    def top_k_lowered(self) -> Iterator[Check]:
+        """Fewer experts per token, in the config too."""
+        layer = self.moe.layers[0]
+        if layer.top_k_fixed or min(each.top_k for each in self.moe.layers) < 2:
+            yield Check("top-k lowered", None, f"every token chooses {layer.top_k}, whatever the config says")
+            return
+        kept = {each.path: range(each.num_experts) for each in self.moe.layers}
+        with self.moe.masked(kept, top_k=layer.top_k - 1):
+            masked = answers(self.moe.model, self.inputs)
+        if torch.equal(masked, self.untouched):
+            yield Check("top-k lowered", False, "a lower top-k changes nothing")
+            return
+        moe = self._copy()
+        moe.keep(kept, top_k=layer.top_k - 1)
+        yield _close("top-k lowered", answers(moe.model, self.inputs), masked)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from self._saved("top-k saved", moe, Path(folder), self.load)
+
+    def uneven(self) -> Iterator[Check]:
+        """Other numbers in other layers: live, saved, read back twice by `compressor`, and by nobody else."""
+        kept = kept_unevenly(self.moe)
+        if kept is None:
+            yield Check("uneven", None, "needs two MoE layers, and two numbers that are possible in them")
+            return
+        with self.moe.masked(kept):
+            masked = answers(self.moe.model, self.inputs)
+        moe = self._copy()
+        moe.keep(kept)
+        yield _close("uneven", answers(moe.model, self.inputs), masked)
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+            yield from self._saved("uneven saved", moe, Path(first), _load_with_compressor)
+            again = MoEModel(_load_with_compressor(Path(first)))
+            yield from self._saved("uneven saved twice", again, Path(second), _load_with_compressor)
+            try:
+                self.load(Path(first))
+                yield Check("uneven refused elsewhere", False, "it loads without this library, as another model")
+            except Exception as error:  # transformers' own, of several kinds
+                yield Check("uneven refused elsewhere", True, type(error).__name__)
+
+    def padded(self) -> Iterator[Check]:
+        """Other numbers in other layers, as a checkpoint that loads anywhere."""
+        kept = kept_unevenly(self.moe)
+        problem = next((layer.padding_problem for layer in self.moe.layers if layer.padding_problem), None)
+        if kept is None or problem:
+            yield Check("padded", None, problem or "needs two MoE layers")
+            return
+        with self.moe.masked(kept):
+            masked = answers(self.moe.model, self.inputs)
+        moe = self._copy()
+        moe.keep(kept, padded=True)
+        yield _close("padded", answers(moe.model, self.inputs), masked)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from self._saved("padded saved", moe, Path(folder), self.load)
+
+    def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
+        save(moe, folder)
+        again = load(folder).eval()
+        checkpoints.align(again)
+        _same_implementations(moe.model, again)
+        live, loaded = moe.model.state_dict(), again.state_dict()
+        different = [key for key in live if key not in loaded or not torch.equal(live[key], loaded[key])]
+        if different or len(live) != len(loaded):
+            yield Check(name, False, f"{len(different)} tensors differ: {', '.join(different[:3])}")
+            return
+        yield _equal(name, answers(again, self.inputs), answers(moe.model, self.inputs))
+        text = _generated(moe.model, self.inputs)
+        if text is None:
+            yield Check(f"{name}: generate", None, "this class does not generate from text alone")
+        else:
+            found = _generated(again, self.inputs)
+            yield Check(f"{name}: generate", found is not None and torch.equal(text, found))
+
+    # figures
+
+    def statistics(self) -> Iterator[Check]:
+        """What a layer's tokens say of a smaller set is what the block computes under masks."""
+        for layer in self.moe.layers:
+            if layer.watch_problem:
+                yield Check(f"statistics of {layer.path}", None, layer.watch_problem)
+                continue
+            yield self._layer_statistics(layer)
+
+    def _layer_statistics(self, layer: MoELayer) -> Check:
+        name = f"statistics of {layer.path}"
+        kept = _choose(layer, _counts(layer)[:1] or [layer.num_experts], seed=1)
+        probe = layer.router_probe
+        at = layer.path if probe.block_runs or probe.call == "list" else layer.experts
+        seen: list[tuple[Tensor, RoutedTokens]] = []
+
+        def visit(tokens: RoutedTokens) -> None:
+            seen.append((_predicted_change(tokens, kept), tokens))
+
+        ids = self.inputs["input_ids"]
+        real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
+        with _outputs_of(self.moe.model, at) as full, self.moe.watched({layer.path: visit}, real):
+            answers(self.moe.model, self.inputs)
+        if not seen:
+            return Check(name, None, "no text token comes here")
+        predicted, tokens = seen[0]
+        with _outputs_of(self.moe.model, at) as masked, self.moe.masked({layer.path: kept}):
+            answers(self.moe.model, self.inputs)
+        # layers before this one are not masked, so it is given the same tokens in both runs
+        change = (masked[0].double() - full[0].double()).reshape(len(predicted), -1)
+        if not change.norm():
+            return Check(name, None, "masking changes nothing here")
+        error = float((predicted - change).norm() / change.norm())
+        limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(self.model.dtype, 0.1)
+        rule = "closed rule" if tokens.rule is not None else "replay"
+        return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
+
+
+def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
+    """[T, H] float64: how the layer's output changes if only `kept` experts are there, from weights and outputs.
+
+    By the closed rule where there is one, otherwise by replay; expert by expert.
+    """
+    layer = tokens.layer
+    if tokens.rule is not None:
+        gone = [expert for expert in range(layer.num_experts) if expert not in kept]
+        logits_TE = tokens.logits_TE.index_fill(-1, torch.tensor(gone, device=tokens.logits_TE.device), float("-inf"))
+        index_TK, weights_TK = tokens.rule.choose(logits_TE, layer.top_k)
+    else:
+        index_TK, weights_TK = tokens.replay(kept)
+    change_T: Tensor | None = None
+    for chunk in tokens.ranked_outputs(layer.num_choices):
+        rows = slice(chunk.start, chunk.stop)
+        outputs = chunk.outputs_cMH.double()
+        part = torch.zeros(len(outputs), outputs.shape[-1], dtype=torch.float64)
+        for ids, weights, sign in ((index_TK, weights_TK, 1), (tokens.index_TK, tokens.weights_TK, -1)):
+            for rank in range(ids.shape[1]):
+                place = (chunk.order_cM == ids[rows, rank : rank + 1]).int().argmax(-1)
+                part += sign * weights[rows, rank, None].double() * outputs[torch.arange(len(outputs)), place]
+        change_T = part if change_T is None else torch.cat([change_T, part])
+    assert change_T is not None
+    return change_T
+
+
+# Which experts, and comparing -------------------------------------------------------------------------------
+
+
+def _counts(layer: MoELayer) -> list[int]:
+    """Numbers of experts that the layer can keep, fewer than it has, ascending."""
+    return [count for count in range(2, layer.num_experts) if count_problem(layer, count) is None]
+
+
+def _choose(layer: MoELayer, counts: Sequence[int], *, seed: int) -> list[int]:
+    """Some `counts[0]` experts, equally many of each group."""
+    size = layer.num_experts // layer.num_groups
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(
+        group * size + int(member)
+        for group in range(layer.num_groups)
+        for member in torch.randperm(size, generator=generator)[: counts[0] // layer.num_groups]
+    )
+
+
+def kept_evenly(moe: MoEModel) -> dict[str, list[int]] | None:
+    """About three quarters of the experts, the same number in every layer, other ones in each; None if impossible."""
+    possible = sorted(set.intersection(*(set(_counts(layer)) for layer in moe.layers)))
+    wanted = [count for count in possible if 4 * count <= 3 * moe.layers[0].num_experts] or possible[:1]
+    if not wanted:
+        return None
+    return {layer.path: _choose(layer, wanted[-1:], seed=_seed(moe, layer)) for layer in moe.layers}
+
+
+def kept_unevenly(moe: MoEModel) -> dict[str, list[int]] | None:
+    """Two numbers of experts in turn; blocks in one parent, and blocks that share weights, get the same number."""
+    parents = list(dict.fromkeys(moe.layers[_seed(moe, layer)].path.rpartition(".")[0] for layer in moe.layers))
+    if len(parents) < 2:
+        return None
+    kept: dict[str, list[int]] = {}
+    for layer in moe.layers:
+        possible = _counts(layer)
+        if not possible:
+            return None
+        counts = [*possible, layer.num_experts]
+        first = moe.layers[_seed(moe, layer)]
+        is_even = parents.index(first.path.rpartition(".")[0]) % 2 == 0
+        wanted = counts[-2] if is_even else counts[max(0, len(counts) - 4)]
+        if wanted == counts[-2] and not is_even:
+            wanted = counts[-1]
+        kept[layer.path] = _choose(layer, [wanted], seed=_seed(moe, layer))
+    return kept if len({len(ids) for ids in kept.values()}) > 1 else None
+
+
+def _seed(moe: MoEModel, layer: MoELayer) -> int:
+    """The number of the first layer that holds this layer's weights."""
+    first = next(iter(layer.tensors), None)
+    tensors = dict([*moe.model.named_parameters(remove_duplicate=False), *moe.model.named_buffers(remove_duplicate=False)])
+    for number, other in enumerate(moe.layers):
+        if other is layer or (first and any(tensors[name] is tensors[first] for name in other.tensors)):
+            return number
+    raise AssertionError(layer.path)
+
+
+def save(moe: MoEModel, folder: Path) -> None:
+    """Write a live model as a run would."""
+    leaves = [moe.structure.num_experts_leaf] + ([moe.structure.top_k_leaf] if moe.structure.top_k_leaf else [])
+    checkpoints.save_checkpoint(moe.model, None, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+
+
+def _load_with_compressor(folder: Path) -> Any:
+    return checkpoints.load_model(Checkpoint(str(folder), folder))
+
+
+def _same_implementations(model: nn.Module, again: nn.Module) -> None:
+    """Let the model read back compute attention and experts by the same kernels: others round otherwise."""
+    modules = dict(model.named_modules())
+    for name, module in again.named_modules():
+        own, other = module.__dict__.get("config"), getattr(modules.get(name), "config", None)
+        for key in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if own is not None and key in getattr(other, "__dict__", {}):
+                own.__dict__[key] = other.__dict__[key]
+
+
+def _equal(name: str, found: Tensor, expected: Tensor) -> Check:
+    if torch.equal(found, expected):
+        return Check(name, True)
+    return Check(name, False, f"largest difference {float((found.double() - expected.double()).abs().max()):.2g}")
+
+
+def _close(name: str, found: Tensor, expected: Tensor) -> Check:
+    found, expected_double = found.double(), expected.double()
+    error = (found - expected_double).norm(dim=-1) / expected_double.norm(dim=-1).clamp_min(1e-30)
+    beyond = float((~(error <= _EXACT[expected.dtype])).double().mean())
+    detail = f"largest relative difference {float(error.max()):.1e}" + (f", {beyond:.0%} of tokens" if beyond else "")
+    return Check(name, beyond <= _TIES[expected.dtype], detail)
+
+
+def _generated(model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    if not getattr(model, "can_generate", lambda: False)():
+        return None
+    wanted = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    try:
+        torch.manual_seed(0)
+        out = model.generate(**wanted, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    except Exception:  # some need more than text
+        return None
+    out = getattr(out, "sequences", out)
+    return out if isinstance(out, Tensor) else None
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+
+    def take(module: nn.Module, args: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+    hook = model.get_submodule(path).register_forward_hook(take)
+    try:
+        yield found
+    finally:
+        hook.remove()
