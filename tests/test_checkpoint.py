@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_folder, write_checkpoint
+from transformers import AutoConfig
 
 from compressor import checkpoint
-from compressor.checkpoint import Checkpoint, OutputFolder
-from compressor.errors import CheckpointError
+from compressor.checkpoint import Checkpoint, OutputFolder, find_left_out, model_class
+from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.testing import tiny
 
 
 @pytest.fixture
@@ -79,6 +84,224 @@ def test_not_finite_buffers_are_named() -> None:
     module.register_buffer("scale", torch.tensor([1.0, float("-inf")]))
     with pytest.raises(CheckpointError, match=r"mine: tensor scale holds 1 value\(s\) that are NaN or infinite"):
         checkpoint.refuse_not_finite(module, "mine")
+
+
+# --- which class is built
+
+
+def class_of(config: Any) -> Any:
+    return model_class(Checkpoint("mine", Path("nowhere")), config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "auto", "problem"),
+    [
+        ("mixtral", "MixtralForCausalLM", "AutoModelForCausalLM", None),
+        ("gemma4", "Gemma4ForConditionalGeneration", "AutoModelForCausalLM", None),
+        ("mistral4", "Mistral4ForCausalLM", "AutoModelForImageTextToText", None),
+        ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "AutoModelForImageTextToText", None),
+        ("switch_transformers", "SwitchTransformersForConditionalGeneration", "AutoModelForSeq2SeqLM",
+         "is an encoder-decoder"),
+        ("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification", "AutoModelForTokenClassification",
+         "has no language-model head"),
+        ("muse_spark_text", "MuseSparkTextModel", "AutoModel", "has no language-model head"),
+        ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "AutoModelForImageTextToText",
+         "refines a whole block of tokens at a time"),
+    ],
+)  # fmt: skip
+def test_first_class_that_an_auto_class_knows(model_type: str, name: str, auto: str, problem: str | None) -> None:
+    config = tiny.tiny_config(model_type)
+    config.architectures = None
+    cls = class_of(config)
+    assert cls.__name__ == name
+    assert checkpoint.auto_class(cls, config) == auto
+    assert checkpoint.next_token_problem(cls, config) == problem
+    assert getattr(transformers, auto)._model_mapping[type(config)] is cls
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "qwen3_5_moe", "dots3_note"])
+def test_composite_is_not_built_as_its_text_model(model_type: str) -> None:
+    """AutoModelForCausalLM takes the text config out of a composite's, and would leave the rest behind."""
+    config = tiny.tiny_config(model_type)
+    config.architectures = None
+    cls = class_of(config)
+    assert cls.config_class is type(config)
+    assert transformers.AutoModelForCausalLM._model_mapping[type(config)] is not cls
+
+
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [
+        ("MixtralModel", "MixtralModel"),
+        ("MixtralForTokenClassification", "MixtralForTokenClassification"),
+        ("MixtralForCausalLM", "MixtralForCausalLM"),
+        ("LlamaForCausalLM", "MixtralForCausalLM"),  # no class for this config
+        ("OurOwnForCausalLM", "MixtralForCausalLM"),
+    ],
+)
+def test_class_that_the_config_names(named: str, built: str) -> None:
+    config = tiny.tiny_config("mixtral")
+    config.architectures = [named]
+    assert class_of(config).__name__ == built
+
+
+@pytest.mark.parametrize("name", ["MixtralModel", "MixtralForTokenClassification"])
+def test_loads_through_the_class_that_was_saved(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(tiny.tiny_config("mixtral")).eval()
+    write_checkpoint(model, tmp_path)
+    loaded = checkpoint.load_model(Checkpoint("mine", tmp_path))
+    assert type(loaded) is type(model)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_code_of_the_checkpoint_runs_only_if_trusted() -> None:
+    folder = tiny_folder("mixtral4")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    trusted = model_class(Checkpoint("mine", folder, trust_remote_code=True), config)
+    assert trusted.__name__ == "Mixtral4ForCausalLM"
+    assert trusted.__module__.startswith("transformers_modules.")
+    assert checkpoint.auto_class(trusted, config) == "AutoModelForCausalLM"
+    assert checkpoint.next_token_problem(trusted, config) is None
+    with pytest.raises(UnsupportedModelError, match="mine: model type 'mixtral4' has no model class in transformers"):
+        model_class(Checkpoint("mine", folder), config)
+
+
+def test_causal_language_model_is_preferred_in_a_checkpoints_code() -> None:
+    folder = tiny_folder("mixtral4")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.auto_map = {"AutoModel": "modeling_mixtral4.Mixtral4Model", **config.auto_map}
+    found = Checkpoint("mine", folder, trust_remote_code=True)
+    assert model_class(found, config).__name__ == "Mixtral4ForCausalLM"
+    del config.auto_map["AutoModelForCausalLM"]
+    assert model_class(found, config).__name__ == "Mixtral4Model"
+
+
+def test_class_without_a_forward_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError) as refusal:
+        class_of(tiny.tiny_config("qwen3_omni_moe"))
+    assert str(refusal.value) == (
+        "mine: Qwen3OmniMoeForConditionalGeneration has no forward, so it cannot be run. What can be compressed is its "
+        "`thinker` (load it with Qwen3OmniMoeThinkerForConditionalGeneration, save it with `save_pretrained`)."
+    )
+
+
+@pytest.mark.parametrize("model_type", ["aria", "mistral_large4"])
+def test_loading_like_a_live_composite(model_type: str, tmp_path: Path) -> None:
+    """Each part gets its own implementations: a vision tower knows none for experts."""
+    model = tiny.tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    live = checkpoint.load_model(Checkpoint("mine", tmp_path))
+    live.config.text_config._experts_implementation = "eager"
+    again = checkpoint.load_model(Checkpoint("mine", tmp_path), like=live)
+    assert again.config.text_config._experts_implementation == "eager"
+    parts = [("", live.config), *((key, getattr(live.config, key)) for key in live.config.sub_configs)]
+    for key, part in parts:
+        other = getattr(again.config, key) if key else again.config
+        for name in ("_attn_implementation", "_experts_implementation"):
+            assert getattr(other, name) == getattr(part, name)
+
+
+# --- what transformers does not build
+
+
+def write_names(folder: Path, config: Any, names: list[str]) -> None:
+    """A checkpoint of empty tensors: only their names count."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.zeros(2, 3, dtype=torch.bfloat16) for name in names}, folder / "model.safetensors")
+
+
+def step3p7_config(**changes: Any) -> dict[str, Any]:
+    """As published: two extra layers announced, every list padded for them."""
+    text: dict[str, Any] = tiny.tiny_config("step3p7").to_dict()["text_config"]
+    for key in [key for key in text if "mtp" in key or key in ("rope_parameters", "per_layer_config")]:
+        del text[key]
+    text |= {
+        "num_nextn_predict_layers": 2,
+        "layer_types": ["full_attention"] * 5,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse"],
+        "swiglu_limits": [1.0, 2.0, 3.0, 4.0, 5.0],
+        "rope_theta": [1e4] * 5,
+        "eos_token_id": [1, 2, 3, 4, 5],
+    }
+    assert text["num_hidden_layers"] == 3
+    return {
+        "architectures": ["Step3p7ForConditionalGeneration"],
+        "model_type": "step3p7",
+        "text_config": text | changes,
+    }
+
+
+def test_lists_padded_for_extra_layers_are_cut(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.{end}" for number in (2, 3, 4) for end in ("enorm.weight", "eh_proj.weight")]
+    write_names(tmp_path / "model", step3p7_config(), names)
+    found = Checkpoint("mine", tmp_path / "model")
+    config = checkpoint.load_config(found)
+    left_out = find_left_out(found.folder, config, model_class(found, config))
+    assert left_out is not None
+    assert left_out.to_json() == {
+        "tensors": 4,
+        "bytes": 4 * 12,
+        "layers": ["model.layers.3", "model.layers.4"],
+        "config": {"text_config.num_nextn_predict_layers": [2, 0]},
+        "list_lengths": {
+            f"text_config.{key}": [5, 3] for key in ("layer_types", "mlp_layer_types", "swiglu_limits", "rope_theta")
+        },
+    }
+    raw = step3p7_config(num_nextn_predict_layers=0)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        CheckpointError, match=r"`num_hidden_layers` \(3\) must be equal to the number of `layer_types`"
+    ):
+        checkpoint.load_config(found)  # so cutting is needed
+    raw = step3p7_config()
+    left_out.patch(raw)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    again = checkpoint.load_config(found).text_config
+    assert again.num_nextn_predict_layers == 0
+    assert again.layer_types == config.text_config.layer_types
+    assert again.mlp_layer_types == config.text_config.mlp_layer_types == ["dense", "sparse", "sparse"]
+    assert again.swiglu_limits == [1.0, 2.0, 3.0]
+    assert again.eos_token_id == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed"),
+    [
+        ({"num_nextn_predict_layers": 2}, {"num_nextn_predict_layers": [2, 0]}),
+        ({"mtp_num_hidden_layers": 1, "mtp_hidden_size": 8}, {"mtp_num_hidden_layers": [1, 0]}),
+        ({"num_mtp_modules": 3, "use_mtp": True}, {"num_mtp_modules": [3, 0]}),
+        ({"mtp_config": {"num_nextn_predict_layers": 1}}, {"mtp_config.num_nextn_predict_layers": [1, 0]}),
+        ({"num_nextn_predict_layers": 0, "mtp_loss_weight": 1, "mtp_layer_types": ["full_attention"]}, {}),
+        ({}, {}),
+    ],
+)
+def test_integers_that_announce_extra_layers(keys: dict[str, Any], changed: Any, tmp_path: Path) -> None:
+    raw = tiny.tiny_config("qwen3_next").to_dict() | keys
+    write_names(tmp_path / "model", json.loads(json.dumps(raw, default=str)), ["mtp.fc.weight", "model.norm.weight"])
+    found = Checkpoint("mine", tmp_path / "model")
+    config = checkpoint.load_config(found)
+    left_out = find_left_out(found.folder, config, model_class(found, config))
+    assert left_out is not None
+    assert left_out.to_json() == {"tensors": 1, "bytes": 12, "layers": ["mtp"], "config": changed}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("deepseek_v3", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("axk2", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.inv_freq"]),
+        ("deepseek_v3", ["model.layers.0.mlp.experts.61.gate_proj.weight"]),
+        ("glm4_moe", ["model.layers.3.enorm.weight"]),  # another number than the class ignores
+        ("mixtral", ["mtp.fc.weight", "model.layers.61.enorm.weight"]),
+    ],
+)
+def test_what_is_no_extra_layer_or_not_ignored(model_type: str, names: list[str], tmp_path: Path) -> None:
+    write_names(tmp_path / "model", json.loads(tiny.tiny_config(model_type).to_json_string()), names)
+    found = Checkpoint("mine", tmp_path / "model")
+    config = checkpoint.load_config(found)
+    assert find_left_out(found.folder, config, model_class(found, config)) is None
 
 
 # --- the output folder

@@ -299,6 +299,36 @@ def test_model_card() -> None:
     assert "Made with torch 2.13.0, transformers 5.23.0." in body
 
 
+def test_model_card_of_another_class() -> None:
+    record = RECORD | {"model": RECORD["model"] | {"auto_class": "AutoModelForImageTextToText"}}
+    card = report.model_card(record)
+    assert "so `AutoModelForImageTextToText.from_pretrained` and serving software read it too" in card
+    assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "image-text-to-text"
+    record["model"]["auto_class"] = "AutoModelForSeq2SeqLM"
+    assert "pipeline_tag" not in yaml.safe_load(report.model_card(record).split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "config", "says"),
+    [
+        (11_500_000_000, {"num_nextn_predict_layers": [1, 0]},
+         "with 1551 tensors (11.5 GB), are not in this checkpoint, because transformers does not build them; in its "
+         "`config.json` `num_nextn_predict_layers` is 0."),
+        (2_000, {"a": [1, 0], "b.c": [2, 0]},
+         "with 1551 tensors (2.00 kB), are not in this checkpoint, because transformers does not build them; in its "
+         "`config.json` `a` is 0 and `b.c` is 0."),
+        (None, {}, "with 1551 tensors, are not in this checkpoint, because transformers does not build them."),
+    ],
+)  # fmt: skip
+def test_model_card_says_what_is_left_out(num_bytes: int | None, config: dict[str, Any], says: str) -> None:
+    layers = ["model.layers.61", "model.layers.62"]
+    left_out = {"tensors": 1551, "bytes": num_bytes, "layers": layers, "config": config}
+    card = report.model_card(RECORD | {"left_out": left_out})
+    both = "`model.layers.61`, `model.layers.62`"
+    assert f"\n\nThe original's extra prediction layers, {both}, {says}\n\n" in card
+    assert "extra prediction" not in report.model_card(RECORD)
+
+
 @pytest.mark.parametrize("reference", ["demo", "./models/mine", "/data/mine", "a/b/c"])
 def test_only_a_hub_name_is_a_base_model(reference: str) -> None:
     record = {"model": {"reference": reference}, "recipe": {}}
