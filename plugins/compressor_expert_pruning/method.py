@@ -262,20 +262,15 @@ class ExpertPruning(Method[ExpertPruningOptions]):
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Removed means masked."""
-        return moe.masked(_kept(decision), **_changes(decision, "top_k"))
+        return moe.masked(_kept(decision), top_k=decision.get("top_k"))
 
     def edit(self, moe: MoEModel, decision: Decision) -> None:
         """Remove the experts that are not kept."""
-        moe.keep(_kept(decision), **_changes(decision, "top_k", "padded"))
+        moe.keep(_kept(decision), top_k=decision.get("top_k"), padded=decision.get("padded", False))
 
 
 def _kept(decision: Decision) -> dict[str, list[int]]:
     return {path: layer["kept"] for path, layer in decision["layers"].items()}
-
-
-def _changes(decision: Decision, *names: str) -> dict[str, Any]:
-    """What the decision says beside the experts kept, under these names."""
-    return {name: decision[name] for name in names if name in decision}
 
 
 class SubsetErrors(Statistic):

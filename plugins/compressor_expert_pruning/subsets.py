@@ -269,7 +269,7 @@ def _squared_errors_by_replay(tokens: RoutedTokens, tables: SubsetTables) -> Ten
 def _weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
     """[T, N] float64: every expert's weight by its id, 0 if not chosen."""
     empty_TN = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
-    return empty_TN.scatter_(1, index_TK, weights_TK.double())
+    return empty_TN.scatter_add_(1, index_TK, weights_TK.double())
 
 
 def best_subset(squared_errors_BS: Tensor, dropped: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ def golden_folder() -> Path:
 def make_layer() -> Callable[..., MoELayer]:
     """A layer of which only the counts matter."""
 
-    def make(num_experts: int, top_k: int, *, num_groups: int = 1, num_chosen_groups: int = 1) -> MoELayer:
+    def make(
+        num_experts: int, top_k: int, *, num_groups: int = 1, num_chosen_groups: int = 1, path: str = "layers.0.mlp",
+        **others: Any,
+    ) -> MoELayer:  # fmt: skip
         return MoELayer(
-            path="layers.0.mlp",
+            path=path,
             num_experts=num_experts,
             top_k=top_k,
             num_groups=num_groups,
@@ -33,8 +37,10 @@ def make_layer() -> Callable[..., MoELayer]:
             tensors={},
             integers={},
             containers={},
+            id_tensors=(),
             parameters_per_expert=1,
             router_probe=None,  # type: ignore[arg-type]
+            **others,
         )
 
     return make
