@@ -206,7 +206,7 @@ def both_commands(refused: Refused, recipe: WriteRecipe, model: Path | str, says
 
 def test_dense_model(refused: Refused, recipe: WriteRecipe, dense: Path) -> None:
     both_commands(refused, recipe, dense, "llama: no routed experts found. ")
-    refused("check", recipe(model=dense), says="so this is a dense model, or one whose structure needs a plugin.")
+    refused("check", recipe(model=dense), says="so this is a dense model, or one whose structure needs an adapter from a plugin.")
 
 
 @pytest.mark.parametrize(
