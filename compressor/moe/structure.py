@@ -176,6 +176,8 @@ def find_structure(factory: ModelFactory, config: Any) -> Structure:
     hangs on their number cannot be sliced.
     """
     name = getattr(config, "model_type", type(config).__name__)
+    if isinstance(factory, type) and factory.forward is nn.Module.forward:  # type: ignore[attr-defined]
+        raise UnsupportedModelError(f"{name}: {factory.__name__} has no forward, so it cannot be run.")
     base_model = _build(factory, config)
     base = _Snapshot.of(base_model)
     leaf, difference, other_leaves = _find_expert_count(factory, config, base, name)
@@ -402,8 +404,10 @@ def _grown_containers(
         new = other.children.get(path, names)
         if new == names:
             continue
-        if len(names) == value and len(new) == value + step and new[:value] == names:
-            containers[path] = names
+        kinds = {re.sub(r"\d+", "#", name) for name in set(new) - set(names)}
+        experts = tuple(name for name in names if re.sub(r"\d+", "#", name) in kinds)
+        if len(kinds) == 1 and len(experts) == value and len(new) == len(names) + step and set(names) < set(new):
+            containers[path] = experts
         else:
             odd.append(f"children of {path}: {len(names)} → {len(new)}")
     return containers, odd

@@ -254,6 +254,7 @@ class _CalledTap(_Tap):
     """Runs instead of the experts while the block is run again by ourselves."""
     _lift: Lift | None = None
     _lift_known: bool = False
+    _at_block: bool = False
 
     @contextmanager
     def _experts_installed(self) -> Iterator[None]:
@@ -300,34 +301,35 @@ class _CalledTap(_Tap):
         raise UnsupportedModelError(f"{self.layer.path}: run again, its block did not come to its experts.")
 
     @torch.no_grad()
-    def _find_lift(self, experts_output: Tensor) -> Lift | None:
+    def _find_lift(self, experts_output: Tensor) -> tuple[Lift | None, bool]:
         """How the block carries its experts' output to its own: as it is, times a factor, or through a linear map.
 
-        Asked by letting the block run on zeros with answers of our own in place of the experts'. None if it is carried
-        as it is, and where that cannot be asked: no block of its own, or a block that does not treat it linearly.
+        Asked by letting the block run on zeros with answers of our own in place of the experts'. The second is False
+        where there is no such map: no block of its own, or a norm behind the experts. Then figures are those of the
+        experts' own output.
         """
         if not self.layer.router_probe.block_runs:
-            return None
+            return None, False
         width = self._block_call[0][0].shape[-1] if self._block_call[0] else 0
         generator = torch.Generator().manual_seed(0)
         size = (_NUM_TOKENS_THROUGH_BLOCK, experts_output.shape[-1])
         first, second = (
             torch.randn(size, generator=generator).to(experts_output.device, experts_output.dtype) for _ in range(2)
         )
+        carry = self._carry(width)
         try:
-            carry = self._carry(width)
             lifted, other, both = carry(first), carry(second), carry(first + second)
-        except Exception:  # the block needs more than hidden states
-            return None
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # the block needs more than hidden states
+            return None, False
         tolerance = 1e-4 if first.dtype == torch.float32 else 3e-2
         if (both - lifted - other).norm() > tolerance * both.norm() or not both.norm():
-            return None
+            return None, False
         if lifted.shape == first.shape:
             factor = float((lifted.double() * first.double()).sum() / first.double().square().sum())
             if (lifted - factor * first).norm() <= tolerance * lifted.norm():
                 factor = round(factor, 3) if abs(factor - round(factor, 3)) < tolerance else factor
-                return None if factor == 1.0 else (lambda outputs: outputs * factor)
-        return carry
+                return (None if factor == 1.0 else (lambda outputs: outputs * factor)), True
+        return carry, True
 
     def _carry(self, width: int) -> Lift:
         """Outputs [N, H'] of the experts → what they add to the block's own output [N, H]."""
@@ -350,7 +352,7 @@ class _CalledTap(_Tap):
 
     def _known_lift(self, experts_output: Tensor) -> Lift | None:
         if not self._lift_known:
-            self._lift, self._lift_known = self._find_lift(experts_output), True
+            (self._lift, self._at_block), self._lift_known = self._find_lift(experts_output), True
         return self._lift
 
 
@@ -424,6 +426,7 @@ class _ChoicesTap(_CalledTap):
             replay=replay,
             evaluate_experts=lambda x, e: evaluate_stacked(self._call_original, x, e, weights.dtype),
             lift=self._known_lift(hidden),
+            at_block=self._at_block,
         )
 
     def _replay(self, mask_T: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Replay:
@@ -470,6 +473,7 @@ class _MasksTap(_CalledTap):
                 replay=replay,
                 evaluate_experts=lambda x, e: evaluate_list([module for module in modules if module], x, e),
                 lift=self._known_lift(hidden),
+                at_block=self._at_block,
             )
         )
         return self._original(*args, **kwargs)

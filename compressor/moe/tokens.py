@@ -61,6 +61,8 @@ class RoutedTokens:
     """(hidden [c, H], expert ids [c, M]) → outputs [c, M, H]."""
     lift: Lift | None = None
     """How the block carries its experts' output to its own, where it scales or projects it."""
+    at_block: bool = True
+    """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give them."""
     output_TH: Tensor | None = field(default=None, repr=False)
     """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
     experts_output_TH: Tensor | None = field(default=None, repr=False)
@@ -123,8 +125,13 @@ def evaluate_stacked(
     """
     num_tokens, num_ranks = index_cM.shape
     pairs_PH = hidden_cH.repeat_interleave(num_ranks, dim=0)
+    index_P1 = index_cM.reshape(-1, 1)
     ones_P1 = torch.ones(len(pairs_PH), 1, dtype=dtype, device=hidden_cH.device)
-    return forward(pairs_PH, index_cM.reshape(-1, 1), ones_P1).view(num_tokens, num_ranks, -1)
+    try:
+        outputs_PH = forward(pairs_PH, index_P1, ones_P1)
+    except ValueError:  # some lose a dimension where there is one id per token: give them it twice, once for nothing
+        outputs_PH = forward(pairs_PH, index_P1.expand(-1, 2), torch.cat([ones_P1, 0 * ones_P1], dim=1))
+    return outputs_PH.view(num_tokens, num_ranks, -1)
 
 
 def evaluate_list(experts: Sequence[torch.nn.Module], hidden_cH: Tensor, index_cM: Tensor) -> Tensor:

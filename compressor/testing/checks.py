@@ -114,6 +114,9 @@ class _Subject:
         self.moe = MoEModel(copy.deepcopy(self.model).eval())
         self.untouched = answers(self.moe.model, self.inputs)
 
+    def _module(self, path: str) -> nn.Module:
+        return self.moe.model.get_submodule(path)
+
     def _copy(self) -> MoEModel:
         return MoEModel(copy.deepcopy(self.model).eval())
 
@@ -172,9 +175,9 @@ class _Subject:
         moe.keep(kept)
         yield _close("uneven", answers(moe.model, self.inputs), masked)
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-            yield from self._saved("uneven saved", moe, Path(first), _load_with_compressor)
-            again = MoEModel(_load_with_compressor(Path(first)))
-            yield from self._saved("uneven saved twice", again, Path(second), _load_with_compressor)
+            yield from self._saved("uneven saved", moe, Path(first), self._load_with_compressor)
+            again = MoEModel(self._load_with_compressor(Path(first)))
+            yield from self._saved("uneven saved twice", again, Path(second), self._load_with_compressor)
             try:
                 self.load(Path(first))
                 yield Check("uneven refused elsewhere", False, "it loads without this library, as another model")
@@ -195,6 +198,11 @@ class _Subject:
         yield _close("padded", answers(moe.model, self.inputs), masked)
         with tempfile.TemporaryDirectory() as folder:
             yield from self._saved("padded saved", moe, Path(folder), self.load)
+
+    def _load_with_compressor(self, folder: Path) -> Any:
+        layer = self.moe.layers[0]
+        owner = next(self._module(layer.experts).parameters())
+        return checkpoints.load_model(Checkpoint(str(folder), folder), dtype=str(owner.dtype).removeprefix("torch."))
 
     def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
         save(moe, folder)
@@ -227,8 +235,6 @@ class _Subject:
     def _layer_statistics(self, layer: MoELayer) -> Check:
         name = f"statistics of {layer.path}"
         kept = _choose(layer, _counts(layer)[:1] or [layer.num_experts], seed=1)
-        probe = layer.router_probe
-        at = layer.path if probe.block_runs or probe.call == "list" else layer.experts
         seen: list[tuple[Tensor, RoutedTokens]] = []
 
         def visit(tokens: RoutedTokens) -> None:
@@ -236,19 +242,23 @@ class _Subject:
 
         ids = self.inputs["input_ids"]
         real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
-        with _outputs_of(self.moe.model, at) as full, self.moe.watched({layer.path: visit}, real):
+        places = (layer.path, layer.experts if not isinstance(self._module(layer.experts), nn.ModuleList) else layer.path)
+        with _outputs_of(self.moe.model, places) as full, self.moe.watched({layer.path: visit}, real):
             answers(self.moe.model, self.inputs)
         if not seen:
             return Check(name, None, "no text token comes here")
         predicted, tokens = seen[0]
-        with _outputs_of(self.moe.model, at) as masked, self.moe.masked({layer.path: kept}):
+        with _outputs_of(self.moe.model, places) as masked, self.moe.masked({layer.path: kept}):
             answers(self.moe.model, self.inputs)
+        # shared experts may take part in the renormalisation: then the block's output changes with them too
+        rows = max(len(self.moe.model.get_parameter(weight)) for weight in layer.router_weights)
+        at = 0 if tokens.at_block and rows == layer.num_choices else 1
         # layers before this one are not masked, so it is given the same tokens in both runs
-        change = (masked[0].double() - full[0].double()).reshape(len(predicted), -1)
+        change = (masked[at][-1].double() - full[at][-1].double()).reshape(len(predicted), -1)
         if not change.norm():
             return Check(name, None, "masking changes nothing here")
         error = float((predicted - change).norm() / change.norm())
-        limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(self.model.dtype, 0.1)
+        limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(tokens.hidden_TH.dtype, 0.1)
         rule = "closed rule" if tokens.rule is not None else "replay"
         return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
 
@@ -343,8 +353,6 @@ def save(moe: MoEModel, folder: Path) -> None:
     checkpoints.save_checkpoint(moe.model, None, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
 
 
-def _load_with_compressor(folder: Path) -> Any:
-    return checkpoints.load_model(Checkpoint(str(folder), folder))
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:
@@ -385,14 +393,19 @@ def _generated(model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 
 @contextmanager
-def _outputs_of(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
+def _outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[list[Tensor]]]:
+    found: list[list[Tensor]] = [[] for _ in paths]
 
-    def take(module: nn.Module, args: Any, output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+    def take(place: list[Tensor]) -> Callable[..., None]:
+        return lambda module, args, output: place.append(
+            (output[0] if isinstance(output, tuple) else output).detach().clone()
+        )
 
-    hook = model.get_submodule(path).register_forward_hook(take)
+    hooks = [
+        model.get_submodule(path).register_forward_hook(take(place)) for path, place in zip(paths, found, strict=True)
+    ]
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
