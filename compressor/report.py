@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from rich import box
@@ -157,9 +157,9 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
         for method in plugin.methods:
             summary = (method.__doc__ or "").strip().split("\n")[0]
             console.print(Text(f"  {method.name} (version {method.version}): {summary}"))
-            table = _table("option", "type", "default", "meaning", wrap=("meaning",))
+            table = _table("option", "type", "default", "meaning", wrap=("type", "meaning"))
             for name, field in method.options_type.model_fields.items():
-                kind = re.sub(r"\s*\|\s*None|typing\.|Strict", "", _type_name(field.annotation))
+                kind = _type_name(field.annotation)
                 default = "required" if field.is_required() else _text_or_nothing(field.default)
                 table.add_row(*map(Text, (name, kind, default, field.description or "")))
             console.print(table)
@@ -168,12 +168,18 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
 
 
 def _type_name(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Annotated:
+    """As a recipe's author would say it: without None, and without what checks a value."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
         return _type_name(arguments[0])
-    if arguments and get_origin(annotation) in (Union, UnionType):
-        return " | ".join(_type_name(argument) for argument in arguments if argument is not type(None))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if origin in (Union, UnionType):
+        kinds = [_type_name(argument) for argument in arguments if argument is not type(None)]
+        return " | ".join(dict.fromkeys(kinds))
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join('…' if one is ... else _type_name(one) for one in arguments)}]"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
 def _text_or_nothing(value: Any) -> str:

@@ -113,7 +113,7 @@ class ExpertPruning(Method[ExpertPruningOptions]):
 
     def _check_search(self, layer: MoELayer) -> None:
         if layer.watch_problem is not None:
-            raise self._refused(f"{layer.path}: its experts cannot be compared: {layer.watch_problem}")
+            raise self._refused(f"{layer.watch_problem}.")
         sets, ranks = self._num_sets(layer), self._num_ranks(layer)
         if sets <= self.options.max_subsets and ranks <= _MAX_RANKS:
             return
@@ -142,7 +142,7 @@ class ExpertPruning(Method[ExpertPruningOptions]):
             raise OptionError("padded", f"every layer keeps {most} experts, so there is nothing to pad; leave it out.")
         for layer in layers:
             if layer.padding_problem is not None and (self.options.budget or planned[layer.path] < most):
-                raise OptionError("padded", f"{layer.path}: {layer.padding_problem}")
+                raise OptionError("padded", f"{layer.path}: cannot be padded: {layer.padding_problem}.")
         if self.options.budget:
             return "padded to the largest layer's count: what the other layers drop beyond that saves no memory"
         stay = {layer.path: most - planned[layer.path] for layer in layers}

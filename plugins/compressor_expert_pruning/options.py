@@ -37,7 +37,7 @@ def _possible(amount: int | float) -> int | float:
 
 
 def _possible_mean(mean: int | float) -> int | float:
-    if not mean > 0 or mean == 1.0 or not math.isfinite(mean):
+    if not 0 < mean < math.inf or (isinstance(mean, float) and mean == 1.0):
         raise ValueError(f"found {mean}; a mean is a number of experts such as 6 or 5.5, or a fraction such as 0.75")
     return mean
 
@@ -77,10 +77,7 @@ class Budget(Options):
 
 
 Keep = Annotated[
-    # anything that is no mapping goes to the first, so that the message names both kinds of value
-    Annotated[Amount | dict[str, Any], Tag("amount")]
-    | Annotated[Budget, Tag("budget")]
-    | Annotated[CountsOfLayers, Tag("layers")],
+    Annotated[Amount, Tag("amount")] | Annotated[CountsOfLayers, Tag("layers")] | Annotated[Budget, Tag("budget")],
     Discriminator(_kind),
 ]
 
