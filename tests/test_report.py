@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -279,6 +279,21 @@ def test_counts_worth_showing(num_experts: int, top_k: int, counts: list[int]) -
     assert report.sensible_counts(inspection(num_experts, top_k)["layers"]) == counts
     for most in range(2, 600):
         assert len(report.sensible_counts([{"num_experts": most, "top_k": 1}])) <= 16
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name"),
+    [
+        (int | None, "int"),
+        (Annotated[int, "checked"] | float | Annotated[int, "otherwise"], "int | float"),
+        (dict[Annotated[str, print], int | None] | None, "dict[str, int]"),
+        (tuple[int, ...] | dict[str, Any], "tuple[int, …] | dict[str, Any]"),
+        (Literal["mean", 1] | None, "mean | 1"),
+        (bool, "bool"),
+    ],
+)
+def test_types_of_options_as_an_author_says_them(annotation: Any, name: str) -> None:
+    assert report._type_name(annotation) == name
 
 
 def test_model_card() -> None:
