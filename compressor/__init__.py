@@ -29,11 +29,24 @@ from compressor.plugins import hookimpl
 if TYPE_CHECKING:
     from compressor.engine import CompressionResult, compress, load
     from compressor.method import Decision, Method, OptionError, Options, Plan
-    from compressor.moe import MoELayer, MoEModel, RankedChunk, RoutedTokens, RoutingRule, count_problem
+    from compressor.moe import (
+        Adapter,
+        ConfigLeaf,
+        MoELayer,
+        MoEModel,
+        RankedChunk,
+        RoutedTokens,
+        RoutingRule,
+        Structure,
+        count_problem,
+        find_structure,
+    )
     from compressor.statistics import Statistic
 
 _HOME = {
+    "Adapter": "moe",
     "CompressionResult": "engine",
+    "ConfigLeaf": "moe",
     "Decision": "method",
     "Method": "method",
     "MoELayer": "moe",
@@ -45,16 +58,20 @@ _HOME = {
     "RoutedTokens": "moe",
     "RoutingRule": "moe",
     "Statistic": "statistics",
+    "Structure": "moe",
     "compress": "engine",
     "count_problem": "moe",
+    "find_structure": "moe",
     "load": "engine",
 }
 
 __all__ = [
+    "Adapter",
     "CalibrationError",
     "CheckpointError",
     "CompressionResult",
     "CompressorError",
+    "ConfigLeaf",
     "Decision",
     "EvaluationError",
     "Method",
@@ -69,11 +86,13 @@ __all__ = [
     "RoutedTokens",
     "RoutingRule",
     "Statistic",
+    "Structure",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
     "compress",
     "count_problem",
+    "find_structure",
     "hookimpl",
     "load",
 ]

@@ -17,7 +17,7 @@ import re
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 from compressor.errors import CheckpointError, UnsupportedModelError
-from compressor.moe import UNEVEN_KEY, ConfigLeaf, settle, uneven_class, uneven_counts
+from compressor.moe import UNEVEN_KEY, Adapter, ConfigLeaf, settle, structure_of, uneven_class, uneven_counts
 
 DEMO = "demo"
 
@@ -518,7 +518,14 @@ def _spellings(config: Any, key: str) -> set[str]:
 # Loading ---------------------------------------------------------------------------------------------------
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", like: Any = None) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    like: Any = None,
+    adapters: Sequence[Adapter] = (),
+) -> Any:
     """Load the model and refuse what transformers would only warn of.
 
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
@@ -526,7 +533,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cp
     CheckpointError.
     """
     config = load_config(checkpoint)
-    cls = _class_to_load(checkpoint, config)
+    cls = _class_to_load(checkpoint, config, adapters)
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
@@ -561,10 +568,12 @@ def _implementations(config: Any, name: str) -> dict[str, Any]:
     return {"": getattr(config, name, None)} | {key: _implementations(part, name) for key, part in parts.items()}
 
 
-def _class_to_load(checkpoint: Checkpoint, config: Any) -> Any:
+def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapter]) -> Any:
     """The model's class, or for layers with different numbers of experts one that builds them so."""
     cls = model_class(checkpoint, config)
-    return uneven_class(cls, config) if uneven_counts(config) else cls
+    if not uneven_counts(config):
+        return cls
+    return uneven_class(cls, config, structure_of(cls, config, adapters, plain=True))
 
 
 @torch.no_grad()

@@ -110,9 +110,10 @@ def check(
     from compressor.plugins import load_plugins
     from compressor.recipe import load_recipe
 
-    methods = load_plugins(without or []).methods
+    plugins = load_plugins(without or [])
+    methods = plugins.methods
     loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
-    report.print_plan(plan.check(loaded).plan, _console())
+    report.print_plan(plan.check(loaded, plugins.adapters).plan, _console())
 
 
 @app.command()
@@ -120,8 +121,10 @@ def inspect(model: ModelArgument, trust_remote_code: TrustOption = False) -> Non
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
     _calm()
     from compressor import plan, report
+    from compressor.plugins import load_plugins
 
-    report.print_inspection(plan.inspect(model, trust_remote_code=trust_remote_code), _console())
+    adapters = load_plugins().adapters
+    report.print_inspection(plan.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters), _console())
 
 
 @app.command()

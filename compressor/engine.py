@@ -32,7 +32,7 @@ from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
 from compressor.method import Decision, Method
-from compressor.moe import MoEModel, refuse_quantised
+from compressor.moe import Adapter, MoEModel, refuse_quantised, structure_of
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
@@ -96,10 +96,11 @@ def load(
     folder = Path(folder)
     found = checkpoints.find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     checkpoints.verify_files(found.folder)
-    model = checkpoints.load_model(found, dtype=dtype, device=device)
+    adapters = load_plugins().adapters
+    model = checkpoints.load_model(found, dtype=dtype, device=device, adapters=adapters)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
-        moe = MoEModel(model)
+        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
         for done in _read_decision(record_path):
             _method_of(done, record_path).restore(moe, done["decision"])
     return model, checkpoints.load_tokenizer(found)
@@ -142,7 +143,9 @@ def apply_decision(
         found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
         checkpoints.verify_files(found.folder)
         progress.say(f"loading {model_reference}")
-        moe = MoEModel(checkpoints.load_model(found))
+        adapters = load_plugins().adapters
+        model = checkpoints.load_model(found, adapters=adapters)
+        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
         original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
         for done, method in zip(passes, methods, strict=True):
             try:
@@ -155,7 +158,7 @@ def apply_decision(
         left_out = checkpoints.find_left_out(found.folder, checkpoints.load_config(found), type(moe.model))
         if left_out:
             progress.say(plan.left_out_note(left_out))
-        save_verified(moe, found, folder, probe, left_out)
+        save_verified(moe, found, folder, probe, left_out, adapters)
         written = {"format": FORMAT, "passes": passes} | _left_out_json(left_out)
         _write_json(folder.path / "compressor" / DECISION, written)
         folder.finish()
@@ -225,19 +228,22 @@ def save_verified(
     folder: OutputFolder,
     probe: TokenBatch,
     left_out: LeftOut | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
     """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
 
     Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
     """
-    leaf = moe.structure.num_experts_leaf
     folder.require_space(measure.size(moe.model).bytes)
-    counts = {leaf: leaf.get(moe.config)}
+    leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
+    counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
     checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
     checkpoints.verify_files(folder.path)
     trust = found.trust_remote_code if found else False
     device = str(next(moe.model.parameters()).device)
-    again = checkpoints.load_model(Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model)
+    again = checkpoints.load_model(
+        Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model, adapters=adapters
+    )
     live, loaded = moe.model.state_dict(), again.state_dict()
     different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
     if different or len(live) != len(loaded):
@@ -345,7 +351,8 @@ class _Run:
             with self._timed("save"):
                 self.progress.say("saving, and loading again to compare")
                 probe = _check_batch(batches[0])
-                save_verified(moe, subject.checkpoint, folder, probe, subject.preview.left_out)
+                left_out = subject.preview.left_out
+                save_verified(moe, subject.checkpoint, folder, probe, left_out, self.plugins.adapters)
         record = self._record(subject, sources, passes)
         if before is not None and after is not None:
             if subject.checkpoint:
@@ -379,7 +386,7 @@ class _Run:
         """Everything that can be known, or refused, before weights are read."""
         loaded = self.loaded if with_passes else dataclasses.replace(self.loaded, passes=())
         if given_model is None:
-            preview = plan.check(loaded)
+            preview = plan.check(loaded, self.plugins.adapters)
             found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             return _Subject(found, None, checkpoints.load_config(found), preview, digest)
@@ -389,7 +396,7 @@ class _Run:
         origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
         has_folder = bool(config._name_or_path) and (source / "config.json").exists()
         left_out = checkpoints.find_left_out(source, config, type(given_model)) if has_folder else None
-        preview = plan.preview(loaded, origin, config, type(given_model), left_out)
+        preview = plan.preview(loaded, origin, config, type(given_model), left_out, self.plugins.adapters)
         return _Subject(origin if has_folder else None, given_model, config, preview, None)
 
     def _load(self, subject: _Subject) -> MoEModel:
@@ -397,9 +404,14 @@ class _Run:
             return MoEModel(copy.deepcopy(subject.live).eval(), subject.preview.structure)
         assert subject.checkpoint is not None
         self.progress.say(f"loading {self.recipe.model}")
-        model = checkpoints.load_model(subject.checkpoint, dtype=self.recipe.dtype, device=self.recipe.device)
+        model = self._load_model(subject.checkpoint)
         checkpoints.refuse_not_finite(model, self.recipe.model)
         return MoEModel(model, subject.preview.structure)
+
+    def _load_model(self, found: Checkpoint) -> Any:
+        return checkpoints.load_model(
+            found, dtype=self.recipe.dtype, device=self.recipe.device, adapters=self.plugins.adapters
+        )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         recipe, seed = self.recipe, self.recipe.seed
@@ -555,7 +567,7 @@ class _Run:
         original = subject.live
         if original is None:
             assert subject.checkpoint is not None
-            original = checkpoints.load_model(subject.checkpoint, dtype=self.recipe.dtype, device=self.recipe.device)
+            original = self._load_model(subject.checkpoint)
         vocabulary = _vocabulary(moe.model)
         models = {"before": original, "after": moe.model}
         return measure.speed(models, vocab_size=vocabulary, seed=self.recipe.seed).to_json()

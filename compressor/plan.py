@@ -12,7 +12,7 @@ import torch
 from compressor import checkpoint as checkpoints
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.method import OptionError, Plan
-from compressor.moe import MoELayer, Structure, find_structure, refuse_quantised
+from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, structure_of
 from compressor.recipe import LoadedRecipe, ResolvedPass
 from compressor.report import human_bytes
 
@@ -31,14 +31,14 @@ class Preview:
     plan: dict[str, Any]
 
 
-def check(loaded: LoadedRecipe) -> Preview:
+def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
     """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
     recipe = loaded.recipe
     found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
     config = checkpoints.load_config(found)
     refuse_quantised(config)
     cls = checkpoints.model_class(found, config)
-    return preview(loaded, found, config, cls, checkpoints.find_left_out(found.folder, config, cls))
+    return preview(loaded, found, config, cls, checkpoints.find_left_out(found.folder, config, cls), adapters)
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
@@ -54,15 +54,27 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
             )
 
 
-def preview(loaded: LoadedRecipe, found: Checkpoint, config: Any, cls: Any, left_out: LeftOut | None) -> Preview:
+def preview(
+    loaded: LoadedRecipe,
+    found: Checkpoint,
+    config: Any,
+    cls: Any,
+    left_out: LeftOut | None,
+    adapters: Sequence[Adapter] = (),
+) -> Preview:
     """The same for a model whose class and config are at hand."""
     _check_evaluation(loaded, cls, config)
-    structure = find_structure(cls, config)
+    structure = structure_of(cls, config, adapters)
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         layers = tuple(
-            dataclasses.replace(layer, num_experts=plan.num_kept.get(layer.path, layer.num_experts)) for layer in layers
+            dataclasses.replace(
+                layer,
+                num_experts=plan.num_kept.get(layer.path, layer.num_experts),
+                top_k=plan.top_k or layer.top_k,
+            )
+            for layer in layers
         )
         notes += plan.notes
     dtype = _dtype(loaded.recipe.dtype, config)
@@ -112,18 +124,21 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
         raise loaded.error((*resolved.path, error.option), str(error)) from error
 
 
-def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
     found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
     config = checkpoints.load_config(found)
     cls = checkpoints.model_class(found, config)
-    structure = find_structure(cls, config)
+    structure = structure_of(cls, config, adapters)
     left_out = checkpoints.find_left_out(found.folder, config, cls)
     dtype = _dtype("auto", config)
     experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
     notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
     if not structure.top_k_leaf:
         notes.append("the number of experts per token is fixed by the model's code")
+    if structure.other_leaves:
+        others = ", ".join(f"`{leaf}`" for leaf in structure.other_leaves)
+        notes.append(f"experts counted by {others} (other parts of the model) are left as they are")
     if left_out:
         notes.append(left_out_note(left_out))
     if getattr(config, "quantization_config", None) is not None:

@@ -17,6 +17,7 @@ from compressor.errors import PluginError
 
 if TYPE_CHECKING:
     from compressor.method import Method
+    from compressor.moe import Adapter
 
 GROUP = "compressor"
 
@@ -31,15 +32,20 @@ class Hooks:
     def compressor_methods(self) -> list[type[Method[Any]]]:  # type: ignore[empty-body]
         """Compression methods: subclasses of `compressor.Method`, each with its own `name`."""
 
+    @hookspec
+    def compressor_adapters(self) -> list[Adapter]:  # type: ignore[empty-body]
+        """Adapters for models whose structure cannot be found by itself: instances of `compressor.Adapter`."""
+
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin: the entry point's name, the distribution it came with, and the methods it offers."""
+    """An installed plugin: the entry point's name, the distribution it came with, and what it offers."""
 
     name: str
     distribution: str
     version: str
     methods: tuple[type[Method[Any]], ...]
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Plugins:
 
     plugins: tuple[Plugin, ...]
     methods: Mapping[str, type[Method[Any]]]
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters of all plugins."""
+        return tuple(adapter for plugin in self.plugins for adapter in plugin.adapters)
 
 
 def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
@@ -97,11 +108,8 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
             raise PluginError(f"{who}: its module {entry.value} is registered under another name too.")
         manager.register(module, name=entry.name)
         manager.check_pending()
-        answers: list[Any] = [
-            implementation.function()
-            for implementation in manager.hook.compressor_methods.get_hookimpls()
-            if implementation.plugin is module
-        ]
+        answers = _answers(manager.hook.compressor_methods, module)
+        adapter_answers = _answers(manager.hook.compressor_adapters, module)
     except PluginError:
         raise
     except Exception as error:  # a plugin may fail in any way; the run stops, naming it
@@ -109,15 +117,35 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
             f"{who} cannot be loaded: {type(error).__name__}: {error}. Mend or uninstall it, or run with "
             f"--without {entry.name}."
         ) from error
-    if not answers:
-        raise PluginError(f"{who}: {entry.value} has no function `compressor_methods` marked @compressor.hookimpl.")
+    if not answers and not adapter_answers:
+        raise PluginError(
+            f"{who}: {entry.value} has no function `compressor_methods` or `compressor_adapters` marked "
+            f"@compressor.hookimpl."
+        )
     for answer in answers:
         if not isinstance(answer, list | tuple):
             raise PluginError(f"{who}: compressor_methods() answers {answer!r}, expected a list of methods.")
     methods = tuple(method for answer in answers for method in answer)
     for method in methods:
         _verify(method, who)
-    return Plugin(entry.name, distribution, version, methods)
+    adapters = tuple(adapter for answer in adapter_answers for adapter in _adapters(answer, who))
+    return Plugin(entry.name, distribution, version, methods, adapters)
+
+
+def _answers(hook: Any, module: Any) -> list[Any]:
+    """What one plugin answers to one hook."""
+    return [implementation.function() for implementation in hook.get_hookimpls() if implementation.plugin is module]
+
+
+def _adapters(answer: Any, who: str) -> list[Adapter]:
+    from compressor.moe import Adapter
+
+    if not isinstance(answer, list | tuple):
+        raise PluginError(f"{who}: compressor_adapters() answers {answer!r}, expected a list of adapters.")
+    for adapter in answer:
+        if not isinstance(adapter, Adapter) or not isinstance(getattr(adapter, "name", None), str):
+            raise PluginError(f"{who}: {adapter!r} is not an instance of compressor.Adapter with a `name`.")
+    return list(answer)
 
 
 def _verify(method: Any, who: str) -> None:

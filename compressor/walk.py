@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import TokenBatch
-from compressor.moe import MoEModel, RealTokens
+from compressor.errors import CalibrationError
+from compressor.moe import MoEModel, RealTokens, RoutedTokens
 from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
 
@@ -43,7 +44,16 @@ def observe(
     real = RealTokens()
     was_training = model.training
     model.eval()
-    visitors = {path: statistic.update for path, statistic in statistics.items()}
+    seen: set[str] = set()
+
+    def visitor(path: str, statistic: Statistic) -> Callable[[RoutedTokens], None]:
+        def visit(tokens: RoutedTokens) -> None:
+            seen.add(path)
+            statistic.update(tokens)
+
+        return visit
+
+    visitors = {path: visitor(path, statistic) for path, statistic in statistics.items()}
     try:
         with (
             moe.watched(visitors, real),
@@ -55,6 +65,13 @@ def observe(
                 body(**model_inputs(body, batch))
     finally:
         model.train(was_training)
+    unseen = [path for path in statistics if path not in seen]
+    if unseen:
+        raise CalibrationError(
+            f"{unseen[0]}: no token of the calibration text comes to this layer (a layer for images, say), so its "
+            f"experts "
+            f"cannot be judged. Prune the other layers only: name them under `keep:`."
+        )
 
 
 def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:

@@ -4,12 +4,14 @@ structure   everything that is indexed by expert, found by building the model tw
 probe       how a block routes, found by running a part of it on random weights
 logits      the linear map inside a router: seen, masked, replaced
 routing     masking experts inside a router; the rule that turns logits into weights
+adapter     who explains a model: adapters of plugins, or what is found by itself
 counts      numbers of experts that differ from layer to layer: config, building, slicing
 tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
 model       MoEModel: layers, masked, watched, keep
 """
 
+from compressor.moe.adapter import Adapter, structure_of
 from compressor.moe.counts import KEY as UNEVEN_KEY
 from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
@@ -20,6 +22,7 @@ from compressor.moe.tokens import RankedChunk, RoutedTokens
 
 __all__ = [
     "UNEVEN_KEY",
+    "Adapter",
     "ConfigLeaf",
     "ExpertAxis",
     "Kept",
@@ -35,6 +38,7 @@ __all__ = [
     "find_structure",
     "refuse_quantised",
     "settle",
+    "structure_of",
     "uneven_class",
     "uneven_counts",
 ]

@@ -1,9 +1,9 @@
 """Numbers of experts that differ from layer to layer, which no class of transformers builds.
 
-The standard key of the config keeps the count that the class is built with; `config.compressor` says which layer has how
-many. A model is loaded by building its class, on the meta device, and taking experts out of the layers before any weight
-is read: transformers' own loader does the rest. Without this library such a checkpoint is refused, since its tensors do
-not have the shapes that the config speaks of.
+The standard key of the config keeps the count that the class is built with; `config.compressor` says which layer has
+how many. A model is loaded by building its class, on the meta device, and taking experts out of the layers before any
+weight is read: transformers' own loader does the rest. Without this library such a checkpoint is refused, since its
+tensors do not have the shapes that the config speaks of.
 
 Two more things differ in such a model: modules that look at the config while they run are given a config of their own,
 and the load-balancing loss, which needs router logits of one width, is refused.
@@ -20,21 +20,23 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
-from compressor.moe.structure import MoELayer, Structure, find_structure
+from compressor.moe.structure import MoELayer, Structure
 
 KEY = "compressor"
 """The config's key; its value is `{"format": 1, "num_experts": {layer path: count}}`."""
 
 
 def uneven_counts(config: Any) -> dict[str, int]:
-    """Layer path → number of experts, as far as the config says more than one number for all. Raises CheckpointError."""
+    """Layer path → number of experts, as far as the config says more than one number for all. Raises
+    CheckpointError.
+    """
     entry = getattr(config, KEY, None)
     if entry is None:
         return {}
     counts = entry.get("num_experts") if isinstance(entry, Mapping) and entry.get("format") == 1 else None
     if not isinstance(counts, Mapping) or not all(type(count) is int and count > 0 for count in counts.values()):
         raise CheckpointError(
-            f"config.json: `{KEY}` should be {{\"format\": 1, \"num_experts\": {{layer path: count}}}}, found {entry!r}."
+            f'config.json: `{KEY}` should be {{"format": 1, "num_experts": {{layer path: count}}}}, found {entry!r}.'
         )
     return dict(counts)
 
@@ -80,8 +82,13 @@ def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
         )
 
 
-def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> MoELayer:
-    """Take all experts but `kept` out of a layer: tensors, modules in lists, integers. Returns the layer as it is then."""
+def slice_layer(
+    model: nn.Module, layer: MoELayer, kept: Sequence[int], made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> MoELayer:
+    """Take all experts but `kept` out of a layer: tensors, modules in lists, integers. Returns the layer as it is then.
+
+    `made` remembers old tensor and new one by the old one's id, so that layers which share weights go on doing so.
+    """
     in_lists = tuple(path + "." for path in layer.containers)
     for name, axis in layer.tensors.items():
         if in_lists and name.startswith(in_lists):
@@ -91,9 +98,12 @@ def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> MoELa
         old = getattr(module, leaf)
         if old.shape[axis.dim] == axis.size(len(kept)) != axis.size(layer.num_experts):
             continue  # shared with a layer that was sliced before
-        new = old.index_select(axis.dim, axis.rows(kept, layer.num_experts).to(old.device))
+        if id(old) not in made:
+            new = old.index_select(axis.dim, axis.rows(kept, layer.num_experts).to(old.device))
+            made[id(old)] = old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        new = made[id(old)][1]
         if isinstance(old, nn.Parameter):
-            module._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+            module._parameters[leaf] = new
         else:
             module._buffers[leaf] = new
     containers = {}
@@ -109,12 +119,13 @@ def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> MoELa
     return dataclasses.replace(layer, num_experts=len(kept), containers=containers)
 
 
-def uneven_class(model_class: type[Any], config: Any, structure: Structure | None = None) -> type[Any]:
+def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> type[Any]:
     """A class that builds what `config.compressor` says: hand it to `from_pretrained`, then call `settle` on the model.
+
+    `structure` is that of the plain class, with its one count for all layers.
 
     Raises CheckpointError where the config names layers or counts that the class cannot have.
     """
-    structure = structure or find_structure(model_class, config)
     counts = uneven_counts(config)
     known = {layer.path: layer for layer in structure.layers}
     for path, count in counts.items():
@@ -126,7 +137,10 @@ def uneven_class(model_class: type[Any], config: Any, structure: Structure | Non
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         model_class.__init__(self, *args, **kwargs)
-        layers = [slice_layer(self, layer, range(counts.get(layer.path, layer.num_experts))) for layer in known.values()]
+        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        layers = [
+            slice_layer(self, layer, range(counts.get(layer.path, layer.num_experts)), made) for layer in known.values()
+        ]
         for layer in layers:
             if layer.is_list:  # some classes initialise experts by the config's count: nothing here needs it
                 for module in self.get_submodule(layer.path).modules():

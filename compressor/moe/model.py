@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.moe.adapter import structure_of
 from compressor.moe.counts import slice_layer, uneven_counts, write_counts
 from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import (
@@ -23,7 +24,7 @@ from compressor.moe.routing import (
     top_k_set,
     write_top_k,
 )
-from compressor.moe.structure import MoELayer, Structure, find_structure
+from compressor.moe.structure import MoELayer, Structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
 Kept = Mapping[str, Sequence[int]]
@@ -42,7 +43,7 @@ class MoEModel:
         self.model = model
         self.config: Any = model.config
         refuse_quantised(self.config)
-        self.structure = structure or find_structure(type(model), self.config)
+        self.structure = structure or structure_of(type(model), self.config)
         self.structure = self.structure.with_counts(uneven_counts(self.config))
         self._check_shapes()
         self._check_ids()
@@ -126,7 +127,8 @@ class MoEModel:
         if padded:
             checked, switched_off = self._padded(checked)
         self._check_shared_tensors(checked)
-        layers = tuple(self._keep_in_layer(layer, checked[layer.path]) for layer in self.layers)
+        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        layers = tuple(self._keep_in_layer(layer, checked[layer.path], made) for layer in self.layers)
         self.structure = dataclasses.replace(
             self.structure, layers=layers, shapes={n: tuple(t.shape) for n, t in _tensors(self.model)},
             num_parameters=sum(p.numel() for p in self.model.parameters()),
@@ -184,7 +186,9 @@ class MoEModel:
             switched_off[layer.path] = [position for position, expert in enumerate(ids) if expert not in own]
         return filled, switched_off
 
-    def _keep_in_layer(self, layer: MoELayer, kept: Sequence[int]) -> MoELayer:
+    def _keep_in_layer(
+        self, layer: MoELayer, kept: Sequence[int], made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> MoELayer:
         for name in layer.id_tensors:
             table = tensor_at(self.model, name)
             dropped = dropped_experts(layer, kept, table.device)
@@ -195,7 +199,7 @@ class MoEModel:
             if not table.is_meta:
                 rows = router_weights(self.model, layer)[0][: layer.num_experts]
                 table.copy_(new_id[redirected(table, dropped, rows).long()])
-        return slice_layer(self.model, layer, kept)
+        return slice_layer(self.model, layer, kept, made)
 
 
 def check_kept(layer: MoELayer, kept: Sequence[int], *, top_k: int | None = None) -> list[int]:

@@ -57,9 +57,7 @@ class Place:
         """Names that may be selection biases: expert-indexed, outside the experts, called a bias."""
         own = self.experts + "." if self.experts != self.block else None
         return tuple(
-            name
-            for name in self.tensors
-            if "bias" in name.rpartition(".")[2] and not (own and name.startswith(own))
+            name for name in self.tensors if "bias" in name.rpartition(".")[2] and not (own and name.startswith(own))
         )
 
 
@@ -144,7 +142,7 @@ def probe_router(
 # Tracing ---------------------------------------------------------------------------------------------------
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward
     """The traced forward has come to the experts; nothing behind them matters."""
 
 
@@ -350,7 +348,9 @@ class _LoneRouter:
 def _fill(tensor: Tensor, generator: torch.Generator, num_experts: int) -> None:
     """Random numbers of about unit gain; integers become distinct expert ids along the last dimension."""
     if tensor.is_floating_point():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) / max(1, tensor.shape[-1] if tensor.dim() else 1) ** 0.5)
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=generator) / max(1, tensor.shape[-1] if tensor.dim() else 1) ** 0.5
+        )
     else:
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % max(1, num_experts))
 

@@ -20,6 +20,7 @@ from compressor.moe.structure import MoELayer, Structure
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
+
 def dropped_experts(layer: MoELayer, kept: Sequence[int], device: torch.device) -> Tensor:
     """The ids that are not kept, ascending, int64."""
     return torch.tensor(sorted(set(range(layer.num_experts)) - set(kept)), dtype=torch.int64, device=device)
@@ -85,7 +86,7 @@ def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
     new = ids.clone()
     for column in range(ids.shape[-1]):
         where = is_dropped_E[new[:, column].long()].nonzero()[:, 0]
-        for part in where.split(2**22 // len(rows_EH) + 1):
+        for part in where.split(2**22 // len(rows_EH) + 1):  # type: ignore[no-untyped-call]
             alike = alike_EE[new[part, column].long()].scatter(1, new[part].long(), float("-inf"))
             new[part, column] = alike.argmax(-1).to(new.dtype)
     return new

@@ -48,9 +48,7 @@ class RealTokens:
 
 
 @contextmanager
-def tapped(
-    model: nn.Module, structure: Structure, visitors: Mapping[str, Visitor], real: RealTokens
-) -> Iterator[None]:
+def tapped(model: nn.Module, structure: Structure, visitors: Mapping[str, Visitor], real: RealTokens) -> Iterator[None]:
     """Within the context, each visitor is called with the RoutedTokens of its layer whenever the layer runs.
 
     Raises UnsupportedModelError, naming the layer, where a layer cannot be watched.
@@ -68,7 +66,7 @@ def tapped(
         yield
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward
     """A block that is run again has come to its experts; nothing behind them matters."""
 
 
@@ -148,7 +146,8 @@ class _Tap:
             return
         if mode.seen is None:
             raise UnsupportedModelError(
-                f"{self.layer.router}: saw no linear map with its weights inside its forward, so its logits are unknown."
+                f"{self.layer.router}: saw no linear map with its weights inside its forward, so its logits are "
+                f"unknown."
             )
         self._logits, self._router_output = mode.seen, output
 

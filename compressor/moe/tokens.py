@@ -62,7 +62,9 @@ class RoutedTokens:
     lift: Lift | None = None
     """How the block carries its experts' output to its own, where it scales or projects it."""
     at_block: bool = True
-    """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give them."""
+    """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give
+    them.
+    """
     output_TH: Tensor | None = field(default=None, repr=False)
     """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
     experts_output_TH: Tensor | None = field(default=None, repr=False)
@@ -74,7 +76,8 @@ class RoutedTokens:
         return len(self.hidden_TH)
 
     def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
-        """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's output.
+        """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's
+        output.
 
         Costs num_ranks / K ordinary forwards of the experts. The first K ranks are the experts really chosen, so the
         layer's own output falls out on the way.

@@ -30,8 +30,8 @@ from compressor.testing.tiny import answers
 _EXACT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Largest relative difference of a token's answer that rounding explains."""
 _TIES = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.5, torch.float16: 0.25}
-"""Share of tokens that may differ by more. Experts tie often in half precision, where a tie may fall anew; of a few dozen
-tokens one that does so changes all that follow it in its sequence.
+"""Share of tokens that may differ by more. Experts tie often in half precision, where a tie may fall anew; of a few
+dozen tokens one that does so changes all that follow it in its sequence.
 """
 
 
@@ -242,7 +242,10 @@ class _Subject:
 
         ids = self.inputs["input_ids"]
         real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
-        places = (layer.path, layer.experts if not isinstance(self._module(layer.experts), nn.ModuleList) else layer.path)
+        places = (
+            layer.path,
+            layer.experts if not isinstance(self._module(layer.experts), nn.ModuleList) else layer.path,
+        )
         with _outputs_of(self.moe.model, places) as full, self.moe.watched({layer.path: visit}, real):
             answers(self.moe.model, self.inputs)
         if not seen:
@@ -340,7 +343,9 @@ def kept_unevenly(moe: MoEModel) -> dict[str, list[int]] | None:
 def _seed(moe: MoEModel, layer: MoELayer) -> int:
     """The number of the first layer that holds this layer's weights."""
     first = next(iter(layer.tensors), None)
-    tensors = dict([*moe.model.named_parameters(remove_duplicate=False), *moe.model.named_buffers(remove_duplicate=False)])
+    tensors = dict(
+        [*moe.model.named_parameters(remove_duplicate=False), *moe.model.named_buffers(remove_duplicate=False)]
+    )
     for number, other in enumerate(moe.layers):
         if other is layer or (first and any(tensors[name] is tensors[first] for name in other.tensors)):
             return number
@@ -351,8 +356,6 @@ def save(moe: MoEModel, folder: Path) -> None:
     """Write a live model as a run would."""
     leaves = [moe.structure.num_experts_leaf] + ([moe.structure.top_k_leaf] if moe.structure.top_k_leaf else [])
     checkpoints.save_checkpoint(moe.model, None, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
-
-
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:

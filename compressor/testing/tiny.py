@@ -513,7 +513,7 @@ def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
         elif leaf == "tid2eid":
             rows, top_k = buffer.shape
-            num_experts = model.get_submodule(owner).num_experts
+            num_experts = int(model.get_submodule(owner).num_experts)  # type: ignore[arg-type]
             buffer.copy_(torch.rand(rows, num_experts, generator=generator).argsort(dim=-1)[:, :top_k])
 
 
