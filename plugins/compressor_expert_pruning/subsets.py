@@ -157,7 +157,8 @@ def rescaled_errors(
     squared_cP = (product_cPM * weights_cPM).sum(-1)
     with_full_cP = (product_cPM * full_cM[:, None]).sum(-1)
     errors_cP = choice_errors(weights_cPM, full_cM, gram_cMM)
-    growth_cS = 1.0 / (affinity_cN @ keep_SN.T.double()) - 1.0
+    keep_NS = keep_SN.T.double()
+    growth_cS = (affinity_cN @ (1.0 - keep_NS)) / (affinity_cN @ keep_NS)  # 1/Z − 1, and exactly 0 if all stay
     # ‖u_P (1 + g) − u‖² = ‖u_P − u‖² + 2 g (⟨u_P,u_P⟩ − ⟨u_P,u⟩) + g² ⟨u_P,u_P⟩
     return (
         errors_cP.gather(1, choice_cS)

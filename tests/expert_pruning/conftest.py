@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,37 +48,37 @@ def make_layer() -> Callable[..., MoELayer]:
 
 @pytest.fixture(scope="session")
 def make_tokens(make_layer: Callable[..., MoELayer]) -> Callable[..., RoutedTokens]:
-    """Tokens [T, H] at a layer whose experts are the matrices [E, H, H]; `choose` is the router: logits → ids, weights.
-
-    `choose` must leave experts with logits of −inf alone.
+    """Tokens [T, H] at a layer whose experts are the matrices [N, H, H], the last `num_extra` of them no experts but
+    what else can be chosen. `choose` is the router: logits, K → ids, weights; it must leave logits of −inf alone.
     """
 
     def make(
         hidden_TH: Tensor,
-        matrices_EHH: Tensor,
-        logits_TE: Tensor,
+        matrices_NHH: Tensor,
+        logits_TN: Tensor,
         top_k: int,
-        choose: Callable[[Tensor], tuple[Tensor, Tensor]],
+        choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
         rule: RoutingRule | None,
+        num_extra: int = 0,
     ) -> RoutedTokens:
-        num_experts = len(matrices_EHH)
+        layer = make_layer(len(matrices_NHH) - num_extra, top_k, num_extra_choices=num_extra)
 
-        def replay(kept: list[int], top_k: int | None = None) -> tuple[Tensor, Tensor]:
-            dropped = [expert for expert in range(num_experts) if expert not in kept]
-            masked = logits_TE.clone()
+        def replay(kept: Sequence[int], top_k: int | None = None) -> tuple[Tensor, Tensor]:
+            dropped = [expert for expert in range(layer.num_experts) if expert not in kept]
+            masked = logits_TN.clone()
             masked[:, dropped] = float("-inf")
-            return choose(masked)
+            return choose(masked, layer.top_k if top_k is None else top_k)
 
-        index_TK, weights_TK = choose(logits_TE)
+        index_TK, weights_TK = choose(logits_TN, top_k)
         return RoutedTokens(
-            layer=make_layer(num_experts, top_k),
+            layer=layer,
             hidden_TH=hidden_TH,
-            logits_TE=logits_TE,
+            logits_TE=logits_TN,
             index_TK=index_TK,
             weights_TK=weights_TK,
             rule=rule,
             replay=replay,
-            evaluate_experts=lambda x, e: torch.einsum("ch,cmhg->cmg", x, matrices_EHH[e]),
+            evaluate_experts=lambda x, e: torch.einsum("ch,cmhg->cmg", x, matrices_NHH[e]),
         )
 
     return make

@@ -14,6 +14,7 @@ from compressor_expert_pruning.subsets import SubsetTables, dropped_subsets, squ
 
 ROUTERS = (
     "softmax",
+    "softmax_in_order_of_ids",
     "softmax_not_renormalised",
     "softmax_not_renormalised_scaled",
     "sigmoid_biased_scaled",
@@ -24,6 +25,13 @@ HIDDEN = 6
 
 def softmax(logits, top_k, bias):
     weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
+    return index, weights / weights.sum(-1, keepdim=True)
+
+
+def softmax_in_order_of_ids(logits, top_k, bias):
+    """Routers need not give their choice by descending weight (deepseek_v3: topk(sorted=False))."""
+    index = logits.topk(top_k, dim=-1).indices.sort(-1).values
+    weights = logits.double().softmax(-1).gather(1, index)
     return index, weights / weights.sum(-1, keepdim=True)
 
 
@@ -58,6 +66,7 @@ def sequential(logits, top_k, bias):
 def rule(router, bias):
     return {
         "softmax": RoutingRule("softmax", True, 1.0),
+        "softmax_in_order_of_ids": RoutingRule("softmax", True, 1.0),
         "softmax_not_renormalised": RoutingRule("softmax", False, 1.0),
         "softmax_not_renormalised_scaled": RoutingRule("softmax", False, 1.5),
         "sigmoid_biased_scaled": RoutingRule("sigmoid", True, 2.5, bias),
@@ -67,16 +76,18 @@ def rule(router, bias):
 
 @pytest.fixture
 def random_tokens(make_tokens):
-    def make(router, num_tokens, num_experts, top_k, seed):
+    def make(router, num_tokens, num_experts, top_k, seed, num_extra=0):
         generator = torch.Generator().manual_seed(seed)
-        bias = torch.randn(num_experts, generator=generator, dtype=torch.float64) * 0.3
+        num_choices = num_experts + num_extra
+        bias = torch.randn(num_choices, generator=generator, dtype=torch.float64) * 0.3
         return make_tokens(
             torch.randn(num_tokens, HIDDEN, generator=generator),
-            torch.randn(num_experts, HIDDEN, HIDDEN, generator=generator),
-            torch.randn(num_tokens, num_experts, generator=generator) * 1.5,
+            torch.randn(num_choices, HIDDEN, HIDDEN, generator=generator),
+            torch.randn(num_tokens, num_choices, generator=generator) * 1.5,
             top_k,
-            lambda logits: globals()[router](logits, top_k, bias),
+            lambda logits, top_k: globals()[router](logits, top_k, bias),
             rule(router, bias),
+            num_extra,
         )
 
     return make
@@ -88,19 +99,24 @@ def output(tokens, index, weights):
     return (weights.double()[..., None] * outputs).sum(1)
 
 
-def slow_errors(tokens, num_kept):
+def slow_errors(tokens, num_kept, top_k=None):
     full = output(tokens, tokens.index_TK, tokens.weights_TK)
     experts = range(tokens.layer.num_experts)
     return torch.stack(
         [
-            (output(tokens, *tokens.replay(list(kept))) - full).square().sum()
+            (output(tokens, *tokens.replay(list(kept), top_k)) - full).square().sum()
             for kept in reversed(list(itertools.combinations(experts, num_kept)))  # so the dropped ones ascend
         ]
     )
 
 
-def fast_errors(tokens, num_kept):
-    return squared_errors(tokens, SubsetTables.build(tokens.layer, [num_kept], torch.device("cpu")))
+def fast_errors(tokens, *counts, top_k=None):
+    return squared_errors(tokens, SubsetTables.build(tokens.layer, counts, torch.device("cpu"), top_k))
+
+
+def assert_close(tokens, found, expected, where):
+    limit = 1e-6 * float(output(tokens, tokens.index_TK, tokens.weights_TK).square().sum())
+    assert torch.allclose(found, expected, rtol=2e-5, atol=limit), where
 
 
 SHAPES = [
@@ -117,14 +133,72 @@ def test_every_set_of_every_shape(random_tokens, router):
         tokens = random_tokens(router, 7, num_experts, top_k, seed)
         found, expected = fast_errors(tokens, num_kept), slow_errors(tokens, num_kept)
         where = f"{num_experts} experts, {top_k} chosen, {num_kept} kept"
-        limit = 1e-6 * float(output(tokens, tokens.index_TK, tokens.weights_TK).square().sum())
-        assert torch.allclose(found, expected, rtol=2e-5, atol=limit), where
+        assert_close(tokens, found, expected, where)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_all_counts_at_once(random_tokens, router):
+    for seed, (num_experts, top_k) in enumerate([(4, 1), (5, 2), (7, 3), (8, 2)]):
+        tokens = random_tokens(router, 9, num_experts, top_k, seed)
+        counts = range(top_k, num_experts + 1)
+        expected = torch.cat([slow_errors(tokens, num_kept) for num_kept in counts])
+        found = fast_errors(tokens, *counts)
+        assert float(found[-1]) == 0.0  # all experts stay
+        assert_close(tokens, found, expected, f"{num_experts} experts, {top_k} chosen")
+
+
+LOWER = [
+    (num_experts, top_k, lower, num_kept)
+    for num_experts, top_k in [(3, 2), (5, 2), (6, 4), (8, 3), (6, 6)]
+    for lower in range(1, top_k)
+    for num_kept in range(lower, num_experts + 1)
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_fewer_experts_per_token(random_tokens, router):
+    for seed, (num_experts, top_k, lower, num_kept) in enumerate(LOWER):
+        tokens = random_tokens(router, 7, num_experts, top_k, seed)
+        found, expected = fast_errors(tokens, num_kept, top_k=lower), slow_errors(tokens, num_kept, lower)
+        assert_close(tokens, found, expected, f"{num_experts} experts, {num_kept} kept, {top_k} → {lower} chosen")
+
+
+def test_a_rule_that_does_not_hold_for_fewer(make_tokens):
+    """Renormalised only where more than one is chosen, as in DeepSeek's own code: the router itself has to be asked."""
+
+    def choose(logits, top_k):
+        weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
+        return index, weights / weights.sum(-1, keepdim=True) if top_k > 1 else weights
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = make_tokens(
+        torch.randn(20, HIDDEN, generator=generator),
+        torch.randn(5, HIDDEN, HIDDEN, generator=generator),
+        torch.randn(20, 5, generator=generator),
+        3,
+        choose,
+        RoutingRule("softmax", True, 1.0),
+    )
+    for lower in (1, 2):
+        assert_close(tokens, fast_errors(tokens, 3, 4, top_k=lower), torch.cat(
+            [slow_errors(tokens, 3, lower), slow_errors(tokens, 4, lower)]), f"3 → {lower}")  # fmt: skip
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_else_can_be_chosen_always_stays(random_tokens, router):
+    for seed, (num_experts, num_extra, top_k, num_kept) in enumerate(
+        [(4, 1, 1, 2), (4, 1, 2, 2), (4, 1, 2, 3), (3, 4, 3, 2), (5, 2, 4, 3), (6, 1, 2, 3)]
+    ):
+        tokens = random_tokens(router, 9, num_experts, top_k, seed, num_extra)
+        for lower in (None, *range(1, top_k)):
+            found, expected = fast_errors(tokens, num_kept, top_k=lower), slow_errors(tokens, num_kept, lower)
+            assert_close(tokens, found, expected, f"{num_experts} + {num_extra}, {num_kept} kept, {top_k} → {lower}")
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid_biased_scaled", "sequential_ids"])
 def test_a_token_whose_experts_all_stay_adds_exactly_nothing(make_tokens, random_tokens, router):
-    def by_id(logits):  # weights that do not depend on who else is there, so only the replay can tell
-        index = logits.topk(2, dim=-1).indices
+    def by_id(logits, top_k):  # weights that do not depend on who else is there, so only the replay can tell
+        index = logits.topk(top_k, dim=-1).indices
         return index, 1.0 / (3.0 + index)
 
     seen = 0
