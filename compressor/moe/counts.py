@@ -103,7 +103,7 @@ def slice_layer(
             made[id(old)] = old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         new = made[id(old)][1]
         if isinstance(old, nn.Parameter):
-            module._parameters[leaf] = new
+            module.register_parameter(leaf, new)  # type: ignore[arg-type]
         else:
             module._buffers[leaf] = new
     containers = {}

@@ -173,7 +173,8 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
 
     `config` is not changed. `count` names the integer that counts the experts, where its name does not tell. Costs one
     build per integer of the config that could be the number of experts (0.1 s for Mixtral, 0.8 s for DeepSeek-V3).
-    Raises UnsupportedModelError where there are no routed experts or something that hangs on their number cannot be sliced.
+    Raises UnsupportedModelError where there are no routed experts, or something that hangs on their number cannot be
+    sliced.
     """
     name = getattr(config, "model_type", type(config).__name__)
     if isinstance(factory, type) and factory.forward is nn.Module.forward:  # type: ignore[attr-defined]
