@@ -170,7 +170,7 @@ def rescaled_errors(
 def squared_errors(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
     """[S] float64: Σ over the batch's tokens of the squared error of every set of kept experts."""
     rule, top_k = tokens.rule, tables.top_k
-    if rule is None or (top_k is not None and not _holds_for(rule, tokens, top_k)):
+    if rule is None or not _ranks_stay(rule) or (top_k is not None and not _holds_for(rule, tokens, top_k)):
         return _squared_errors_by_replay(tokens, tables)
     total_S = torch.zeros(len(tables.dropped), dtype=torch.float64, device=tokens.hidden_TH.device)
     affinity_TN = rule.affinity(tokens.logits_TE)
@@ -185,6 +185,14 @@ def squared_errors(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
                 order_cM, gram_cMM = _sorted_choice(rule, affinity_cN, order_cM, gram_cMM, tokens.layer.top_k)
             total_S += _part_errors(rule, tables, order_cM, gram_cMM, affinity_cN, tokens.layer.top_k)
     return total_S.clamp_min_(0.0)
+
+
+def _ranks_stay(rule: RoutingRule) -> bool:
+    """Whether experts keep their order when others are dropped.
+
+    Not where a bias is added to a softmax: what is dropped rescales the softmax, but not the bias.
+    """
+    return rule.score != "softmax" or rule.bias is None or bool((rule.bias == rule.bias[0]).all())
 
 
 def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
@@ -245,7 +253,8 @@ def _part_errors(
 
 
 def _squared_errors_by_replay(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
-    """[S]: the same for a router without a closed rule: it is run again for every set, the experts are not.
+    """[S]: the same for a router whose choice among fewer experts cannot be read off its ranks: it is run again for
+    every set, the experts are not.
 
     All N outputs of each token are needed (N / K forwards), since such a router may choose anything.
     """

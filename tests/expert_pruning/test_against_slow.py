@@ -17,6 +17,8 @@ ROUTERS = (
     "softmax_in_order_of_ids",
     "softmax_not_renormalised",
     "softmax_not_renormalised_scaled",
+    "softmax_biased",
+    "softmax_biased_not_renormalised",
     "sigmoid_biased_scaled",
     "sequential",
 )
@@ -45,6 +47,18 @@ def softmax_not_renormalised_scaled(logits, top_k, bias):
     return index, 1.5 * weights
 
 
+def softmax_biased(logits, top_k, bias):
+    """The softmax grows when experts go and the bias does not, so the order of those that stay may change."""
+    index, weights = softmax_biased_not_renormalised(logits, top_k, bias)
+    return index, weights / weights.sum(-1, keepdim=True)
+
+
+def softmax_biased_not_renormalised(logits, top_k, bias):
+    scores = logits.double().softmax(-1)
+    index = (scores + bias).masked_fill(logits == float("-inf"), float("-inf")).topk(top_k, dim=-1).indices
+    return index, scores.gather(1, index)
+
+
 def sigmoid_biased_scaled(logits, top_k, bias):
     scores = logits.double().sigmoid()
     index = (scores + bias).masked_fill(logits == float("-inf"), float("-inf")).topk(top_k, dim=-1).indices
@@ -69,6 +83,8 @@ def rule(router, bias):
         "softmax_in_order_of_ids": RoutingRule("softmax", True, 1.0),
         "softmax_not_renormalised": RoutingRule("softmax", False, 1.0),
         "softmax_not_renormalised_scaled": RoutingRule("softmax", False, 1.5),
+        "softmax_biased": RoutingRule("softmax", True, 1.0, bias),
+        "softmax_biased_not_renormalised": RoutingRule("softmax", False, 1.0, bias),
         "sigmoid_biased_scaled": RoutingRule("sigmoid", True, 2.5, bias),
         "sequential": None,
     }[router]

@@ -47,7 +47,7 @@ def run(moe, layer, call):
 def assert_exact(moe, inputs, keep, top_k):
     method, found = figures(moe, ExpertPruningOptions(keep=keep, top_k=top_k), inputs)
     decision = method.decide(moe.layers, found)
-    assert decision["top_k"] == top_k
+    assert decision.get("top_k") == top_k
     for layer in moe.layers:
         call = block_inputs(moe, layer, inputs)
         full, losses, sets = run(moe, layer, call), [], []
@@ -83,3 +83,10 @@ def test_among_experts_and_what_is_none():
     moe = MoEModel(model)
     assert all(layer.num_extra_choices > 0 for layer in moe.layers)
     assert_exact(moe, {**tiny.tiny_inputs(model), "use_cache": False}, 6, 2)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_a_softmax_with_a_bias(top_k):
+    """ernie4_5_moe adds a bias to a softmax: without some experts the softmax grows, and the order may change."""
+    model = tiny.tiny_model("ernie4_5_moe")
+    assert_exact(MoEModel(model), {**tiny.tiny_inputs(model), "use_cache": False}, 6, top_k)
