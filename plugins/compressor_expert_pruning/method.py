@@ -97,8 +97,9 @@ class ExpertPruning(Method[ExpertPruningOptions]):
                     f"{layers[0].path})."
                 )
         for layer in layers:
-            if all(name in self.options.by_layer for name in names(layer)):
-                raise self._refused(f"{layer.path}: named twice, as {' and as '.join(names(layer))}; keep one of them.")
+            given = [name for name in names(layer) if name in self.options.by_layer]
+            if len(given) > 1:
+                raise self._refused(f"{layer.path}: named twice, as {' and as '.join(given)}; keep one of them.")
 
     def _check_count(self, layer: MoELayer) -> None:
         num_kept = self.options.num_kept(layer)
