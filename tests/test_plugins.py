@@ -203,7 +203,7 @@ WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, la
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("x = 1", "rubbish has no function `compressor_methods` marked @compressor.hookimpl."),
+        ("x = 1", "rubbish has no function `compressor_methods` or `compressor_adapters` marked @compressor.hookimpl."),
         (offer("None"), "compressor_methods() answers None, expected a list of methods."),
         (offer("'text'"), "compressor_methods() answers 'text', expected a list of methods."),
         (offer("[3]"), "3 is not a subclass of compressor.Method."),

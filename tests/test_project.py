@@ -48,10 +48,12 @@ ORDER = (
 """The core's modules, top to bottom, as in docs/architecture.md: each imports only those below it."""
 
 PUBLIC = [
+    "Adapter",
     "CalibrationError",
     "CheckpointError",
     "CompressionResult",
     "CompressorError",
+    "ConfigLeaf",
     "Decision",
     "EvaluationError",
     "Method",
@@ -66,11 +68,13 @@ PUBLIC = [
     "RoutedTokens",
     "RoutingRule",
     "Statistic",
+    "Structure",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
     "compress",
     "count_problem",
+    "find_structure",
     "hookimpl",
     "load",
 ]

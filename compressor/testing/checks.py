@@ -274,7 +274,8 @@ def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
     layer = tokens.layer
     if tokens.rule is not None:
         gone = [expert for expert in range(layer.num_experts) if expert not in kept]
-        logits_TE = tokens.logits_TE.index_fill(-1, torch.tensor(gone, device=tokens.logits_TE.device), float("-inf"))
+        dropped = torch.tensor(gone, dtype=torch.int64, device=tokens.logits_TE.device)
+        logits_TE = tokens.logits_TE.index_fill(-1, dropped, float("-inf"))
         index_TK, weights_TK = tokens.rule.choose(logits_TE, layer.top_k)
     else:
         index_TK, weights_TK = tokens.replay(kept)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import keep_six, random_model, tiny_model, token_ids
+from tiny_models import keep_six, random_model, tiny_config, tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor import MoEModel, UnsupportedModelError, count_problem
 from compressor.moe import check_kept, find_structure
+from compressor.testing import tiny_model as tiny_testing_model
 
 
 def small(model_type, **settings):
@@ -34,8 +35,8 @@ def refusal(call, *arguments, kind=UnsupportedModelError):
 
 def test_dense_model():
     assert refusal(MoEModel, small("llama")) == (
-        "llama: no routed experts found. No integer of the config with 'expert' in its name resizes both expert "
-        "weights and router rows, so this is a dense model, or one whose structure needs a plugin."
+        "llama: no routed experts found. No integer of the config resizes both expert weights and router rows, so this "
+        "is a dense model, or one whose structure needs an adapter from a plugin."
     )
 
 
@@ -57,21 +58,29 @@ def test_quantised_model(as_object):
     )
 
 
-def test_expert_ids_stored_as_values():
-    config = AutoConfig.for_model(
-        "deepseek_v4",
-        vocab_size=64,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-    )
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    assert refusal(find_structure, model_class, config) == (
-        "deepseek_v4: model.layers.0.mlp.gate.tid2eid holds integers that may be expert ids; slicing would leave them "
-        "wrong."
+def test_integers_that_are_no_expert_ids():
+    model = tiny_testing_model("deepseek_v4")
+    name = MoEModel(model).layers[0].id_tensors[0]
+    table = model.get_buffer(name)
+    before = table.clone()
+    table[3] = torch.tensor([1, 1])
+    message = f"{name}: its integers were taken for expert ids, and are not: a row should name 2 different experts from 0 to 7."
+    assert refusal(MoEModel, model) == message
+    table.copy_(before)
+    table[0, 0] = 8
+    assert refusal(MoEModel, model) == message
+
+
+def test_integers_whose_meaning_cannot_be_told():
+    class Model(AutoModelForCausalLM._model_mapping[type(tiny_config("mixtral"))]):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp.register_buffer("seen", torch.zeros(5, dtype=torch.int64))
+
+    assert refusal(find_structure, Model, tiny_config("mixtral")) == (
+        "mixtral: model.layers.0.mlp.seen holds integers, and whether they are expert ids cannot be told; slicing would "
+        "leave them wrong. This needs an adapter from a plugin."
     )
 
 
@@ -100,11 +109,6 @@ def assert_unchanged(moe, before):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        (
-            {"model.layers.1.mlp": [0, 1, 2, 3, 4]},
-            UnsupportedModelError,
-            "a checkpoint holds one expert count for all layers, found [5, 6]; keep the same number everywhere.",
-        ),
         (
             {"model.layers.1.mlp": None},
             ValueError,

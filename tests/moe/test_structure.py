@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import pytest
 import torch
@@ -32,11 +31,6 @@ EXPECTED = {
 }
 
 
-def without_text(layer):
-    """All facts; what the router answered is told in words, for messages, and holds the count it was probed with."""
-    return dataclasses.replace(layer, router_probe=dataclasses.replace(layer.router_probe, returned=""))
-
-
 def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -54,7 +48,8 @@ def test_structure(name, dtype):
     }
     assert {layer.is_list for layer in moe.layers} == {name in ("mixtral4", "deepseek4")}
     assert str(moe.structure.num_experts_leaf) == key
-    assert str(moe.structure.top_k_leaf) == "num_experts_per_tok"
+    expected = None if name == "phimoe" else "num_experts_per_tok"  # its sparsemixer always chooses two
+    assert (str(moe.structure.top_k_leaf) if moe.structure.top_k_leaf else None) == expected
     assert moe.structure.num_parameters == num_parameters(model)
 
 
@@ -91,7 +86,7 @@ def test_keep_removes_what_belongs_to_the_experts_and_nothing_else(name, dtype):
     # a second look at the smaller model finds what the first one left behind
     again = MoEModel(model)
     assert [layer.num_experts for layer in again.layers] == [6] * len(layers)
-    assert [without_text(layer) for layer in again.layers] == [without_text(layer) for layer in moe.layers]
+    assert [layer for layer in again.layers] == [layer for layer in moe.layers]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

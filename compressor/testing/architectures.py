@@ -1,0 +1,148 @@
+"""The table of architectures in docs/architectures.md, made from a run: `python -m compressor.testing.architectures`.
+
+One row per model type of the installed transformers that has routed experts, from a tiny random model of it: what was
+found, and what the checks of `check_model` said. Takes a minute or two on one core.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import UnsupportedModelError
+from compressor.moe import MoELayer, MoEModel
+from compressor.testing.checks import Report, check_model
+from compressor.testing.tiny import auto_class, candidate_types, tiny_config, tiny_inputs, tiny_model
+
+COLUMNS = (
+    "type",
+    "expert count",
+    "experts per token",
+    "router",
+    "experts are given",
+    "on disk",
+    "pruning",
+    "skipping",
+    "uneven",
+    "padded",
+    "notes",
+)
+
+INTRODUCTION = """# Architectures
+
+Every model type of transformers {version} with routed experts: what the adapter finds by itself, and what the checks of
+`compressor.testing.check_model` say of a tiny random model (float32, 8 experts). Made by
+`python -m compressor.testing.architectures docs/architectures.md`; the tests compare every row with a run.
+
+* **expert count**, **experts per token**: the integers of config.json, dots leading into sub-configs; *fixed* means that
+  the class chooses a fixed number whatever the config says.
+* **experts are given**: how the block hands tokens over (`compressor.moe.probe.Call`).
+* **on disk**: one tensor per expert, or all experts in one.
+* **pruning**: keeping all changes no bit; removed equals masked; the checkpoint loads with the plain Auto class and
+  answers the same to the bit; `generate()` too. With a lower number of experts per token as well, where that is not fixed.
+* **skipping**: whether a token has experts that could be skipped, and is asked in a way that allows it.
+* **uneven**: other numbers of experts in other layers, saved, read back by `compressor.load`, saved and read again.
+* **padded**: the same as a checkpoint that loads anywhere, surplus experts switched off by the router's bias.
+
+"""
+
+
+def row(model_type: str, report: Report | None = None, model: Any = None) -> tuple[str, ...]:
+    """One row of the table; `report` and `model` are those of a tiny float32 model, made here if not given."""
+    if model is None:
+        try:
+            model = tiny_model(model_type)
+            MoEModel(model)
+        except UnsupportedModelError as error:
+            return (model_type, *[""] * 5, "refused", "", "", "", _reason(model_type, error))
+        report = check_model(model, tiny_inputs(model), load=auto_class(model_type).from_pretrained, statistics=False)
+    assert report is not None
+    structure = MoEModel(model).structure
+    layer = structure.layers[-1]
+    return (
+        model_type,
+        f"`{structure.num_experts_leaf}`",
+        f"`{structure.top_k_leaf}`" if structure.top_k_leaf else f"fixed ({layer.top_k})",
+        _routers(structure.layers),
+        layer.router_probe.call,
+        _on_disk(model, layer),
+        _passed(report, ("keep all", "removed = masked", "saved", "saved: generate")),
+        "nothing to skip"
+        if layer.top_k < 2
+        else "possible"
+        if layer.router_probe.call == "choices"
+        else "needs own code",
+        _passed(report, ("uneven", "uneven saved", "uneven saved twice", "uneven refused elsewhere")),
+        _passed(report, ("padded", "padded saved")),
+        "; ".join(_notes(structure, report)),
+    )
+
+
+def table() -> str:
+    """The whole document."""
+    import transformers
+
+    rows = []
+    for model_type in candidate_types():
+        try:
+            MoEModel(tiny_model(model_type))
+        except UnsupportedModelError as error:
+            if "no routed experts" in str(error) or "cannot tell how many" in str(error):
+                continue
+        except Exception:  # a candidate without experts, of which no tiny model can be made
+            continue
+        rows.append(row(model_type))
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(cells) for cells in rows)]
+    text = INTRODUCTION.format(version=transformers.__version__)
+    return text + "\n".join(f"| {line} |" for line in lines) + f"\n\n{len(rows)} types.\n"
+
+
+def _reason(model_type: str, error: UnsupportedModelError) -> str:
+    return str(error).removeprefix(f"{model_type}: ").split(": given")[0].rstrip(".")
+
+
+def _routers(layers: tuple[MoELayer, ...]) -> str:
+    return ", ".join(dict.fromkeys(layer.router_kind for layer in layers))
+
+
+def _on_disk(model: Any, layer: MoELayer) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        from compressor.checkpoint import verify_files
+
+        names = [name for shard in verify_files(Path(folder)) for name in shard.tensors]
+    per_expert = any(re.search(r"experts\.(expert_)?\d+\.", name) for name in names)
+    return "per expert" if per_expert else "stacked"
+
+
+def _passed(report: Report, names: tuple[str, ...]) -> str:
+    found = [check for check in report.checks if check.name in names]
+    if any(check.passed is False for check in found):
+        return "**fails**"
+    return "yes" if any(check.passed for check in found) else "no"
+
+
+def _notes(structure: Any, report: Report) -> list[str]:
+    layer = structure.layers[-1]
+    notes = []
+    if any(each.id_tensors for each in structure.layers):
+        notes.append("expert ids looked up by token in some layers: dropped ones are redirected")
+    if layer.num_extra_choices:
+        notes.append("the router also chooses things that are no experts")
+    if layer.router_probe.reads_config:
+        notes.append("its router reads the config while it runs")
+    if not layer.router_probe.block_runs and layer.router_probe.call == "choices":
+        notes.append("no block of its own: losses are those of the experts' own output")
+    if structure.other_leaves:
+        notes.append("left alone: " + ", ".join(f"`{leaf}`" for leaf in structure.other_leaves))
+    if layer.watch_problem:
+        notes.append("can be masked and removed, not watched")
+    notes += [f"{check.name} fails: {check.detail}" for check in report.failed]
+    return notes
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(table(), encoding="utf-8")
