@@ -56,7 +56,9 @@ def command(plugins: Path, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def recipe_file(folder: Path, model: Path, keep: Any) -> Path:
-    ids = write_token_file(folder / "ids.jsonl", [[(7 * row + column) % 60 + 2 for column in range(24)] for row in range(4)])
+    ids = write_token_file(
+        folder / "ids.jsonl", [[(7 * row + column) % 60 + 2 for column in range(24)] for row in range(4)]
+    )
     recipe = {
         "model": str(model),
         "trust_remote_code": True,

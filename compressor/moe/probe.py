@@ -459,14 +459,19 @@ class _Questions:
         return self._changes(_attributes(self.router.module, "group"), 10**6)
 
     def reads(self, leaf: ConfigLeaf) -> bool:
-        """Whether the router looks at the config's expert count while it runs."""
+        """Whether the router looks at the config's expert count while it runs.
+
+        Asked by making the count equal to an id that is chosen: a router for which it is the id of something special
+        then answers otherwise.
+        """
         holders = [
             value for module in self.router.module.modules() for value in module.__dict__.values()
             if leaf.key in getattr(value, "__dict__", {}) and not isinstance(value, nn.Module)
         ]  # fmt: skip
         usual, outputs = self.num_experts, self.router.run()
+        chosen = int(outputs[self.found.index_position or 0].flatten()[0])
         for holder in holders:
-            setattr(holder, leaf.key, 0)
+            setattr(holder, leaf.key, chosen)
         try:
             return _differ(outputs, self.router.run)
         finally:

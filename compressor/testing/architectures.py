@@ -15,7 +15,7 @@ from typing import Any
 from compressor.errors import UnsupportedModelError
 from compressor.moe import MoELayer, MoEModel
 from compressor.testing.checks import Report, check_model
-from compressor.testing.tiny import auto_class, candidate_types, tiny_config, tiny_inputs, tiny_model
+from compressor.testing.tiny import auto_class, candidate_types, tiny_inputs, tiny_model
 
 COLUMNS = (
     "type",
@@ -37,12 +37,12 @@ Every model type of transformers {version} with routed experts: what the adapter
 `compressor.testing.check_model` say of a tiny random model (float32, 8 experts). Made by
 `python -m compressor.testing.architectures docs/architectures.md`; the tests compare every row with a run.
 
-* **expert count**, **experts per token**: the integers of config.json, dots leading into sub-configs; *fixed* means that
-  the class chooses a fixed number whatever the config says.
+* **expert count**, **experts per token**: the integers of config.json, dots leading into sub-configs; *fixed* means
+  that the class chooses a fixed number whatever the config says.
 * **experts are given**: how the block hands tokens over (`compressor.moe.probe.Call`).
 * **on disk**: one tensor per expert, or all experts in one.
 * **pruning**: keeping all changes no bit; removed equals masked; the checkpoint loads with the plain Auto class and
-  answers the same to the bit; `generate()` too. With a lower number of experts per token as well, where that is not fixed.
+  answers the same to the bit; `generate()` too.
 * **skipping**: whether a token has experts that could be skipped, and is asked in a way that allows it.
 * **uneven**: other numbers of experts in other layers, saved, read back by `compressor.load`, saved and read again.
 * **padded**: the same as a checkpoint that loads anywhere, surplus experts switched off by the router's bias.

@@ -11,6 +11,7 @@ against the live model, figures against the blocks' own outputs. Nothing is know
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -322,8 +323,8 @@ def kept_evenly(moe: MoEModel) -> dict[str, list[int]] | None:
 
 
 def kept_unevenly(moe: MoEModel) -> dict[str, list[int]] | None:
-    """Two numbers of experts in turn; blocks in one parent, and blocks that share weights, get the same number."""
-    parents = list(dict.fromkeys(moe.layers[_seed(moe, layer)].path.rpartition(".")[0] for layer in moe.layers))
+    """Two numbers of experts in turn; the same in blocks of one decoder layer, and in blocks that share weights."""
+    parents = list(dict.fromkeys(_decoder_layer(moe.layers[_seed(moe, layer)].path) for layer in moe.layers))
     if len(parents) < 2:
         return None
     kept: dict[str, list[int]] = {}
@@ -333,12 +334,18 @@ def kept_unevenly(moe: MoEModel) -> dict[str, list[int]] | None:
             return None
         counts = [*possible, layer.num_experts]
         first = moe.layers[_seed(moe, layer)]
-        is_even = parents.index(first.path.rpartition(".")[0]) % 2 == 0
+        is_even = parents.index(_decoder_layer(first.path)) % 2 == 0
         wanted = counts[-2] if is_even else counts[max(0, len(counts) - 4)]
         if wanted == counts[-2] and not is_even:
             wanted = counts[-1]
         kept[layer.path] = _choose(layer, [wanted], seed=_seed(moe, layer))
     return kept if len({len(ids) for ids in kept.values()}) > 1 else None
+
+
+def _decoder_layer(path: str) -> str:
+    """The part of a path up to its first number: `model.layers.3.mlp` → `model.layers.3`."""
+    found = re.match(r".*?\.\d+", path)
+    return found[0] if found else path
 
 
 def _seed(moe: MoEModel, layer: MoELayer) -> int:

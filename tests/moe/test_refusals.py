@@ -64,7 +64,10 @@ def test_integers_that_are_no_expert_ids():
     table = model.get_buffer(name)
     before = table.clone()
     table[3] = torch.tensor([1, 1])
-    message = f"{name}: its integers were taken for expert ids, and are not: a row should name 2 different experts from 0 to 7."
+    message = (
+        f"{name}: its integers were taken for expert ids, and are not: a row should name 2 different experts from 0 to "
+        "7."
+    )
     assert refusal(MoEModel, model) == message
     table.copy_(before)
     table[0, 0] = 8
@@ -79,8 +82,8 @@ def test_integers_whose_meaning_cannot_be_told():
                 layer.mlp.register_buffer("seen", torch.zeros(5, dtype=torch.int64))
 
     assert refusal(find_structure, Model, tiny_config("mixtral")) == (
-        "mixtral: model.layers.0.mlp.seen holds integers, and whether they are expert ids cannot be told; slicing would "
-        "leave them wrong. This needs an adapter from a plugin."
+        "mixtral: model.layers.0.mlp.seen holds integers, and whether they are expert ids cannot be told; slicing "
+        "would leave them wrong. This needs an adapter from a plugin."
     )
 
 

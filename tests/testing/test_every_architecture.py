@@ -1,6 +1,8 @@
 """Every routed-expert architecture of the installed transformers: found by code, so a newer one extends the test."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from compressor.testing import (
     tiny_inputs,
     tiny_model,
 )
+from compressor.testing.architectures import row
+
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 REFUSED = {
     "nllb-moe": "does not run the experts that its router chose",
@@ -79,3 +84,16 @@ def test_passes_every_check(model_type, dtype):
     assert failed == FAILS_UPSTREAM.get(model_type, set()), str(report)
     applies = {check.name for check in report.checks if check.passed}
     assert {"keep all", "removed = masked", "saved"} <= applies, str(report)
+    if dtype == torch.float32 and transformers.__version__ == _version_of_the_table():
+        assert " | ".join(row(model_type, report, model)) in TABLE.read_text(encoding="utf-8")
+
+
+def _version_of_the_table():
+    return re.search(r"transformers (\S+)", TABLE.read_text(encoding="utf-8"))[1]
+
+
+def test_the_table_has_every_type_and_no_other():
+    if transformers.__version__ != _version_of_the_table():
+        pytest.skip("docs/architectures.md was made with another transformers")
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == ["type", "---", *routed_types()]
