@@ -74,17 +74,22 @@ class Report:
 
 
 def check_model(
-    model: Any, inputs: Mapping[str, Tensor], *, load: Callable[[Path], Any] | None = None, statistics: bool = True
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    load: Callable[[Path], Any] | None = None,
+    statistics: bool = True,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Run all checks on a live model, which is copied and not changed.
 
     `inputs` are arguments of its forward with at least two sequences. `load` reads a folder as a user without this
     library would; by default the class's own `from_pretrained`. Raises UnsupportedModelError where the structure cannot
-    be found; everything else ends up in the report.
+    be found; everything else ends up in the report. `trust_remote_code` lets code that comes with the model run again.
     """
     if load is None:
         load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
-    subject = _Subject(model, inputs, load)
+    subject = _Subject(model, inputs, load, trust_remote_code)
     report = Report(type(model).__name__)
     checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("keep all", subject.keep_all),
@@ -110,6 +115,7 @@ class _Subject:
     model: Any
     inputs: Mapping[str, Tensor]
     load: Callable[[Path], Any]
+    trust_remote_code: bool
 
     def __post_init__(self) -> None:
         self.moe = MoEModel(copy.deepcopy(self.model).eval())
@@ -203,7 +209,9 @@ class _Subject:
     def _load_with_compressor(self, folder: Path) -> Any:
         layer = self.moe.layers[0]
         owner = next(self._module(layer.experts).parameters())
-        return checkpoints.load_model(Checkpoint(str(folder), folder), dtype=str(owner.dtype).removeprefix("torch."))
+        return checkpoints.load_model(
+            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(owner.dtype).removeprefix("torch.")
+        )
 
     def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
         save(moe, folder)

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers
 
@@ -86,6 +87,14 @@ def test_passes_every_check(model_type, dtype):
     assert {"keep all", "removed = masked", "saved"} <= applies, str(report)
     if dtype == torch.float32 and transformers.__version__ == _version_of_the_table():
         assert " | ".join(row(model_type, report, model)) in TABLE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["mixtral4", "deepseek4"])
+def test_remote_code_with_experts_in_a_list(name, dtype):
+    model = tiny_models.tiny_model(name, dtype)
+    inputs = {"input_ids": tiny_models.token_ids(2, 12)}
+    check_model(model, inputs, trust_remote_code=True).raise_for_failures()
 
 
 def _version_of_the_table():
