@@ -369,9 +369,11 @@ def _seed(moe: MoEModel, layer: MoELayer) -> int:
 
 
 def save(moe: MoEModel, folder: Path) -> None:
-    """Write a live model as a run would."""
+    """Write a live model as a run would, with the files of the folder that it came from."""
     leaves = [moe.structure.num_experts_leaf] + ([moe.structure.top_k_leaf] if moe.structure.top_k_leaf else [])
-    checkpoints.save_checkpoint(moe.model, None, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+    name = moe.config._name_or_path
+    source = Path(name) if name and (Path(name) / "config.json").exists() else None
+    checkpoints.save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:
