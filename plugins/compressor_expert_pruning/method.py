@@ -197,16 +197,10 @@ class ExpertPruning(Method[ExpertPruningOptions]):
         if not self.options.budget:
             return {layer.path: self._counts(layer)[0] for layer in layers}
         total = self._total(layers)
-        uneven = [{count: (count - total / len(layers)) ** 2 for count in self._counts(layer)} for layer in layers]
-        return self._allocated(layers, uneven, total)
-
-    def _allocated(
-        self, layers: Sequence[MoELayer], costs: Sequence[Mapping[int, float]], total: int
-    ) -> dict[str, int]:
-        table_LC = torch.full((len(layers), 1 + max(map(max, costs))), float("inf"), dtype=torch.float64)
-        for row_C, by_count in zip(table_LC, costs, strict=True):
-            row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
-        return dict(zip((layer.path for layer in layers), allocate(table_LC, total), strict=True))
+        mean = total / len(layers)
+        return allocated(
+            {one.path: {count: (count - mean) ** 2 for count in self._counts(one)} for one in layers}, total
+        )
 
     # observe, decide, edit
 
@@ -216,12 +210,13 @@ class ExpertPruning(Method[ExpertPruningOptions]):
 
     def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Mapping[str, Tensor]]) -> Decision:
         """Per layer: the ids kept, their loss, and the loss as a fraction of the output's own norm."""
-        found = {layer.path: self._best_of_counts(layer, statistics.get(layer.path)) for layer in layers}
+        found = {layer.path: self.best_of_counts(layer, statistics.get(layer.path)) for layer in layers}
         decision: Decision = {"layers": {}}
         if self.options.budget:
             total = self._total(layers)
-            costs = [{count: one["loss"] ** 2 for count, one in found[layer.path].items()} for layer in layers]
-            num_kept = self._allocated(layers, costs, total)
+            num_kept = allocated(
+                {path: {count: one["loss"] ** 2 for count, one in of.items()} for path, of in found.items()}, total
+            )
             decision["budget"] = {
                 "asked_mean": self.options.budget.mean,
                 "mean": total / len(layers),
@@ -238,7 +233,7 @@ class ExpertPruning(Method[ExpertPruningOptions]):
             decision["padded"] = True
         return decision
 
-    def _best_of_counts(self, layer: MoELayer, figures: Mapping[str, Tensor] | None) -> dict[int, dict[str, Any]]:
+    def best_of_counts(self, layer: MoELayer, figures: Mapping[str, Tensor] | None) -> dict[int, dict[str, Any]]:
         """For every count searched: what will be decided if the layer keeps so many."""
         if figures is None:
             kept = list(range(layer.num_experts))
@@ -268,6 +263,14 @@ class ExpertPruning(Method[ExpertPruningOptions]):
     def edit(self, moe: MoEModel, decision: Decision) -> None:
         """Remove the experts that are not kept."""
         moe.keep(_kept(decision), top_k=decision.get("top_k"), padded=decision.get("padded", False))
+
+
+def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
+    """Layer path → the count it keeps, from layer path → count → its cost."""
+    table_LC = torch.full((len(costs), 1 + max(map(max, costs.values()))), float("inf"), dtype=torch.float64)
+    for row_C, by_count in zip(table_LC, costs.values(), strict=True):
+        row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
+    return dict(zip(costs, allocate(table_LC, total), strict=True))
 
 
 def _kept(decision: Decision) -> dict[str, list[int]]:
