@@ -91,9 +91,8 @@ def run(
     )
     if not quiet:
         report.print_summary(result.record, _console())
-        print(
-            f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}) or plain transformers."
-        )
+        others = "" if "uneven" in result.record else " or plain transformers"
+        print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 
 @app.command()

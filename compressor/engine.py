@@ -32,7 +32,7 @@ from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
 from compressor.method import Decision, Method
-from compressor.moe import Adapter, MoEModel, refuse_quantised, structure_of
+from compressor.moe import Adapter, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
@@ -360,6 +360,8 @@ class _Run:
             if folder:
                 after["bytes_on_disk"] = measure.bytes_on_disk(folder.path)
             record["evaluation"] = self._compared(before, after, subject, moe)
+        if counts := uneven_counts(moe.config):
+            record["uneven"] = counts
         record |= self._circumstances()
         if folder:
             inside = folder.path / "compressor"

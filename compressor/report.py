@@ -215,13 +215,25 @@ def model_card(record: Json) -> str:
         f"```yaml\n{_yaml(record['recipe'])}```",
         "## Load it",
         f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
-        f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
-        "serving software read it too. `compressor.load` also puts back what a checkpoint cannot hold, where "
-        "a pass needs it.",
+        _who_reads_it(record, auto_class),
     ]
     if versions := record.get("versions"):
         parts.append("Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _who_reads_it(record: Json, auto_class: str) -> str:
+    if "uneven" in record:
+        return (
+            "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` reads "
+            f"it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the pass the "
+            "checkpoint would load anywhere, where the router allows that, at the price of memory."
+        )
+    return (
+        f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
+        "serving software read it too. `compressor.load` also puts back what a checkpoint cannot hold, where "
+        "a pass needs it."
+    )
 
 
 def _left_out_sentence(left_out: Json) -> str:

@@ -92,6 +92,9 @@ def test_with_its_adapter(specialists: Path, tmp_path: Path, keep: Any) -> None:
     else:
         assert config["num_specialists"] == 8
         assert list(config["compressor"]["num_experts"].values()) == [4, 6, 8]
+        assert "`compressor.load` reads it, `AutoModelForCausalLM.from_pretrained`" in " ".join(
+            (tmp_path / "smaller" / "README.md").read_text().split()
+        )
     inspected = command(plugins, "inspect", specialists, "--trust-remote-code")
     assert inspected.returncode == 0, inspected.stderr
     assert "num_specialists" in inspected.stdout
