@@ -225,9 +225,9 @@ def model_card(record: Json) -> str:
 def _who_reads_it(record: Json, auto_class: str) -> str:
     if "uneven" in record:
         return (
-            "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` reads "
-            f"it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the pass the "
-            "checkpoint would load anywhere, where the router allows that, at the price of memory."
+            "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` "
+            f"reads it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the "
+            "pass the checkpoint would load anywhere, where the router allows that, at the price of memory."
         )
     return (
         f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
