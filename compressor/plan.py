@@ -89,11 +89,11 @@ def preview(
             {
                 "path": layer.path,
                 "num_experts": layer.num_experts,
-                "top_k": layer.top_k,
-                "kept": layer.num_experts - dropped[layer.path],
+                "top_k": smaller.top_k,
+                "kept": smaller.num_experts,
                 "dropped": dropped[layer.path],
             }
-            for layer in structure.layers
+            for layer, smaller in zip(structure.layers, layers, strict=True)
         ],
         "parameters": {"before": before, "after": after},
         "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
