@@ -247,14 +247,14 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
         return module
 
     stand_in._modules = {
-        child: recorder(child) if child in place_children(experts) else module
+        child: recorder(child) if child in expert_children(experts) else module
         for child, module in experts._modules.items()
     }
     hidden, mask, weights = trace.experts_args or ()
     own = torch.eye(num_experts, dtype=mask.dtype).reshape(num_experts, *mask.shape[1:-1], num_experts)
     try:
         stand_in(torch.zeros(num_experts, hidden.shape[-1]), own, torch.ones(num_experts, *weights.shape[1:]))
-        wanted = {(child, 1) for child in place_children(experts)}
+        wanted = {(child, 1) for child in expert_children(experts)}
         wrong = sorted(set(called) ^ wanted)
     except Exception as error:
         wrong = [(f"{type(error).__name__}: {error}", 0)]
@@ -266,7 +266,7 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
         )
 
 
-def place_children(experts: nn.Module) -> tuple[str, ...]:
+def expert_children(experts: nn.Module) -> tuple[str, ...]:
     """The names of the children that have weights: the experts in a container."""
     return tuple(name for name, child in experts._modules.items() if child and any(True for _ in child.parameters()))
 
