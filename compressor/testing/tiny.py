@@ -492,8 +492,9 @@ def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
     """Draw all weights anew, in place.
 
     Weights N(0, 1/fan-in) with the last dimension as fan-in, those of routers three times that; biases of every kind
-    N(0, 0.3²); scales of single experts uniform in [0.5, 1.5]. Norms and all other vectors stay as they are. A table
-    that names experts (`tid2eid`, int64 [vocabulary, K]) gets random ones, distinct in each row.
+    N(0, 0.3²), but of what all tokens carry on 0.03², lest they be all alike; scales of single experts uniform in
+    [0.5, 1.5]. Norms and all other vectors stay as they are. A table that names experts (`tid2eid`, int64
+    [vocabulary, K]) gets random ones, distinct in each row.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
