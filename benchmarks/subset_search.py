@@ -34,8 +34,8 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from compressor import MoEModel
 from compressor.environment import hardware, versions
 from compressor.moe import RealTokens
+from compressor.selection.subsets import best_subset, dropped_subsets
 from compressor_expert_pruning.method import SubsetErrors
-from compressor_expert_pruning.subsets import best_subset, dropped_subsets
 
 HIDDEN, WIDTH, TOKENS, BATCHES = 512, 1792, 4096, 2
 TIMED_TOGETHER = 3  # short runs are timed several times and averaged, the loop is long enough by itself

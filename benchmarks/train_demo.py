@@ -2,6 +2,7 @@
 
     python benchmarks/train_demo.py prepare
     python benchmarks/train_demo.py train --minutes 30 --threads 1 --output compressor/demo/model
+    python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --output fine-grained
 
 ``prepare`` trains the tokenizer on the train split and writes it, with the token ids of both splits, to the
 cache folder. ``train`` makes a Mixtral from random weights. It ran on CPU, CUDA is untried; the learning rate
@@ -145,7 +146,7 @@ def muon_parameters(model: MixtralForCausalLM) -> list[torch.nn.Parameter]:
     ]
 
 
-def balance_loss(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
     """Load balance of Switch Transformers (Fedus et al. 2021, equation 4), 1 when even, mean over the layers.
 
     transformers' own pools the layers before it compares experts, so that a layer's idle expert is excused by
@@ -155,8 +156,8 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
     losses = []
     for logits in router_logits:
         probabilities = logits.float().softmax(dim=-1)
-        chosen = probabilities.topk(2, dim=-1).indices
-        share_of_tokens = torch.zeros_like(probabilities).scatter_(1, chosen, 0.5).mean(dim=0)
+        chosen = probabilities.topk(top_k, dim=-1).indices
+        share_of_tokens = torch.zeros_like(probabilities).scatter_(1, chosen, 1 / top_k).mean(dim=0)
         losses.append(logits.shape[-1] * (share_of_tokens * probabilities.mean(dim=0)).sum())
     return torch.stack(losses).mean()
 
@@ -179,12 +180,12 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         num_hidden_layers=args.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
+        num_local_experts=args.experts,
+        num_experts_per_tok=args.top_k,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
-        router_aux_loss_coef=args.router_aux_loss_coef / 2,  # transformers' loss is 2 when even, ours 1
+        router_aux_loss_coef=args.router_aux_loss_coef / args.top_k,  # transformers' loss is top_k when even, ours 1
         output_router_logits=False,
         use_cache=True,
         sliding_window=None,
@@ -243,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
         ids = draw_batch(streams["train"], rng, args.batch, args.context, device)
         with torch.autocast(device, dtype=torch.bfloat16):
             output = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
-            loss = output.loss + args.router_aux_loss_coef * balance_loss(output.router_logits)
+            loss = output.loss + args.router_aux_loss_coef * balance_loss(output.router_logits, args.top_k)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -336,6 +337,8 @@ def main() -> None:
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--hidden", type=int, default=128)
     training.add_argument("--expert-width", type=int, default=256)
+    training.add_argument("--experts", type=int, default=8)
+    training.add_argument("--top-k", type=int, default=2)
     training.add_argument("--batch", type=int, default=20, help="windows a step")
     training.add_argument("--context", type=int, default=256, help="tokens a window")
     training.add_argument("--lr", type=float, default=0.006)

@@ -40,10 +40,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids [B, S] int64, padded on the right, and a mask [B, S] that is True where a token is real."""
+    """Token ids [B, S] int64, padded on the right; a mask [B, S] that is True where a token is real; and the name of
+    the source that they come from, the *domain*.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
+    domain: str = ""
 
 
 def load_sequences(source: Source, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
@@ -78,7 +81,7 @@ def fingerprint(sequences: Iterable[Tensor]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def make_batches(sequences: Sequence[Tensor], batch_size: int) -> list[TokenBatch]:
+def make_batches(sequences: Sequence[Tensor], batch_size: int, domain: str = "") -> list[TokenBatch]:
     """Group sequences, in order, `batch_size` at a time; shorter ones are padded on the right with id 0."""
     batches = []
     for start in range(0, len(sequences), batch_size):
@@ -89,7 +92,7 @@ def make_batches(sequences: Sequence[Tensor], batch_size: int) -> list[TokenBatc
         for row, ids in enumerate(group):
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = True
-        batches.append(TokenBatch(input_ids, attention_mask))
+        batches.append(TokenBatch(input_ids, attention_mask, domain))
     return batches
 
 

@@ -340,7 +340,7 @@ class _Run:
         batches = [
             batch
             for sequences in sources.calibration
-            for batch in make_batches(sequences.ids, self.recipe.calibration.batch_size)
+            for batch in make_batches(sequences.ids, self.recipe.calibration.batch_size, sequences.name)
         ]
         with self._timed("evaluate before"):
             before = self._evaluate(moe, tokenizer, sources, "before")

@@ -33,6 +33,7 @@ ORDER = (
     "walk",
     "recipe",
     "plugins",
+    "selection",
     "method",
     "statistics",
     "calibration",

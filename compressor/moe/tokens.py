@@ -38,6 +38,10 @@ class RankedChunk:
     order_cM: Tensor
     outputs_cMH: Tensor
 
+    def first(self, num_ranks: int) -> RankedChunk:
+        """The same tokens with fewer of their ranks."""
+        return RankedChunk(self.start, self.stop, self.order_cM[:, :num_ranks], self.outputs_cMH[:, :num_ranks])
+
 
 @dataclass
 class RoutedTokens:
@@ -48,6 +52,9 @@ class RoutedTokens:
     index_TK        the experts chosen, int64
     weights_TK      their weights, as the router gave them
     rule            the router's rule in closed form, or None: then `replay` says what a smaller set would choose
+    domain          the calibration source that the batch comes from
+    target_TH       what the layer should put out, where that is not its own output on these tokens: in progressive
+                    pruning, the original model's output on the original model's activations; like `output_TH`
     """
 
     layer: MoELayer
@@ -69,6 +76,8 @@ class RoutedTokens:
     """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
     experts_output_TH: Tensor | None = field(default=None, repr=False)
     """The same before the block scales or projects it: what the experts module answers."""
+    domain: str = ""
+    target_TH: Tensor | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:

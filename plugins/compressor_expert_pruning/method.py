@@ -22,9 +22,8 @@ from compressor import (
     Statistic,
     count_problem,
 )
-from compressor_expert_pruning.budget import allocate, possible_totals
-from compressor_expert_pruning.options import ExpertPruningOptions, names, number
-from compressor_expert_pruning.subsets import (
+from compressor.selection.budget import allocate, possible_totals
+from compressor.selection.subsets import (
     SubsetTables,
     best_subset,
     dropped_subsets,
@@ -32,6 +31,7 @@ from compressor_expert_pruning.subsets import (
     ranks_needed,
     squared_errors,
 )
+from compressor_expert_pruning.options import ExpertPruningOptions, names, number
 
 _MAX_RANKS = 20
 

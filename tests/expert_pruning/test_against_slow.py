@@ -9,8 +9,8 @@ import torch
 
 from compressor import RoutingRule
 from compressor.moe import tokens as tokens_module
-from compressor_expert_pruning import subsets
-from compressor_expert_pruning.subsets import SubsetTables, dropped_subsets, squared_errors
+from compressor.selection import subsets
+from compressor.selection.subsets import SubsetTables, dropped_subsets, squared_errors
 
 ROUTERS = (
     "softmax",

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compressor_expert_pruning.budget import allocate, possible_totals
+from compressor.selection.budget import allocate, possible_totals
 
 INF = float("inf")
 

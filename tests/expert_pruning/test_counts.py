@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from compressor import OptionError
 from compressor.errors import RecipeError
 from compressor.recipe import load_recipe
+from compressor.selection.subsets import dropped_subsets, num_subsets
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
-from compressor_expert_pruning.subsets import dropped_subsets, num_subsets
 
 
 def method(**options):

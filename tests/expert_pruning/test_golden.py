@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import walk
 from compressor.calibration import make_batches
+from compressor.selection.subsets import best_subset
 from compressor.statistics import load_statistics
-from compressor_expert_pruning.subsets import best_subset
 
 RUNS = ("r3_float32", "r4_float32", "r6_float32", "r4_bfloat16", "r6_bfloat16")
 LOSS_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}

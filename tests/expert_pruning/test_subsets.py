@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor import RoutingRule
-from compressor_expert_pruning.subsets import (
+from compressor.selection.subsets import (
     SubsetTables,
     _first_choices,
     best_subset,

@@ -12,9 +12,9 @@ from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
 from compressor import MoEModel
 from compressor.calibration import make_batches
 from compressor.progress import Progress
+from compressor.selection.subsets import dropped_subsets, num_subsets
 from compressor.walk import model_inputs, observe
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
-from compressor_expert_pruning.subsets import dropped_subsets, num_subsets
 
 LENGTHS = (21, 17, 9, 21, 5, 1, 30)  # batches of 3, 3 and 1 sequences; two with padding, one without
 BATCHES = make_batches([token_ids(length, seed=length) for length in LENGTHS], batch_size=3)

@@ -31,7 +31,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from compressor import MoELayer, RoutedTokens, RoutingRule
+from compressor.moe import MoELayer, RoutedTokens, RoutingRule
 
 _BYTES = 64 * 2**20
 _SMALL_TABLE = 1000

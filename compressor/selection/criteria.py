@@ -1,0 +1,84 @@
+"""What a criterion is: a function from one layer's figures to one score for each expert.
+
+    def reap(figures: ExpertFigures) -> Tensor:
+        return figures.mean(figures.share_norm)
+
+The experts with the largest scores stay. A plugin offers criteria through the hook `compressor_criteria`.
+
+Dimensions: E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Need = Literal["pairs", "weights", "outputs"]
+"""Figures that cost more than the sums, and are gathered only for criteria that ask for them: `pairs` (losses of pairs
+of experts, from one rank more), `weights` (norms of the experts' weights), `outputs` (each expert's summed output).
+"""
+
+
+@dataclass(frozen=True)
+class ExpertFigures:
+    """One layer's figures, float64, [E] each: sums over the tokens that chose the expert.
+
+    With f the expert's output (as it reaches the block's output), g the weight that the router gave it and s = g / Σ g
+    over the token's experts.
+    """
+
+    num_kept: int
+    """How many experts will stay."""
+    num_groups: int
+    seed: int
+    tokens: Tensor
+    """N: tokens that chose the expert."""
+    weight: Tensor
+    """Σ g"""
+    share: Tensor
+    """Σ s"""
+    norm: Tensor
+    """Σ ‖f‖"""
+    squared_norm: Tensor
+    """Σ ‖f‖²"""
+    weighted_norm: Tensor
+    """Σ g‖f‖"""
+    squared_weighted_norm: Tensor
+    """Σ (g‖f‖)²"""
+    share_norm: Tensor
+    """Σ s‖f‖"""
+    largest: Tensor
+    """The largest magnitude of a number in f, over all tokens."""
+    output: Tensor | None = field(default=None, repr=False)
+    """[E, H]: Σ f; only where a criterion needs `outputs`."""
+    pairs: Tensor | None = field(default=None, repr=False)
+    """[E, E]: the squared loss of dropping one expert (diagonal) and what two share; only for `pairs`."""
+    weight_l1: Tensor | None = None
+    """Σ |w| over the expert's weights; only for `weights`."""
+    weight_squared: Tensor | None = None
+    """Σ w²; only for `weights`."""
+    num_weights: Tensor | None = None
+    """How many weights an expert has; only for `weights`."""
+
+    def mean(self, summed: Tensor) -> Tensor:
+        """A sum over an expert's tokens → its mean; NaN for an expert that no token chose: it has no mean."""
+        return torch.where(self.tokens > 0, summed / self.tokens, torch.nan)
+
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on the seed alone."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to score experts. `score` answers [E]: the largest stay; NaN where an expert has no figures."""
+
+    name: str
+    score: Callable[[ExpertFigures], Tensor]
+    source: str
+    """Where it was published, for tables and records."""
+    needs: frozenset[Need] = frozenset()
