@@ -2,8 +2,8 @@
 
 With e_b(S) the squared error of a layer's output on batch b when the experts S are kept, and z_b the output itself:
 
-    loss_D(S)      =  Σ_{b ∈ D} √e_b(S)                  the paper's objective (arXiv 2402.14800, section 3.2), per domain
-    relative_D(S)  =  loss_D(S) / Σ_{b ∈ D} ‖z_b‖        a fraction, so that domains with large activations do not rule
+    loss_D(S)      =  Σ_{b ∈ D} √e_b(S)              the objective of arXiv 2402.14800, section 3.2, for each domain
+    relative_D(S)  =  loss_D(S) / Σ_{b ∈ D} ‖z_b‖    a fraction, so that domains with large activations do not rule
 
 With one domain its loss is minimised. With several, blended:
 
