@@ -27,7 +27,7 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.engine import CompressionResult, compress, load
+    from compressor.engine import CompressionResult, compress, decide, load
     from compressor.method import Decision, Method, OptionError, Options, Plan
     from compressor.moe import (
         Adapter,
@@ -41,13 +41,23 @@ if TYPE_CHECKING:
         count_problem,
         find_structure,
     )
-    from compressor.statistics import Statistic
+    from compressor.selection.criteria import Criterion, ExpertFigures
+    from compressor.selection.method import ExpertSelection
+    from compressor.selection.options import SelectionOptions
+    from compressor.selection.pairs import fewest_losses
+    from compressor.sources import TaskSource
+    from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Statistic
 
 _HOME = {
     "Adapter": "moe",
     "CompressionResult": "engine",
     "ConfigLeaf": "moe",
+    "Criterion": "selection.criteria",
     "Decision": "method",
+    "ExpertFigures": "selection.criteria",
+    "ExpertSelection": "selection.method",
+    "Gathered": "statistics",
+    "JoinedStatistic": "statistics",
     "Method": "method",
     "MoELayer": "moe",
     "MoEModel": "moe",
@@ -55,12 +65,17 @@ _HOME = {
     "Options": "method",
     "Plan": "method",
     "RankedChunk": "moe",
+    "RankedStatistic": "statistics",
     "RoutedTokens": "moe",
     "RoutingRule": "moe",
+    "SelectionOptions": "selection.options",
     "Statistic": "statistics",
     "Structure": "moe",
+    "TaskSource": "sources",
     "compress": "engine",
     "count_problem": "moe",
+    "decide": "engine",
+    "fewest_losses": "selection.pairs",
     "find_structure": "moe",
     "load": "engine",
 }
@@ -72,8 +87,13 @@ __all__ = [
     "CompressionResult",
     "CompressorError",
     "ConfigLeaf",
+    "Criterion",
     "Decision",
     "EvaluationError",
+    "ExpertFigures",
+    "ExpertSelection",
+    "Gathered",
+    "JoinedStatistic",
     "Method",
     "MoELayer",
     "MoEModel",
@@ -82,16 +102,21 @@ __all__ = [
     "Plan",
     "PluginError",
     "RankedChunk",
+    "RankedStatistic",
     "RecipeError",
     "RoutedTokens",
     "RoutingRule",
+    "SelectionOptions",
     "Statistic",
     "Structure",
+    "TaskSource",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
     "compress",
     "count_problem",
+    "decide",
+    "fewest_losses",
     "find_structure",
     "hookimpl",
     "load",

@@ -5,14 +5,14 @@ documents are joined with the tokenizer's end-of-text id (where it has one) and 
 `length` tokens; the remainder that does not fill a sequence is dropped. Ready-made ids (`tokens:`) are taken
 as they are, in order.
 
-Not covered here: chat messages through a chat template, lm-eval tasks as calibration text,
-blending of domains.
+Chats are rendered by the tokenizer's chat template. Every source is a *domain*, whose figures are kept apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CalibrationError
-from compressor.sources import BaseSource, DemoSource, Source, Split, TokensSource
+from compressor.sources import BaseSource, DemoSource, Document, Split, TokensSource
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenBatch:
     domain: str = ""
 
 
-def load_sequences(source: Source, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
+def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
     """Read a source.
 
     `tokenizer` is a transformers tokenizer, or None for a model without one (only `tokens:` sources work).
@@ -107,13 +107,45 @@ def check_vocabulary(sequences: Sequences, vocab_size: int) -> None:
         )
 
 
-def _pack(source: BaseSource, tokenizer: Any, documents: Iterable[str]) -> list[Tensor]:
+def tokenizer_fingerprint(tokenizer: Any | None) -> str:
+    """A digest of everything that decides how a tokenizer cuts text: `sha256:` and 16 hex digits; `none` for None."""
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+    else:
+        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _as_text(document: Document, tokenizer: Any, source: BaseSource) -> str:
+    """A text as it is; a chat as the tokenizer's template renders it."""
+    if isinstance(document, str):
+        return document
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            f"source {source.title!r} holds chats, but the tokenizer has no chat template to render them with. Take "
+            f"the tokenizer of a chat model, or give the text itself."
+        )
+    try:
+        return str(tokenizer.apply_chat_template(document, tokenize=False))
+    except Exception as error:  # templates raise what they like
+        raise CalibrationError(
+            f"source {source.title!r}: the tokenizer's chat template refuses a chat that begins with "
+            f"{str(document)[:80]!r}: {error}"
+        ) from error
+
+
+def _pack(source: BaseSource, tokenizer: Any, documents: Iterable[Document]) -> list[Tensor]:
     """Join the documents' tokens, separated by end-of-text, and cut `samples` sequences of `length`."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     wanted = source.samples * source.length
     stream: list[int] = []
     for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        text = _as_text(document, tokenizer, source)
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
         if len(stream) >= wanted:
             break
     count = min(source.samples, len(stream) // source.length)

@@ -76,8 +76,15 @@ def run(
     from compressor.recipe import load_recipe
 
     without = without or []
-    methods = load_plugins(without).methods
-    loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
+    plugins = load_plugins(without)
+    loaded = load_recipe(
+        recipe,
+        overrides=set_ or [],
+        model=model,
+        output=output,
+        methods=plugins.methods,
+        criteria=plugins.criteria,
+    )
     if loaded.recipe.output is None:
         raise RecipeError(f"{recipe}: no `output`. Name a folder for the smaller model there, or with --output.")
     result = engine.compress(
@@ -110,8 +117,14 @@ def check(
     from compressor.recipe import load_recipe
 
     plugins = load_plugins(without or [])
-    methods = plugins.methods
-    loaded = load_recipe(recipe, overrides=set_ or [], model=model, output=output, methods=methods)
+    loaded = load_recipe(
+        recipe,
+        overrides=set_ or [],
+        model=model,
+        output=output,
+        methods=plugins.methods,
+        criteria=plugins.criteria,
+    )
     report.print_plan(plan.check(loaded, plugins.adapters).plan, _console())
 
 
@@ -143,6 +156,9 @@ def apply(
     output: Annotated[Path, typer.Option("--output", help="Folder for the smaller model.")],
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="Apply it though it was decided on another model.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Apply a decision made before to the original model: no calibration, the same experts."""
@@ -156,10 +172,53 @@ def apply(
         output,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        other_model=other_model,
         progress=Progress.detect(quiet=quiet),
     )
     if not quiet:
         print(f"Written to {output}.")
+
+
+@app.command()
+def decide(
+    statistics: Annotated[
+        list[Path], typer.Argument(help="statistics.safetensors of a run; of several runs, to add them up.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="File for the decision, for `compressor apply`.")],
+    method: Annotated[str, typer.Option("--method", help="The method whose options follow.")] = "expert_pruning",
+    keep: Annotated[str | None, typer.Option("--keep", help="Experts to keep: 64, 0.5 or {0: 64, 1: 48}.")] = None,
+    criterion: Annotated[str | None, typer.Option("--criterion", help="Criterion, such as reap.")] = None,
+    blend: Annotated[str | None, typer.Option("--blend", help="mean, worst, pooled or {code: 2, prose: 1}.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other option of the method.", metavar="NAME=VALUE")
+    ] = None,
+    without: WithoutOption = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Decide again from figures gathered before: another ratio, criterion or blend. Needs no model."""
+    _calm()
+    import json
+
+    import yaml
+
+    from compressor import engine, report
+
+    if output.exists() and not overwrite:
+        raise RecipeError(f"{output} exists. Choose another file, or say --overwrite.")
+    given = dict(text.partition("=")[::2] for text in set_ or [])
+    given |= {
+        name: text for name, text in (("keep", keep), ("criterion", criterion), ("blend", blend)) if text is not None
+    }
+    try:
+        options = {name: yaml.safe_load(text) for name, text in given.items()}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"an option cannot be read: {error}") from error
+    decided = engine.decide(statistics, method, without=without or [], **options)
+    output.write_text(json.dumps(decided, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if not quiet:
+        report.print_decisions(decided, _console())
+        print(f"\nWritten to {output}. `compressor apply {output} MODEL --output FOLDER` makes the smaller model.")
 
 
 @app.command()

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,32 @@ from torch import Tensor
 from compressor import checkpoint as checkpoints
 from compressor import evaluate as measure
 from compressor import plan, walk
-from compressor.calibration import Sequences, TokenBatch, check_vocabulary, load_sequences, make_batches
+from compressor.calibration import (
+    Sequences,
+    TokenBatch,
+    check_vocabulary,
+    load_sequences,
+    make_batches,
+    tokenizer_fingerprint,
+)
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
-from compressor.method import Decision, Method
-from compressor.moe import Adapter, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.method import Decision, Method, OptionError
+from compressor.moe import Adapter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
-from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.recipe import Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
-from compressor.statistics import save_statistics
+from compressor.selection.losses import SetLosses, random_kept, relative_losses
+from compressor.sources import BaseSource, TaskSource
+from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
+from compressor.tasks import LoadedTasks, load_tasks
 
 FORMAT = 1
 RECORD = "record.json"
 DECISION = "decision.json"
+STATISTICS = "statistics.safetensors"
 
 _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -81,7 +92,14 @@ def compress(
     output's name then.
     """
     plugins = load_plugins(without)
-    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, output=output, methods=plugins.methods)
+    loaded = load_recipe(
+        recipe,
+        overrides=overrides,
+        model=model_reference,
+        output=output,
+        methods=plugins.methods,
+        criteria=plugins.criteria,
+    )
     return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite)
 
 
@@ -119,10 +137,80 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only."""
     plugins = load_plugins(without)
-    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, methods=plugins.methods)
+    loaded = load_recipe(
+        recipe, overrides=overrides, model=model_reference, methods=plugins.methods, criteria=plugins.criteria
+    )
     if loaded.recipe.evaluate is None:
         raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
     return _Run(loaded, plugins, progress or Progress()).evaluate_only()
+
+
+def decide(
+    statistics: str | Path | Sequence[str | Path],
+    method: str = "expert_pruning",
+    *,
+    without: Iterable[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Decide again from figures gathered before: another count, criterion or blend, without the model.
+
+    `statistics` is a `statistics.safetensors` that a run has left in its output's `compressor/` folder, or several of
+    them, gathered on different text, which are added up. `options` are those of the method, such as `keep=64,
+    criterion="reap"`. Returns what decision.json holds: `apply_decision` makes the smaller model from it.
+
+    Raises CheckpointError where the files do not belong together, RecipeError where options are wrong or the figures
+    cannot answer them.
+    """
+    files = [Path(statistics)] if isinstance(statistics, str | Path) else [Path(file) for file in statistics]
+    plugins = load_plugins(without)
+    named = ", ".join(map(str, files))
+    if method not in plugins.methods:
+        raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")
+    chosen = plugins.methods[method]
+    passes, about = merge_statistics([load_statistics(file) for file in files])
+    name = _pass_to_decide_on(passes, about, named)
+    try:
+        made = chosen(chosen.options_type.model_validate(options), plugins.criteria)
+    except ValueError as error:
+        raise RecipeError(f"{method}: {_without_header(error)}") from error
+    layers = [MoELayer.described(layer) for layer in about["layers"]]
+    domains = about["passes"][name]["domains"]
+    try:
+        made.check(layers)
+        made.check_domains(domains)
+        decision = made.decide(layers, Gathered(passes[name], domains))
+    except OptionError as error:
+        raise RecipeError(f"{named}: {method}.{error.option}: {error}") from error
+    done = {
+        "method": method,
+        "version": made.version,
+        "options": made.options.model_dump(mode="json"),
+        "domains": list(domains),
+        "decision": decision,
+    }
+    return {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
+
+
+def _pass_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str) -> str:
+    """The pass whose figures are of the original model's layers."""
+    original = about["layers"]
+    usable = [name for name, one in about["passes"].items() if one["layers"] == original and passes.get(name)]
+    if not usable:
+        raise RecipeError(f"{named}: it holds no figures of the original model's layers.")
+    name: str = usable[0]
+    if about["passes"][name]["progressive"]:
+        raise RecipeError(
+            f"{named}: its figures were gathered progressively: each layer saw the layers before it as they were "
+            f"pruned then, so they answer no other question. Observe again without `progressive`."
+        )
+    return str(name)
+
+
+def _without_header(error: ValueError) -> str:
+    """All mistakes that pydantic found, in one line."""
+    if not hasattr(error, "errors"):
+        return str(error)
+    return "; ".join(".".join(map(str, (*one["loc"], one["msg"]))) for one in error.errors())
 
 
 def apply_decision(
@@ -132,16 +220,23 @@ def apply_decision(
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    other_model: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Apply a decision.json, or a record.json, to the original model: edit, save, load again and compare."""
+    """Apply a decision.json, or a record.json, to the original model: edit, save, load again and compare.
+
+    A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
+    meant: a fine-tuned version, say.
+    """
     progress = progress or Progress()
     passes = _read_decision(decision_file)
     _refuse_output_over_input(output, model_reference)
     methods = [_method_of(done, decision_file) for done in passes]
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
         found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
-        checkpoints.verify_files(found.folder)
+        fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+        if not other_model:
+            _refuse_other_model(decision_file, fingerprint, model_reference)
         progress.say(f"loading {model_reference}")
         adapters = load_plugins().adapters
         model = checkpoints.load_model(found, adapters=adapters)
@@ -168,6 +263,16 @@ def _refuse_output_over_input(output: Path, reference: str) -> None:
     source = Path(reference).expanduser()
     if reference and source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
         raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
+
+
+def _refuse_other_model(decision_file: Path, fingerprint: str, reference: str) -> None:
+    model = json.loads(decision_file.read_text(encoding="utf-8")).get("model") or {}
+    decided_on = model.get("fingerprint")
+    if decided_on is not None and decided_on != fingerprint:
+        raise RecipeError(
+            f"{decision_file} was decided on {model.get('reference')} ({decided_on}), and {reference} is another model "
+            f"({fingerprint}). If it should be applied all the same, say so with --other-model."
+        )
 
 
 def _read_decision(path: Path) -> list[dict[str, Any]]:
@@ -335,25 +440,21 @@ class _Run:
             sources = self._read_sources(tokenizer, subject)
         with self._timed("load"):
             moe = self._load(subject)
-        for sequences in [*sources.calibration, *sources.perplexity]:
+        for sequences in [*sources.all_calibration(), *sources.perplexity]:
             check_vocabulary(sequences, _vocabulary(moe.model))
-        batches = [
-            batch
-            for sequences in sources.calibration
-            for batch in make_batches(sequences.ids, self.recipe.calibration.batch_size, sequences.name)
-        ]
         with self._timed("evaluate before"):
             before = self._evaluate(moe, tokenizer, sources, "before")
-        passes = self._apply_passes(moe, batches, folder)
+        about = self._about(subject, sources, tokenizer)
+        passes = self._apply_passes(moe, sources, about, folder)
         with self._timed("evaluate after"):
             after = self._evaluate(moe, tokenizer, sources, "after")
         if folder:
             with self._timed("save"):
                 self.progress.say("saving, and loading again to compare")
-                probe = _check_batch(batches[0])
+                probe = _check_batch(self._batches(sources.by_pass[0])[0])
                 left_out = subject.preview.left_out
                 save_verified(moe, subject.checkpoint, folder, probe, left_out, self.plugins.adapters)
-        record = self._record(subject, sources, passes)
+        record = self._record(subject, sources, passes, about)
         if before is not None and after is not None:
             if subject.checkpoint:
                 before["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
@@ -416,44 +517,94 @@ class _Run:
         )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
-        recipe, seed = self.recipe, self.recipe.seed
-        evaluation = recipe.evaluate
-        data = recipe.calibration.data if calibrate else ()
-        calibration = [load_sequences(source, tokenizer, seed=seed) for source in data]
+        seed, evaluation = self.recipe.seed, self.evaluation
+        read: dict[str, Sequences] = {}  # a source that several passes use is read once
+        by_pass = []
+        for resolved in self.loaded.passes if calibrate else ():
+            for source in self._pass_sources(resolved):
+                read.setdefault(repr(source), load_sequences(source, tokenizer, seed=seed))
+            by_pass.append([read[repr(source)] for source in self._pass_sources(resolved)])
         perplexity = [
             load_sequences(source, tokenizer, seed=seed, split="held-out")
             for source in (evaluation.perplexity if evaluation else ())
         ]
         limit = subject.max_positions
-        for sequences in calibration:
+        for sequences in read.values():
             longest = max(len(ids) for ids in sequences.ids)
             if limit and longest > limit:
                 raise CalibrationError(
                     f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
                     f"give a smaller `length:`."
                 )
-        tasks = None
-        if evaluation and evaluation.tasks:
-            self.progress.say(f"reading tasks: {', '.join(evaluation.tasks)}")
-            tasks = measure.load_tasks(
-                evaluation.tasks,
-                task_path=evaluation.task_path,
+        return _Sources(by_pass, perplexity, self._read_tasks() if evaluation else None)
+
+    def _pass_sources(self, resolved: ResolvedPass) -> list[BaseSource]:
+        """The text that a pass is calibrated on: the method's own, then the recipe's."""
+        return [*resolved.method.sources(), *self.recipe.calibration.data]
+
+    @property
+    def own_tasks(self) -> list[TaskSource]:
+        """The tasks whose training text a method brings: what it was made for is measured too."""
+        return [s for one in self.loaded.passes for s in one.method.sources() if isinstance(s, TaskSource)]
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What is measured: as the recipe says, and the methods' own tasks in any case."""
+        return self.recipe.evaluate or (Evaluation() if self.own_tasks else None)
+
+    def _read_tasks(self) -> LoadedTasks | None:
+        evaluation = self.evaluation
+        assert evaluation is not None
+        wanted = dict.fromkeys((task, evaluation.task_path) for task in evaluation.tasks)
+        for source in self.own_tasks:
+            if source.name_in_index not in evaluation.tasks:
+                wanted[(source.name_in_index, source.folder)] = None
+        if not wanted:
+            return None
+        self.progress.say(f"reading tasks: {', '.join(task for task, _ in wanted)}")
+        found = [
+            load_tasks(
+                [task for task, at in wanted if at == path],
+                task_path=path,
                 num_fewshot=evaluation.num_fewshot,
-                seed=seed,
+                seed=self.recipe.seed,
             )
-        return _Sources(calibration, perplexity, tasks)
+            for path in dict.fromkeys(path for _, path in wanted)
+        ]
+        return LoadedTasks(
+            tuple(name for one in found for name in one.names),
+            {name: task for one in found for name, task in one.tasks.items()},
+            {name: group for one in found for name, group in one.groups.items()},
+        )
+
+    def _batches(self, sequences: Sequence[Sequences]) -> list[TokenBatch]:
+        batch_size = self.recipe.calibration.batch_size
+        return [batch for one in sequences for batch in make_batches(one.ids, batch_size, one.name)]
 
     # record
 
-    def _record(self, subject: _Subject, sources: _Sources, passes: list[dict[str, Any]]) -> dict[str, Any]:
+    def _about(self, subject: _Subject, sources: _Sources, tokenizer: Any) -> dict[str, Any]:
+        """What figures and decisions are about: they can be used again for this model only."""
+        return {
+            "model": {"reference": self.recipe.model, **subject.about()},
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "domains": [_about(sequences) for sequences in sources.all_calibration()],
+            "layers": [layer.description() for layer in subject.preview.structure.layers],
+            "recipe_fingerprint": self.loaded.fingerprint,
+        }
+
+    def _record(
+        self, subject: _Subject, sources: _Sources, passes: list[dict[str, Any]], about: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """What was done, on what, with what."""
         return {
             "format": FORMAT,
-            "model": {"reference": self.recipe.model, **subject.about()},
+            "model": about["model"],
+            "tokenizer": about["tokenizer"],
             "recipe": self.loaded.to_mapping(),
             "recipe_fingerprint": self.loaded.fingerprint,
             "seed": self.recipe.seed,
-            "calibration": [_about(sequences) for sequences in sources.calibration],
+            "calibration": about["domains"],
             "layers": [
                 {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
                 for layer in subject.preview.structure.layers
@@ -481,7 +632,7 @@ class _Run:
                 for task, by_metric in measure.paired(before["tasks"], after["tasks"]).items()
             },
         }
-        if self.recipe.evaluate is not None and self.recipe.evaluate.speed:
+        if self.evaluation is not None and self.evaluation.speed:
             with self._timed("speed"):
                 compared["speed"] = self._speed(subject, moe)
         return compared
@@ -489,52 +640,114 @@ class _Run:
     # observe, decide, edit
 
     def _apply_passes(
-        self, moe: MoEModel, batches: Sequence[TokenBatch], folder: OutputFolder | None
+        self, moe: MoEModel, sources: _Sources, about: Mapping[str, Any], folder: OutputFolder | None
     ) -> list[dict[str, Any]]:
         """Observe, decide and edit for every pass; each step leaves its file in the output's folder."""
-        probe = _check_batch(batches[0])
         original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
-        gathered: dict[str, Mapping[str, Mapping[str, Tensor]]] = {}
+        gathered: dict[str, Gathered] = {}
+        passes_about: dict[str, Any] = {}
         done: list[dict[str, Any]] = []
-        for resolved in self.loaded.passes:
-            method, started = resolved.method, time.perf_counter()
-            statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
-            wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
-            title = f"{resolved.spec.method}: observing"
+        for resolved, sequences in zip(self.loaded.passes, sources.by_pass, strict=True):
+            method, started, batches = resolved.method, time.perf_counter(), self._batches(sequences)
             with self._timed("observe"):
-                walk.observe(moe, batches, wanted, self.progress, title=title)
-            figures = {path: statistic.tensors() for path, statistic in wanted.items()}
+                figures = self._observe(moe, resolved, batches)
             gathered[f"{resolved.index}.{resolved.spec.method}"] = figures
             if folder:
-                save_statistics(
-                    folder.path / "compressor" / "statistics.safetensors",
-                    gathered,
-                    {"model": self.recipe.model, "recipe_fingerprint": self.loaded.fingerprint},
-                )
+                passes_about[f"{resolved.index}.{resolved.spec.method}"] = {
+                    "domains": list(figures.domains),
+                    "progressive": method.progressive,
+                    "layers": [layer.description() for layer in moe.layers],
+                }
+                save_statistics(folder.path / "compressor" / STATISTICS, gathered, {**about, "passes": passes_about})
             with self._timed("decide"):
-                decision = method.decide(moe.layers, figures)
+                decision = self._decide(resolved, moe.layers, figures)
             entry = {
                 "method": resolved.spec.method,
                 "version": method.version,
                 "options": method.options.model_dump(mode="json"),
+                "domains": list(figures.domains),
                 "decision": _in_original_ids(decision, original_ids),
             }
             done.append(entry)
             if folder:
-                _write_json(folder.path / "compressor" / DECISION, {"format": FORMAT, "passes": done})
+                written = {"format": FORMAT, "model": about["model"], "passes": done}
+                _write_json(folder.path / "compressor" / DECISION, written)
+            if self.evaluation is not None and self.evaluation.random and _prunes(decision):
+                with self._timed("random decisions"):
+                    entry["random"] = self._compare_with_random(moe, decision, batches, sources)
             with self._timed("edit"):
-                entry["checks"] = edit_verified(moe, resolved, decision, probe)
+                entry["checks"] = edit_verified(moe, resolved, decision, _check_batch(batches[0]))
             for path, layer in decision["layers"].items():
                 if "kept" in layer:
                     original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
             entry["seconds"] = round(time.perf_counter() - started, 3)
         return done
 
+    def _observe(self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch]) -> Gathered:
+        method = resolved.method
+        statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
+        wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+        domains = list(dict.fromkeys(batch.domain for batch in batches))
+
+        def edited(path: str, figures: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+            decision = self._decide(resolved, [moe.layer(path)], Gathered({path: figures}, domains))
+            context = method.preview(moe, decision)
+            assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
+            return context
+
+        title = f"{resolved.spec.method}: observing"
+        figures = walk.observe(
+            moe, batches, wanted, self.progress, title=title, edited=edited if method.progressive else None
+        )
+        return Gathered(figures, domains)
+
+    def _decide(self, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
+        try:
+            return resolved.method.decide(layers, figures)
+        except OptionError as error:
+            raise self.loaded.error((*resolved.path, error.option), str(error)) from error
+
+    def _compare_with_random(
+        self, moe: MoEModel, decision: Decision, batches: Sequence[TokenBatch], sources: _Sources
+    ) -> dict[str, Any]:
+        """The decision beside random ones of the same size: loss on the calibration text, and perplexities."""
+        evaluation = self.evaluation
+        assert evaluation is not None
+        seeds = [self.recipe.seed + number for number in range(evaluation.random)]
+        ours = {path: layer["kept"] for path, layer in decision["layers"].items()}
+        others = [random_kept(moe.layers, {path: len(kept) for path, kept in ours.items()}, seed) for seed in seeds]
+        top_k = decision.get("top_k")
+        losses = self._losses(moe, [ours, *others], batches, top_k)
+        perplexity: dict[str, Any] = {}
+        for sequences in sources.perplexity:
+            values = []
+            with self.progress.task(f"random decisions: perplexity {sequences.name}") as update:
+                for number, kept in enumerate([ours, *others]):
+                    with moe.masked(kept, top_k=top_k):
+                        values.append(measure.perplexity(moe.model, sequences, evaluation.batch_size).perplexity)
+                    update(number + 1, 1 + len(others))
+            perplexity[sequences.name] = {"ours": values[0], "random": values[1:]}
+        return {"seeds": seeds, "relative_loss": losses, "perplexity": perplexity}
+
+    def _losses(
+        self, moe: MoEModel, sets: Sequence[Kept], batches: Sequence[TokenBatch], top_k: int | None
+    ) -> dict[str, Any]:
+        """Mean over the layers of the loss as a fraction of the layer's output; the first set is ours."""
+        statistics = {
+            layer.path: SetLosses(layer, [kept[layer.path] for kept in sets], top_k)
+            for layer in moe.layers
+            if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
+        }
+        figures = walk.observe(moe, batches, statistics, self.progress, title="random decisions: loss")
+        relative_LS = torch.stack([relative_losses(one) for one in figures.values()])
+        mean_S = relative_LS.mean(0).tolist()
+        return {"ours": mean_S[0], "random": mean_S[1:]}
+
     # evaluate
 
     def _evaluate(self, moe: MoEModel, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any] | None:
         """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation."""
-        evaluation = self.recipe.evaluate
+        evaluation = self.evaluation
         if evaluation is None:
             return None
         perplexities = {}
@@ -543,7 +756,7 @@ class _Run:
                 perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
         tasks = {}
         if sources.tasks is not None:
-            with self.progress.task(f"{when}: {len(evaluation.tasks)} task(s)") as update:
+            with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update:
                 tasks = measure.run_tasks(
                     moe.model,
                     tokenizer,
@@ -577,9 +790,18 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Sources:
-    calibration: list[Sequences]
+    by_pass: list[list[Sequences]]
+    """The calibration text of every pass, one entry a domain."""
     perplexity: list[Sequences]
-    tasks: measure.LoadedTasks | None
+    tasks: LoadedTasks | None
+
+    def all_calibration(self) -> list[Sequences]:
+        """Every text that some pass is calibrated on, once."""
+        return list({id(one): one for of_pass in self.by_pass for one in of_pass}.values())
+
+
+def _prunes(decision: Decision) -> bool:
+    return any(layer.get("dropped") for layer in decision["layers"].values())
 
 
 def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, probe: TokenBatch) -> dict[str, float]:

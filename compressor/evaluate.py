@@ -19,13 +19,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import hashlib
 import inspect
-import io
-import logging
 import math
-import random
 import statistics
 import sys
 import time
@@ -40,14 +36,13 @@ from torch import Tensor
 
 from compressor.calibration import Sequences, check_vocabulary, make_batches
 from compressor.errors import CheckpointError, EvaluationError
+from compressor.tasks import LoadedTasks, members, quietly, seeded
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
-LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
 
 CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
 MIN_ROUNDS = 3
-DEMO_PREFIX = "demo_"
 
 
 @dataclass(frozen=True)
@@ -240,59 +235,6 @@ class TaskResult:
         )
 
 
-@dataclass(frozen=True)
-class LoadedTasks:
-    """Tasks with their documents, ready to be asked of one model after another."""
-
-    names: tuple[str, ...]
-    tasks: Mapping[str, Any]  # lm_eval.api.task.Task by name, the members of groups included
-    groups: Mapping[str, Any]  # lm_eval.api.group.Group by name
-
-    def group_of(self, name: str) -> str | None:
-        """The group through which a task or subgroup came, None for one that was named itself or by a tag."""
-        if name in self.names:
-            return None
-        named = [self.groups[group] for group in self.names if group in self.groups]
-        within = {group.name: {*_members(group), *(sub.name for sub in group.get_all_groups())} for group in named}
-        return next((group for group, names in within.items() if name in names), None)
-
-
-def load_tasks(
-    names: Sequence[str],
-    *,
-    task_path: Path | None = None,
-    num_fewshot: int | None = None,
-    seed: int = 0,
-    local_tasks: LocalTasks | None = None,
-    quiet: bool = True,
-) -> LoadedTasks:
-    """Find tasks, groups and tags by name and read their documents. Needs no model, so it can go first.
-
-    A name that begins with ``demo_`` is one of ``local_tasks`` (name → lm-eval configuration; default: the
-    demo's own); then come the YAML files under ``task_path``; then lm-eval's index of 14,000 tasks, read only
-    if a name is still unknown (7 to 30 seconds), whose documents come from the hub or its local cache.
-    ``num_fewshot`` replaces a task's own number except where that is fixed at 0; None leaves it. ``quiet``
-    silences lm-eval and datasets.
-
-    Raises EvaluationError for an unknown name (with the nearest ones), for documents that cannot be read
-    (offline, say), for a ``num_fewshot`` that no task takes, and for a task that runs generated code or needs
-    more than text.
-    """
-    names = tuple(dict.fromkeys(names))
-    tasks: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    with _quiet(quiet), _seeded(seed):
-        sources = _TaskSources(task_path, local_tasks or _demo_tasks)
-        for name in names:
-            loaded = sources.load(name)
-            tasks |= loaded["tasks"]
-            groups |= loaded["groups"]
-    for name, task in tasks.items():
-        _check_task(name, task)
-    _set_fewshot(tasks, num_fewshot)
-    return LoadedTasks(names, tasks, groups)
-
-
 def run_tasks(
     model: Any,
     tokenizer: Any | None,
@@ -327,7 +269,7 @@ def run_tasks(
         )
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
-    with _quiet(quiet), _seeded(seed), _undisturbed(model), _tying_as_it_is(model):
+    with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model):
         try:
             raw = evaluate(
                 lm=_language_model(model, tokenizer, batch_size, progress),
@@ -342,87 +284,6 @@ def run_tasks(
     results = {name: _task_result(name, task, raw, tasks) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
-
-
-class _TaskSources:
-    """Where tasks come from, each source opened when a name is first looked for in it."""
-
-    def __init__(self, task_path: Path | None, local_tasks: LocalTasks) -> None:
-        if task_path is not None and not task_path.is_dir():
-            raise EvaluationError(
-                f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
-            )
-        self._task_path = task_path
-        self._local_tasks = local_tasks
-        self._managers: dict[bool, Any] = {}
-
-    def load(self, name: str) -> Any:
-        """lm-eval's {"tasks", "groups"} of one name."""
-        if name.startswith(DEMO_PREFIX):
-            return self._load_local(name)
-        for defaults in (False, True):
-            manager = self._manager(include_defaults=defaults)
-            if name in manager.task_index:
-                return _load(manager, name)
-        raise _unknown_task(name, [*self._local_tasks(), *manager.task_index])
-
-    def _load_local(self, name: str) -> Any:
-        configurations = self._local_tasks()
-        if name not in configurations:
-            raise _unknown_task(name, list(configurations))
-        manager = self._manager(include_defaults=False)
-        return {"groups": {}, **manager.load([dict(configurations[name])])}
-
-    def _manager(self, *, include_defaults: bool) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        if include_defaults not in self._managers:
-            self._managers[include_defaults] = TaskManager(
-                include_path=self._task_path, include_defaults=include_defaults
-            )
-        return self._managers[include_defaults]
-
-
-def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
-    from compressor.demo.tasks import task_configs
-
-    return task_configs()
-
-
-def _load(manager: Any, name: str) -> Any:
-    try:
-        return {"groups": {}, **manager.load([name])}
-    except Exception as error:
-        raise EvaluationError(
-            f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
-            f"Those of lm-eval's tasks come from the Hugging Face hub: without a network, download them "
-            f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
-        ) from error
-
-
-def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    hint = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its tasks."
-    return EvaluationError(f"unknown task {name!r}. {hint}")
-
-
-def _set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """As lm-eval's command does: a task that says 0 means it."""
-    free = [task for task in tasks.values() if task.get_config("num_fewshot") != 0]
-    if num_fewshot and not free:
-        raise EvaluationError(
-            f"num_fewshot: {num_fewshot} would have no effect: {', '.join(tasks)} fixed at 0. Leave it out."
-        )
-    for task in free:
-        default = task.get_config("num_fewshot") or 0
-        task.set_config(key="num_fewshot", value=default if num_fewshot is None else num_fewshot)
-
-
-def _check_task(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise EvaluationError(f"task {name!r} runs code that the model writes; that is not supported here.")
-    if getattr(task, "MULTIMODAL", False):
-        raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
@@ -504,7 +365,7 @@ def _group_result(
     group: Any, figures: Mapping[str, Json], results: Mapping[str, TaskResult], tasks: LoadedTasks
 ) -> TaskResult:
     """A group's means as lm-eval forms them, over its subtasks' figures with our standard errors put in."""
-    members = [results[name] for name in _members(group)]
+    parts = [results[name] for name in members(group)]
     means = group.aggregate(figures)
     metrics = {}
     for key, value in _figures(means):
@@ -512,28 +373,23 @@ def _group_result(
         error = means.get(f"{metric}_stderr,{filter_name}")
         better = {
             member.metrics[key.removesuffix(",none")].higher_is_better
-            for member in members
+            for member in parts
             if key.removesuffix(",none") in member.metrics
         }
         metrics[key.removesuffix(",none")] = Metric(
             value, error if isinstance(error, float) else None, better.pop() if len(better) == 1 else None
         )
-    fewshots = {member.num_fewshot for member in members}
+    fewshots = {member.num_fewshot for member in parts}
     return TaskResult(
         name=group.name,
         metrics=metrics,
-        documents=sum(member.documents for member in members),
+        documents=sum(member.documents for member in parts),
         num_fewshot=fewshots.pop() if len(fewshots) == 1 else None,
         version=str(group.version),
-        fingerprint=_digest(member.fingerprint for member in members),
-        subtasks=tuple(member.name for member in members),
+        fingerprint=_digest(member.fingerprint for member in parts),
+        subtasks=tuple(member.name for member in parts),
         group=tasks.group_of(group.name),
     )
-
-
-def _members(group: Any) -> list[str]:
-    """Names of a group's tasks, those of its subgroups included."""
-    return [task.task_name for task in group.get_all_tasks()]
 
 
 def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -931,36 +787,3 @@ def _tying_as_it_is(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's generators start from ``seed`` inside; after it they are as before."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Without lm-eval's and datasets' messages and bars, which obey no setting but where stderr goes."""
-    if not quiet:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from compressor.moe import MoELayer, MoEModel
-from compressor.statistics import Statistic
+from compressor.sources import BaseSource
+from compressor.statistics import Gathered, Statistic
 
 Decision = dict[str, Any]
 """What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original
@@ -73,8 +73,29 @@ class Method(ABC, Generic[OptionsT]):
     """Written into every record; change it when the same figures would lead to another decision."""
     options_type: ClassVar[type[Options]]
 
-    def __init__(self, options: OptionsT) -> None:
+    def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
+        """`criteria` are the installed ones, by name (compressor.Criterion), for methods that score experts."""
         self.options = options
+        self.criteria: Mapping[str, Any] = criteria or {}
+
+    @property
+    def progressive(self) -> bool:
+        """Whether each layer is to be observed on what comes out of the layers already edited by `preview`.
+
+        `decide` is then asked for one layer at a time as well, and must answer the same for it as for all together.
+        """
+        return False
+
+    def sources(self) -> Sequence[BaseSource]:
+        """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
+        return ()
+
+    def tasks(self) -> Sequence[str]:
+        """lm-eval tasks that are measured before and after because this method is used."""
+        return ()
+
+    def check_domains(self, domains: Sequence[str]) -> None:
+        """Say whether the names of the calibration sources are what the options expect. Raises OptionError."""
 
     @abstractmethod
     def check(self, layers: Sequence[MoELayer]) -> Plan:
@@ -85,11 +106,11 @@ class Method(ABC, Generic[OptionsT]):
         """Make the accumulator for one layer, or None if this layer needs no figures."""
 
     @abstractmethod
-    def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Mapping[str, Tensor]]) -> Decision:
+    def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Turn the figures into a decision.
 
         `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same
-        figures, same decision.
+        figures, same decision. Raises OptionError where the figures cannot tell what the options ask for.
         """
 
     @abstractmethod

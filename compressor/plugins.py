@@ -1,4 +1,4 @@
-"""Plugins: who offers which compression method.
+"""Plugins: who offers which compression methods, criteria and adapters.
 
 A plugin is a module with a function marked `@compressor.hookimpl`, announced under the entry-point group `compressor`
 of its distribution. The core knows no plugin by name: its own come through the same door.
@@ -6,10 +6,10 @@ of its distribution. The core knows no plugin by name: its own come through the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -18,6 +18,7 @@ from compressor.errors import PluginError
 if TYPE_CHECKING:
     from compressor.method import Method
     from compressor.moe import Adapter
+    from compressor.selection.criteria import Criterion
 
 GROUP = "compressor"
 
@@ -36,6 +37,10 @@ class Hooks:
     def compressor_adapters(self) -> list[Adapter]:  # type: ignore[empty-body]
         """Adapters for models whose structure cannot be found by itself: instances of `compressor.Adapter`."""
 
+    @hookspec
+    def compressor_criteria(self) -> list[Criterion]:  # type: ignore[empty-body]
+        """Criteria that experts can be chosen by: instances of `compressor.Criterion`, each with its own `name`."""
+
 
 @dataclass(frozen=True)
 class Plugin:
@@ -46,14 +51,16 @@ class Plugin:
     version: str
     methods: tuple[type[Method[Any]], ...]
     adapters: tuple[Adapter, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plugins:
-    """All plugins in use, and their methods by recipe key."""
+    """All plugins in use, their methods by recipe key, and their criteria by name."""
 
     plugins: tuple[Plugin, ...]
     methods: Mapping[str, type[Method[Any]]]
+    criteria: Mapping[str, Criterion] = field(default_factory=dict)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -76,7 +83,7 @@ def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None
     manager = pluggy.PluginManager("compressor")
     manager.add_hookspecs(Hooks)
     plugins = tuple(_load(entry, manager) for entry in installed if entry.name not in blocked)
-    return Plugins(plugins, _methods(plugins))
+    return Plugins(plugins, _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
 
 
 def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
@@ -110,6 +117,7 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
         manager.check_pending()
         answers = _answers(manager.hook.compressor_methods, module)
         adapter_answers = _answers(manager.hook.compressor_adapters, module)
+        criteria_answers = _answers(manager.hook.compressor_criteria, module)
     except PluginError:
         raise
     except Exception as error:  # a plugin may fail in any way; the run stops, naming it
@@ -117,10 +125,10 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
             f"{who} cannot be loaded: {type(error).__name__}: {error}. Mend or uninstall it, or run with "
             f"--without {entry.name}."
         ) from error
-    if not answers and not adapter_answers:
+    if not answers and not adapter_answers and not criteria_answers:
         raise PluginError(
-            f"{who}: {entry.value} has no function `compressor_methods` or `compressor_adapters` marked "
-            f"@compressor.hookimpl."
+            f"{who}: {entry.value} has no function `compressor_methods`, `compressor_adapters` or "
+            f"`compressor_criteria` marked @compressor.hookimpl."
         )
     for answer in answers:
         if not isinstance(answer, list | tuple):
@@ -129,7 +137,8 @@ def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
     for method in methods:
         _verify(method, who)
     adapters = tuple(adapter for answer in adapter_answers for adapter in _adapters(answer, who))
-    return Plugin(entry.name, distribution, version, methods, adapters)
+    criteria = tuple(criterion for answer in criteria_answers for criterion in _criteria(answer, who))
+    return Plugin(entry.name, distribution, version, methods, adapters, criteria)
 
 
 def _answers(hook: Any, module: Any) -> list[Any]:
@@ -148,6 +157,19 @@ def _adapters(answer: Any, who: str) -> list[Adapter]:
     return list(answer)
 
 
+def _criteria(answer: Any, who: str) -> list[Criterion]:
+    from compressor.selection.criteria import Criterion
+
+    if not isinstance(answer, list | tuple):
+        raise PluginError(f"{who}: compressor_criteria() answers {answer!r}, expected a list of criteria.")
+    for criterion in answer:
+        if not isinstance(criterion, Criterion):
+            raise PluginError(f"{who}: {criterion!r} is not an instance of compressor.Criterion.")
+        if not criterion.name.isidentifier():
+            raise PluginError(f"{who}: {criterion.name!r} is no name for a criterion; use letters, digits and _.")
+    return list(answer)
+
+
 def _verify(method: Any, who: str) -> None:
     from compressor.method import Method, Options
 
@@ -163,16 +185,17 @@ def _verify(method: Any, who: str) -> None:
         raise PluginError(f"{who}: {method.__name__} does not implement {', '.join(abstract)}.")
 
 
-def _methods(plugins: Iterable[Plugin]) -> dict[str, type[Method[Any]]]:
-    methods: dict[str, type[Method[Any]]] = {}
+def _by_unique_name(plugins: Iterable[Plugin], kind: Literal["method", "criterion"]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     owners: dict[str, str] = {}
     for plugin in plugins:
-        for method in plugin.methods:
-            if method.name in methods:
+        offered: Sequence[Any] = plugin.methods if kind == "method" else plugin.criteria
+        for one in offered:
+            if one.name in found:
                 raise PluginError(
-                    f"two plugins offer a method called {method.name!r}: {owners[method.name]} and {plugin.name}. "
+                    f"two plugins offer a {kind} called {one.name!r}: {owners[one.name]} and {plugin.name}. "
                     f"Run with --without one of them."
                 )
-            methods[method.name] = method
-            owners[method.name] = plugin.name
-    return methods
+            found[one.name] = one
+            owners[one.name] = plugin.name
+    return found

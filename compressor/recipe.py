@@ -64,11 +64,27 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _with_different_titles(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    titles = [source.title for source in sources]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ValueError(f"two sources are called {title!r}; tell them apart with `name:`")
+    return sources
+
+
 class Calibration(_Settings):
     """The text that the statistics are gathered on."""
 
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
-    data: tuple[Source, ...] = Field(min_length=1, description="a list of the sources of text or token ids")
+    data: tuple[Source, ...] = Field(
+        default=(),
+        description="a list of the sources of text or token ids; each is a domain whose figures are kept apart",
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return _with_different_titles(sources)
 
 
 class Evaluation(_Settings):
@@ -86,14 +102,17 @@ class Evaluation(_Settings):
     perplexity: tuple[Source, ...] = Field(default=(), description="sources of text to measure perplexity on")
     speed: bool = Field(default=False, description="measure tokens per second and memory")
 
+    random: int = Field(
+        default=0,
+        ge=0,
+        description="for each pruning pass, so many random decisions of the same size to compare it with: by loss on "
+        "the calibration text, and by `perplexity`",
+    )
+
     @field_validator("perplexity")
     @classmethod
     def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        titles = [source.title for source in sources]
-        for title in titles:
-            if titles.count(title) > 1:
-                raise ValueError(f"two sources are called {title!r}; tell them apart with `name:`")
-        return sources
+        return _with_different_titles(sources)
 
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Evaluation:
@@ -147,7 +166,9 @@ class Recipe(_Settings):
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
     seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
-    calibration: Calibration = Field(description="the text that the statistics are gathered on")
+    calibration: Calibration = Field(
+        default_factory=Calibration, description="the text that the statistics are gathered on"
+    )
     passes: tuple[Annotated[PassSpec, BeforeValidator(_one_method)], ...] = Field(
         min_length=1, description="a list of methods with their options, applied in order"
     )
@@ -220,11 +241,12 @@ def load_recipe(
     model: str | None = None,
     output: Path | None = None,
     methods: Mapping[str, type[Method[Any]]] | None = None,
+    criteria: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
     """Read and check a recipe: a YAML file by its path, a mapping with the same keys, or a Recipe.
 
     `overrides` are texts such as `passes.0.expert_pruning.keep=4`, applied in order; `model` and `output`
-    replace those of the recipe. With `methods` (by name) the passes are checked as well.
+    replace those of the recipe. With `methods` (by name) the passes are checked as well; `criteria` are handed to them.
     Raises one RecipeError that lists every mistake of all of them, in the order of the file.
     """
     document = Document()
@@ -239,20 +261,34 @@ def load_recipe(
             document.replace(key, str(value), f"--{key} {value}")
 
     recipe = _validate(Recipe, document, ())
-    passes = _resolve(document, methods) if methods is not None else ()
+    passes = _resolve(document, methods, criteria) if methods is not None else ()
+    if recipe is not None and not recipe.calibration.data:
+        _check_own_text(document, recipe, passes if methods is not None else None)
     document.raise_mistakes()
     assert recipe is not None
     return LoadedRecipe(recipe, passes, document)
 
 
+def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[ResolvedPass] | None) -> None:
+    """Without calibration data every pass must bring its own."""
+    if passes is not None and len(passes) == len(recipe.passes) and all(p.method.sources() for p in passes):
+        return
+    document.add_mistake(
+        ("calibration", "data"),
+        "no text to observe the model on; list at least one source, such as `data: [{demo: mix}]`",
+    )
+
+
 def resolve_passes(loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]]) -> tuple[ResolvedPass, ...]:
     """Check every pass by its method's options and make the methods. Raises RecipeError with all mistakes."""
-    passes = _resolve(loaded.document, methods)
+    passes = _resolve(loaded.document, methods, None)
     loaded.document.raise_mistakes()
     return passes
 
 
-def _resolve(document: Document, methods: Mapping[str, type[Method[Any]]]) -> tuple[ResolvedPass, ...]:
+def _resolve(
+    document: Document, methods: Mapping[str, type[Method[Any]]], criteria: Mapping[str, Any] | None
+) -> tuple[ResolvedPass, ...]:
     """The passes that are right, from the plain data: the rest of the recipe may be wrong."""
     listed = document.data.get("passes")
     resolved = []
@@ -268,7 +304,7 @@ def _resolve(document: Document, methods: Mapping[str, type[Method[Any]]]) -> tu
             options = _validate(methods[name].options_type, document, path)
             if options is not None:
                 spec = PassSpec(method=name, options=given or {})
-                resolved.append(ResolvedPass(index, spec, methods[name](options)))
+                resolved.append(ResolvedPass(index, spec, methods[name](options, criteria)))
     return tuple(resolved)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -163,6 +164,11 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
                 default = "required" if field.is_required() else _text_or_nothing(field.default)
                 table.add_row(*map(Text, (name, kind, default, field.description or "")))
             console.print(table)
+        if plugin.criteria:
+            table = _table("criterion", "source", wrap=("source",))
+            for criterion in plugin.criteria:
+                table.add_row(*map(Text, (criterion.name, criterion.source)))
+            console.print(table)
     if not plugins:
         console.print(Text("No plugins are installed."))
 
@@ -206,8 +212,13 @@ def model_card(record: Json) -> str:
     ]
     if rows := figures(record):
         parts += ["## Figures", _markdown_table(rows), "\n".join(_legend(rows, record))]
+    for done in record.get("passes", []):
+        if rows_of_random := random_rows(done.get("random") or {}):
+            heading = f"## {done['method']}: does it beat chance?"
+            parts += [heading, _random_markdown(rows_of_random)]
     if layers := _kept_lines(record):
-        parts += ["## Experts kept", layers]
+        notes = [f"* {note}" for done in record.get("passes", []) for note in decision_notes(done)]
+        parts += ["## Experts kept", layers, *(["\n".join(notes)] if notes else [])]
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     parts += [
@@ -423,7 +434,7 @@ def _with_dropped(record: Json) -> Iterator[tuple[Json, dict[str, list[int]]]]:
 
 
 def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: Console) -> None:
-    layers = done["decision"].get("layers", {})
+    layers = _with_domain_losses(done["decision"].get("layers", {}))
     if not layers:
         return
     pattern, labels = _short_labels(list(layers))
@@ -436,6 +447,76 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
         ids = [_ids(decided.get("kept", [])), _ids(dropped.get(path, []))] if has_kept else []
         table.add_row(*map(Text, (labels[path], *numbers, *ids)))
     _print_table(console, f"{done['method']}: {pattern}", table)
+    for note in decision_notes(done):
+        console.print(Text(f"• {note}"))
+    rows = random_rows(done.get("random") or {})
+    if rows:
+        compared = _table("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
+        for row in rows:
+            compared.add_row(*map(Text, row))
+        _print_table(console, f"{done['method']}: does it beat chance?", compared)
+
+
+def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
+    """Each domain's relative loss as a figure of its own."""
+    return {
+        path: {key: value for key, value in decided.items() if key != "domains"}
+        | {f"loss {domain}": value for domain, value in decided.get("domains", {}).items()}
+        for path, decided in layers.items()
+    }
+
+
+def decision_notes(done: Json) -> list[str]:
+    """What a reader of a decision should know of some of its layers, one sentence for each kind of finding."""
+    layers = done["decision"].get("layers", {})
+    notes = []
+    unreached = {path: decided["unreached"] for path, decided in layers.items() if decided.get("unreached")}
+    if unreached:
+        number = sum(map(len, unreached.values()))
+        where = "; ".join(f"{path}: {_ids(ids)}" for path, ids in itertools.islice(unreached.items(), 3))
+        more = f"; and {len(unreached) - 3} more layers" if len(unreached) > 3 else ""
+        notes.append(
+            f"{number} experts were reached by no token of the calibration text, so nothing is known of them; a "
+            f"criterion drops them first ({where}{more})"
+        )
+    supers = {path: decided["super_experts"] for path, decided in layers.items() if decided.get("super_experts")}
+    if supers:
+        where = "; ".join(f"{path}: {_ids(ids)}" for path, ids in supers.items())
+        notes.append(f"super experts, whose outputs are extreme, were protected: {where}")
+    short = max((decided.get("uncovered", 0.0) for decided in layers.values()), default=0.0)
+    if short > 0:
+        notes.append(f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts")
+    return notes
+
+
+def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
+    """(figure, the decision's value, median of the random ones, their range, how many of them it beats)."""
+    compared = {"loss on calibration text": random["relative_loss"]} if random else {}
+    compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}
+    rows = []
+    for name, values in compared.items():
+        others = sorted(values["random"])
+        beaten = sum(other > values["ours"] for other in others)
+        spread = f"{others[0]:.4g}–{others[-1]:.4g}"
+        median = f"{statistics.median(others):.4g}"
+        rows.append((name, f"{values['ours']:.4g}", median, spread, f"{beaten} of {len(others)}"))
+    return rows
+
+
+def _random_markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        "| against random experts | chosen | random (median) | smallest–largest | better than |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def print_decisions(decided: Json, console: Console) -> None:
+    """The passes of a decision.json: kept and dropped experts, and what each layer loses."""
+    for done in decided["passes"]:
+        layers = done["decision"].get("layers", {})
+        dropped = {path: layer["dropped"] for path, layer in layers.items() if "dropped" in layer}
+        _print_decision(done, dropped, console)
 
 
 def _all_numbers(layers: Json, key: str) -> bool:

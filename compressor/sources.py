@@ -1,7 +1,7 @@
 """Where text and token ids come from: the entries of `calibration.data` and `evaluate.perplexity`.
 
-A source is named by the one key that says where it comes from (`demo:`, `text:`, `jsonl:`, `tokens:` or
-`dataset:`). Nothing here imports torch, so that recipes are read without it; `compressor.calibration`
+A source is named by the one key that says where it comes from (`demo:`, `text:`, `jsonl:`, `tokens:`,
+`dataset:`, `task:`). Nothing here imports torch, so that recipes are read without it; `compressor.calibration`
 makes batches of what is read.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from compressor.errors import CalibrationError
 
 Split = Literal["train", "held-out"]
+Messages = list[dict[str, Any]]
+"""A chat: `[{"role": "user", "content": "…"}, …]`, rendered by the tokenizer's chat template."""
+Document = str | Messages
 
 
 class BaseSource(BaseModel):
@@ -37,8 +40,8 @@ class BaseSource(BaseModel):
     def _default_title(self) -> str:
         raise NotImplementedError
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
-        """The texts, in the order in which they are to be used."""
+    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
+        """The texts or chats, in the order in which they are to be used."""
         raise NotImplementedError
 
 
@@ -85,26 +88,25 @@ class TextSource(BaseSource):
 
 
 class JsonLinesSource(BaseSource):
-    """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text under `field`."""
+    """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text or its chat under `field`.
+
+    A chat is a list of messages, each with `role` and `content`. Without `field`, that is `text`, or else `messages`.
+    """
 
     jsonl: Path = Field(description="a JSON-lines file, one document a line")
-    field: str = Field(default="text", description="the key that holds the text")
+    field: str | None = Field(
+        default=None, description="the key that holds the text, or the messages of a chat; default text or messages"
+    )
 
     def _default_title(self) -> str:
         return self.jsonl.stem
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
-        """The lines' texts, shuffled by `seed`."""
-        texts = []
-        for number, row in _json_lines(self.jsonl, self.title):
-            text = row.get(self.field)
-            if not isinstance(text, str):
-                raise CalibrationError(
-                    f"{self.jsonl}:{number}: no text under {self.field!r}; found the keys {sorted(row)}. "
-                    f"Say `field:` to name the one that holds the text."
-                )
-            texts.append(text)
-        return _shuffled(texts, seed)
+    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
+        """The lines' texts or chats, shuffled by `seed`."""
+        found = [
+            _document(row, self.field, f"{self.jsonl}:{number}") for number, row in _json_lines(self.jsonl, self.title)
+        ]
+        return _shuffled(found, seed)
 
 
 class DatasetSource(BaseSource):
@@ -113,13 +115,15 @@ class DatasetSource(BaseSource):
     dataset: str = Field(description="hub id or local folder of a Hugging Face dataset")
     config: str | None = Field(default=None, description="the dataset's configuration, such as a language")
     split: str = Field(default="train", description="the dataset's split")
-    field: str = Field(default="text", description="the column that holds the text")
+    field: str | None = Field(
+        default=None, description="the column that holds the text, or the messages of a chat; default text or messages"
+    )
 
     def _default_title(self) -> str:
         return self.dataset.rstrip("/").rsplit("/", 1)[-1]
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
-        """The rows' texts, shuffled by `seed` through a buffer of 10,000 rows."""
+    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
+        """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows."""
         import datasets
 
         try:
@@ -130,11 +134,7 @@ class DatasetSource(BaseSource):
                 f"folder, or use a `text:`, `jsonl:` or `demo:` source."
             ) from error
         for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=10_000)):
-            if not isinstance(row.get(self.field), str):
-                raise CalibrationError(
-                    f"dataset {self.dataset!r} has no text column {self.field!r}; its columns are {sorted(row)}."
-                )
-            yield row[self.field]
+            yield _document(row, self.field, f"dataset {self.dataset!r}")
 
     def _rows_read(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The rows; streaming meets damaged files and lost connections only here."""
@@ -171,12 +171,54 @@ class TokensSource(BaseSource):
         return sequences[: self.samples]
 
 
+class TaskSource(BaseSource):
+    """An lm-eval task's training documents, prompt and answer as the task renders them: `task: gsm8k`.
+
+    Never the documents that the task is measured on, unless `split` names them.
+    """
+
+    task: str = Field(min_length=1, description="lm-eval task or group; or the path of a task's YAML file")
+    task_path: Path | None = Field(
+        default=None, description="a folder of lm-eval task files (YAML) in which the task is looked for first"
+    )
+    split: Literal["train", "validation", "test"] | None = Field(
+        default=None, description="default train, or else a validation split that the task is not measured on"
+    )
+
+    def _default_title(self) -> str:
+        return self.name_in_index
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `task` is a file and not a name."""
+        return self.task.endswith((".yaml", ".yml"))
+
+    @property
+    def name_in_index(self) -> str:
+        """What lm-eval calls the task."""
+        from compressor.tasks import named_in
+
+        return named_in(Path(self.task)) if self.is_file else self.task
+
+    @property
+    def folder(self) -> Path | None:
+        """Where lm-eval looks for the task first."""
+        return Path(self.task).parent if self.is_file else self.task_path
+
+    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+        """The task's training documents, shuffled by `seed`."""
+        from compressor.tasks import training_texts
+
+        return training_texts(self.name_in_index, task_path=self.folder, split=self.split, seed=seed)
+
+
 _KINDS = {
     "demo": DemoSource,
     "text": TextSource,
     "jsonl": JsonLinesSource,
     "tokens": TokensSource,
     "dataset": DatasetSource,
+    "task": TaskSource,
 }
 SOURCE_KINDS = tuple(_KINDS)
 
@@ -194,7 +236,8 @@ Source = Annotated[
     | Annotated[TextSource, Tag("TextSource")]
     | Annotated[JsonLinesSource, Tag("JsonLinesSource")]
     | Annotated[TokensSource, Tag("TokensSource")]
-    | Annotated[DatasetSource, Tag("DatasetSource")],
+    | Annotated[DatasetSource, Tag("DatasetSource")]
+    | Annotated[TaskSource, Tag("TaskSource")],
     Discriminator(
         _class_name,
         custom_error_type="source_kind",
@@ -205,10 +248,35 @@ Source = Annotated[
 ]
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
-    texts = list(texts)
-    random.Random(seed).shuffle(texts)
-    return texts
+def _document(row: Mapping[str, Any], field: str | None, where: str) -> Document:
+    """The text or the chat of one row."""
+    name = field or next((one for one in ("text", "messages") if row.get(one) is not None), "text")
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise CalibrationError(
+            f"{where}: no text under {name!r}; found the keys {sorted(row)}. Say `field:` to name the one that holds "
+            f"the text, or the messages of a chat."
+        )
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise CalibrationError(
+                f'{where}: the chat under {name!r} is no list of messages such as {{"role": "user", "content": "…"}}; '
+                f"found {str(message)[:80]!r}."
+            )
+    if not value:
+        raise CalibrationError(f"{where}: the chat under {name!r} has no messages.")
+    return value
+
+
+_T = TypeVar("_T")
+
+
+def _shuffled(documents: Iterable[_T], seed: int) -> list[_T]:
+    documents = list(documents)
+    random.Random(seed).shuffle(documents)
+    return documents
 
 
 def _read_text(path: Path, title: str) -> str:

@@ -14,19 +14,39 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
 from compressor.moe import RankedChunk, RoutedTokens
 
-FORMAT = 1
+FORMAT = 2
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Layer path → name → figures."""
 
+Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
+"""(pass → layer path → name → figures, what they are about)"""
+
+
+class Gathered(dict[str, Mapping[str, Tensor]]):
+    """What was observed: layer path → name → figures.
+
+    `domains` are the names of the calibration sources, in the order in which figures kept apart by source have them.
+    """
+
+    def __init__(self, layers: Statistics, domains: Sequence[str] = ("",)) -> None:
+        super().__init__(layers)
+        self.domains = tuple(domains)
+
 
 class Statistic(ABC):
     """Accumulates figures over the calibration batches at one MoE layer."""
+
+    weight_norms: bool = False
+    """Whether the layer's figures should hold the norms of its experts' weights too: `weights.l1`, `weights.squared`,
+    `weights.count`, [E] each.
+    """
 
     @abstractmethod
     def update(self, tokens: RoutedTokens) -> None:
@@ -71,6 +91,7 @@ class JoinedStatistic(RankedStatistic):
 
     def __init__(self, parts: Sequence[RankedStatistic]) -> None:
         self.parts = parts
+        self.weight_norms = any(part.weight_norms for part in parts)
 
     def num_ranks(self, tokens: RoutedTokens) -> int:
         """The most that one of them needs."""
@@ -104,31 +125,143 @@ class JoinedStatistic(RankedStatistic):
 def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping[str, Any]) -> None:
     """Write the figures of all passes into one safetensors file; `about` (JSON) says where they come from.
 
-    Tensors are named `PASS/LAYER/FIGURE`, a pass being `0.expert_pruning`.
+    Tensors are named `PASS/LAYER/FIGURE`, a pass being `0.expert_pruning`. The same figures give the same bytes.
     """
     tensors = {
         f"{name}/{layer}/{figure}": tensor.contiguous()
-        for name, statistics in passes.items()
-        for layer, figures in statistics.items()
-        for figure, tensor in figures.items()
+        for name, statistics in sorted(passes.items())
+        for layer, figures in sorted(statistics.items())
+        for figure, tensor in sorted(figures.items())
     }
-    metadata = {"format": str(FORMAT), "about": json.dumps(about, sort_keys=True)}
+    # one entry: the order in which safetensors writes several of them varies
+    metadata = {"header": json.dumps({"format": FORMAT, "about": about}, sort_keys=True)}
     temporary = path.with_name(path.name + ".partial")
     safetensors.torch.save_file(tensors, temporary, metadata=metadata)
     temporary.replace(path)
 
 
 def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
-    """Read a file written by `save_statistics`: (pass → layer → figure → tensor, about)."""
+    """Read a file written by `save_statistics`: (pass → layer → figure → tensor, about).
+
+    Raises CheckpointError where it is none, is damaged, or is of another format.
+    """
     passes: dict[str, dict[str, dict[str, Tensor]]] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != str(FORMAT):
-                raise CheckpointError(f"{path}: not a statistics file of format {FORMAT}.")
+            header = json.loads(metadata.get("header", "{}"))
+            found = header.get("format", metadata.get("format"))
+            if found != FORMAT:
+                kind = "no statistics file" if found is None else f"a statistics file of format {found}"
+                raise CheckpointError(f"{path}: it is {kind}; this version reads format {FORMAT}. Observe again.")
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 pass_name, layer, figure = name.split("/")
                 passes.setdefault(pass_name, {}).setdefault(layer, {})[figure] = file.get_tensor(name)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a statistics file: {error}") from error
-    return passes, json.loads(metadata["about"])
+    return passes, header["about"]
+
+
+def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
+    """Add up figures gathered in several runs of one model on different text, as one run over all of it would have.
+
+    Domains of the same name are added, others stand side by side. Figures that cannot be added, such as the path of a
+    greedy search, are left out and named in `about["dropped_figures"]`. Raises CheckpointError where the runs were of
+    other models or tokenizers, where text would count twice, or where figures are progressive.
+    """
+    passes, about = loaded[0]
+    merged = {name: {layer: dict(of) for layer, of in layers.items()} for name, layers in passes.items()}
+    result: dict[str, Any] = {**about}
+    for other_passes, other in loaded[1:]:
+        _refuse_mixing(result, other)
+        shared = [name for name in merged if name in other_passes]
+        if not shared:
+            raise CheckpointError(
+                f"the statistics have no pass in common: {', '.join(merged)}; {', '.join(other_passes)}."
+            )
+        dropped: set[str] = set(result.get("dropped_figures", []))
+        together: dict[str, dict[str, dict[str, Tensor]]] = {}
+        passes_about: dict[str, Any] = {}
+        for name in shared:
+            ours, theirs = result["passes"][name]["domains"], other["passes"][name]["domains"]
+            domains = list(dict.fromkeys([*ours, *theirs]))
+            places = [[domains.index(domain) for domain in one] for one in (ours, theirs)]
+            together[name] = {
+                layer: _added(merged[name][layer], other_passes[name][layer], places, len(domains), dropped)
+                for layer in merged[name]
+                if layer in other_passes[name]
+            }
+            passes_about[name] = {**result["passes"][name], "domains": domains}
+        merged = together
+        joined = _joined_domains(result["domains"], other["domains"])
+        result |= {"passes": passes_about, "domains": joined, "dropped_figures": sorted(dropped)}
+    return merged, result
+
+
+def _refuse_mixing(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    cannot = "the statistics cannot be added up"
+    models = [about["model"].get("fingerprint") for about in (one, other)]
+    if models[0] != models[1]:
+        raise CheckpointError(f"{cannot}: they are of different models, {models[0]} and {models[1]}.")
+    if one["tokenizer"] != other["tokenizer"]:
+        raise CheckpointError(
+            f"{cannot}: the text was cut by different tokenizers, {one['tokenizer']} and {other['tokenizer']}."
+        )
+    if one["layers"] != other["layers"]:
+        raise CheckpointError(f"{cannot}: the models have different MoE layers.")
+    for name, found in [*one["passes"].items(), *other["passes"].items()]:
+        if found["progressive"]:
+            raise CheckpointError(
+                f"{cannot}: those of {name} are progressive, each layer having seen the layers before it as they were "
+                f"pruned then."
+            )
+    texts = [
+        {text for domain in about["domains"] for text in domain["fingerprint"].split("+")} for about in (one, other)
+    ]
+    twice = texts[0] & texts[1]
+    if twice:
+        raise CheckpointError(f"{cannot}: the same text would count twice ({min(twice)}).")
+
+
+def _joined_domains(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {domain["name"]: dict(domain) for domain in ours}
+    for domain in theirs:
+        same = found.setdefault(domain["name"], {**domain, "sequences": 0, "tokens": 0, "fingerprint": ""})
+        same["sequences"] += domain["sequences"]
+        same["tokens"] += domain["tokens"]
+        same["fingerprint"] = "+".join(filter(None, (same["fingerprint"], domain["fingerprint"])))
+    return list(found.values())
+
+
+def _added(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    places: Sequence[Sequence[int]],
+    num_domains: int,
+    dropped: set[str],
+) -> dict[str, Tensor]:
+    """One layer's figures of two runs; `places` says where each run's domains stand in the result."""
+    found: dict[str, Tensor] = {}
+    both = (ours, theirs)
+    counts = [figures.get("subsets.counts", torch.empty(0)) for figures in both]
+    for name in sorted({*ours, *theirs}):
+        if name not in ours or name not in theirs:
+            dropped.add(name)
+        elif name.startswith("sums.") or name == "pairs.loss":
+            whole = ours[name].new_zeros(num_domains, *ours[name].shape[1:])
+            for figures, at in zip(both, places, strict=True):
+                present = whole[list(at)]
+                is_sum = name != "sums.largest"
+                whole[list(at)] = present + figures[name] if is_sum else torch.maximum(present, figures[name])
+            found[name] = whole
+        elif name == "batch.domain":
+            found[name] = torch.cat([torch.tensor(at)[figures[name]] for figures, at in zip(both, places, strict=True)])
+        elif name.startswith("batch.") or name == "single.squared_error":
+            found[name] = torch.cat([figures[name] for figures in both])
+        elif name.startswith("subsets.") and torch.equal(*counts):
+            found[name] = ours[name] if name == "subsets.counts" else torch.cat([figures[name] for figures in both])
+        elif name.startswith("weights.") and torch.allclose(ours[name], theirs[name]):
+            found[name] = ours[name]
+        else:  # the path of a search, or losses of other sets
+            dropped.add(name)
+    return found

@@ -1,28 +1,45 @@
-"""Run calibration batches through the model and hand every MoE layer's tokens to its statistic.
+"""Run calibration batches through the model, one MoE layer at a time, and hand each layer's tokens to its statistic.
 
-Layer-wise: every layer sees the activations of the model as it is. One pass over the data; each layer's output is put
-together from the expert outputs its statistic asked for, so the experts are not run twice.
+    batch 0   ──attention──►│ layer 0 │──attention──►│ layer 1 │──►        All batches pass a layer before the first
+    batch 1   ──attention──►│         │──attention──►│         │──►        goes on to the next: so a layer's figures are
+    …                       ▼         ▼              ▼         ▼           whole, and can be freed, before others begin.
+                         its figures                its figures
 
-Not covered yet: reading one layer at a time from disk, and a second stream through the layers already pruned. In a
-block-diffusion model, padding counts towards the sliding window through which the decoder sees its prompt.
+Every batch is a *stream*: the model's own forward in a greenlet, which stops before each watched block and goes on when
+it is told to. So whatever a model carries from layer to layer (masks, caches, several residual streams) stays where its
+own code keeps it, and attention runs once. In memory are the hidden states of all batches, and for the layer that is
+being observed its inputs.
+
+Layer-wise: every layer sees the activations of the model as it is. Progressive: a second stream of every batch goes
+through the layers already edited; a layer then sees these activations, and the original model's output is its target.
+Two attention passes in all, where rerunning the model for each of L layers takes L + 1.
+
+Not covered yet: reading one layer at a time from disk, hidden states that are larger than memory. In a block-diffusion
+model, padding counts towards the sliding window through which the decoder sees its prompt.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from compressor.calibration import TokenBatch
-from compressor.errors import CalibrationError
-from compressor.moe import MoEModel, RealTokens, RoutedTokens
+from compressor.errors import CalibrationError, UnsupportedModelError
+from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
 from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
+
+Figures = dict[str, dict[str, Tensor]]
+"""Layer path → name → figures."""
+Edited = Callable[[str, Mapping[str, Tensor]], AbstractContextManager[object]]
+"""(a layer's path, its figures) → a context in which the model computes as if the layer had been edited by them."""
 
 
 @torch.no_grad()
@@ -33,45 +50,206 @@ def observe(
     progress: Progress,
     *,
     title: str = "observing",
-) -> None:
-    """Feed every batch to every statistic, in order. The model is not changed.
+    edited: Edited | None = None,
+) -> Figures:
+    """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
-    Raises CheckpointError, naming the layer, where activations are not finite.
+    With `edited` the walk is progressive: every layer is observed on the activations that come out of the edited layers
+    before it, with the original model's output as `RoutedTokens.target_TH`.
+
+    Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
+    token; UnsupportedModelError where batches do not come to the layers in the same order.
     """
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
-    device = next(model.parameters()).device
-    real = RealTokens()
     was_training = model.training
     model.eval()
-    seen: set[str] = set()
-
-    def visitor(path: str, statistic: Statistic) -> Callable[[RoutedTokens], None]:
-        def visit(tokens: RoutedTokens) -> None:
-            seen.add(path)
-            statistic.update(tokens)
-
-        return visit
-
-    visitors = {path: visitor(path, statistic) for path, statistic in statistics.items()}
     try:
-        with (
-            moe.watched(visitors, real),
-            progress.task(title) as update,
-            _counted(model, list(visitors), len(batches), update),
-        ):
-            for batch in batches:
-                real.mask_T = batch.attention_mask.flatten().to(device)
-                body(**model_inputs(body, batch))
+        with progress.task(title) as update:
+            return _Walk(moe, body, dict(statistics), edited, update).run(batches)
     finally:
         model.train(was_training)
-    unseen = [path for path in statistics if path not in seen]
-    if unseen:
-        raise CalibrationError(
-            f"{unseen[0]}: no token of the calibration text comes to this layer (a layer for images, say), so its "
-            f"experts "
-            f"cannot be judged. Prune the other layers only: name them under `keep:`."
-        )
+
+
+class _Stream:
+    """One batch on its way through the model."""
+
+    def __init__(self, body: Any, batch: TokenBatch) -> None:
+        self.batch = batch
+        self.mask_T = batch.attention_mask.flatten().to(next(body.parameters()).device)
+        self.path: str | None = None
+        """The watched block that it stands before; None before the first step and at the end."""
+        self.call: tuple[Any, Any] = ((), {})
+        """The arguments that this block is about to get."""
+        self.target_TH: Tensor | None = None
+        self._greenlet = greenlet(lambda: body(**model_inputs(body, batch)))
+
+    def stand(self, path: str, args: Any, kwargs: Any) -> None:
+        """Called from within the forward: wait here until told to go on."""
+        self.path, self.call = path, (args, kwargs)
+        assert self._greenlet.parent is not None
+        self._greenlet.parent.switch()
+        self.call = ((), {})
+
+    def go_on(self) -> None:
+        """Run up to the next watched block, or to the end."""
+        self.path = None
+        self._greenlet.switch()
+
+    def leave(self) -> None:
+        """Give up: a stream that still stands somewhere is unwound."""
+        if self._greenlet and not self._greenlet.dead:
+            self._greenlet.throw()
+
+
+@dataclass
+class _Walk:
+    """One walk of all batches through all layers."""
+
+    moe: MoEModel
+    body: Any
+    statistics: dict[str, Statistic]
+    edited: Edited | None
+    update: Update
+    real: RealTokens = field(default_factory=RealTokens)
+    stream: _Stream | None = None
+    """The stream that is running."""
+    take: Callable[[RoutedTokens], None] | None = None
+    """What is done with the tokens of the layer that is running."""
+    figures: Figures = field(default_factory=dict)
+    num_streams: int = 0
+    num_steps: int = 0
+    """Blocks passed by streams, in all."""
+    num_seen: int = 0
+    """Batches given to statistics, in all."""
+
+    def run(self, batches: Sequence[TokenBatch]) -> Figures:
+        """All batches, layer by layer."""
+        originals = [_Stream(self.body, batch) for batch in batches]
+        others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
+        self.num_streams = len(originals) + len(others)
+        hooks = [self._stop_before(path) for path in self.statistics]  # before the taps' own, which a stop must not cut
+        try:
+            with self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real):
+                for stream in [*originals, *others]:
+                    self._go_on(stream)
+                while path := self._common_path([*originals, *others]):
+                    self._observe_layer(path, originals, others)
+        finally:
+            for stream in [*originals, *others]:
+                stream.leave()
+            for hook in hooks:
+                hook.remove()
+        self._refuse_unseen()
+        return {path: self.figures[path] for path in self.statistics}
+
+    def _stop_before(self, path: str) -> Any:
+        def stop(module: Any, args: Any, kwargs: Any) -> None:
+            if self.stream is not None and getcurrent().parent is not None:
+                self.stream.stand(path, args, kwargs)
+
+        return self.moe.model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
+
+    def _common_path(self, streams: Sequence[_Stream]) -> str | None:
+        paths = {stream.path for stream in streams}
+        if len(paths) > 1:
+            named = " and ".join(sorted(str(path or "the end") for path in paths))
+            raise UnsupportedModelError(
+                f"{type(self.moe.model).__name__}: some batches come to {named} next: its layers do not run in one "
+                f"order, so they cannot be observed one after another."
+            )
+        return paths.pop() if paths else None
+
+    def _observe_layer(self, path: str, originals: Sequence[_Stream], others: Sequence[_Stream]) -> None:
+        if path in self.figures:
+            raise UnsupportedModelError(
+                f"{path}: it runs more than once on the same text, so its tokens cannot be told apart; this needs a "
+                f"plugin."
+            )
+        statistic, seen = self.statistics[path], self.num_seen
+        if not self.edited:
+            calls = [(stream, stream.call) for stream in originals]
+            for stream in originals:
+                self._go_on(stream, self._give(statistic, stream))
+        else:
+            calls = [(stream, stream.call) for stream in others]
+            for original, other in zip(originals, others, strict=True):
+                self._go_on(original, _keep_output(other))
+                self._run_again(path, other, other.call, self._give(statistic, other))
+        while self.num_seen > seen and statistic.again():
+            for stream, call in calls:
+                self._run_again(path, stream, call, self._give(statistic, stream))
+        if self.num_seen == seen:
+            for other in others:
+                self._go_on(other)
+            return
+        self.figures[path] = statistic.tensors()
+        if statistic.weight_norms:
+            self.figures[path] |= expert_weight_norms(self.moe.model, self.moe.layer(path))
+        if self.edited:
+            with self.edited(path, self.figures[path]), ExitStack() as stack:
+                self.real.listening = False
+                stack.callback(setattr, self.real, "listening", True)
+                for other in others:
+                    self._go_on(other)
+                    other.target_TH = None
+
+    def _give(self, statistic: Statistic, stream: _Stream) -> Callable[[RoutedTokens], None]:
+        def give(tokens: RoutedTokens) -> None:
+            tokens.domain, tokens.target_TH = stream.batch.domain, stream.target_TH
+            self.num_seen += 1
+            statistic.update(tokens)
+
+        return give
+
+    def _visit(self, tokens: RoutedTokens) -> None:
+        if self.take is not None:
+            self.take(tokens)
+
+    def _go_on(self, stream: _Stream, take: Callable[[RoutedTokens], None] | None = None) -> None:
+        """Let a stream run through the block that it stands before, and up to the next one."""
+        was_standing = stream.path is not None
+        self.stream, self.take, self.real.mask_T = stream, take, stream.mask_T
+        try:
+            stream.go_on()
+        finally:
+            self.stream = self.take = None
+        if was_standing:
+            self.num_steps += 1
+            self.update(self.num_steps, self.num_streams * len(self.statistics))
+
+    def _run_again(self, path: str, stream: _Stream, call: Any, take: Callable[[RoutedTokens], None]) -> None:
+        """Run one block alone on what a stream has brought it; the output is dropped."""
+        args, kwargs = call
+        if kwargs.get("past_key_values") is not None:
+            raise UnsupportedModelError(
+                f"{path}: its block holds attention that writes a cache, so it cannot be run twice on the same text: "
+                f"neither `progressive` nor a second look at tokens is possible here."
+            )
+        self.take, self.real.mask_T = take, stream.mask_T
+        try:
+            self.moe.model.get_submodule(path)(*args, **kwargs)
+        finally:
+            self.take = None
+
+    def _refuse_unseen(self) -> None:
+        unseen = [path for path in self.statistics if path not in self.figures]
+        if unseen:
+            raise CalibrationError(
+                f"{unseen[0]}: no token of the calibration text comes to this layer (a layer for images, say), so its "
+                f"experts cannot be judged. Prune the other layers only: name them under `keep:`."
+            )
+
+
+def _keep_output(stream: _Stream) -> Callable[[RoutedTokens], None]:
+    """Put a layer's output on one stream down as the target of another."""
+
+    def keep(tokens: RoutedTokens) -> None:
+        for _ in tokens.ranked_outputs(tokens.layer.top_k):
+            pass
+        stream.target_TH = tokens.output_TH
+
+    return keep
 
 
 def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
@@ -110,19 +288,3 @@ def logits(model: Any, batch: TokenBatch) -> Tensor:
         model.train(was_training)
     answers = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return answers[batch.attention_mask.to(answers.device)]  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _counted(model: Any, paths: Sequence[str], num_batches: int, update: Update) -> Iterator[None]:
-    """Report every time that a watched layer has run."""
-    count = itertools.count(1)
-
-    def report(*_: object) -> None:
-        update(next(count), num_batches * len(paths))
-
-    hooks = [model.get_submodule(path).register_forward_hook(report) for path in paths]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

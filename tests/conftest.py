@@ -1,11 +1,17 @@
-"""Settings for all tests: one thread, no network, and nothing left behind."""
+"""Settings for all tests: one thread, no network, and nothing left behind; layers and tokens made by hand."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor import MoELayer, RoutedTokens, RoutingRule
 
 _MODULES = tempfile.TemporaryDirectory(prefix="hf-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # before transformers is imported: code that comes with models goes here
@@ -36,3 +42,78 @@ def token_file(tmp_path: Path) -> Path:
 
     rows = [token_ids(length, seed=length).tolist() for length in (40, 33, 48, 21, 48, 40)]
     return write_token_file(tmp_path / "tokens.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return Path(__file__).parent / "golden" / "mixtral_seed1"
+
+
+@pytest.fixture(scope="session")
+def make_layer() -> Callable[..., MoELayer]:
+    """A layer of which only the counts matter."""
+
+    from compressor import MoELayer
+
+    def make(
+        num_experts: int, top_k: int, *, num_groups: int = 1, num_chosen_groups: int = 1, path: str = "layers.0.mlp",
+        **others: Any,
+    ) -> MoELayer:  # fmt: skip
+        return MoELayer(
+            path=path,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_groups=num_groups,
+            num_chosen_groups=num_chosen_groups,
+            router="layers.0.mlp.gate",
+            experts="layers.0.mlp.experts",
+            tensors={},
+            integers={},
+            containers={},
+            id_tensors=(),
+            parameters_per_expert=1,
+            router_probe=None,  # type: ignore[arg-type]
+            **others,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokens(make_layer: Callable[..., MoELayer]) -> Callable[..., RoutedTokens]:
+    """Tokens [T, H] at a layer whose experts are the matrices [N, H, H], the last `num_extra` of them no experts but
+    what else can be chosen. `choose` is the router: logits, K → ids, weights; it must leave logits of −inf alone.
+    """
+
+    from compressor import RoutedTokens
+
+    def make(
+        hidden_TH: Tensor,
+        matrices_NHH: Tensor,
+        logits_TN: Tensor,
+        top_k: int,
+        choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        rule: RoutingRule | None,
+        num_extra: int = 0,
+    ) -> RoutedTokens:
+        layer = make_layer(len(matrices_NHH) - num_extra, top_k, num_extra_choices=num_extra)
+
+        def replay(kept: Sequence[int], top_k: int | None = None) -> tuple[Tensor, Tensor]:
+            dropped = [expert for expert in range(layer.num_experts) if expert not in kept]
+            masked = logits_TN.clone()
+            masked[:, dropped] = float("-inf")
+            return choose(masked, layer.top_k if top_k is None else top_k)
+
+        index_TK, weights_TK = choose(logits_TN, top_k)
+        return RoutedTokens(
+            layer=layer,
+            hidden_TH=hidden_TH,
+            logits_TE=logits_TN,
+            index_TK=index_TK,
+            weights_TK=weights_TK,
+            rule=rule,
+            replay=replay,
+            evaluate_experts=lambda x, e: torch.einsum("ch,cmhg->cmg", x, matrices_NHH[e]),
+        )
+
+    return make

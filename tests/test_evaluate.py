@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from compressor import evaluate
+from compressor import evaluate, tasks
 from compressor.calibration import Sequences, fingerprint
 from compressor.errors import CalibrationError, CheckpointError, EvaluationError
 from compressor.evaluate import Flips, Metric, RoutedSize, TaskResult
@@ -411,7 +411,7 @@ def test_lm_evals_own_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    sources = evaluate._TaskSources(None, local_tasks)
+    sources = tasks.TaskSources(None, local_tasks)
     with pytest.raises(EvaluationError, match=r"unknown task 'arc_eazy'\. Did you mean arc_easy"):
         sources.load("arc_eazy")
     with pytest.raises(EvaluationError, match=r"task 'arc_easy': its documents cannot be read: .*without a network"):

@@ -8,6 +8,7 @@ adapter     who explains a model: adapters of plugins, or what is found by itsel
 counts      numbers of experts that differ from layer to layer: config, building, slicing
 tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
+weights     norms of the experts' weights
 model       MoEModel: layers, masked, watched, keep
 """
 
@@ -19,6 +20,7 @@ from compressor.moe.routing import RoutingRule
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
+from compressor.moe.weights import expert_weight_norms
 
 __all__ = [
     "UNEVEN_KEY",
@@ -35,6 +37,7 @@ __all__ = [
     "Structure",
     "check_kept",
     "count_problem",
+    "expert_weight_norms",
     "find_structure",
     "refuse_quantised",
     "settle",

@@ -5,6 +5,7 @@ Dimensions: T tokens, E experts of the layer, K experts chosen per token, M rank
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,10 +157,34 @@ def write_top_k(model: Any, structure: Structure, top_k: int) -> None:
 
 
 @dataclass(frozen=True)
+class GroupRule:
+    """A router that first chooses groups of experts, and then experts of these groups only (DeepSeek-V2 and V3)."""
+
+    num_groups: int
+    num_chosen: int
+    score: Literal["best", "best two"]
+    """What a group is chosen by: the ranking of its best expert, or the sum of its best two."""
+    elsewhere: float
+    """The ranking that experts of other groups are given, −inf or 0: with 0 they may still be chosen, at a pinch."""
+
+    def within(self, ranking_TE: Tensor) -> Tensor:
+        """[T, E]: the ranking with the experts of groups that are not chosen put last."""
+        by_group_TGX = ranking_TE.view(*ranking_TE.shape[:-1], self.num_groups, -1)
+        best_TGX = by_group_TGX.topk(1 if self.score == "best" else 2, dim=-1).values
+        chosen_TC = best_TGX.sum(-1).topk(self.num_chosen, dim=-1).indices
+        is_chosen_TG = torch.zeros(by_group_TGX.shape[:-1], dtype=torch.bool, device=ranking_TE.device)
+        is_chosen_TG.scatter_(-1, chosen_TC, True)
+        gone = by_group_TGX == float("-inf")
+        elsewhere_TGX = by_group_TGX.masked_fill(~is_chosen_TG[..., None] & ~gone, self.elsewhere)
+        return elsewhere_TGX.flatten(-2)
+
+
+@dataclass(frozen=True)
 class RoutingRule:
     """A router's rule in closed form: weights are `scale × affinity`, over the sum of the chosen ones if `renormalise`.
 
-    affinity = softmax, sigmoid or √softplus of the logits; the K experts with the largest `affinity + bias` are chosen.
+    affinity = softmax, sigmoid or √softplus of the logits; the K experts with the largest `affinity + bias` are chosen,
+    of the chosen groups where there are `groups`.
     Where softmax is not renormalised, dropping any expert rescales every token: its sum runs over the kept experts
     only. The rule was compared with the router on the first calibration tokens, with all experts and with some masked,
     and explains what the router answered on these.
@@ -170,6 +195,7 @@ class RoutingRule:
     scale: float
     bias: Tensor | None = None
     """[E] float64, or None."""
+    groups: GroupRule | None = None
 
     def affinity(self, logits_TE: Tensor) -> Tensor:
         """[T, E] float64: each expert's score before choice and renormalisation."""
@@ -193,6 +219,8 @@ class RoutingRule:
         """The chosen ids [T, K] int64 and their weights [T, K] float64; logits of experts that are gone are −inf."""
         affinity_TE = self.affinity(logits_TE)
         ranking_TE = self.ranking(affinity_TE).masked_fill(logits_TE == float("-inf"), float("-inf"))
+        if self.groups is not None:
+            ranking_TE = self.groups.within(ranking_TE)
         index_TK = ranking_TE.topk(top_k, dim=-1).indices
         weights_TK = affinity_TE.gather(-1, index_TK)
         if self.renormalise:
@@ -219,21 +247,33 @@ def fit_rule(
 
     Tried on the tokens given and, through `replay`, on three sets of masked experts.
     """
-    if layer.num_groups > 1 or layer.id_tensors:
+    if layer.id_tensors or (layer.num_groups > 1 and layer.num_extra_choices):
         return None
     tolerance = _tolerance(weights_TK)
     given_TE = _scatter(index_TK, weights_TK, layer.num_choices)
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
-        for bias in (*biases, None):  # a small bias may have decided nothing yet, on so few tokens
-            for renormalise in (True, False):
-                rule = RoutingRule(score, renormalise, 1.0, None if bias is None else bias.double().flatten())
-                _, weights = rule.choose(logits_TE, layer.top_k)
-                rule = RoutingRule(score, renormalise, _scale(weights_TK, weights), rule.bias)
-                if _agrees(rule, layer, logits_TE, given_TE, tolerance) and _agrees_masked(
-                    rule, layer, logits_TE, replay, tolerance
-                ):
-                    return rule
+        # a small bias may have decided nothing yet, on so few tokens
+        for bias, renormalise, groups in itertools.product((*biases, None), (True, False), _group_rules(layer)):
+            flat = None if bias is None else bias.double().flatten()
+            _, weights = RoutingRule(score, renormalise, 1.0, flat, groups).choose(logits_TE, layer.top_k)
+            rule = RoutingRule(score, renormalise, _scale(weights_TK, weights), flat, groups)
+            if _agrees(rule, layer, logits_TE, given_TE, tolerance) and _agrees_masked(
+                rule, layer, logits_TE, replay, tolerance
+            ):
+                return rule
     return None
+
+
+def _group_rules(layer: MoELayer) -> list[GroupRule | None]:
+    if layer.num_groups == 1:
+        return [None]
+    scores: tuple[Literal["best", "best two"], ...] = ("best", "best two")
+    size = layer.num_experts // layer.num_groups
+    return [
+        GroupRule(layer.num_groups, layer.num_chosen_groups, score, elsewhere)
+        for score, elsewhere in itertools.product(scores, (float("-inf"), 0.0))
+        if score == "best" or size >= 2
+    ]
 
 
 def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> bool:
@@ -263,6 +303,8 @@ def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Ten
     index, weights = rule.choose(logits_TE, layer.top_k)
     difference_T = (_scatter(index, weights, layer.num_choices) - given_TE).abs().amax(-1)
     ranking = rule.ranking(rule.affinity(logits_TE)).masked_fill(logits_TE == float("-inf"), float("-inf"))
+    if rule.groups is not None:
+        ranking = rule.groups.within(ranking)
     best = ranking.topk(min(layer.top_k + 1, layer.num_choices), dim=-1).values
     tie_T = (best[:, layer.top_k - 1] - best[:, -1]).abs() <= tolerance * best[:, -1].abs().clamp_min(1e-12)
     tie_T &= torch.tensor(best.shape[-1] > layer.top_k, device=tie_T.device)
@@ -271,10 +313,13 @@ def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Ten
 
 
 def _agrees_masked(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float) -> bool:
-    num_dropped = (layer.num_experts - layer.top_k + 1) // 2
+    size = layer.num_experts // layer.num_groups
+    least = max(-(-layer.top_k // layer.num_chosen_groups), 2 if layer.num_groups > 1 else 1)
+    num_dropped = (size - least + 1) // 2  # of each group
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        dropped = torch.randperm(layer.num_experts, generator=generator)[:num_dropped]
+        drawn = [torch.randperm(size, generator=generator)[:num_dropped] + g * size for g in range(layer.num_groups)]
+        dropped = torch.cat(drawn)
         kept = sorted(set(range(layer.num_experts)) - set(dropped.tolist()))
         index, weights = replay(kept)
         masked = logits_TE.index_fill(-1, dropped.to(logits_TE.device), float("-inf"))

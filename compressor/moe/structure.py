@@ -90,6 +90,17 @@ class MoELayer:
     padding_problem: str | None = None
     """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
 
+    def description(self) -> dict[str, Any]:
+        """What deciding needs to know of the layer, as JSON; `described` is the inverse."""
+        return {name: getattr(self, name) for name in _DESCRIBED}
+
+    @classmethod
+    def described(cls, description: Mapping[str, Any]) -> MoELayer:
+        """A layer to decide on, whose model is not at hand: it has no tensors and cannot be watched or edited."""
+        known = {name: description[name] for name in _DESCRIBED}
+        nothing: dict[str, Any] = {"router_probe": None, "tensors": {}, "integers": {}, "containers": {}}
+        return cls(router="", experts="", id_tensors=(), **nothing, **known)
+
     @property
     def num_choices(self) -> int:
         """How many things the router chooses among: the experts and whatever stands behind them."""
@@ -105,6 +116,20 @@ class MoELayer:
         """The router's class and what it does, for tables."""
         groups = f", {self.num_chosen_groups} of {self.num_groups} groups" if self.num_groups > 1 else ""
         return f"{self.router_probe.class_name}: top-{self.top_k}{groups}"
+
+
+_DESCRIBED = (
+    "path",
+    "num_experts",
+    "top_k",
+    "num_groups",
+    "num_chosen_groups",
+    "num_extra_choices",
+    "parameters_per_expert",
+    "top_k_fixed",
+    "watch_problem",
+    "padding_problem",
+)
 
 
 @dataclass(frozen=True)

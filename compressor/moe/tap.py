@@ -40,11 +40,13 @@ _NUM_TOKENS_THROUGH_BLOCK = 64
 
 @dataclass
 class RealTokens:
-    """Which tokens of the batch that is running are no padding: `mask_T` [B·S] bool. The walk sets it before each
-    batch.
+    """Which tokens of the batch that is running are no padding: `mask_T` [B·S] bool, set before each batch.
+
+    While `listening` is False the model runs, and nobody is told of its tokens.
     """
 
     mask_T: Tensor | None = None
+    listening: bool = True
 
 
 @contextmanager
@@ -125,12 +127,16 @@ class _Tap:
         finally:
             self._paused = False
 
+    @property
+    def _deaf(self) -> bool:
+        return self._paused or not self.real.listening
+
     def _before_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._paused:
+        if not self._deaf:
             self._block_call = (args, kwargs)
 
     def _before_router(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._paused:
+        if self._deaf:
             return
         self._router_call = (args, kwargs)
         mode = RouterLogits(router_weights(self.model, self.layer))
@@ -138,7 +144,7 @@ class _Tap:
         self._modes.append(mode)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._paused or not self._modes:
+        if self._deaf or not self._modes:
             return
         mode = self._modes.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -263,7 +269,7 @@ class _CalledTap(_Tap):
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if self._stand_in is not None:
                 return self._stand_in(*args, **kwargs)
-            if self._paused:
+            if self._deaf:
                 return self._original(*args, **kwargs)
             return self._watch(*args, **kwargs)
 
@@ -378,7 +384,8 @@ class _ChoicesTap(_CalledTap):
             return tokens.experts_output_TH.view(given.shape)
         output = hidden.new_empty(hidden.shape)
         output[mask_T] = tokens.experts_output_TH
-        output[~mask_T] = self._call_original(hidden[~mask_T], index[~mask_T], weights[~mask_T])
+        padding = self._call_original(hidden[~mask_T], index[~mask_T], weights[~mask_T])
+        output[~mask_T] = padding.reshape(-1, hidden.shape[-1])  # some add a dimension
         return output.view(given.shape)
 
     def _sorted_call(self, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -561,7 +568,7 @@ class _ListTap(_Tap):
             hook.remove()
 
     def _after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._paused:
+        if self._deaf:
             return
         hidden = args[0] if args else next(iter(kwargs.values()))
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -35,6 +35,9 @@ class ExpertFigures:
     """How many experts will stay."""
     num_groups: int
     seed: int
+    protected: tuple[int, ...]
+    """Experts that will stay whatever their score."""
+    forbidden: tuple[int, ...]
     tokens: Tensor
     """N: tokens that chose the expert."""
     weight: Tensor
@@ -82,3 +85,7 @@ class Criterion:
     source: str
     """Where it was published, for tables and records."""
     needs: frozenset[Need] = frozenset()
+    of_sets: bool = False
+    """Whether an expert's score depends on which others stay. Such scores cannot be averaged over domains, so the
+    losses of pairs are, before the criterion sees them.
+    """

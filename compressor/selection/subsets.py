@@ -18,7 +18,7 @@ identity, a skip): these stay in every set, have ranks like any other, and count
 
 Dimensions: c tokens, E experts, N = E + what else can be chosen, K chosen per token, k chosen by the smaller layer
 (k = K if not lowered), M = min(N, max(K, k + d)) ranks, P = C(M, k) possible choices among the ranks, S sets of kept
-experts, H hidden size.
+experts, H hidden size, X = M, or M + 1 with the residual of a target that is not the layer's own output.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from math import comb
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from compressor.moe import MoELayer, RoutedTokens, RoutingRule
+from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
+from compressor.statistics import RankedStatistic
 
 _BYTES = 64 * 2**20
 _SMALL_TABLE = 1000
@@ -167,31 +169,107 @@ def rescaled_errors(
     )
 
 
-def squared_errors(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
-    """[S] float64: Σ over the batch's tokens of the squared error of every set of kept experts."""
+class SubsetErrors(RankedStatistic):
+    """Per batch B and set S: the squared error of the layer's output. The sets are those of all `counts` of kept
+    experts, in this order; with `top_k` the smaller layer chooses only so many experts per token.
+    """
+
+    def __init__(self, layer: MoELayer, counts: Sequence[int], top_k: int | None = None) -> None:
+        self.layer = layer
+        self.counts = counts
+        self.top_k = top_k
+        self._tables: SubsetTables | None = None
+        self._errors_BS: list[Tensor] = []
+        self._tokens: RoutedTokens | None = None
+        self._gram_TXX: Tensor | None = None
+        """Of one batch's tokens, where the router itself has to be asked."""
+
+    def num_ranks(self, tokens: RoutedTokens) -> int:
+        """As many ranks as can ever be chosen; all of them where the router has to be run again."""
+        if self._tokens is not tokens:
+            self._begin(tokens)
+        assert self._tables is not None
+        return self._tables.num_ranks if self._gram_TXX is None else self.layer.num_choices
+
+    def _begin(self, tokens: RoutedTokens) -> None:
+        device = tokens.hidden_TH.device
+        if self._tables is None:
+            self._tables = SubsetTables.build(self.layer, self.counts, device, self.top_k)
+        self._tokens, self._gram_TXX = tokens, None
+        if not ranks_suffice(tokens, self._tables):
+            size = self.layer.num_choices + (tokens.target_TH is not None)
+            self._gram_TXX = torch.empty(tokens.num_tokens, size, size, device=device)
+        self._errors_BS.append(torch.zeros(len(self._tables.dropped), dtype=torch.float64, device=device))
+
+    def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
+        """Add some tokens of a batch."""
+        assert self._tables is not None
+        if self._gram_TXX is None:
+            self._errors_BS[-1] += chunk_errors(tokens, self._tables, chunk)
+        else:
+            self._gram_TXX[chunk.start : chunk.stop] = _gram_by_id(tokens, chunk)
+
+    def end_batch(self, tokens: RoutedTokens) -> None:
+        """Where the router has to be asked, it is asked now."""
+        assert self._tables is not None
+        if self._gram_TXX is not None:
+            self._errors_BS[-1] = _errors_by_replay(tokens, self._tables, self._gram_TXX)
+        self._errors_BS[-1] = self._errors_BS[-1].clamp_min_(0.0).cpu()
+        self._tokens = self._gram_TXX = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """subsets.squared_error [B, S] float64; subsets.counts: the counts of kept experts whose sets they are."""
+        return {"subsets.squared_error": torch.stack(self._errors_BS), "subsets.counts": torch.tensor(self.counts)}
+
+
+def ranks_suffice(tokens: RoutedTokens, tables: SubsetTables) -> bool:
+    """Whether what a smaller set chooses can be read off each token's ranks; else the router itself must be asked."""
     rule, top_k = tokens.rule, tables.top_k
-    if rule is None or not _ranks_stay(rule) or (top_k is not None and not _holds_for(rule, tokens, top_k)):
-        return _squared_errors_by_replay(tokens, tables)
+    if rule is None or not keeps_order(rule):
+        return False
+    return top_k is None or _holds_for(rule, tokens, top_k)
+
+
+def chunk_errors(tokens: RoutedTokens, tables: SubsetTables, chunk: RankedChunk) -> Tensor:
+    """[S] float64: the squared errors of some tokens, summed."""
+    rule = tokens.rule
+    assert rule is not None
     total_S = torch.zeros(len(tables.dropped), dtype=torch.float64, device=tokens.hidden_TH.device)
-    affinity_TN = rule.affinity(tokens.logits_TE)
-    for chunk in tokens.ranked_outputs(tables.num_ranks):
-        step = max(_TOKENS_PER_LOOKUP, _BYTES // (8 * len(tables.choices_Pk) * tables.num_ranks))
-        for start in range(0, len(chunk.order_cM), step):
-            part = slice(start, start + step)
-            outputs_cMH = chunk.outputs_cMH[part]
-            affinity_cN = affinity_TN[chunk.start : chunk.stop][part]
-            order_cM, gram_cMM = chunk.order_cM[part], torch.bmm(outputs_cMH, outputs_cMH.transpose(1, 2)).double()
-            if top_k is not None:
-                order_cM, gram_cMM = _sorted_choice(rule, affinity_cN, order_cM, gram_cMM, tokens.layer.top_k)
-            total_S += _part_errors(rule, tables, order_cM, gram_cMM, affinity_cN, tokens.layer.top_k)
-    return total_S.clamp_min_(0.0)
+    outputs_cXH = with_residual(tokens, chunk)
+    step = max(_TOKENS_PER_LOOKUP, _BYTES // (8 * len(tables.choices_Pk) * tables.num_ranks))
+    for start in range(0, len(chunk.order_cM), step):
+        part = slice(start, start + step)
+        affinity_cN = rule.affinity(tokens.logits_TE[chunk.start : chunk.stop][part])
+        order_cM, gram_cXX = chunk.order_cM[part], torch.bmm(outputs_cXH[part], outputs_cXH[part].mT).double()
+        if tables.top_k is not None:
+            order_cM, gram_cXX = _sorted_choice(rule, affinity_cN, order_cM, gram_cXX, tokens.layer.top_k)
+        total_S += _part_errors(rule, tables, order_cM, gram_cXX, affinity_cN, tokens.layer.top_k)
+    return total_S
 
 
-def _ranks_stay(rule: RoutingRule) -> bool:
+def with_residual(tokens: RoutedTokens, chunk: RankedChunk) -> Tensor:
+    """[c, X, H] float32: the outputs of the M ranks and, where the target is not the layer's own output on these
+    tokens, what the layer with all experts lacks of it (X = M + 1, else M).
+
+    The residual ρ = target − Σ_e w_e E_e is treated as one more expert, of weight 1 in the target and 0 in every set,
+    so that ‖Σ_e w_e(S) E_e − target‖² = δᵀ G δ holds as before.
+    """
+    if tokens.target_TH is None:
+        return chunk.outputs_cMH
+    weights_cK = tokens.weights_TK[chunk.start : chunk.stop].float()
+    own_cH = torch.bmm(weights_cK[:, None], chunk.outputs_cMH[:, : weights_cK.shape[1]])[:, 0]
+    residual_cH = tokens.target_TH[chunk.start : chunk.stop].float() - own_cH
+    return torch.cat([chunk.outputs_cMH, residual_cH[:, None]], dim=1)
+
+
+def keeps_order(rule: RoutingRule) -> bool:
     """Whether experts keep their order when others are dropped.
 
-    Not where a bias is added to a softmax: what is dropped rescales the softmax, but not the bias.
+    Not where a bias is added to a softmax: what is dropped rescales the softmax, but not the bias. Nor where groups
+    are chosen first.
     """
+    if rule.groups is not None:
+        return False
     return rule.score != "softmax" or rule.bias is None or bool((rule.bias == rule.bias[0]).all())
 
 
@@ -210,31 +288,34 @@ def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
 
 
 def _sorted_choice(
-    rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cMM: Tensor, num_chosen: int
+    rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cXX: Tensor, num_chosen: int
 ) -> tuple[Tensor, Tensor]:
-    """`order_cM` and `gram_cMM` with the chosen experts by descending rank: a router need not give them so, and a
+    """`order_cM` and `gram_cXX` with the chosen experts by descending rank: a router need not give them so, and a
     lower k takes the first of them.
     """
     ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])
-    place_cM = torch.arange(order_cM.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
-    place_cM[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)
-    rows_cMM = gram_cMM.gather(1, place_cM[:, :, None].expand(gram_cMM.shape))
-    return order_cM.gather(1, place_cM), rows_cMM.gather(2, place_cM[:, None, :].expand(gram_cMM.shape))
+    place_cX = torch.arange(gram_cXX.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
+    place_cX[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)
+    rows_cXX = gram_cXX.gather(1, place_cX[:, :, None].expand(gram_cXX.shape))
+    sorted_cXX = rows_cXX.gather(2, place_cX[:, None, :].expand(gram_cXX.shape))
+    return order_cM.gather(1, place_cX[:, : order_cM.shape[1]]), sorted_cXX
 
 
 def _part_errors(
-    rule: RoutingRule, tables: SubsetTables, order_cM: Tensor, gram_cMM: Tensor, affinity_cN: Tensor, num_chosen: int
+    rule: RoutingRule, tables: SubsetTables, order_cM: Tensor, gram_cXX: Tensor, affinity_cN: Tensor, num_chosen: int
 ) -> Tensor:
     """[S]: the squared errors of some tokens, summed."""
     affinity_cM = affinity_cN.gather(1, order_cM)
-    weights_cPM = choice_weights(affinity_cM, tables.choices_Pk, renormalise=rule.renormalise, scale=rule.scale)
+    weights_cPX = choice_weights(affinity_cM, tables.choices_Pk, renormalise=rule.renormalise, scale=rule.scale)
     if tables.top_k is None:
-        full_cM = weights_cPM[:, 0]
+        full_cX = weights_cPX[:, 0]
     else:
         ordinary_1K = torch.arange(num_chosen, device=order_cM.device)[None]
-        full_cM = choice_weights(affinity_cM, ordinary_1K, renormalise=rule.renormalise, scale=rule.scale)[:, 0]
-    errors_cP = None if rule.rescales_all else choice_errors(weights_cPM, full_cM, gram_cMM)
-    total_S = gram_cMM.new_zeros(len(tables.dropped))
+        full_cX = choice_weights(affinity_cM, ordinary_1K, renormalise=rule.renormalise, scale=rule.scale)[:, 0]
+    if gram_cXX.shape[1] > order_cM.shape[1]:  # the residual
+        weights_cPX, full_cX = functional.pad(weights_cPX, (0, 1)), functional.pad(full_cX, (0, 1), value=1.0)
+    errors_cP = None if rule.rescales_all else choice_errors(weights_cPX, full_cX, gram_cXX)
+    total_S = gram_cXX.new_zeros(len(tables.dropped))
     # few tokens at a time where there are many sets: the [tokens, S] look-up then stays in the processor's cache
     step = len(order_cM) if len(tables.dropped) < _SMALL_TABLE else _TOKENS_PER_LOOKUP
     for start in range(0, len(order_cM), step):
@@ -243,7 +324,7 @@ def _part_errors(
         if errors_cP is None:
             choice_cS = tables.choice_of_mask[mask_cS]
             total_S += rescaled_errors(
-                weights_cPM[part], full_cM[part], gram_cMM[part], choice_cS, affinity_cN[part], tables.keep_SN
+                weights_cPX[part], full_cX[part], gram_cXX[part], choice_cS, affinity_cN[part], tables.keep_SN
             ).sum(0)
         elif len(tables.choice_of_mask) <= 4 * len(tables.dropped):
             total_S += errors_cP[part][:, tables.choice_of_mask].gather(1, mask_cS).sum(0)
@@ -252,28 +333,36 @@ def _part_errors(
     return total_S
 
 
-def _squared_errors_by_replay(tokens: RoutedTokens, tables: SubsetTables) -> Tensor:
+def _gram_by_id(tokens: RoutedTokens, chunk: RankedChunk) -> Tensor:
+    """[c, X, X]: the Gram matrix of all N outputs by their ids, and of the residual."""
+    outputs_cXH = with_residual(tokens, chunk)
+    rank_cX = torch.arange(outputs_cXH.shape[1], device=outputs_cXH.device).repeat(len(outputs_cXH), 1)
+    rank_cX[:, : chunk.order_cM.shape[1]] = chunk.order_cM.argsort(1)
+    outputs_cXH = outputs_cXH.gather(1, rank_cX[..., None].expand(outputs_cXH.shape))
+    return torch.bmm(outputs_cXH, outputs_cXH.mT)
+
+
+def _errors_by_replay(tokens: RoutedTokens, tables: SubsetTables, gram_TXX: Tensor) -> Tensor:
     """[S]: the same for a router whose choice among fewer experts cannot be read off its ranks: it is run again for
     every set, the experts are not.
 
     All N outputs of each token are needed (N / K forwards), since such a router may choose anything.
     """
     num_choices = tokens.layer.num_choices
-    gram_TNN = torch.empty(tokens.num_tokens, num_choices, num_choices, device=tokens.hidden_TH.device)
-    for chunk in tokens.ranked_outputs(num_choices):
-        rank_of_expert = chunk.order_cM.argsort(1)
-        outputs_cNH = chunk.outputs_cMH.gather(1, rank_of_expert[..., None].expand(chunk.outputs_cMH.shape))
-        gram_TNN[chunk.start : chunk.stop] = torch.bmm(outputs_cNH, outputs_cNH.transpose(1, 2))
-    full_TN = _weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)
+    has_residual = gram_TXX.shape[1] > num_choices
+    full_TX = _weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)
+    if has_residual:
+        full_TX = functional.pad(full_TX, (0, 1), value=1.0)
     totals = []
     for dropped in tables.dropped:
         kept = [expert for expert in range(tokens.layer.num_experts) if expert not in dropped]
-        delta_TN = (_weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices) - full_TN).float()
-        changed = delta_TN.abs().amax(1) > 0
-        delta_cN = delta_TN[changed]
-        errors_c = (torch.bmm(gram_TNN[changed], delta_cN[..., None])[..., 0] * delta_cN).sum(1, dtype=torch.float64)
+        weights_TN = _weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices)
+        delta_TX = (functional.pad(weights_TN, (0, int(has_residual))) - full_TX).float()
+        changed = delta_TX.abs().amax(1) > 0
+        delta_cX = delta_TX[changed]
+        errors_c = (torch.bmm(gram_TXX[changed], delta_cX[..., None])[..., 0] * delta_cX).sum(1, dtype=torch.float64)
         totals.append(errors_c.sum())
-    return torch.stack(totals).clamp_min_(0.0)
+    return torch.stack(totals)
 
 
 def _weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The options of expert pruning: how many experts stay, in the words of a recipe.
+"""The options of choosing experts: how many stay, and how they are found, in the words of a recipe.
 
 ``keep: 6`` means six in every layer and ``keep: 0.75`` three quarters of them; ``keep: {0: 8, 3: 4}`` counts by layer,
 those not named keep all; ``keep: {mean: 6}`` six on average, shared out among the layers where it costs least; ``drop:
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from compressor import MoELayer, Options
+from compressor.method import Options
+from compressor.moe import MoELayer
 
 Number = StrictInt | StrictFloat
 
@@ -82,8 +83,33 @@ Keep = Annotated[
 ]
 
 
-class ExpertPruningOptions(Options):
-    """How many experts stay: `keep` or `drop`, one of them; and how many each token chooses among them."""
+def _known_blend(blend: Any) -> Any:
+    if isinstance(blend, dict):
+        if not blend:
+            raise ValueError("found an empty mapping; give each domain its weight, such as {code: 2, prose: 1}")
+        for domain, weight in blend.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"found {weight} as the weight of {domain!r}; a weight is a number from 0 up")
+        if not any(blend.values()):
+            raise ValueError("all weights are 0; at least one domain must count")
+    return blend
+
+
+def _experts_of_layers(experts: dict[str, list[int]]) -> dict[str, list[int]]:
+    for layer, ids in experts.items():
+        if not ids or len(set(ids)) != len(ids) or min(ids) < 0:
+            raise ValueError(f"layer {layer}: found {ids}; give different expert ids from 0 up")
+    return experts
+
+
+BlendOption = Annotated[
+    Literal["mean", "worst", "pooled"] | dict[str, StrictInt | StrictFloat], AfterValidator(_known_blend)
+]
+ExpertsOfLayers = Annotated[dict[LayerName, list[StrictInt]], AfterValidator(_experts_of_layers)]
+
+
+class SelectionOptions(Options):
+    """How many experts stay (`keep` or `drop`, one of them), how they are found, and which are not for the choosing."""
 
     keep: Keep | None = Field(
         default=None,
@@ -92,6 +118,34 @@ class ExpertPruningOptions(Options):
         "({mean: 6}: shared out among the layers so that their squared losses add up to least)",
     )
     drop: StrictInt | None = Field(default=None, ge=1, description="experts to drop from every layer: a count")
+    search: Literal["auto", "exact", "greedy"] = Field(
+        default="auto",
+        description="how the experts that change the layer's output least are found: exact looks at every set, greedy "
+        "drops the least missed one after another and then swaps; auto is exact up to `max_subsets` sets per layer",
+    )
+    criterion: str | None = Field(
+        default=None,
+        description="keep the experts with the largest scores by this criterion instead of searching, such as reap; "
+        "`compressor methods` lists them",
+    )
+    blend: BlendOption = Field(
+        default="mean",
+        description="how several calibration sources (domains) count: mean (each the same), worst (the one that loses "
+        "most), weights ({code: 2, prose: 1}, by the sources' names), or pooled (as one text)",
+    )
+    protect: ExpertsOfLayers = Field(
+        default_factory=dict, description="experts that must stay: ids by layer, such as {3: [17, 40]}"
+    )
+    forbid: ExpertsOfLayers = Field(default_factory=dict, description="experts that must go: ids by layer")
+    protect_super_experts: StrictBool = Field(
+        default=True,
+        description="keep experts whose outputs are more than 20 times as large as those of the layer's median expert: "
+        "models collapse without them",
+    )
+    progressive: StrictBool = Field(
+        default=False,
+        description="observe each layer on what comes out of the layers already pruned, against the original output",
+    )
     top_k: StrictInt | None = Field(
         default=None,
         ge=1,
@@ -103,14 +157,53 @@ class ExpertPruningOptions(Options):
         description="where layers keep different counts: store the largest of them in every layer and switch the "
         "surplus off in the router, so that the checkpoint loads anywhere; saves that much less memory",
     )
-    max_subsets: StrictInt = Field(
-        default=20_000, ge=1, description="refuse to search more sets of experts per layer than this"
+    gather: tuple[Literal["pairs", "outputs"], ...] = Field(
+        default=(),
+        description="figures to gather beyond those that this pass needs, so that `compressor decide` can use criteria "
+        "that need them: pairs (single_removal, quad_mix), outputs (mone)",
     )
+    max_subsets: StrictInt = Field(
+        default=20_000, ge=1, description="look at all sets of experts of a layer only up to this many"
+    )
+    ranks: StrictInt | None = Field(
+        default=None,
+        ge=1,
+        description="greedy search: how many of each token's best experts are looked at; default 2, 3 or 5 times as "
+        "many as a token chooses, by the share that goes",
+    )
+    starts: StrictInt | None = Field(
+        default=None,
+        ge=0,
+        description="greedy search: further sets to start swapping from, besides the greedy one; default 0, and 2 "
+        "where more than 60 % of the experts go",
+    )
+    seed: StrictInt | None = Field(default=None, ge=0, description="for the criterion random; default 0")
 
     @model_validator(mode="after")
-    def _one_of_keep_and_drop(self) -> ExpertPruningOptions:
+    def _one_of_keep_and_drop(self) -> SelectionOptions:
         if (self.keep is None) == (self.drop is None):
             raise ValueError("say how many experts stay with one of `keep` and `drop`, for example `keep: 6`")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> SelectionOptions:
+        if self.criterion is not None:
+            idle = [name for name in ("search", "ranks", "starts", "max_subsets") if name in self.model_fields_set]
+            if idle:
+                raise ValueError(f"`{idle[0]}` would have no effect beside `criterion`: leave one of them out")
+            if self.budget is not None:
+                raise ValueError(
+                    "a criterion compares experts of one layer, so it cannot share out a mean; give a count, or leave "
+                    "`criterion` out"
+                )
+        elif self.seed is not None:
+            raise ValueError("`seed` would have no effect: the search draws nothing at random; leave it out")
+        if self.search == "exact" and (self.ranks is not None or self.starts is not None):
+            raise ValueError("`ranks` and `starts` would have no effect with `search: exact`: leave them out")
+        if self.progressive and self.budget is not None:
+            raise ValueError(
+                "`progressive` decides a layer before it sees the next, so it cannot share out a mean; give counts"
+            )
         return self
 
     @property
@@ -139,6 +232,11 @@ class ExpertPruningOptions(Options):
             amount = next((amount[name] for name in names(layer) if name in amount), layer.num_experts)
         assert isinstance(amount, int | float)
         return amount if isinstance(amount, int) else int(amount * layer.num_experts + 0.5)
+
+
+def ids_for(layer: MoELayer, experts: Mapping[str, list[int]]) -> list[int]:
+    """The ids given for a layer, by its number or its path; empty if it is not named."""
+    return next((experts[name] for name in names(layer) if name in experts), [])
 
 
 def number(layer: MoELayer) -> str | None:

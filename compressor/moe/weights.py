@@ -1,0 +1,42 @@
+"""Norms of the experts' weights.
+
+Dimensions: E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.moe.structure import MoELayer
+
+_ROWS = 2**24
+
+
+@torch.no_grad()
+def expert_weight_norms(model: nn.Module, layer: MoELayer) -> dict[str, Tensor]:
+    """weights.l1 (Σ|w|), weights.squared (Σw²), weights.count: [E] float64, over each expert's weights and biases.
+
+    The router's rows are not the expert's weights. Nothing is copied but one expert's weights at a time.
+    """
+    l1_E, squared_E, count_E = (torch.zeros(layer.num_experts, dtype=torch.float64) for _ in range(3))
+
+    def add(expert: int, weights: Tensor) -> None:
+        flat = weights.reshape(-1)
+        for part in torch.split(flat, _ROWS):
+            l1_E[expert] += torch.linalg.vector_norm(part, 1, dtype=torch.float32).double().cpu()
+            squared_E[expert] += torch.linalg.vector_norm(part, 2, dtype=torch.float32).double().square().cpu()
+        count_E[expert] += flat.numel()
+
+    inside, in_lists = layer.experts + ".", tuple(path + "." for path in layer.containers)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, axis in layer.tensors.items():
+        if name.startswith(inside) and name in parameters and not (in_lists and name.startswith(in_lists)):
+            parts = torch.split(parameters[name], axis.stride, dim=axis.dim)
+            for expert, rows in enumerate(parts[: layer.num_experts]):
+                add(expert, rows)
+    for container, names in layer.containers.items():
+        for expert, child in enumerate(names[: layer.num_experts]):
+            for parameter in model.get_submodule(f"{container}.{child}").parameters():
+                add(expert, parameter)
+    return {"weights.l1": l1_E, "weights.squared": squared_E, "weights.count": count_E}

@@ -1,0 +1,169 @@
+"""Figures → a criterion's scores → the experts that stay. Pure functions.
+
+Dimensions: D domains, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.selection.criteria import Criterion, ExpertFigures
+from compressor.selection.objective import Blend, blend_weights
+from compressor.selection.sums import SUMS
+
+SUPER_FACTOR = 20.0
+
+
+class BlendError(ValueError):
+    """Domains cannot be blended like this for this criterion."""
+
+
+def expert_figures(
+    figures: Mapping[str, Tensor],
+    domains: Sequence[int],
+    *,
+    num_kept: int,
+    num_groups: int = 1,
+    seed: int = 0,
+    protected: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+) -> ExpertFigures:
+    """The figures of some domains added up, as a criterion takes them."""
+    of_domains = list(domains)
+    optional: dict[str, Any] = {
+        "output": figures["sums.output"][of_domains].double().sum(0) if "sums.output" in figures else None,
+        "pairs": figures["pairs.loss"][of_domains].sum(0) if "pairs.loss" in figures else None,
+        "weight_l1": figures.get("weights.l1"),
+        "weight_squared": figures.get("weights.squared"),
+        "num_weights": figures.get("weights.count"),
+    }
+    return ExpertFigures(
+        num_kept=num_kept,
+        num_groups=num_groups,
+        seed=seed,
+        protected=tuple(protected),
+        forbidden=tuple(forbidden),
+        largest=figures["sums.largest"][of_domains].amax(0),
+        **{name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS},
+        **optional,
+    )
+
+
+def _blended_pairs(figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Tensor:
+    """[E, E]: each domain's losses as fractions of its squared output, averaged."""
+    squared_D = torch.zeros(len(domains), dtype=torch.float64)
+    squared_D.index_add_(0, figures["batch.domain"], figures["batch.squared_output"].double())
+    weights_D = blend_weights(blend, domains) / squared_D.clamp_min(1e-300)
+    return torch.einsum("d,dij->ij", weights_D, figures["pairs.loss"])
+
+
+def blended_scores(
+    criterion: Criterion,
+    figures: Mapping[str, Tensor],
+    domains: Sequence[str],
+    blend: Blend,
+    *,
+    num_kept: int,
+    num_groups: int = 1,
+    seed: int = 0,
+    protected: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+) -> Tensor:
+    """[E] float64: one score for each expert; NaN where no domain has figures of it.
+
+    One domain, or `pooled`: the criterion's own score of the figures added up. Otherwise each domain's scores become
+    shares of their sum, since scores of different text have different sizes; `mean` and weights average the shares,
+    and `worst` takes an expert's largest, so that what any domain needs is kept.
+    """
+
+    def scored(of_domains: Sequence[int]) -> Tensor:
+        one = expert_figures(
+            figures,
+            of_domains,
+            num_kept=num_kept,
+            num_groups=num_groups,
+            seed=seed,
+            protected=protected,
+            forbidden=forbidden,
+        )
+        return criterion.score(one).double()
+
+    if len(domains) == 1 or blend == "pooled":
+        return scored(range(len(domains)))
+    if criterion.of_sets:
+        if blend == "worst":
+            raise BlendError(
+                f"the criterion {criterion.name} judges sets of experts, whose losses can be averaged over domains but "
+                f"not compared expert by expert; give `blend: mean`, weights or `pooled`"
+            )
+        blended = expert_figures(
+            {**figures, "pairs.loss": _blended_pairs(figures, domains, blend)[None].expand(len(domains), -1, -1)},
+            range(len(domains)),
+            num_kept=num_kept,
+            num_groups=num_groups,
+            seed=seed,
+            protected=protected,
+            forbidden=forbidden,
+        )
+        return criterion.score(blended).double()
+    shares_DE = torch.stack([_shares(scored([domain])) for domain in range(len(domains))])
+    absent_E = shares_DE.isnan().all(0)
+    known_DE = shares_DE.nan_to_num(0.0)
+    blended_E = known_DE.amax(0) if blend == "worst" else blend_weights(blend, domains) @ known_DE
+    return blended_E.masked_fill(absent_E, torch.nan)
+
+
+def _shares(score_E: Tensor) -> Tensor:
+    """Scores over their sum; absent ones stay absent, and scores that are all 0 stay 0."""
+    total = score_E.nan_to_num(0.0).clamp_min(0.0).sum()
+    return score_E / total if total > 0 else score_E
+
+
+def kept_by_score(
+    score_E: Tensor,
+    num_kept: int,
+    *,
+    num_groups: int = 1,
+    protected: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+) -> tuple[list[int], list[int]]:
+    """(kept, dropped), ascending ids: the largest scores stay, equally many in each group.
+
+    Experts without a score go first, and of equal scores the lower id: the same rule as for sets of equal loss.
+    Protected experts stay and forbidden ones go, whatever their scores.
+    """
+    rank_E = score_E.double().nan_to_num(nan=float("-inf"))
+    size, per_group = len(rank_E) // num_groups, num_kept // num_groups
+    stay, go = set(protected), set(forbidden)
+
+    def place(expert: int) -> tuple[bool, bool, float, int]:
+        return (expert not in stay, expert in go, -float(rank_E[expert]), -expert)
+
+    kept: list[int] = []
+    for group in range(num_groups):
+        members = sorted(range(group * size, (group + 1) * size), key=place)
+        kept += members[:per_group]
+    return sorted(kept), sorted(set(range(len(rank_E))) - set(kept))
+
+
+def super_experts(largest_E: Tensor, factor: float = SUPER_FACTOR) -> list[int]:
+    """Experts whose largest output is more than `factor` times that of the layer's median expert.
+
+    Models collapse when a *super expert* goes: three of 6,144 carry Qwen3-30B-A3B (Su et al. 2025, "Unveiling Super
+    Experts in Mixture-of-Experts Large Language Models"). They are known by outputs of extreme magnitude. The paper
+    compares with percentiles over all layers; here a layer is judged by itself, because it is decided before the next
+    one is seen, and the factor is our choice. Experts that no token reached do not count.
+    """
+    reached = largest_E[largest_E > 0]
+    if not len(reached):
+        return []
+    return [int(expert) for expert in (largest_E > factor * reached.median()).nonzero()[:, 0]]
+
+
+def unreached(tokens_E: Tensor) -> list[int]:
+    """Experts that no token chose: their figures are absent, not zero."""
+    return [int(expert) for expert in (tokens_E == 0).nonzero()[:, 0]]

@@ -1,0 +1,113 @@
+"""Raw sums per domain and expert: what every criterion is computed from, and nothing that cannot be added up.
+
+Dimensions: c tokens of a chunk, K chosen per token, P = c·K pairs of a token and an expert, D domains, E experts,
+H hidden size, B batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.moe import MoELayer, RankedChunk, RoutedTokens
+from compressor.statistics import RankedStatistic
+
+SUMS = (
+    "tokens",
+    "weight",
+    "share",
+    "norm",
+    "squared_norm",
+    "weighted_norm",
+    "squared_weighted_norm",
+    "share_norm",
+)
+"""As in `criteria.ExpertFigures`."""
+
+
+class ExpertSums(RankedStatistic):
+    """Sums over the tokens that chose an expert, per domain; and each batch's domain and size of output.
+
+    With `outputs` also each expert's summed output, [D, E, H].
+    """
+
+    weight_norms = True
+
+    def __init__(self, layer: MoELayer, *, outputs: bool = False) -> None:
+        self.layer = layer
+        self.outputs = outputs
+        self._domains: dict[str, int] = {}
+        self._sums: list[Tensor] = []
+        """One [E, 8] a domain, in the order of SUMS."""
+        self._largest: list[Tensor] = []
+        self._output: dict[int, Tensor] = {}
+        self._squared_output_B: list[Tensor] = []
+        self._num_tokens_B: list[int] = []
+        self._domain_B: list[int] = []
+
+    def num_ranks(self, tokens: RoutedTokens) -> int:
+        """The experts chosen."""
+        return tokens.index_TK.shape[1]
+
+    def _domain(self, tokens: RoutedTokens) -> int:
+        index = self._domains.setdefault(tokens.domain, len(self._domains))
+        if index == len(self._sums):
+            device, size = tokens.hidden_TH.device, self.layer.num_choices
+            self._sums.append(torch.zeros(size, len(SUMS), dtype=torch.float64, device=device))
+            self._largest.append(torch.zeros(size, device=device))
+        return index
+
+    def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
+        """Add some tokens: one pass over the outputs, the rest on one number for each pair."""
+        domain = self._domain(tokens)
+        index_P = chunk.order_cM.reshape(-1)
+        outputs_PH = chunk.outputs_cMH.reshape(len(index_P), -1)
+        weights_cK = tokens.weights_TK[chunk.start : chunk.stop].double()
+        shares_cK = weights_cK / weights_cK.sum(1, keepdim=True).clamp_min(1e-300)
+        weight_P, share_P = weights_cK.reshape(-1), shares_cK.reshape(-1)
+        norm_P = torch.linalg.vector_norm(outputs_PH, dim=1).double()
+        columns = (
+            torch.ones_like(norm_P),
+            weight_P,
+            share_P,
+            norm_P,
+            norm_P.square(),
+            weight_P * norm_P,
+            (weight_P * norm_P).square(),
+            share_P * norm_P,
+        )
+        self._sums[domain].index_add_(0, index_P, torch.stack(columns, dim=1))
+        smallest_P, most_P = outputs_PH.aminmax(dim=1)
+        magnitude_P = torch.maximum(-smallest_P, most_P)
+        self._largest[domain].scatter_reduce_(0, index_P, magnitude_P, "amax")
+        if self.outputs:
+            summed_NH = torch.zeros(self.layer.num_choices, outputs_PH.shape[1], device=outputs_PH.device)
+            summed_NH.index_add_(0, index_P, outputs_PH)
+            before = self._output.get(domain)
+            self._output[domain] = summed_NH.double() if before is None else before.add_(summed_NH)
+
+    def end_batch(self, tokens: RoutedTokens) -> None:
+        """Add what is known of a batch as a whole."""
+        wanted_TH = tokens.output_TH if tokens.target_TH is None else tokens.target_TH
+        assert wanted_TH is not None
+        self._squared_output_B.append(wanted_TH.float().square().sum(dtype=torch.float64).cpu())
+        self._num_tokens_B.append(tokens.num_tokens)
+        self._domain_B.append(self._domain(tokens))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """sums.NAME [D, E] float64 for each of SUMS, sums.largest [D, E], sums.output [D, E, H] float32 if asked for;
+        batch.squared_output [B] float64, batch.num_tokens and batch.domain [B] int64.
+        """
+        experts = slice(self.layer.num_experts)  # what else can be chosen stands behind them
+        sums_DES = torch.stack(self._sums)[:, experts].cpu()
+        found = {f"sums.{name}": sums_DES[..., place].contiguous() for place, name in enumerate(SUMS)}
+        found["sums.largest"] = torch.stack(self._largest)[:, experts].double().cpu()
+        if self.outputs:
+            nothing_NH = torch.zeros_like(next(iter(self._output.values())))  # of a domain without a token
+            output = [self._output.get(domain, nothing_NH) for domain in range(len(self._sums))]
+            found["sums.output"] = torch.stack(output)[:, experts].float().cpu()
+        return found | {
+            "batch.squared_output": torch.stack(self._squared_output_B),
+            "batch.num_tokens": torch.tensor(self._num_tokens_B),
+            "batch.domain": torch.tensor(self._domain_B),
+        }
