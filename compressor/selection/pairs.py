@@ -29,6 +29,8 @@ from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
 from compressor.selection.subsets import keeps_order
 from compressor.statistics import RankedStatistic
 
+_TOKENS_AT_ONCE = 512
+
 
 class PairLosses(RankedStatistic):
     """The matrix M per domain, and its diagonal per batch."""
@@ -62,14 +64,15 @@ class PairLosses(RankedStatistic):
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Add some tokens of a batch."""
         matrix_NN, single_N = self._matrices_NN[self._domains[tokens.domain]], self._single_BN[-1]
-        gram_cMM = torch.bmm(chunk.outputs_cMH, chunk.outputs_cMH.mT).double()
+        gram_cMM = torch.bmm(chunk.outputs_cMH, chunk.outputs_cMH.mT)
         weights_cK = tokens.weights_TK[chunk.start : chunk.stop].double()
         index_cK = chunk.order_cM[:, : weights_cK.shape[1]]
-        add_pairs(matrix_NN, index_cK, weights_cK, gram_cMM)
+        num_chosen = index_cK.shape[1]
+        add_pairs(matrix_NN, index_cK, weights_cK, gram_cMM[:, :num_chosen, :num_chosen].double())
         if self._by_ranks(tokens):
             assert tokens.rule is not None
             affinity_cN = tokens.rule.affinity(tokens.logits_TE[chunk.start : chunk.stop])
-            add_single(single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM, weights_cK.shape[1])
+            add_single(single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM.double(), num_chosen)
         else:
             rank_cN = chunk.order_cM.argsort(1)
             rows = gram_cMM.gather(1, rank_cN[:, :, None].expand(gram_cMM.shape))
@@ -93,10 +96,9 @@ class PairLosses(RankedStatistic):
         }
 
 
-def add_pairs(matrix_NN: Tensor, index_cK: Tensor, weights_cK: Tensor, gram_cMM: Tensor) -> None:
+def add_pairs(matrix_NN: Tensor, index_cK: Tensor, weights_cK: Tensor, gram_cKK: Tensor) -> None:
     """Add w_i w_j ⟨E_i, E_j⟩ of each token's chosen experts i ≠ j, in place."""
-    num_chosen = index_cK.shape[1]
-    products_cKK = weights_cK[:, :, None] * weights_cK[:, None, :] * gram_cMM[:, :num_chosen, :num_chosen]
+    products_cKK = weights_cK[:, :, None] * weights_cK[:, None, :] * gram_cKK
     products_cKK.diagonal(dim1=1, dim2=2).zero_()
     places_cKK = index_cK[:, :, None] * len(matrix_NN) + index_cK[:, None, :]
     matrix_NN.view(-1).index_add_(0, places_cKK.reshape(-1), products_cKK.reshape(-1))
@@ -130,19 +132,24 @@ def add_single(
 
 
 def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
-    """[N]: the same where only the router itself knows who steps in; Grams by the experts' ids."""
+    """[N]: the same where only the router itself knows who steps in; Grams, float32, by the experts' ids.
+
+    Needs all N outputs of each token, N / K forwards, and their Grams: T·N² numbers. For routers of few experts.
+    """
     num_experts, size = tokens.layer.num_experts, tokens.layer.num_choices
 
     def by_id(index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        empty_TN = gram_TNN.new_zeros(len(index_TK), size)
+        empty_TN = torch.zeros(len(index_TK), size, dtype=torch.float64, device=index_TK.device)
         return empty_TN.scatter_add_(1, index_TK, weights_TK.double())
 
     full_TN = by_id(tokens.index_TK, tokens.weights_TK)
-    single_N = gram_TNN.new_zeros(size)
+    single_N = full_TN.new_zeros(size)
     for expert in range(num_experts):
         kept = [other for other in range(num_experts) if other != expert]
         delta_TN = by_id(*tokens.replay(kept)) - full_TN
-        single_N[expert] = torch.einsum("tm,tmn,tn->", delta_TN, gram_TNN, delta_TN)
+        for changed_t in (delta_TN != 0).any(1).nonzero()[:, 0].split(_TOKENS_AT_ONCE):
+            delta_tN = delta_TN[changed_t]
+            single_N[expert] += torch.einsum("tm,tmn,tn->", delta_tN, gram_TNN[changed_t].double(), delta_tN)
     return single_N
 
 
