@@ -254,8 +254,9 @@ def apply_decision(
         if left_out:
             progress.say(plan.left_out_note(left_out))
         save_verified(moe, found, folder, probe, left_out, adapters)
-        written = {"format": FORMAT, "passes": passes} | _left_out_json(left_out)
-        _write_json(folder.path / "compressor" / DECISION, written)
+        decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
+        written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
+        _write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out))
         folder.finish()
 
 
@@ -280,7 +281,8 @@ def _read_decision(path: Path) -> list[dict[str, Any]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
-        passes = [{key: done[key] for key in ("method", "version", "options", "decision")} for done in data["passes"]]
+        keys = ("method", "version", "options", "domains", "decision")
+        passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
         if not passes:
             raise ValueError("it has no passes")
         for done in passes:

@@ -258,16 +258,16 @@ def yaml_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(*names: str, **options: Any) -> evaluate.LoadedTasks:
-    return evaluate.load_tasks(names, local_tasks=local_tasks, **options)
+def load(*names: str, **options: Any) -> tasks.LoadedTasks:
+    return tasks.load_tasks(names, local_tasks=local_tasks, **options)
 
 
 @pytest.fixture(scope="module")
-def choice() -> evaluate.LoadedTasks:
+def choice() -> tasks.LoadedTasks:
     return load("demo_choice")
 
 
-def test_tasks_equal_lm_eval(model: Any, tokenizer: Any, choice: evaluate.LoadedTasks) -> None:
+def test_tasks_equal_lm_eval(model: Any, tokenizer: Any, choice: tasks.LoadedTasks) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -387,10 +387,10 @@ def test_tasks_from_yaml_files(model: Any, tokenizer: Any, yaml_tasks: Path) -> 
 
 
 def test_the_demos_tasks_are_known_without_being_given() -> None:
-    tasks = evaluate.load_tasks(["demo_arithmetic"])
-    assert len(tasks.tasks["demo_arithmetic"].eval_docs) == 400
+    loaded = tasks.load_tasks(["demo_arithmetic"])
+    assert len(loaded.tasks["demo_arithmetic"].eval_docs) == 400
     with pytest.raises(EvaluationError, match=r"num_fewshot: 2 would have no effect: demo_arithmetic"):
-        evaluate.load_tasks(["demo_arithmetic"], num_fewshot=2)
+        tasks.load_tasks(["demo_arithmetic"], num_fewshot=2)
 
 
 def test_tasks_that_cannot_be_used(tmp_path: Path, model: Any, choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +402,7 @@ def test_tasks_that_cannot_be_used(tmp_path: Path, model: Any, choice: Any, monk
         evaluate.run_tasks(model, None, choice)
     unsafe = {"demo_code": multiple_choice("demo_code", unsafe_code=True)}
     with pytest.raises(EvaluationError, match=r"task 'demo_code' runs code that the model writes"):
-        evaluate.load_tasks(["demo_code"], local_tasks=lambda: unsafe)
+        tasks.load_tasks(["demo_code"], local_tasks=lambda: unsafe)
 
 
 @pytest.mark.slow
@@ -659,7 +659,7 @@ def test_peak_memory_counts_bytes() -> None:
 # --- into the record
 
 
-def test_real_figures_print(model: Any, tokenizer: Any, choice: evaluate.LoadedTasks) -> None:
+def test_real_figures_print(model: Any, tokenizer: Any, choice: tasks.LoadedTasks) -> None:
     from rich.console import Console
 
     from compressor.report import print_summary

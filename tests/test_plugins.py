@@ -108,13 +108,15 @@ def offer(offered: str, body: str = "") -> str:
 
 def test_our_own() -> None:
     plugins = load_plugins()
-    assert [(plugin.name, plugin.distribution) for plugin in plugins.plugins] == [("expert-pruning", "moe-compressor")]
-    assert list(plugins.methods) == ["expert_pruning"]
+    names = [(plugin.name, plugin.distribution) for plugin in plugins.plugins]
+    assert names == [("expert-pruning", "moe-compressor"), ("task-pruning", "moe-compressor")]
+    assert list(plugins.methods) == ["expert_pruning", "task_pruning"]
+    assert {"reap", "ean", "frequency", "aimer", "random"} <= set(plugins.criteria)
     assert plugins.methods["expert_pruning"].__module__ == "compressor_expert_pruning.method"
 
 
 def test_without(install: Install) -> None:
-    assert load_plugins(["expert-pruning"]).methods == {}
+    assert list(load_plugins(["expert-pruning"]).methods) == ["task_pruning"]
     found = install({"one": METHOD, "two": offer("[]")})
     assert [plugin.name for plugin in load_plugins(["one"], found).plugins] == ["two"]
 
@@ -203,7 +205,11 @@ WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, la
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("x = 1", "rubbish has no function `compressor_methods` or `compressor_adapters` marked @compressor.hookimpl."),
+        (
+            "x = 1",
+            "rubbish has no function `compressor_methods`, `compressor_adapters` or "
+            "`compressor_criteria` marked @compressor.hookimpl.",
+        ),
         (offer("None"), "compressor_methods() answers None, expected a list of methods."),
         (offer("'text'"), "compressor_methods() answers 'text', expected a list of methods."),
         (offer("[3]"), "3 is not a subclass of compressor.Method."),

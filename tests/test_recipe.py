@@ -29,7 +29,7 @@ passes:
 output: out
 """
 
-SOURCE_KINDS = "a source says where it comes from with exactly one of the keys demo, text, jsonl, tokens, dataset"
+SOURCE_KINDS = "a source says where it comes from with exactly one of the keys demo, text, jsonl, tokens, dataset, task"
 
 
 class PruneOptions(Options):
@@ -162,7 +162,7 @@ def test_byte_order_mark_and_windows_line_ends() -> None:
 def test_anchors_are_copied_and_can_be_overridden_one_by_one() -> None:
     text = GOOD + "evaluate:\n  perplexity:\n    - &one {demo: code, samples: 2}\n" + "    - {demo: prose}\n"
     text = text.replace("- {demo: mix, samples: 4, length: 16}", "- &mix {demo: mix, samples: 4}\n    - *mix")
-    loaded = load(text, overrides=["calibration.data.1.samples=9"])
+    loaded = load(text, overrides=["calibration.data.1.samples=9", "calibration.data.1.name=again"])
     assert [source.samples for source in loaded.recipe.calibration.data] == [4, 9]
 
 
@@ -365,7 +365,8 @@ ONE_MISTAKE = [
     (
         "  data:\n    - {demo: mix, samples: 4, length: 16}\n",
         "  batch_size: 4\n",
-        "r.yaml:4:3 calibration.data: missing, expected a list of the sources of text or token ids",
+        "r.yaml:4:3 calibration.data: no text to observe the model on; list at least one source, such as "
+        "`data: [{demo: mix}]`",
     ),
     ("output:", "ouput:", f"r.yaml:8:1 ouput: unknown key; did you mean 'output'? {TOP_KEYS}"),
     ("output:", "zzz:", f"r.yaml:8:1 zzz: unknown key. {TOP_KEYS}"),
@@ -465,7 +466,8 @@ ONE_MISTAKE = [
     (
         "\n    - {demo: mix, samples: 4, length: 16}",
         " []",
-        "r.yaml:4:9 calibration.data: found an empty list, expected a list with at least 1 entry",
+        "r.yaml:4:9 calibration.data: no text to observe the model on; list at least one source, such as "
+        "`data: [{demo: mix}]`",
     ),
     (
         "\n  - prune: {keep: 6}",

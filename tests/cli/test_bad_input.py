@@ -176,11 +176,12 @@ def test_more_sets_than_can_be_looked_at(refused: Refused, recipe: WriteRecipe, 
     many = (
         "keeping 32 of 64 experts means 1,832,624,140,942,590,534 possible sets per layer, too many to look at all of"
     )
-    path = recipe(model=model, passes=[{"expert_pruning": {"keep": 32}}])
+    path = recipe(model=model, passes=[{"expert_pruning": {"keep": 32, "search": "exact"}}])
     refused(
-        "run", path, says=f"{path}:9:11 passes[0].expert_pruning.keep: {MOE}: {many} them: the limit is 20,000 (`max_"
+        "run", path, says=f"passes[0].expert_pruning.search: {MOE}: {many} them: the limit is 20,000 (`max_subsets`)"
     )
-    path = recipe(model=model, passes=[{"expert_pruning": {"keep": 32, "max_subsets": 2 * 10**18}}])
+    limits = {"keep": 32, "search": "exact", "max_subsets": 2 * 10**18}
+    path = recipe(model=model, passes=[{"expert_pruning": limits}])
     refused("run", path, says=f"{many} them: each token would need its best 34 experts, the limit is 20.")
 
 
@@ -569,7 +570,11 @@ def test_tokenizer_of_another_model(refused_run: Refused, make_model: MakeModel,
 @pytest.mark.parametrize(
     ("line", "changes", "says"),
     [
-        ('{"text": "w1 w2 w3"}', {"field": "words"}, " has no text column 'words'; its columns are ['text']."),
+        (
+            '{"text": "w1 w2 w3"}',
+            {"field": "words"},
+            ": no text under 'words'; found the keys ['text']. Say `field:` to name",
+        ),
         ('{"text": "w1 w2 w3"}', {"split": "test"}, " cannot be opened: Bad split: test. Available splits: ['train']."),
         ("{oops", {}, " cannot be read: "),
         (None, {}, " cannot be opened: "),

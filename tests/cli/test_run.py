@@ -158,18 +158,19 @@ def test_statistics(done: Path) -> None:
     assert list(passes) == ["0.expert_pruning"]
     assert sorted(passes["0.expert_pruning"]) == LAYERS
     for path, figures in passes["0.expert_pruning"].items():
-        assert figures["squared_error"].shape == (3, 28)
-        assert figures["squared_error"].dtype == torch.float64
-        assert figures["num_tokens"].tolist() == [25, 28, 21]
-        smallest = float(figures["squared_error"].sqrt().sum(0).min())
+        assert figures["subsets.squared_error"].shape == (3, 28)
+        assert figures["subsets.squared_error"].dtype == torch.float64
+        assert figures["batch.num_tokens"].tolist() == [25, 28, 21]
+        smallest = float(figures["subsets.squared_error"].sqrt().sum(0).min())
         assert smallest == record_of(done)["passes"][0]["decision"]["layers"][path]["loss"]
 
 
 def test_decision_is_the_records(done: Path) -> None:
     decision = json.loads((done / "compressor" / "decision.json").read_text())
     [done_pass] = record_of(done)["passes"]
-    keys = ("method", "version", "options", "decision")
-    assert decision == {"format": 1, "passes": [{key: done_pass[key] for key in keys}]}
+    keys = ("method", "version", "options", "domains", "decision")
+    model = record_of(done)["model"]
+    assert decision == {"format": 1, "model": model, "passes": [{key: done_pass[key] for key in keys}]}
 
 
 def test_recipe_loads_as_the_same_recipe(done: Path) -> None:
@@ -231,9 +232,9 @@ def test_padding_counts_nowhere(cli: Cli, recipe: WriteRecipe, tmp_path: Path, m
         figures[batch_size] = passes["0.expert_pruning"]
     for path in LAYERS:
         together, apart = figures[6][path], figures[1][path]
-        assert together["num_tokens"].tolist() == [74]
-        assert apart["num_tokens"].tolist() == [16, 9, 16, 12, 5, 16]
-        for name in ("squared_error", "squared_output"):
+        assert together["batch.num_tokens"].tolist() == [74]
+        assert apart["batch.num_tokens"].tolist() == [16, 9, 16, 12, 5, 16]
+        for name in ("subsets.squared_error", "batch.squared_output"):
             torch.testing.assert_close(together[name].sum(0), apart[name].sum(0), rtol=1e-4, atol=1e-6)
 
 
@@ -374,7 +375,7 @@ def test_methods(cli: Cli) -> None:
     answer = cli("methods")
     assert (answer.status, answer.err) == (0, "")
     assert "expert-pruning  (from moe-compressor " in answer.out
-    assert "expert_pruning (version 1): " in answer.out
+    assert "expert_pruning (version 2): " in answer.out
     for option in ("keep", "drop", "max_subsets"):
         assert option in answer.out
     answer = cli("methods", "--without", "expert-pruning")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressor import OptionError
+from compressor import Gathered, OptionError
 from compressor.errors import RecipeError
 from compressor.recipe import load_recipe
 from compressor.selection.subsets import dropped_subsets, num_subsets
@@ -248,21 +248,27 @@ def test_a_mean_of_layers_with_groups(make_layer):
 
 def test_a_mean_counts_the_sets_of_all_counts(make_layer):
     layer = make_layer(16, 2)
-    assert refusal([layer], keep={"mean": 8}) == (
-        "keep",
+    assert refusal([layer], keep={"mean": 8}, search="exact") == (
+        "search",
         "layers.0.mlp: keeping from 2 to 16 of 16 experts means 65,519 possible sets per layer, too many to look at "
-        "all of them: the limit is 20,000 (`max_subsets`). Give counts.",
+        "all of them: the limit is 20,000 (`max_subsets`). Say `search: greedy`, or leave it out.",
     )
-    method(keep={"mean": 8}, max_subsets=65_519).check([layer])
+    notes = method(keep={"mean": 8}, max_subsets=65_519).check([layer]).notes
+    assert notes[0] == "65,519 sets of 2 to 16 experts per layer, all of them looked at"
+    notes = method(keep={"mean": 8}).check([layer]).notes
+    assert notes[0] == "65,519 sets of 2 to 16 experts per layer, searched: greedy removal, then best swaps"
 
 
 def figures(layer, counts, loss_of, norm=100.0):
     """One batch in which set S of r experts loses loss_of(r), plus a little by which the first is the best."""
     losses = [loss_of(count) + place / 1000 for count in counts for place in range(num_subsets(layer, count))]
     return {
-        "squared_error": torch.tensor([losses], dtype=torch.float64).square(),
-        "squared_output": torch.tensor([norm**2], dtype=torch.float64),
-        "num_tokens": torch.tensor([10]),
+        "subsets.squared_error": torch.tensor([losses], dtype=torch.float64).square(),
+        "subsets.counts": torch.tensor(counts),
+        "batch.squared_output": torch.tensor([norm**2], dtype=torch.float64),
+        "batch.domain": torch.tensor([0]),
+        "sums.tokens": torch.ones(1, layer.num_experts),
+        "sums.largest": torch.ones(1, layer.num_experts),
     }
 
 
@@ -275,7 +281,7 @@ def test_a_mean_is_shared_out_by_squared_losses(make_layer):
         "layers.1.mlp": figures(layers[1], counts, {2: 6.0, 3: 1.0, 4: 0.0}.get),
     }
     five = method(keep={"mean": 2.5})
-    decision = five.decide(layers, found)
+    decision = five.decide(layers, Gathered(found))
     assert decision == json.loads(json.dumps(decision))
     assert [layer["kept"] for layer in decision["layers"].values()] == [[2, 3], [1, 2, 3]]
     assert decision["budget"] == {
@@ -286,10 +292,10 @@ def test_a_mean_is_shared_out_by_squared_losses(make_layer):
         "summed_squared_loss": pytest.approx(10.0),
     }
     first = decision["layers"]["layers.0.mlp"]
-    assert first.keys() == {"kept", "dropped", "loss", "relative_loss", "median_loss", "sets"}
+    assert first.keys() == {"kept", "dropped", "loss", "relative_loss", "search", "median_loss", "sets"}
     assert (first["dropped"], first["sets"]) == ([0, 1], 6)
     assert (first["loss"], first["relative_loss"]) == (pytest.approx(3.0), pytest.approx(0.03))
-    six = method(keep={"mean": 3}).decide(layers, found)  # 9 + 0, 4 + 1, 0 + 36
+    six = method(keep={"mean": 3}).decide(layers, Gathered(found))  # 9 + 0, 4 + 1, 0 + 36
     assert [len(layer["kept"]) for layer in six["layers"].values()] == [3, 3]
 
 
@@ -298,13 +304,13 @@ def test_deciding_again_changes_nothing(make_layer):
     found = {layer.path: figures(layer, [2, 3, 4], {2: 2.0, 3: 1.0, 4: 0.0}.get) for layer in layers}
     copies = {path: {name: tensor.clone() for name, tensor in one.items()} for path, one in found.items()}
     shared = method(keep={"mean": 3})
-    assert shared.decide(layers, found) == shared.decide(layers, found)
+    assert shared.decide(layers, Gathered(found)) == shared.decide(layers, Gathered(found))
     assert all(torch.equal(copies[path][name], found[path][name]) for path in found for name in found[path])
 
 
 def test_layers_without_figures_keep_all(layers):
     by_layer = method(keep={3: 7})
-    decision = by_layer.decide(layers, {layers[2].path: figures(layers[2], [7], {7: 1.0}.get)})
+    decision = by_layer.decide(layers, Gathered({layers[2].path: figures(layers[2], [7], {7: 1.0}.get)}))
     kept = {path: layer["kept"] for path, layer in decision["layers"].items()}
     assert kept == {
         "model.layers.0.mlp": list(range(8)),
@@ -312,7 +318,7 @@ def test_layers_without_figures_keep_all(layers):
         "model.layers.3.mlp": list(range(1, 8)),
     }
     assert decision["layers"]["model.layers.0.mlp"] == {
-        "kept": list(range(8)), "dropped": [], "loss": 0.0, "relative_loss": 0.0, "median_loss": 0.0, "sets": 1,
+        "kept": list(range(8)), "dropped": [], "loss": 0.0, "relative_loss": 0.0,
     }  # fmt: skip
     assert decision.keys() == {"layers"}
     assert dropped_subsets(layers[2], 7)[0] == (0,)
@@ -373,7 +379,7 @@ class FakeModel:
 def test_the_decision_says_all_that_is_done(make_layer, options, top_k, padded):
     layer, model = make_layer(4, 2), FakeModel()
     chosen = method(**options)
-    decision = json.loads(json.dumps(chosen.decide([layer], {layer.path: figures(layer, [3], {3: 1.0}.get)})))
+    decision = json.loads(json.dumps(chosen.decide([layer], Gathered({layer.path: figures(layer, [3], {3: 1.0}.get)}))))
     method(keep=2).preview(model, decision)
     method(keep=2).edit(model, decision)
     kept = {"layers.0.mlp": [1, 2, 3]}

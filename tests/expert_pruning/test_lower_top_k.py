@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import random_model, token_ids
 
-from compressor import MoEModel
+from compressor import Gathered, MoEModel
 from compressor.calibration import make_batches
 from compressor.moe import RealTokens
 from compressor.testing import tiny
@@ -24,7 +24,7 @@ def figures(moe, options, inputs):
     real = RealTokens(torch.ones(inputs["input_ids"].numel(), dtype=torch.bool))
     with torch.no_grad(), moe.watched({path: one.update for path, one in statistics.items()}, real):
         moe.model(**inputs)
-    return method, {path: one.tensors() for path, one in statistics.items()}
+    return method, Gathered({path: one.tensors() for path, one in statistics.items()})
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def assert_exact(moe, inputs, keep, top_k):
             with moe.masked({layer.path: sets[-1]}, top_k=top_k):
                 losses.append(float((run(moe, layer, call) - full).norm()))
         expected = torch.tensor(losses, dtype=torch.float64)
-        torch.testing.assert_close(found[layer.path]["squared_error"][0].sqrt(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[layer.path]["subsets.squared_error"][0].sqrt(), expected, rtol=1e-5, atol=1e-5)
         assert decision["layers"][layer.path]["kept"] == sets[losses.index(min(losses))]
 
 

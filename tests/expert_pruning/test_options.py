@@ -69,7 +69,7 @@ def test_the_plan_says_how_many_sets(make_layer):
 
 
 def test_too_many_sets(make_layer):
-    message = refusal(make_layer(64, 8), keep=32)
+    message = refusal(make_layer(64, 8), keep=32, search="exact")
     assert "layers.0.mlp: keeping 32 of 64 experts means 1,832,624,140,942,590,534 possible sets per layer" in message
     assert "the limit is 20,000 (`max_subsets`)" in message
 
@@ -77,13 +77,13 @@ def test_too_many_sets(make_layer):
 def test_max_subsets_is_the_largest_number_allowed(make_layer):
     layer = make_layer(8, 2)
     method(keep=4, max_subsets=70).check([layer])
-    message = refusal(layer, keep=4, max_subsets=69)
+    message = refusal(layer, keep=4, max_subsets=69, search="exact")
     assert "means 70 possible sets per layer, too many to look at all of them: the limit is 69" in message
 
 
 def test_too_many_ranks(make_layer):
     method(keep=22).check([make_layer(24, 18)])
-    message = refusal(make_layer(24, 18), keep=21)
+    message = refusal(make_layer(24, 18), keep=21, search="exact")
     assert "each token would need its best 21 experts, the limit is 20" in message
 
 

@@ -9,7 +9,7 @@ import torch
 from by_hand import ROUTING, expert_outputs, routing_weights
 from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
 
-from compressor import MoEModel
+from compressor import Gathered, MoEModel
 from compressor.calibration import make_batches
 from compressor.progress import Progress
 from compressor.selection.subsets import dropped_subsets, num_subsets
@@ -22,8 +22,7 @@ BATCHES = make_batches([token_ids(length, seed=length) for length in LENGTHS], b
 
 def figures(moe, method, batches=BATCHES):
     statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
-    observe(moe, batches, statistics, Progress())
-    return {path: statistic.tensors() for path, statistic in statistics.items()}
+    return Gathered(observe(moe, batches, statistics, Progress()))
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def assert_exact(moe, num_kept, batches=BATCHES):
     for layer in moe.layers:
         sets = kept_sets(layer, num_kept)
         slow = slow_errors(moe, layer.path, inputs[layer.path], sets, batches)
-        fast = found[layer.path]["squared_error"]
+        fast = found[layer.path]["subsets.squared_error"]
         assert fast.shape == slow.shape == (len(batches), num_subsets(layer, num_kept))
         torch.testing.assert_close(fast.sqrt(), slow.sqrt(), rtol=1e-5, atol=1e-5)
         losses = slow.sqrt().sum(0)
@@ -88,7 +87,7 @@ def assert_exact(moe, num_kept, batches=BATCHES):
         assert decided["kept"] == sets[int(losses.argmin())]
         assert decided["loss"] == pytest.approx(float(losses.min()), rel=1e-5)
         assert decided["median_loss"] == pytest.approx(float(losses.quantile(0.5)), rel=1e-5)
-        assert found[layer.path]["num_tokens"].tolist() == [int(batch.attention_mask.sum()) for batch in batches]
+        assert found[layer.path]["batch.num_tokens"].tolist() == [int(batch.attention_mask.sum()) for batch in batches]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -133,9 +132,9 @@ def test_losses_by_hand(name):
     for column, kept in enumerate(kept_sets(layer, 6)):
         delta_TE = routing_weights(name, block, hidden_TH, kept) - full_TE
         by_hand = (delta_TE[..., None] * outputs_TEH).sum(1).square().sum()
-        assert float(found[layer.path]["squared_error"][0, column]) == pytest.approx(float(by_hand), rel=2e-5)
+        assert float(found[layer.path]["subsets.squared_error"][0, column]) == pytest.approx(float(by_hand), rel=2e-5)
     norm = (full_TE[..., None] * outputs_TEH).sum(1).square().sum()
-    assert float(found[layer.path]["squared_output"][0]) == pytest.approx(float(norm), rel=1e-5)
+    assert float(found[layer.path]["batch.squared_output"][0]) == pytest.approx(float(norm), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -174,7 +173,7 @@ def test_set_that_keeps_every_chosen_expert(name):
         block = moe.model.get_submodule(layer.path)
         weights_TE = routing_weights(name, block, block_inputs(moe, batches)[layer.path][0][0])
         chosen = set(weights_TE.nonzero()[:, 1].tolist())
-        errors = found[layer.path]["squared_error"][0].tolist()
+        errors = found[layer.path]["subsets.squared_error"][0].tolist()
         for kept, error in zip(kept_sets(layer, 6), errors, strict=True):
             is_free = chosen <= set(kept) and ROUTING[name].renormalise
             assert (error == 0.0) == is_free
@@ -201,6 +200,6 @@ def test_half_precision_losses_are_near(name):
     found, inputs = figures(moe, ExpertPruning(ExpertPruningOptions(keep=6))), block_inputs(moe)
     for layer in moe.layers[:1]:
         slow = slow_errors(moe, layer.path, inputs[layer.path], kept_sets(layer, 6)).sqrt().sum(0)
-        fast = found[layer.path]["squared_error"].sqrt().sum(0)
+        fast = found[layer.path]["subsets.squared_error"].sqrt().sum(0)
         torch.testing.assert_close(fast, slow, rtol=0.05, atol=0)
         assert slow[fast.argmin()] <= slow.min() * 1.03

@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, DTYPES, random_model, tiny_model, token_i
 from compressor import MoEModel, RoutingRule
 from compressor.moe import RealTokens
 
-# name → (score, renormalised, scale, has a correction bias); None: no closed form
+# name → (score, renormalised, scale, has a correction bias, and what groups are chosen by); None: no closed form
 RULES = {
     "mixtral": ("softmax", True, 1.0, False),
     "qwen2_moe": ("softmax", False, 1.0, False),
@@ -22,8 +22,8 @@ RULES = {
     "granitemoe": ("softmax", True, 1.0, False),
     "phimoe": None,
     "deepseek_v2": ("softmax", False, 1.5, False),
-    "deepseek_v2_groups": None,
-    "deepseek_v3": None,
+    "deepseek_v2_groups": ("softmax", False, 1.0, False, "best"),
+    "deepseek_v3": ("sigmoid", True, 2.5, True, "best two"),
     "gpt_oss": ("softmax", True, 1.0, False),
     "glm4_moe": ("sigmoid", True, 1.0, True),
     "mixtral4": ("softmax", True, 1.0, False),
@@ -39,7 +39,10 @@ def each_layer(moe, look, ids):
 
 
 def facts(rule):
-    return None if rule is None else (rule.score, rule.renormalise, rule.scale, rule.bias is not None)
+    if rule is None:
+        return None
+    groups = () if rule.groups is None else (rule.groups.score,)
+    return (rule.score, rule.renormalise, rule.scale, rule.bias is not None, *groups)
 
 
 def rules(moe, ids):
@@ -84,7 +87,7 @@ def test_bias_is_the_model_s_own():
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule])
 def test_rule_is_the_router_under_random_masks(name):
-    """Twenty sets of kept experts, of all sizes: ids and weights as the router itself gives them."""
+    """Twenty sets of kept experts, of all sizes (by group equal ones): ids and weights as the router gives them."""
     moe = MoEModel(tiny_model(name))
     generator = torch.Generator().manual_seed(3)
     compared = []
@@ -93,6 +96,9 @@ def test_rule_is_the_router_under_random_masks(name):
         for draw in range(20):
             num_kept = 2 + draw % 7
             kept = torch.randperm(8, generator=generator)[:num_kept].sort().values.tolist()
+            if tokens.rule.groups is not None:
+                halves = [4 * half + torch.randperm(4, generator=generator)[: 2 + draw % 3] for half in (0, 1)]
+                kept = torch.cat(halves).sort().values.tolist()
             dropped = [expert for expert in range(8) if expert not in kept]
             masked = tokens.logits_TE.index_fill(1, torch.tensor(dropped, dtype=torch.int64), float("-inf"))
             index, weights = tokens.rule.choose(masked, 2)

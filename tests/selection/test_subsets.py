@@ -7,6 +7,7 @@ import torch
 
 from compressor import RoutingRule
 from compressor.selection.subsets import (
+    SubsetErrors,
     SubsetTables,
     _first_choices,
     best_subset,
@@ -16,13 +17,18 @@ from compressor.selection.subsets import (
     num_subsets,
     ranks_needed,
     rescaled_errors,
-    squared_errors,
     surviving_ranks,
 )
 
 
 def float64(values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def squared_errors(tokens, counts, top_k=None):
+    errors = SubsetErrors(tokens.layer, counts, top_k)
+    errors.update(tokens)
+    return errors.tensors()["subsets.squared_error"][0]
 
 
 # Which sets there are --------------------------------------------------------------------------------------
@@ -193,8 +199,7 @@ def test_three_tokens_three_experts(make_tokens, renormalise, expected, closed_r
         softmax_router(renormalise=renormalise),
         RoutingRule("softmax", renormalise, 1.0) if closed_rule else None,
     )
-    tables = SubsetTables.build(tokens.layer, [2], torch.device("cpu"))
-    found = squared_errors(tokens, tables)
+    found = squared_errors(tokens, [2])
     torch.testing.assert_close(found, float64(expected), rtol=1e-6, atol=0)
 
 
@@ -214,7 +219,7 @@ def test_what_is_no_expert_never_goes_and_counts_in_the_softmax(make_tokens, ren
     tables = SubsetTables.build(tokens.layer, [1], torch.device("cpu"))
     assert tables.dropped == [(0,), (1,)]
     assert tables.keep_SN.tolist() == [[0.0, 1, 1], [1, 0, 1]]
-    torch.testing.assert_close(squared_errors(tokens, tables), float64(expected[:2]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared_errors(tokens, [1]), float64(expected[:2]), rtol=1e-6, atol=0)
 
 
 # each token chooses one expert instead of two; without expert 0, 1, 2, and with all of them
@@ -246,7 +251,7 @@ def test_one_expert_per_token_instead_of_two(make_tokens, renormalise, expected,
     tables = SubsetTables.build(tokens.layer, [2, 3], torch.device("cpu"), top_k=1)
     assert tables.dropped == [(0,), (1,), (2,), ()]
     assert tables.choices_Pk.tolist() == [[0], [1]]
-    torch.testing.assert_close(squared_errors(tokens, tables), float64(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared_errors(tokens, [2, 3], 1), float64(expected), rtol=1e-6, atol=0)
 
 
 def test_the_layers_output_falls_out(make_tokens):
@@ -259,7 +264,7 @@ def test_the_layers_output_falls_out(make_tokens):
         RoutingRule("softmax", True, 1.0),
     )
     assert tokens.output_TH is None
-    squared_errors(tokens, SubsetTables.build(tokens.layer, [2], torch.device("cpu")))
+    squared_errors(tokens, [2])
     torch.testing.assert_close(tokens.output_TH, torch.tensor([[1.375], [10 / 3], [1.625]]), rtol=1e-6, atol=0)
 
 

@@ -5,118 +5,23 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import routers
 import torch
+from routers import HIDDEN, ROUTERS, output
 
 from compressor import RoutingRule
 from compressor.moe import tokens as tokens_module
 from compressor.selection import subsets
-from compressor.selection.subsets import SubsetTables, dropped_subsets, squared_errors
-
-ROUTERS = (
-    "softmax",
-    "softmax_in_order_of_ids",
-    "softmax_not_renormalised",
-    "softmax_not_renormalised_scaled",
-    "softmax_biased",
-    "softmax_biased_not_renormalised",
-    "sigmoid_biased_scaled",
-    "sequential",
-)
-HIDDEN = 6
-
-
-def softmax(logits, top_k, bias):
-    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
-    return index, weights / weights.sum(-1, keepdim=True)
-
-
-def softmax_in_order_of_ids(logits, top_k, bias):
-    """Routers need not give their choice by descending weight (deepseek_v3: topk(sorted=False))."""
-    index = logits.topk(top_k, dim=-1).indices.sort(-1).values
-    weights = logits.double().softmax(-1).gather(1, index)
-    return index, weights / weights.sum(-1, keepdim=True)
-
-
-def softmax_not_renormalised(logits, top_k, bias):
-    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
-    return index, weights
-
-
-def softmax_not_renormalised_scaled(logits, top_k, bias):
-    weights, index = logits.double().softmax(-1).topk(top_k, dim=-1)
-    return index, 1.5 * weights
-
-
-def softmax_biased(logits, top_k, bias):
-    """The softmax grows when experts go and the bias does not, so the order of those that stay may change."""
-    index, weights = softmax_biased_not_renormalised(logits, top_k, bias)
-    return index, weights / weights.sum(-1, keepdim=True)
-
-
-def softmax_biased_not_renormalised(logits, top_k, bias):
-    scores = logits.double().softmax(-1)
-    index = (scores + bias).masked_fill(logits == float("-inf"), float("-inf")).topk(top_k, dim=-1).indices
-    return index, scores.gather(1, index)
-
-
-def sigmoid_biased_scaled(logits, top_k, bias):
-    scores = logits.double().sigmoid()
-    index = (scores + bias).masked_fill(logits == float("-inf"), float("-inf")).topk(top_k, dim=-1).indices
-    weights = scores.gather(1, index)
-    return index, 2.5 * weights / weights.sum(-1, keepdim=True)
-
-
-def sequential(logits, top_k, bias):
-    """No closed rule: each choice is weighed against those still to be had, and an even id counts double."""
-    left, ids, weights = logits.double(), [], []
-    for _ in range(top_k):
-        best = left.argmax(-1, keepdim=True)
-        ids.append(best)
-        weights.append(left.softmax(-1).gather(1, best) * (2 - best % 2))
-        left = left.scatter(1, best, float("-inf"))
-    return torch.cat(ids, 1), torch.cat(weights, 1)
-
-
-def rule(router, bias):
-    return {
-        "softmax": RoutingRule("softmax", True, 1.0),
-        "softmax_in_order_of_ids": RoutingRule("softmax", True, 1.0),
-        "softmax_not_renormalised": RoutingRule("softmax", False, 1.0),
-        "softmax_not_renormalised_scaled": RoutingRule("softmax", False, 1.5),
-        "softmax_biased": RoutingRule("softmax", True, 1.0, bias),
-        "softmax_biased_not_renormalised": RoutingRule("softmax", False, 1.0, bias),
-        "sigmoid_biased_scaled": RoutingRule("sigmoid", True, 2.5, bias),
-        "sequential": None,
-    }[router]
+from compressor.selection.subsets import SubsetErrors, SubsetTables, dropped_subsets
 
 
 @pytest.fixture
 def random_tokens(make_tokens):
-    def make(router, num_tokens, num_experts, top_k, seed, num_extra=0):
-        generator = torch.Generator().manual_seed(seed)
-        num_choices = num_experts + num_extra
-        bias = torch.randn(num_choices, generator=generator, dtype=torch.float64) * 0.3
-        return make_tokens(
-            torch.randn(num_tokens, HIDDEN, generator=generator),
-            torch.randn(num_choices, HIDDEN, HIDDEN, generator=generator),
-            torch.randn(num_tokens, num_choices, generator=generator) * 1.5,
-            top_k,
-            lambda logits, top_k: globals()[router](logits, top_k, bias),
-            rule(router, bias),
-            num_extra,
-        )
-
-    return make
-
-
-def output(tokens, index, weights):
-    """[T, H] float64: Σ over the chosen experts of weight × output."""
-    outputs = tokens.evaluate_experts(tokens.hidden_TH, index).double()
-    return (weights.double()[..., None] * outputs).sum(1)
+    return lambda *shape, **others: routers.random_tokens(make_tokens, *shape, **others)
 
 
 def slow_errors(tokens, num_kept, top_k=None):
-    full = output(tokens, tokens.index_TK, tokens.weights_TK)
+    full = output(tokens, tokens.index_TK, tokens.weights_TK) if tokens.target_TH is None else tokens.target_TH.double()
     experts = range(tokens.layer.num_experts)
     return torch.stack(
         [
@@ -127,7 +32,9 @@ def slow_errors(tokens, num_kept, top_k=None):
 
 
 def fast_errors(tokens, *counts, top_k=None):
-    return squared_errors(tokens, SubsetTables.build(tokens.layer, counts, torch.device("cpu"), top_k))
+    errors = SubsetErrors(tokens.layer, counts, top_k)
+    errors.update(tokens)
+    return errors.tensors()["subsets.squared_error"][0]
 
 
 def assert_close(tokens, found, expected, where):
@@ -175,6 +82,18 @@ LOWER = [
 def test_fewer_experts_per_token(random_tokens, router):
     for seed, (num_experts, top_k, lower, num_kept) in enumerate(LOWER):
         tokens = random_tokens(router, 7, num_experts, top_k, seed)
+        found, expected = fast_errors(tokens, num_kept, top_k=lower), slow_errors(tokens, num_kept, lower)
+        assert_close(tokens, found, expected, f"{num_experts} experts, {num_kept} kept, {top_k} → {lower} chosen")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_target_that_is_not_the_layers_own_output(random_tokens, router):
+    """Progressive pruning: the original model's output is the target, on activations that are no longer its own."""
+    for seed, (num_experts, top_k, num_kept, lower) in enumerate(
+        [(4, 1, 2, None), (6, 2, 3, None), (7, 3, 5, None), (6, 2, 6, 1), (7, 3, 4, 2), (5, 4, 4, 3)]
+    ):
+        tokens = random_tokens(router, 9, num_experts, top_k, seed)
+        tokens.target_TH = torch.randn(tokens.hidden_TH.shape, generator=torch.Generator().manual_seed(seed))
         found, expected = fast_errors(tokens, num_kept, top_k=lower), slow_errors(tokens, num_kept, lower)
         assert_close(tokens, found, expected, f"{num_experts} experts, {num_kept} kept, {top_k} → {lower} chosen")
 
