@@ -438,13 +438,14 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
     if not layers:
         return
     pattern, labels = _short_labels(list(layers))
-    figures_shown = [key for key in _union(*layers.values()) if key != "kept" and _all_numbers(layers, key)]
+    hidden = {"kept", *_HIDDEN} if done["decision"].get("layers") != layers else {"kept", *_HIDDEN[:2]}
+    figures_shown = [key for key in _union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
     has_kept = any("kept" in decided for decided in layers.values())
     columns = ["layer", *(f">{key}" for key in figures_shown), *(["kept", "dropped"] if has_kept else [])]
     table = _table(*columns, wrap=("kept", "dropped"))
     for path, decided in layers.items():
         numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
-        ids = [_ids(decided.get("kept", [])), _ids(dropped.get(path, []))] if has_kept else []
+        ids = [_few_ids(decided.get("kept", [])), _few_ids(dropped.get(path, []))] if has_kept else []
         table.add_row(*map(Text, (labels[path], *numbers, *ids)))
     _print_table(console, f"{done['method']}: {pattern}", table)
     for note in decision_notes(done):
@@ -457,11 +458,20 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
         _print_table(console, f"{done['method']}: does it beat chance?", compared)
 
 
+_HIDDEN = ("uncovered", "loss_before_swaps", "loss", "objective", "median_loss", "sets", "swaps")
+"""Figures that only the record has: the first two always, the others where each domain has a column."""
+_MOST_LISTED = 16
+"""Of more experts than this only the number is shown; decision.json has them all."""
+
+
+def _few_ids(ids: Sequence[int]) -> str:
+    return _ids(ids) if len(ids) < _MOST_LISTED else f"{len(ids)} experts"
+
+
 def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
     """Each domain's relative loss as a figure of its own."""
     return {
-        path: {key: value for key, value in decided.items() if key != "domains"}
-        | {f"loss {domain}": value for domain, value in decided.get("domains", {}).items()}
+        path: {key: value for key, value in decided.items() if key != "domains"} | dict(decided.get("domains", {}))
         for path, decided in layers.items()
     }
 

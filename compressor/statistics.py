@@ -93,23 +93,30 @@ class JoinedStatistic(RankedStatistic):
         self.parts = parts
         self.weight_norms = any(part.weight_norms for part in parts)
 
+    def update(self, tokens: RoutedTokens) -> None:
+        """Add one batch to all of them; a second time only to those that asked for it, each in its own way."""
+        if self._again is None:
+            super().update(tokens)
+        for part in self._again or ():
+            part.update(tokens)
+
     def num_ranks(self, tokens: RoutedTokens) -> int:
         """The most that one of them needs."""
-        return max(part.num_ranks(tokens) for part in self._waiting())
+        return max(part.num_ranks(tokens) for part in self.parts)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Give each of them the ranks that it needs."""
-        for part in self._waiting():
+        for part in self.parts:
             part.add(tokens, chunk.first(part.num_ranks(tokens)))
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Tell all of them."""
-        for part in self._waiting():
+        for part in self.parts:
             part.end_batch(tokens)
 
     def again(self) -> bool:
-        """If one of them wants the batches again, only those that do will be given them."""
-        self._again = [part for part in self.parts if part.again()]
+        """Whether one of them wants the batches again."""
+        self._again = [part for part in (self.parts if self._again is None else self._again) if part.again()]
         return bool(self._again)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,9 +125,6 @@ class JoinedStatistic(RankedStatistic):
 
     _again: Sequence[RankedStatistic] | None = None
 
-    def _waiting(self) -> Sequence[RankedStatistic]:
-        return self.parts if self._again is None else self._again
-
 
 def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping[str, Any]) -> None:
     """Write the figures of all passes into one safetensors file; `about` (JSON) says where they come from.
@@ -128,7 +132,7 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
     Tensors are named `PASS/LAYER/FIGURE`, a pass being `0.expert_pruning`. The same figures give the same bytes.
     """
     tensors = {
-        f"{name}/{layer}/{figure}": tensor.contiguous()
+        f"{name}/{layer}/{figure}": _with_own_memory(tensor)
         for name, statistics in sorted(passes.items())
         for layer, figures in sorted(statistics.items())
         for figure, tensor in sorted(figures.items())
@@ -140,6 +144,12 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
     temporary.replace(path)
 
 
+def _with_own_memory(tensor: Tensor) -> Tensor:
+    """The tensor as safetensors takes it: no view that shares its memory with others."""
+    contiguous = tensor.contiguous()
+    return contiguous if contiguous.untyped_storage().nbytes() == contiguous.nbytes else contiguous.clone()
+
+
 def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
     """Read a file written by `save_statistics`: (pass → layer → figure → tensor, about).
 
@@ -149,7 +159,7 @@ def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]]
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            header = json.loads(metadata.get("header", "{}"))
+            header = dict(json.loads(metadata.get("header", "{}")))
             found = header.get("format", metadata.get("format"))
             if found != FORMAT:
                 kind = "no statistics file" if found is None else f"a statistics file of format {found}"
@@ -157,7 +167,7 @@ def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]]
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 pass_name, layer, figure = name.split("/")
                 passes.setdefault(pass_name, {}).setdefault(layer, {})[figure] = file.get_tensor(name)
-    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as a statistics file: {error}") from error
     return passes, header["about"]
 
@@ -174,10 +184,11 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
     result: dict[str, Any] = {**about}
     for other_passes, other in loaded[1:]:
         _refuse_mixing(result, other)
-        shared = [name for name in merged if name in other_passes]
+        shared = [name for name in merged if name in other_passes and _saw_same_layers(name, result, other)]
         if not shared:
             raise CheckpointError(
-                f"the statistics have no pass in common: {', '.join(merged)}; {', '.join(other_passes)}."
+                f"the statistics have no pass over the same layers in common: {', '.join(merged)}; "
+                f"{', '.join(other_passes)}."
             )
         dropped: set[str] = set(result.get("dropped_figures", []))
         together: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -196,6 +207,12 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
         joined = _joined_domains(result["domains"], other["domains"])
         result |= {"passes": passes_about, "domains": joined, "dropped_figures": sorted(dropped)}
     return merged, result
+
+
+def _saw_same_layers(name: str, *abouts: Mapping[str, Any]) -> bool:
+    """Whether a pass found the same layers in both runs, and not what other passes had left of them."""
+    one, other = (about["passes"][name]["layers"] for about in abouts)
+    return bool(one == other)
 
 
 def _refuse_mixing(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

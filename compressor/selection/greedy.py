@@ -34,6 +34,7 @@ MOST_UNCOVERED = 0.005
 """Share of tokens that may be left with fewer known ranks than they choose before more ranks are computed for them."""
 _GAIN = 1e-9
 _SWAPS_TRIED = 4
+_MOST_LOOKS = 3
 _TABLE_CELLS = 2**26
 _SPREAD = 1e-12
 
@@ -209,8 +210,12 @@ class GreedySearch(RankedStatistic):
         self._domains: list[str] = []
         self._squared_output_B: list[Tensor] = []
         self._num_batches = 0
-        self._short_T: Tensor | None = None
-        """Tokens, in the order in which they were seen, that get more ranks on the second look."""
+        self._looks = 1
+        self._num_tokens = 0
+        self._place_T: Tensor | None = None
+        """Where the tokens of the first state stood among all, once some have left it."""
+        self._again_T: Tensor | None = None
+        """All tokens, in the order in which they were seen: those that get more ranks on this look."""
         self._seen_again = 0
         self._found: list[Found] | None = None
         self._path: list[tuple[int, Tensor]] = []
@@ -240,10 +245,10 @@ class GreedySearch(RankedStatistic):
 
     def update(self, tokens: RoutedTokens) -> None:
         """Add one batch; on the second look only those of its tokens that need more ranks."""
-        if self._short_T is None:
+        if self._again_T is None:
             super().update(tokens)
             return
-        few_T = self._short_T[self._seen_again : self._seen_again + tokens.num_tokens]
+        few_T = self._again_T[self._seen_again : self._seen_again + tokens.num_tokens]
         self._seen_again += tokens.num_tokens
         few = _some_tokens(tokens, few_T)
         wanted = min(self.layer.num_choices, 2 * self._states[0].num_ranks)
@@ -252,29 +257,38 @@ class GreedySearch(RankedStatistic):
         self._num_batches += 1
 
     def again(self) -> bool:
-        """Whether more than 0.5 % of the tokens were left short of ranks, and there are more ranks to be had."""
-        if self._short_T is not None:  # once is enough: what is still short is told
-            self._search()
-            return False
+        """Whether more than 0.5 % of the tokens are short of ranks, and there are more ranks to be had.
+
+        Those that are, or would be if one more of their experts went, get twice as many on the next look; three looks
+        at most, since another set leaves other tokens short.
+        """
         self._search()
-        state, found = self._states[0], self._found
+        found, state = self._found, self._states[0]
         assert found is not None
-        if state.num_ranks == self.layer.num_choices or max(one.uncovered for one in found) <= MOST_UNCOVERED:
+        uncovered = max(one.uncovered for one in found)
+        if self._looks == _MOST_LOOKS or uncovered <= MOST_UNCOVERED or state.num_ranks == self.layer.num_choices:
             return False
-        self._short_T = self._short_anywhere(state, found)
-        state_grams = state.grams.without(self._short_T)
-        self._states, self._parts = [self._state(state_grams)], []
-        self._num_batches, self._found, self._path = 0, None, []
+        self._looks += 1
+        is_short_T = self._short_anywhere(state, found)
+        if self._place_T is None:
+            self._place_T = torch.arange(len(is_short_T), device=is_short_T.device)
+            self._num_tokens = len(is_short_T)
+        self._again_T = torch.zeros(self._num_tokens, dtype=torch.bool, device=is_short_T.device)
+        self._again_T[self._place_T[is_short_T]] = True
+        self._place_T = self._place_T[~is_short_T]
+        self._states[0] = self._state(state.grams.without(is_short_T))
+        self._num_batches, self._seen_again, self._found, self._path = 0, 0, None, []
         return True
 
     def _short_anywhere(self, state: TokenState, found: Sequence[Found]) -> Tensor:
+        """[T] bool: tokens that have no rank to spare for one of the sets found."""
         short_T = torch.zeros(state.grams.num_tokens, dtype=torch.bool, device=state.loss_T.device)
         for one in found:
             is_left_N = torch.ones(self.layer.num_choices, dtype=torch.bool, device=short_T.device)
             is_left_N[: self.layer.num_experts] = False
             is_left_N[list(one.kept)] = True
             state.keep(is_left_N)
-            short_T |= state.short()
+            short_T |= state.short() | (state.next_T >= state.num_ranks)
         return short_T
 
     # Search
@@ -292,8 +306,9 @@ class GreedySearch(RankedStatistic):
     def _search(self) -> None:
         if self._found is not None:
             return
-        if self._parts:
+        if any(part.num_tokens for part in self._parts) or not self._states:
             self._states.append(self._state(joined(self._parts)))
+        self._parts = []
         objective = Objective.of_batches(self._domains, torch.stack(self._squared_output_B), self.blend)
         search = Search(self.layer, self._states, objective, protected=self.protected(), forbidden=self.forbidden)
         on_path: list[Found] = []

@@ -188,7 +188,9 @@ class SelectionOptions(Options):
     @model_validator(mode="after")
     def _every_setting_counts(self) -> SelectionOptions:
         if self.criterion is not None:
-            idle = [name for name in ("search", "ranks", "starts", "max_subsets") if name in self.model_fields_set]
+            fields = type(self).model_fields
+            names = ("search", "ranks", "starts", "max_subsets")
+            idle = [name for name in names if getattr(self, name) != fields[name].default]
             if idle:
                 raise ValueError(f"`{idle[0]}` would have no effect beside `criterion`: leave one of them out")
             if self.budget is not None:

@@ -147,7 +147,7 @@ def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
     for expert in range(num_experts):
         kept = [other for other in range(num_experts) if other != expert]
         delta_TN = by_id(*tokens.replay(kept)) - full_TN
-        for changed_t in (delta_TN != 0).any(1).nonzero()[:, 0].split(_TOKENS_AT_ONCE):
+        for changed_t in torch.split((delta_TN != 0).any(1).nonzero()[:, 0], _TOKENS_AT_ONCE):
             delta_tN = delta_TN[changed_t]
             single_N[expert] += torch.einsum("tm,tmn,tn->", delta_tN, gram_TNN[changed_t].double(), delta_tN)
     return single_N
