@@ -208,7 +208,7 @@ def test_files_that_name_no_task(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(CalibrationError, match=says):
         named_in(tmp_path / "x.yaml")
-    with pytest.raises(CalibrationError, match="nowhere.yaml cannot be read"):
+    with pytest.raises(CalibrationError, match=r"nowhere.yaml cannot be read"):
         named_in(tmp_path / "nowhere.yaml")
 
 
