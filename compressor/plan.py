@@ -68,6 +68,7 @@ def preview(
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
+        _check_domains(loaded, resolved)
         layers = tuple(
             dataclasses.replace(
                 layer,
@@ -120,6 +121,18 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
     """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
     try:
         return resolved.method.check(layers)
+    except OptionError as error:
+        raise loaded.error((*resolved.path, error.option), str(error)) from error
+
+
+def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
+    """Whether the pass's text has different names, and those that its options speak of."""
+    titles = [source.title for source in (*resolved.method.sources(), *loaded.recipe.calibration.data)]
+    twice = [title for title in titles if titles.count(title) > 1]
+    if twice:
+        raise loaded.error(resolved.path, f"two of its sources are called {twice[0]!r}; tell them apart with `name:`")
+    try:
+        resolved.method.check_domains(titles)
     except OptionError as error:
         raise loaded.error((*resolved.path, error.option), str(error)) from error
 

@@ -160,7 +160,8 @@ def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]]
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             header = dict(json.loads(metadata.get("header", "{}")))
-            found = header.get("format", metadata.get("format"))
+            is_old = "about" in metadata  # format 1 had two entries
+            found = header.get("format", metadata["format"] if is_old else None)
             if found != FORMAT:
                 kind = "no statistics file" if found is None else f"a statistics file of format {found}"
                 raise CheckpointError(f"{path}: it is {kind}; this version reads format {FORMAT}. Observe again.")
@@ -260,7 +261,10 @@ def _added(
     """One layer's figures of two runs; `places` says where each run's domains stand in the result."""
     found: dict[str, Tensor] = {}
     both = (ours, theirs)
-    counts = [figures.get("subsets.counts", torch.empty(0)) for figures in both]
+    sets = [
+        torch.cat([figures.get(name, torch.empty(0)).reshape(-1) for name in ("subsets.counts", "subsets.top_k")])
+        for figures in both
+    ]
     for name in sorted({*ours, *theirs}):
         if name not in ours or name not in theirs:
             dropped.add(name)
@@ -275,8 +279,10 @@ def _added(
             found[name] = torch.cat([torch.tensor(at)[figures[name]] for figures, at in zip(both, places, strict=True)])
         elif name.startswith("batch.") or name == "single.squared_error":
             found[name] = torch.cat([figures[name] for figures in both])
-        elif name.startswith("subsets.") and torch.equal(*counts):
-            found[name] = ours[name] if name == "subsets.counts" else torch.cat([figures[name] for figures in both])
+        elif name.startswith("subsets.") and torch.equal(*sets):
+            found[name] = (
+                ours[name] if name != "subsets.squared_error" else torch.cat([figures[name] for figures in both])
+            )
         elif name.startswith("weights.") and torch.allclose(ours[name], theirs[name]):
             found[name] = ours[name]
         else:  # the path of a search, or losses of other sets

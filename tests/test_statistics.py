@@ -214,7 +214,7 @@ def test_a_search_on_both_texts_is_left_out_too(run):
 
 def test_losses_of_other_sets_are_left_out(run):
     merged, said = merge_statistics([run(("code", 1)), run(("code", 2), counts=(3, 5))])
-    assert said["dropped_figures"] == ["subsets.counts", "subsets.squared_error"]
+    assert said["dropped_figures"] == ["subsets.counts", "subsets.squared_error", "subsets.top_k"]
     assert merged["0.expert_pruning"][PATH]["batch.num_tokens"].tolist() == [12, 12]
 
 

@@ -169,7 +169,8 @@ class GroupRule:
 
     def within(self, ranking_TE: Tensor) -> Tensor:
         """[T, E]: the ranking with the experts of groups that are not chosen put last."""
-        by_group_TGX = ranking_TE.view(*ranking_TE.shape[:-1], self.num_groups, -1)
+        size = ranking_TE.shape[-1] // self.num_groups
+        by_group_TGX = ranking_TE.reshape(*ranking_TE.shape[:-1], self.num_groups, size)
         best_TGX = by_group_TGX.topk(1 if self.score == "best" else 2, dim=-1).values
         chosen_TC = best_TGX.sum(-1).topk(self.num_chosen, dim=-1).indices
         is_chosen_TG = torch.zeros(by_group_TGX.shape[:-1], dtype=torch.bool, device=ranking_TE.device)

@@ -5,6 +5,7 @@ Dimensions: B batches, S sets of kept experts, E experts, D domains.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +173,7 @@ def by_criterion(
             blend,
             num_kept=num_kept,
             num_groups=layer.num_groups,
-            seed=seed,
+            seed=_seed_of(layer, seed),
             protected=fixed.staying,
             forbidden=fixed.forbidden,
         )
@@ -186,6 +187,11 @@ def by_criterion(
     if float(known.min()) >= 0.0 and float(known.sum()) > 0.0:
         found["score_kept"] = float(known[found["kept"]].sum() / known.sum())
     return found
+
+
+def _seed_of(layer: MoELayer, seed: int) -> int:
+    """Another one for every layer, so that chance does not drop the same ids everywhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {layer.path}".encode()).digest()[:6])
 
 
 _NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output",), "weights": ("weights.l1",)}

@@ -349,7 +349,8 @@ class GreedySearch(RankedStatistic):
 
         greedy.counts [C] int64; greedy.kept [C, E] bool; greedy.squared_error and greedy.before_swaps [C, B] float64;
         greedy.num_swaps [C]; greedy.coverage [C]: share of tokens short of ranks; greedy.order [S]: experts as they
-        went; greedy.path_squared_error [S, B]; greedy.ranks: ranks looked at; greedy.bytes_per_token.
+        went; greedy.path_squared_error [S, B]; greedy.ranks: ranks looked at; greedy.top_k: experts that
+        a token then chooses; greedy.bytes_per_token.
         """
         self._search()
         found = self._found
@@ -371,6 +372,7 @@ class GreedySearch(RankedStatistic):
             "greedy.order": torch.tensor([expert for expert, _ in self._path], dtype=torch.int64),
             "greedy.path_squared_error": path_SB,
             "greedy.ranks": ranks,
+            "greedy.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
             "greedy.bytes_per_token": torch.tensor(size, dtype=torch.float64),
         }
 

@@ -386,6 +386,13 @@ class ExpertSelection(Method[OptionsT]):
             )
             return found | notes, 0.0
         objective = choice.objective_of(figures, statistics.domains, options.blend)
+        top_k = options.top_k or layer.top_k
+        observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
+        if any(one != top_k for one in observed):
+            raise ChoiceError(
+                f"{layer.path}: the losses were gathered for {observed[0]} experts per token, not {top_k}; decide by a "
+                f"criterion, or observe again"
+            )
         if "subsets.counts" in figures and options.search != "greedy":
             found, cost = choice.by_subsets(layer, figures, num_kept, objective, fixed)
         elif "greedy.counts" in figures and options.search != "exact":

@@ -218,8 +218,14 @@ class SubsetErrors(RankedStatistic):
         self._tokens = self._gram_TXX = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """subsets.squared_error [B, S] float64; subsets.counts: the counts of kept experts whose sets they are."""
-        return {"subsets.squared_error": torch.stack(self._errors_BS), "subsets.counts": torch.tensor(self.counts)}
+        """subsets.squared_error [B, S] float64; subsets.counts: the counts of kept experts whose sets they are;
+        subsets.top_k: experts that a token then chooses.
+        """
+        return {
+            "subsets.squared_error": torch.stack(self._errors_BS),
+            "subsets.counts": torch.tensor(self.counts),
+            "subsets.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
+        }
 
 
 def ranks_suffice(tokens: RoutedTokens, tables: SubsetTables) -> bool:
