@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from compressor import MoEModel, checkpoint, walk
+from compressor import Gathered, MoEModel, checkpoint, walk
 from compressor.calibration import Sequences, load_sequences, make_batches
 from compressor.environment import hardware, versions
 from compressor.evaluate import perplexity
 from compressor.progress import Progress
 from compressor.recipe import load_recipe
+from compressor.selection.method import allocated
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
-from compressor_expert_pruning.method import allocated
 
 DOMAINS = ("code", "prose", "arithmetic")
 COSTS: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -65,8 +65,13 @@ def main() -> None:
         batches = make_batches(text(tokenizer, domain, 64, seed=arguments.seed, split="train").ids, 8)
         method = ExpertPruning(ExpertPruningOptions(keep={"mean": 6}))
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
-        walk.observe(moe, batches, {path: one for path, one in statistics.items() if one is not None}, Progress())
-        best = {path: method.best_of_counts(moe.layer(path), one.tensors()) for path, one in statistics.items() if one}
+        figures = Gathered(
+            walk.observe(moe, batches, {path: one for path, one in statistics.items() if one}, Progress())
+        )
+        best = {
+            path: {count: one for count, (one, _) in method.best_of_counts(moe.layer(path), figures).items()}
+            for path in figures
+        }
         for mean in arguments.mean:
             uneven = {path: {count: (count - mean) ** 2 for count in of} for path, of in best.items()}
             tables = {"even split": uneven} | {

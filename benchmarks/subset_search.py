@@ -34,8 +34,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from compressor import MoEModel
 from compressor.environment import hardware, versions
 from compressor.moe import RealTokens
-from compressor.selection.subsets import best_subset, dropped_subsets
-from compressor_expert_pruning.method import SubsetErrors
+from compressor.selection.subsets import SubsetErrors
 
 HIDDEN, WIDTH, TOKENS, BATCHES = 512, 1792, 4096, 2
 TIMED_TOGETHER = 3  # short runs are timed several times and averaged, the loop is long enough by itself
@@ -149,8 +148,7 @@ def ours(case: Case, model: nn.Module, moe: MoEModel, batches: list[Tensor]) -> 
     with moe.watched({layer.path: statistic.update}, real):
         for hidden in batches:
             block(hidden[None])
-    _, losses = best_subset(statistic.tensors()["squared_error"], dropped_subsets(layer, case.num_kept))
-    return losses.tolist()
+    return statistic.tensors()["subsets.squared_error"].sqrt().sum(0).tolist()
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -5,6 +5,7 @@ Dimensions: T tokens, E experts of the layer, K experts chosen per token, M rank
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -246,7 +247,7 @@ def fit_rule(
 ) -> RoutingRule | None:
     """Find the closed form that explains what the router answered, or None where there is no such form.
 
-    Tried on the tokens given and, through `replay`, on three sets of masked experts.
+    Tried on the tokens given and, through `replay`, on a few sets of masked experts.
     """
     if layer.id_tensors or (layer.num_groups > 1 and layer.num_extra_choices):
         return None
@@ -261,7 +262,7 @@ def fit_rule(
             if _agrees(rule, layer, logits_TE, given_TE, tolerance) and _agrees_masked(
                 rule, layer, logits_TE, replay, tolerance
             ):
-                return rule
+                return None if _is_ambiguous(rule, layer, logits_TE, replay, tolerance) else rule
     return None
 
 
@@ -275,6 +276,18 @@ def _group_rules(layer: MoELayer) -> list[GroupRule | None]:
         for score, elsewhere in itertools.product(scores, (float("-inf"), 0.0))
         if score == "best" or size >= 2
     ]
+
+
+def _is_ambiguous(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float) -> bool:
+    """Whether these tokens leave open what experts of other groups are ranked by, and others could show it.
+
+    It matters only where rankings are negative, which few tokens may not have led to.
+    """
+    if rule.groups is None or bool((rule.ranking(rule.affinity(logits_TE)) >= 0).all()):
+        return False
+    other = 0.0 if rule.groups.elsewhere else float("-inf")
+    variant = dataclasses.replace(rule, groups=dataclasses.replace(rule.groups, elsewhere=other))
+    return _agrees_masked(variant, layer, logits_TE, replay, tolerance)
 
 
 def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> bool:
@@ -304,8 +317,8 @@ def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Ten
     index, weights = rule.choose(logits_TE, layer.top_k)
     difference_T = (_scatter(index, weights, layer.num_choices) - given_TE).abs().amax(-1)
     ranking = rule.ranking(rule.affinity(logits_TE)).masked_fill(logits_TE == float("-inf"), float("-inf"))
-    if rule.groups is not None:
-        ranking = rule.groups.within(ranking)
+    if rule.groups is not None:  # what stands in for other groups' rankings is the same for all, and no tie
+        ranking = dataclasses.replace(rule.groups, elsewhere=float("-inf")).within(ranking)
     best = ranking.topk(min(layer.top_k + 1, layer.num_choices), dim=-1).values
     tie_T = (best[:, layer.top_k - 1] - best[:, -1]).abs() <= tolerance * best[:, -1].abs().clamp_min(1e-12)
     tie_T &= torch.tensor(best.shape[-1] > layer.top_k, device=tie_T.device)
@@ -316,9 +329,10 @@ def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Ten
 def _agrees_masked(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float) -> bool:
     size = layer.num_experts // layer.num_groups
     least = max(-(-layer.top_k // layer.num_chosen_groups), 2 if layer.num_groups > 1 else 1)
-    num_dropped = (size - least + 1) // 2  # of each group
+    most = size - least  # of each group
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for draw in range(3 if layer.num_groups == 1 else 8):
+        num_dropped = most if draw % 2 else (most + 1) // 2  # with few left, a rule has to say what it does then
         drawn = [torch.randperm(size, generator=generator)[:num_dropped] + g * size for g in range(layer.num_groups)]
         dropped = torch.cat(drawn)
         kept = sorted(set(range(layer.num_experts)) - set(dropped.tolist()))

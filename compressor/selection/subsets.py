@@ -375,12 +375,3 @@ def _weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Te
     """[T, N] float64: every expert's weight by its id, 0 if not chosen."""
     empty_TN = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
     return empty_TN.scatter_add_(1, index_TK, weights_TK.double())
-
-
-def best_subset(squared_errors_BS: Tensor, dropped: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], Tensor]:
-    """(the dropped experts of least loss, the losses [S]): loss = Σ_batches √(squared error), the paper's objective.
-
-    Ties go to the first set in lexicographic order of dropped ids.
-    """
-    losses_S = squared_errors_BS.double().sqrt().sum(0)
-    return dropped[int((losses_S == losses_S.min()).nonzero()[0])], losses_S

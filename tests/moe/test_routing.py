@@ -108,7 +108,7 @@ def test_rule_is_the_router_under_random_masks(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
             compared.append(kept)
 
-    each_layer(moe, look, token_ids(2, 24))
+    each_layer(moe, look, token_ids(8, 32))
     assert len(compared) == 20 * len(moe.layers)
 
 

@@ -10,7 +10,6 @@ from compressor.selection.subsets import (
     SubsetErrors,
     SubsetTables,
     _first_choices,
-    best_subset,
     choice_errors,
     choice_weights,
     dropped_subsets,
@@ -266,18 +265,3 @@ def test_the_layers_output_falls_out(make_tokens):
     assert tokens.output_TH is None
     squared_errors(tokens, [2])
     torch.testing.assert_close(tokens.output_TH, torch.tensor([[1.375], [10 / 3], [1.625]]), rtol=1e-6, atol=0)
-
-
-# Which set is best -----------------------------------------------------------------------------------------
-
-
-def test_the_loss_adds_norms_of_batches_not_squared_errors():
-    # norms 4 + 0 against √5 + √5 = 4.47; squared errors 16 against 10 would choose the other one
-    dropped, losses = best_subset(float64([[16, 5], [0, 5]]), [(0,), (1,)])
-    assert dropped == (0,)
-    torch.testing.assert_close(losses, float64([4.0, 2 * 5**0.5]), rtol=1e-15, atol=0)
-
-
-def test_a_tie_goes_to_the_first_dropped_set():
-    squared = float64([[9, 4, 4, 4], [1, 1, 1, 2]])
-    assert best_subset(squared, [(0,), (1,), (2,), (3,)])[0] == (1,)
