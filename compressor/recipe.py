@@ -262,16 +262,16 @@ def load_recipe(
 
     recipe = _validate(Recipe, document, ())
     passes = _resolve(document, methods, criteria) if methods is not None else ()
-    if recipe is not None and not recipe.calibration.data:
-        _check_own_text(document, recipe, passes if methods is not None else None)
+    if recipe is not None and not recipe.calibration.data and methods is not None:
+        _check_own_text(document, recipe, passes)
     document.raise_mistakes()
     assert recipe is not None
     return LoadedRecipe(recipe, passes, document)
 
 
-def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[ResolvedPass] | None) -> None:
+def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[ResolvedPass]) -> None:
     """Without calibration data every pass must bring its own."""
-    if passes is not None and len(passes) == len(recipe.passes) and all(p.method.sources() for p in passes):
+    if len(passes) == len(recipe.passes) and all(one.method.sources() for one in passes):
         return
     document.add_mistake(
         ("calibration", "data"),
