@@ -492,11 +492,23 @@ def decision_notes(done: Json) -> list[str]:
     supers = {path: decided["super_experts"] for path, decided in layers.items() if decided.get("super_experts")}
     if supers:
         where = "; ".join(f"{path}: {_ids(ids)}" for path, ids in supers.items())
-        notes.append(f"super experts, whose outputs are extreme, were protected: {where}")
+        gone = {path: ids for path, ids in _lost_supers(layers).items() if ids}
+        lost = "; ".join(f"{path}: {_ids(ids)}" for path, ids in gone.items())
+        notes.append(
+            f"super experts, whose outputs are extreme: {where}; "
+            + (f"dropped of these, which can ruin a model: {lost}" if lost else "all of them stay")
+        )
     short = max((decided.get("uncovered", 0.0) for decided in layers.values()), default=0.0)
     if short > 0:
         notes.append(f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts")
     return notes
+
+
+def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
+    return {
+        path: [expert for expert in decided.get("super_experts", []) if expert in set(decided.get("dropped", []))]
+        for path, decided in layers.items()
+    }
 
 
 def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:

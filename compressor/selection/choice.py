@@ -198,11 +198,12 @@ _NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output",), "weights": ("w
 
 
 def notes(figures: Mapping[str, Tensor], fixed: Fixed) -> Choice:
-    """Experts that no calibration token reached, and super experts, where there are any."""
+    """Experts that no calibration token reached, and super experts, protected or not, where there are any."""
     without = unreached(figures["sums.tokens"].sum(0))
     found: Choice = {"unreached": without} if without else {}
-    if fixed.supers:
-        found["super_experts"] = list(fixed.supers)
+    if supers := super_experts(figures["sums.largest"].amax(0)):
+        found["super_experts"] = supers
+        found["protected_super_experts"] = list(fixed.supers)
     return found
 
 

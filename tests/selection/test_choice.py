@@ -155,7 +155,9 @@ def test_figures_that_a_criterion_needs(make_layer):
 
 def test_experts_without_tokens_are_told(make_layer):
     assert choice.notes(figures_of([4, 0, 1, 0]), NONE) == {"unreached": [1, 3]}
-    assert choice.notes(figures_of([4, 2, 1, 1]), Fixed(supers=(2,))) == {"super_experts": [2]}
+    extreme = figures_of([4, 2, 1, 1]) | {"sums.largest": float64([[1.0, 1.0, 50.0, 1.0]])}
+    assert choice.notes(extreme, Fixed(supers=(2,))) == {"super_experts": [2], "protected_super_experts": [2]}
+    assert choice.notes(extreme, NONE) == {"super_experts": [2], "protected_super_experts": []}  # reported all the same
 
 
 # Fixed -----------------------------------------------------------------------------------------------------
