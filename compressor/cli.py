@@ -77,14 +77,8 @@ def run(
 
     without = without or []
     plugins = load_plugins(without)
-    loaded = load_recipe(
-        recipe,
-        overrides=set_ or [],
-        model=model,
-        output=output,
-        methods=plugins.methods,
-        criteria=plugins.criteria,
-    )
+    asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
+    loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
     if loaded.recipe.output is None:
         raise RecipeError(f"{recipe}: no `output`. Name a folder for the smaller model there, or with --output.")
     result = engine.compress(
@@ -117,14 +111,8 @@ def check(
     from compressor.recipe import load_recipe
 
     plugins = load_plugins(without or [])
-    loaded = load_recipe(
-        recipe,
-        overrides=set_ or [],
-        model=model,
-        output=output,
-        methods=plugins.methods,
-        criteria=plugins.criteria,
-    )
+    asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
+    loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
     report.print_plan(plan.check(loaded, plugins.adapters).plan, _console())
 
 

@@ -144,10 +144,8 @@ def test_fingerprints_of_tokenizers(tmp_path: Path) -> None:
 
 def test_fingerprint_of_a_tokenizer_in_python() -> None:
     class Slow:
-        special_tokens_map = {"eos_token": "</s>"}
-
         def __init__(self, words: list[str]) -> None:
-            self.words = words
+            self.words, self.special_tokens_map = words, {"eos_token": "</s>"}
 
         def get_vocab(self) -> dict[str, int]:
             return {word: number for number, word in enumerate(self.words)}

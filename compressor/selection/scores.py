@@ -80,9 +80,9 @@ def blended_scores(
     and `worst` takes an expert's largest, so that what any domain needs is kept.
     """
 
-    def scored(of_domains: Sequence[int]) -> Tensor:
+    def scored(of_domains: Sequence[int], given: Mapping[str, Tensor] = figures) -> Tensor:
         one = expert_figures(
-            figures,
+            given,
             of_domains,
             num_kept=num_kept,
             num_groups=num_groups,
@@ -92,24 +92,17 @@ def blended_scores(
         )
         return criterion.score(one).double()
 
+    everything = range(len(domains))
     if len(domains) == 1 or blend == "pooled":
-        return scored(range(len(domains)))
+        return scored(everything)
     if criterion.of_sets:
         if blend == "worst":
             raise BlendError(
                 f"the criterion {criterion.name} judges sets of experts, whose losses can be averaged over domains but "
                 f"not compared expert by expert; give `blend: mean`, weights or `pooled`"
             )
-        blended = expert_figures(
-            {**figures, "pairs.loss": _blended_pairs(figures, domains, blend)[None].expand(len(domains), -1, -1)},
-            range(len(domains)),
-            num_kept=num_kept,
-            num_groups=num_groups,
-            seed=seed,
-            protected=protected,
-            forbidden=forbidden,
-        )
-        return criterion.score(blended).double()
+        blended_EE = _blended_pairs(figures, domains, blend)
+        return scored(everything, {**figures, "pairs.loss": blended_EE[None].expand(len(domains), -1, -1)})
     shares_DE = torch.stack([_shares(scored([domain])) for domain in range(len(domains))])
     absent_E = shares_DE.isnan().all(0)
     known_DE = shares_DE.nan_to_num(0.0)
