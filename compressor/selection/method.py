@@ -134,21 +134,24 @@ class ExpertSelection(Method[OptionsT]):
         both = sorted(set(protected) & set(forbidden))
         if both:
             raise OptionError("forbid", f"{layer.path}: expert {both[0]} is both protected and forbidden.")
-        size = layer.num_experts // layer.num_groups
-        for num_kept in (min(self._counts(layer)), max(self._counts(layer))):
-            per_group = num_kept // layer.num_groups
-            for group in range(layer.num_groups):
-                where = layer.path if layer.num_groups == 1 else f"{layer.path}, group {group}"
-                stay = sum(expert // size == group for expert in protected)
-                go = sum(expert // size == group for expert in forbidden)
-                if stay > per_group:
-                    raise OptionError(
-                        "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
-                    )
-                if go > size - per_group and not self.options.budget:
-                    raise OptionError(
-                        "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
-                    )
+        crowded = list(
+            self._crowded(layer, max(self._counts(layer)) if self.options.budget else self._counts(layer)[0])
+        )
+        if crowded:
+            raise OptionError(*crowded[0])
+
+    def _crowded(self, layer: MoELayer, num_kept: int) -> Iterator[tuple[str, str]]:
+        """(option, what is wrong) where a list is longer than there is room for."""
+        protected, forbidden = ids_for(layer, self.options.protect), ids_for(layer, self.options.forbid)
+        size, per_group = layer.num_experts // layer.num_groups, num_kept // layer.num_groups
+        for group in range(layer.num_groups):
+            where = layer.path if layer.num_groups == 1 else f"{layer.path}, group {group}"
+            stay = sum(expert // size == group for expert in protected)
+            go = sum(expert // size == group for expert in forbidden)
+            if stay > per_group:
+                yield "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
+            if go > size - per_group and not (self.options.budget and num_kept == layer.num_experts):
+                yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
 
     def _check_count(self, layer: MoELayer) -> None:
         num_kept = self.options.num_kept(layer)
@@ -366,17 +369,23 @@ class ExpertSelection(Method[OptionsT]):
         Raises OptionError where the figures cannot tell.
         """
         if not self._changes(layer):
-            unchanged = {"kept": list(range(layer.num_experts)), "dropped": [], "loss": 0.0, "relative_loss": 0.0}
-            return {layer.num_experts: (unchanged, 0.0)}
+            return {layer.num_experts: (_unchanged(layer), 0.0)}
         if layer.path not in statistics:
             raise self._refused(f"{layer.path}: nothing was gathered at this layer; observe again.")
+        counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
         try:
-            return {count: self._best(layer, statistics, count) for count in self._counts(layer)}
+            return {count: self._best(layer, statistics, count) for count in counts}
         except ChoiceError as error:
             raise self._refused(f"{error}.") from error
 
+    def _has_room(self, layer: MoELayer, num_kept: int) -> bool:
+        """Whether so many experts can be kept with those that are protected, and without those that are forbidden."""
+        return not list(self._crowded(layer, num_kept))
+
     def _best(self, layer: MoELayer, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         figures, options = statistics[layer.path], self.options
+        if num_kept == layer.num_experts and options.top_k is None:
+            return _unchanged(layer), 0.0
         fixed = self._fixed(layer, figures, num_kept)
         notes = choice.notes(figures, fixed)
         if options.criterion is not None:
@@ -419,6 +428,10 @@ def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str,
     for row_C, by_count in zip(table_LC, costs.values(), strict=True):
         row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
     return dict(zip(costs, allocate(table_LC, total), strict=True))
+
+
+def _unchanged(layer: MoELayer) -> Choice:
+    return {"kept": list(range(layer.num_experts)), "dropped": [], "loss": 0.0, "relative_loss": 0.0}
 
 
 def _kept(decision: Decision) -> dict[str, list[int]]:

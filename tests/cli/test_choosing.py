@@ -407,3 +407,16 @@ def test_a_task_without_training_documents(recipe: WriteRecipe, refused: Refused
 
 def test_no_text_at_all(recipe: WriteRecipe, refused: Refused) -> None:
     refused("run", recipe(calibration=None), says="calibration.data: no text to observe the model on; list at least")
+
+
+@pytest.mark.parametrize("search", ["exact", "greedy"])
+def test_a_mean_is_shared_out_along_either_search(
+    cli: Cli, recipe: WriteRecipe, tmp_path: Path, search: str, two_domains: Any
+) -> None:
+    """Beside protected experts, of which there are more than the smallest count that a layer could keep."""
+    options = {"keep": {"mean": 5}, "search": search, "protect": {0: [0, 1, 2, 3]}, "forbid": {1: [7]}}
+    output = run(cli, recipe, tmp_path, data=two_domains, passes=[{"expert_pruning": options}])
+    first, second = record_of(output)["passes"][0]["decision"]["layers"].values()
+    assert len(first["kept"]) + len(second["kept"]) == 10
+    assert {0, 1, 2, 3} <= set(first["kept"])
+    assert 7 not in second["kept"] or len(second["kept"]) == 8
