@@ -129,6 +129,8 @@ class Search:
         while len(self.kept) > count:
             value_E = self.removals()
             least = value_E.min()
+            if least.isinf():
+                raise ValueError(f"{self.layer.path}: no more experts may go, and {len(self.kept)} are left")
             expert = int((value_E <= least + _SPREAD * least.abs()).nonzero()[0])
             self._set_left(expert, left=False)
             yield expert, self.losses()

@@ -134,11 +134,9 @@ class ExpertSelection(Method[OptionsT]):
         both = sorted(set(protected) & set(forbidden))
         if both:
             raise OptionError("forbid", f"{layer.path}: expert {both[0]} is both protected and forbidden.")
-        crowded = list(
-            self._crowded(layer, max(self._counts(layer)) if self.options.budget else self._counts(layer)[0])
-        )
-        if crowded:
-            raise OptionError(*crowded[0])
+        crowded = [list(self._crowded(layer, count)) for count in self._counts(layer)]
+        if all(crowded):
+            raise OptionError(*crowded[0][0])
 
     def _crowded(self, layer: MoELayer, num_kept: int) -> Iterator[tuple[str, str]]:
         """(option, what is wrong) where a list is longer than there is room for."""
@@ -150,7 +148,7 @@ class ExpertSelection(Method[OptionsT]):
             go = sum(expert // size == group for expert in forbidden)
             if stay > per_group:
                 yield "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
-            if go > size - per_group and not (self.options.budget and num_kept == layer.num_experts):
+            if go > size - per_group:
                 yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
 
     def _check_count(self, layer: MoELayer) -> None:
@@ -310,7 +308,7 @@ class ExpertSelection(Method[OptionsT]):
         return JoinedStatistic(parts)
 
     def _greedy_search(self, layer: MoELayer, sums: ExpertSums) -> GreedySearch:
-        counts = self._counts(layer)
+        counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
         fewest = min(counts)
 
         def protected() -> list[int]:
