@@ -580,7 +580,11 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         )
     )
     with subprocess.Popen(
-        [sys.executable, "-m", "compressor.cli", "run", recipe], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-m", "compressor.cli", "run", recipe],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
