@@ -584,7 +584,7 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one thread; ignored in the background
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
