@@ -697,18 +697,19 @@ def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
     extra: Json = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     two_parts = "decoder_input_ids" in takes
     extra |= {"decoder_input_ids": prompt_BS} if two_parts else {"use_cache": True}
+    cache_name = "cache" if "cache" in takes else "past_key_values"  # as it was called before transformers 5.24
     with _undisturbed(model), _counted_memory(model) as peak:
         start = _now(device)
         output = model(input_ids=prompt_BS, **extra)
         middle = _now(device)
         for _ in range(new_tokens):
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, cache_name, None)
             if two_parts or not hasattr(output, "logits"):
                 raise _CannotDecodeError("the model does not predict the next token of a text")
             if cache is None:
                 raise _CannotDecodeError("the model returns no key-value cache")
             token_B1 = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token_B1, use_cache=True, **{cache_name: cache})
         end = _now(device)
     return _Timing(middle - start, end - middle, peak())
 

@@ -221,7 +221,7 @@ class _Walk:
     def _run_again(self, path: str, stream: _Stream, call: Any, take: Callable[[RoutedTokens], None]) -> None:
         """Run one block alone on what a stream has brought it; the output is dropped."""
         args, kwargs = call
-        if kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):  # the latter before 5.24
             raise UnsupportedModelError(
                 f"{path}: its block holds attention that writes a cache, so it cannot be run twice on the same text: "
                 f"neither `progressive` nor a second look at tokens is possible here."

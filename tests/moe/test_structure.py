@@ -70,7 +70,6 @@ def test_keep_removes_what_belongs_to_the_experts_and_nothing_else(name, dtype):
     assert {layer.num_experts for layer in moe.layers} == {6}
     assert moe.structure.num_experts_leaf.get(model.config) == 6
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     for key, tensor in model.state_dict().items():
         layer = next((layer for layer in layers if key.startswith(layer.path + ".")), None)
         if key in indexed:
@@ -81,6 +80,7 @@ def test_keep_removes_what_belongs_to_the_experts_and_nothing_else(name, dtype):
             expected = tensors[f"{container}.{kept[layer.path][int(number)]}.{rest}"]
         else:
             expected = tensors[key]
+        assert tensor.dtype == expected.dtype, key
         assert torch.equal(tensor, expected), key
     # a second look at the smaller model finds what the first one left behind
     again = MoEModel(model)

@@ -30,6 +30,9 @@ REFUSED = {
 }
 """Types with routed experts that are refused, and a part of the reason."""
 
+BROKEN_UPSTREAM = {("llama4", "5.24.0"): "image_outputs"}
+"""(type, transformers) → a part of the error with which its forward fails on text alone."""
+
 FAILS_UPSTREAM = {"longcat_flash": {"top-k lowered"}}
 """Its experts lose a dimension where a token chooses one expert; the tiny model chooses two."""
 
@@ -76,6 +79,10 @@ def test_passes_every_check(model_type, dtype):
             find_structure(model_class(model_type), tiny_config(model_type))
         return
     model = tiny_model(model_type, dtype=dtype)
+    if (model_type, transformers.__version__) in BROKEN_UPSTREAM:
+        with pytest.raises(AttributeError, match=BROKEN_UPSTREAM[model_type, transformers.__version__]):
+            check_model(model, tiny_inputs(model))
+        return
 
     def load(folder):
         return auto_class(model_type).from_pretrained(folder, dtype=dtype)

@@ -31,6 +31,8 @@ qwen4_exp_text solar_open step3p7 switch_transformers unlimited_ocr zaya
 """
 WITH_EXPERTS = frozenset(CENSUS.split())
 NO_FORWARD = "qwen3_omni_moe"
+BROKEN_UPSTREAM = {("llama4", "5.24.0"): "image_outputs"}
+"""(type, transformers) → a part of the error with which its forward fails on text alone."""
 TYPES = [name for name in candidate_types() if name in WITH_EXPERTS]
 RUNNING = [name for name in TYPES if name != NO_FORWARD]
 # One of each: groups, experts in a part, base class, two stacks, ids in a table, top-1, layers with sizes of their own.
@@ -89,6 +91,10 @@ def test_every_type_answers(model_type):
     assert not model.training
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     inputs = tiny_inputs(model)
+    if (model_type, transformers.__version__) in BROKEN_UPSTREAM:
+        with pytest.raises(AttributeError, match=BROKEN_UPSTREAM[model_type, transformers.__version__]):
+            answers(model, inputs)
+        return
     found = answers(model, inputs)
     assert found.shape[:2] == (2, 12)
     assert found.isfinite().all()
