@@ -27,7 +27,18 @@ import torch
 from safetensors import SafetensorError
 
 from compressor.errors import CheckpointError, UnsupportedModelError
-from compressor.moe import UNEVEN_KEY, Adapter, ConfigLeaf, settle, structure_of, uneven_class, uneven_counts
+from compressor.moe import (
+    KEY,
+    Adapter,
+    ConfigLeaf,
+    MoEModel,
+    base_implementation,
+    read_entry,
+    settle,
+    structure_of,
+    uneven_class,
+    uneven_counts,
+)
 
 DEMO = "demo"
 
@@ -529,15 +540,16 @@ def load_model(
     """Load the model and refuse what transformers would only warn of.
 
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
-    tensor is an error. `like` is a live model whose attention and experts implementations are used. Raises
-    CheckpointError.
+    tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
+    config says that it skips experts does. Raises CheckpointError.
     """
     config = load_config(checkpoint)
     cls = _class_to_load(checkpoint, config, adapters)
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
-            extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
+            found = _implementations(like.config, f"_{name}", like)
+            extra |= {name: found} if found[""] else {}
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(
@@ -557,15 +569,19 @@ def load_model(
     _refuse_bad_keys(checkpoint, info)
     align(model)
     try:
-        return model.eval().to(device)
+        model = model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
+    if "skipping" in read_entry(config):
+        MoEModel(model, structure_of(type(model), model.config, adapters)).restore_skipping()
+    return model
 
 
-def _implementations(config: Any, name: str) -> dict[str, Any]:
+def _implementations(config: Any, name: str, model: Any) -> dict[str, Any]:
     """The implementation that a config names, under the empty key, and those of its sub-configs under theirs."""
     parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
-    return {"": getattr(config, name, None)} | {key: _implementations(part, name) for key, part in parts.items()}
+    own = base_implementation(model, getattr(config, name, None))
+    return {"": own} | {key: _implementations(part, name, model) for key, part in parts.items()}
 
 
 def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapter]) -> Any:
@@ -757,9 +773,9 @@ def save_checkpoint(
     raw = read_config(source) if source else dict(written)
     for leaf, value in counts.items():
         _patch_count(raw, leaf, model.config, value)
-    raw.pop(UNEVEN_KEY, None)
-    if uneven_counts(model.config):
-        raw[UNEVEN_KEY] = getattr(model.config, UNEVEN_KEY)
+    raw.pop(KEY, None)
+    if read_entry(model.config):
+        raw[KEY] = getattr(model.config, KEY)
     if left_out:
         left_out.patch(raw)
     _patch_rope(raw, written)

@@ -124,6 +124,16 @@ def load(
     return model, checkpoints.load_tokenizer(found)
 
 
+def restore(model: Any) -> Any:
+    """Put back what a checkpoint cannot hold, in a model that was loaded by other means than `compressor.load`, such as
+    `from_pretrained` with a `device_map`: the model skips experts as its config says. Returns the model.
+
+    Raises CheckpointError where what the config says does not fit the model.
+    """
+    MoEModel(model, structure_of(type(model), model.config, load_plugins().adapters)).restore_skipping()
+    return model
+
+
 # Parts of a run on their own -------------------------------------------------------------------------------
 
 

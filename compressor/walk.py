@@ -54,6 +54,8 @@ def observe(
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
+    A model that skips experts is observed unskipped.
+
     With `edited` the walk is progressive: every layer is observed on the activations that come out of the edited layers
     before it, with the original model's output as `RoutedTokens.target_TH`.
 
@@ -65,7 +67,7 @@ def observe(
     was_training = model.training
     model.eval()
     try:
-        with progress.task(title) as update:
+        with moe.unskipped(), progress.task(title) as update:
             return _Walk(moe, body, dict(statistics), edited, update).run(batches)
     finally:
         model.train(was_training)

@@ -8,24 +8,31 @@ adapter     who explains a model: adapters of plugins, or what is found by itsel
 counts      numbers of experts that differ from layer to layer: config, building, slicing
 tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
+entry       our own key of the config
+skip_rule   which of a token's experts are skipped: formulas, and the JSON that says so
+skipping    skipping while the model runs, and counting it
+pairs       routers that return lists of (token, expert) pairs
 weights     norms of the experts' weights
 model       MoEModel: layers, masked, watched, keep
 """
 
 from compressor.moe.adapter import Adapter, structure_of
-from compressor.moe.counts import KEY as UNEVEN_KEY
 from compressor.moe.counts import settle, uneven_class, uneven_counts
+from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
+from compressor.moe.skip_rule import SkipRule, never_skipped
+from compressor.moe.skipping import Counter, base_implementation
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
 from compressor.moe.weights import expert_weight_norms
 
 __all__ = [
-    "UNEVEN_KEY",
+    "KEY",
     "Adapter",
     "ConfigLeaf",
+    "Counter",
     "ExpertAxis",
     "Kept",
     "MoELayer",
@@ -34,11 +41,15 @@ __all__ = [
     "RealTokens",
     "RoutedTokens",
     "RoutingRule",
+    "SkipRule",
     "Structure",
+    "base_implementation",
     "check_kept",
     "count_problem",
     "expert_weight_norms",
     "find_structure",
+    "never_skipped",
+    "read_entry",
     "refuse_quantised",
     "settle",
     "structure_of",

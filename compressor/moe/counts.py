@@ -20,23 +20,18 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.moe.entry import KEY, read_entry, write_entry
 from compressor.moe.structure import MoELayer, Structure
-
-KEY = "compressor"
-"""The config's key; its value is `{"format": 1, "num_experts": {layer path: count}}`."""
 
 
 def uneven_counts(config: Any) -> dict[str, int]:
     """Layer path → number of experts, as far as the config says more than one number for all. Raises
     CheckpointError.
     """
-    entry = getattr(config, KEY, None)
-    if entry is None:
-        return {}
-    counts = entry.get("num_experts") if isinstance(entry, Mapping) and entry.get("format") == 1 else None
-    if not isinstance(counts, Mapping) or not all(type(count) is int and count > 0 for count in counts.values()):
+    counts = read_entry(config).get("num_experts", {})
+    if not all(type(count) is int and count > 0 for count in counts.values()):
         raise CheckpointError(
-            f'config.json: `{KEY}` should be {{"format": 1, "num_experts": {{layer path: count}}}}, found {entry!r}.'
+            f'config.json: `{KEY}` should be {{"format": 1, "num_experts": {{layer path: count}}}}, found {counts!r}.'
         )
     return dict(counts)
 
@@ -47,10 +42,9 @@ def write_counts(model: Any, structure: Structure) -> None:
     leaf, config = structure.num_experts_leaf, model.config
     if len(set(counts.values())) == 1:
         leaf.set(config, next(iter(counts.values())))
-        if hasattr(config, KEY):
-            delattr(config, KEY)
+        write_entry(config, "num_experts", None)
     else:
-        setattr(config, KEY, {"format": 1, "num_experts": counts})
+        write_entry(config, "num_experts", counts)
         _prepare_uneven(model, structure)
     for (path, attribute), (stride, extra) in structure.integers.items():
         below = [count for layer, count in counts.items() if not path or layer.startswith(path + ".")]
@@ -75,7 +69,7 @@ def _prepare_uneven(model: Any, structure: Structure) -> None:
 
 
 def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
-    if kwargs.get("output_router_logits") and getattr(model.config, KEY, None) is not None:
+    if kwargs.get("output_router_logits") and uneven_counts(model.config):
         raise UnsupportedModelError(
             "output_router_logits=True: the layers of this model have different numbers of experts, and the "
             "load-balancing loss of transformers needs one number. Leave it out."

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.errors import UnsupportedModelError
+from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.moe import skipping
 from compressor.moe.adapter import structure_of
 from compressor.moe.counts import slice_layer, uneven_counts, write_counts
+from compressor.moe.entry import write_entry
 from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import (
     dropped_experts,
@@ -24,6 +26,8 @@ from compressor.moe.routing import (
     top_k_set,
     write_top_k,
 )
+from compressor.moe.skip_rule import SkipRule
+from compressor.moe.skipping import Counter
 from compressor.moe.structure import MoELayer, Structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
@@ -106,6 +110,73 @@ class MoEModel:
         with tapped(self.model, self.structure, visitors, real):
             yield
 
+    @property
+    def skip_rules(self) -> dict[str, SkipRule]:
+        """Layer path → how it skips experts, as the config says, whether that is switched on or not."""
+        return skipping.rules_of(self.config)
+
+    @property
+    def skips(self) -> bool:
+        """Whether skipping is switched on."""
+        return bool(skipping.states(self.model))
+
+    def skip(self, rules: Mapping[str, SkipRule]) -> None:
+        """Skip experts from now on, by these rules and no others; without rules, no more.
+
+        The config says so too (`config.compressor`), so a checkpoint saved from here skips when `compressor.load` reads
+        it, and runs unskipped elsewhere. Only this model is concerned. Raises ValueError or UnsupportedModelError,
+        before anything is changed, where a layer cannot skip like this.
+        """
+        rules = dict(rules)
+        skipping.refuse_rules(self.structure, rules)
+        skipping.install(self.model, self.structure, rules)
+        write_entry(self.config, "skipping", skipping.rules_json(rules))
+
+    def restore_skipping(self) -> None:
+        """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the
+        config's rules do not fit the model.
+        """
+        rules = self.skip_rules
+        try:
+            skipping.refuse_rules(self.structure, rules)
+            skipping.install(self.model, self.structure, rules)
+        except ValueError as error:
+            raise CheckpointError(f"config.json: `compressor.skipping`: {error}.") from error
+
+    @contextmanager
+    def unskipped(self) -> Iterator[None]:
+        """Within the context no expert is skipped."""
+        was_on = self.skips
+        skipping.remove(self.model)
+        try:
+            yield
+        finally:
+            if was_on:
+                skipping.install(self.model, self.structure, self.skip_rules)
+
+    @contextmanager
+    def zeroed(self, rules: Mapping[str, SkipRule]) -> Iterator[None]:
+        """Within the context, skipped experts are evaluated with weight 0: slow and plain, what skipping must equal."""
+        skipping.refuse_rules(self.structure, rules)
+        was_on = self.skips
+        skipping.install(self.model, self.structure, rules, zeroed=True)
+        try:
+            yield
+        finally:
+            skipping.remove(self.model)
+            if was_on:
+                skipping.install(self.model, self.structure, self.skip_rules)
+
+    @contextmanager
+    def counted(self) -> Iterator[Counter]:
+        """Within the context, a counter adds up how many experts the tokens use in each layer that skips.
+
+        Padding does not count where the model is given an `attention_mask`.
+        """
+        counter = Counter()
+        with skipping.counting(self.model, counter):
+            yield counter
+
     @torch.no_grad()
     def keep(self, kept: Kept, *, top_k: int | None = None, padded: bool = False) -> None:
         """Remove all experts but `kept`, in place: weights, router rows, biases, integers, and the count in the config.
@@ -127,6 +198,10 @@ class MoEModel:
         if padded:
             checked, switched_off = self._padded(checked)
         self._check_shared_tensors(checked)
+        rules = {path: rule.of_experts(checked[path]) for path, rule in self.skip_rules.items()}
+        self._check_rules(rules, checked, top_k)
+        skipped = self.skips
+        skipping.remove(self.model)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         layers = tuple(self._keep_in_layer(layer, checked[layer.path], made) for layer in self.layers)
         self.structure = dataclasses.replace(
@@ -143,6 +218,20 @@ class MoEModel:
             self.structure = dataclasses.replace(
                 self.structure, layers=tuple(dataclasses.replace(layer, top_k=top_k) for layer in layers)
             )
+        write_entry(self.config, "skipping", skipping.rules_json(rules))
+        if skipped:
+            skipping.install(self.model, self.structure, rules)
+
+    def _check_rules(self, rules: Mapping[str, SkipRule], kept: Kept, top_k: int | None) -> None:
+        """The layers must be able to skip as they do when they have fewer experts."""
+        smaller = tuple(
+            dataclasses.replace(layer, num_experts=len(kept[layer.path]), top_k=top_k or layer.top_k)
+            for layer in self.layers
+        )
+        try:
+            skipping.refuse_rules(dataclasses.replace(self.structure, layers=smaller), rules)
+        except ValueError as error:
+            raise ValueError(f"the model skips experts, and could not go on like this: {error}") from error
 
     def _check_top_k(self, top_k: int | None) -> None:
         if top_k is None:

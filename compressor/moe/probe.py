@@ -266,6 +266,19 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
         )
 
 
+def places_of_choices(given: Sequence[Any]) -> tuple[int, int, int] | None:
+    """Where among an experts module's arguments hidden states, ids and weights are; None if they are not these."""
+    if len(given) != 3 or not all(isinstance(value, Tensor) for value in given):
+        return None
+    ids = [i for i, value in enumerate(given) if not value.is_floating_point()]
+    if len(ids) != 1:
+        return None
+    weights = [i for i, value in enumerate(given) if i not in ids and value.shape == given[ids[0]].shape]
+    if not weights:
+        return None
+    return ({0, 1, 2} - {ids[0], weights[-1]}).pop(), ids[0], weights[-1]
+
+
 def expert_children(experts: nn.Module) -> tuple[str, ...]:
     """The names of the children that have weights: the experts in a container."""
     return tuple(name for name, child in experts._modules.items() if child and any(True for _ in child.parameters()))

@@ -296,6 +296,26 @@ def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Te
     return _agrees(rule, layer, logits_TE, given_TE, _tolerance(weights_TK))
 
 
+def renormalises(
+    layer: MoELayer, rule: RoutingRule | None, index_TK: Tensor, weights_TK: Tensor, replay: Replay
+) -> bool:
+    """Whether the router divides the weights of the experts that it chose by their sum, or something that holds it.
+
+    By the closed rule; without one, by asking for one expert less: the others' weights then grow. Where the router
+    cannot be asked, all tokens' sums are alike if it does; on a single token that cannot be told, and True is the answer.
+    """
+    if rule is not None:
+        return rule.renormalise
+    tolerance = _tolerance(weights_TK)
+    if layer.top_k_fixed or layer.id_tensors or layer.watch_problem or layer.top_k < 2:
+        sums_T = weights_TK.double().sum(-1)
+        return bool((sums_T.max() - sums_T.min()) <= tolerance * sums_T.abs().max())
+    fewer_TN = _scatter(*replay(range(layer.num_experts), top_k=layer.top_k - 1), layer.num_choices)
+    given_TN = _scatter(index_TK, weights_TK, layer.num_choices)
+    both_TN = (fewer_TN != 0) & (given_TN != 0)
+    return bool((fewer_TN - given_TN)[both_TN].abs().max() > tolerance * given_TN.abs().max())
+
+
 def _tolerance(weights_TK: Tensor) -> float:
     return 1e-4 if weights_TK.dtype == torch.float32 else 2e-2
 

@@ -89,6 +89,8 @@ class MoELayer:
     """Why the layer's tokens cannot be watched, in words, or None."""
     padding_problem: str | None = None
     """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
+    wider_problem: str | None = None
+    """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
 
     def description(self) -> dict[str, Any]:
         """What deciding needs to know of the layer, as JSON; `described` is the inverse."""
@@ -97,7 +99,7 @@ class MoELayer:
     @classmethod
     def described(cls, description: Mapping[str, Any]) -> MoELayer:
         """A layer to decide on, whose model is not at hand: it has no tensors and cannot be watched or edited."""
-        known = {name: description[name] for name in _DESCRIBED}
+        known = {name: description[name] for name in _DESCRIBED if name in description}
         nothing: dict[str, Any] = {"router_probe": None, "tensors": {}, "integers": {}, "containers": {}}
         return cls(router="", experts="", id_tensors=(), **nothing, **known)
 
@@ -129,6 +131,7 @@ _DESCRIBED = (
     "top_k_fixed",
     "watch_problem",
     "padding_problem",
+    "wider_problem",
 )
 
 
@@ -222,7 +225,14 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
     top_k_leaf, top_k_integers = _effective_top_k(top_k, finder, blocks, layers)
     inside = [place for place in difference.integers if any(_inside(place[0], layer.path) for layer in layers)]
     return Structure(
-        layers=tuple(dataclasses.replace(layer, top_k_fixed=top_k_leaf is None) for layer in layers),
+        layers=tuple(
+            dataclasses.replace(
+                layer,
+                top_k_fixed=top_k_leaf is None,
+                wider_problem=_wider_problem(layer, top_k_leaf, top_k_integers),
+            )
+            for layer in layers
+        ),
         num_experts_leaf=leaf,
         top_k_leaf=top_k_leaf,
         shapes=base.shapes,
@@ -289,6 +299,17 @@ def _effective_top_k(
     except Exception:  # a class may refuse the other number for any reason: then it is not to be changed
         return None, {}
     return leaf, difference.integers
+
+
+def _wider_problem(layer: MoELayer, top_k_leaf: ConfigLeaf | None, top_k_integers: Integers) -> str | None:
+    """Why the layer cannot be made to choose more experts while its config stays as it is."""
+    if top_k_leaf is None or layer.id_tensors:
+        return f"its router names {layer.top_k} experts, whatever it is asked"
+    if not any(_inside(path, layer.path) for path, _ in top_k_integers):
+        return f"its router reads from the config that it is to name {layer.top_k} experts"
+    if layer.router_probe.call != "choices":
+        return f"its block does not hand ids and weights to its experts, so they can be given no more than {layer.top_k}"
+    return None
 
 
 def _build(factory: ModelFactory, config: Any) -> nn.Module:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe.logits import RouterLogits
+from compressor.moe.pairs import PairLists
+from compressor.moe.probe import places_of_choices
 from compressor.moe.routing import (
     Replay,
     RoutingRule,
@@ -59,11 +61,13 @@ def tapped(model: nn.Module, structure: Structure, visitors: Mapping[str, Visito
     with ExitStack() as stack:
         for path, visitor in visitors.items():
             layer = layers[path]
-            if layer.watch_problem:
-                raise UnsupportedModelError(layer.watch_problem + ".")
-            kind = {"choices": _ChoicesTap, "list": _ListTap, "masks": _MasksTap, "scaled inputs": _ScaledInputsTap}[
-                layer.router_probe.call
-            ]
+            kind = {
+                "choices": _ChoicesTap,
+                "list": _ListTap,
+                "masks": _MasksTap,
+                "scaled inputs": _ScaledInputsTap,
+                "pairs": _PairsTap,
+            }[layer.router_probe.call]
             stack.enter_context(kind(model, structure, layer, visitor, real).installed())
         yield
 
@@ -240,15 +244,7 @@ class _Tap:
     def _visit(self, tokens: RoutedTokens) -> None:
         self.visitor(tokens)
         if tokens.output_TH is not None:
-            self._refuse_not_finite(tokens.output_TH)
-
-    def _refuse_not_finite(self, output: Tensor) -> None:
-        # smallest and largest carry NaN and infinity too, and cost a tenth of testing every number
-        if output.numel() and not torch.isfinite(torch.stack(output.aminmax())).all():
-            raise CheckpointError(
-                f"{self.layer.path}: the experts' output is not finite on calibration text (NaN or infinity); their "
-                f"weights are damaged, or too large for {output.dtype}."
-            )
+            _refuse_not_finite(self.layer, tokens.output_TH)
 
 
 class _CalledTap(_Tap):
@@ -390,7 +386,7 @@ class _ChoicesTap(_CalledTap):
 
     def _sorted_call(self, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, ids, weights), in whatever order the block gives them."""
-        places = self._places(given)
+        places = places_of_choices(given)
         if places is None:
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
             raise UnsupportedModelError(
@@ -399,18 +395,6 @@ class _ChoicesTap(_CalledTap):
             )
         self._order = places
         return given[places[0]], given[places[1]], given[places[2]]
-
-    @staticmethod
-    def _places(given: tuple[Any, ...]) -> tuple[int, int, int] | None:
-        if len(given) != 3 or not all(isinstance(value, Tensor) for value in given):
-            return None
-        ids = [i for i, value in enumerate(given) if not value.is_floating_point()]
-        if len(ids) != 1:
-            return None
-        weights = [i for i, value in enumerate(given) if i not in ids and value.shape == given[ids[0]].shape]
-        if not weights:
-            return None
-        return ({0, 1, 2} - {ids[0], weights[-1]}).pop(), ids[0], weights[-1]
 
     def _call_original(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts' own forward, its arguments in its own order."""
@@ -585,7 +569,9 @@ class _ListTap(_Tap):
             rule = self._rule_for(logits_TE, index, weights, replay)
         else:
             if not self.fitted:
-                self._fit_by_block(block, flat[mask_T], logits_TE, modules)
+                with self._pause():
+                    self.rule = rule_of_block(self.model, self.layer, flat[mask_T])
+                self.fitted = True
             rule = known = self.rule
             assert known is not None
             index, weights = known.choose(logits_TE, self.layer.top_k)
@@ -609,42 +595,94 @@ class _ListTap(_Tap):
             )
         )
 
-    @torch.no_grad()
-    def _fit_by_block(self, block: nn.Module, hidden_TH: Tensor, logits_TE: Tensor, modules: list[nn.Module]) -> None:
-        """Find the rule of a block that chooses by itself: the one that explains how its output changes under a mask.
 
-        Differences of outputs are compared, so whatever the block adds (shared experts) does not matter. The experts
-        masked are those that these tokens choose most, so that there is a difference to explain.
-        """
-        layer = self.layer
-        few, logits_TE = hidden_TH[:_NUM_TOKENS_THROUGH_BLOCK], logits_TE[:_NUM_TOKENS_THROUGH_BLOCK]
-        all_TM = torch.arange(layer.num_experts, device=few.device).expand(len(few), -1)
-        outputs_TEH = evaluate_list(modules, few, all_TM).double()
-        times_chosen_E = logits_TE.topk(layer.top_k, dim=-1).indices.flatten().bincount(minlength=layer.num_experts)
-        num_kept = max(layer.top_k, -(-layer.num_experts // 2))
-        kept = sorted(times_chosen_E.argsort(stable=True)[:num_kept].tolist())
-        with self._pause():
-            full = _first(block.forward(few[None]))
-            with masked_router(self.model, layer, kept):
-                masked = _first(block.forward(few[None]))
-        wanted_TH = (masked - full).double().reshape(len(few), -1)
-        self._refuse_not_finite(full)
-        dropped = dropped_experts(layer, kept, few.device)
-        for score in ("softmax", "sigmoid"):
-            for renormalise in (True, False):
-                rule = RoutingRule(score, renormalise, 1.0)
-                found_TH = torch.zeros_like(wanted_TH)
-                for sign, logits in ((1, logits_TE.index_fill(-1, dropped, float("-inf"))), (-1, logits_TE)):
-                    index, weights = rule.choose(logits, layer.top_k)
-                    chosen = outputs_TEH.gather(1, index[..., None].expand(-1, -1, outputs_TEH.shape[-1]))
-                    found_TH += sign * (weights[..., None] * chosen).sum(1)
-                error = (found_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)
-                if error < (1e-4 if few.dtype == torch.float32 else 3e-2):
-                    self.rule, self.fitted = rule, True
-                    return
-        raise UnsupportedModelError(
-            f"{layer.path} ({type(block).__name__}): it chooses its experts by a rule that is neither softmax nor "
-            f"sigmoid with top-{layer.top_k}, so its smaller versions cannot be computed; this needs a plugin."
+class _PairsTap(_Tap):
+    """Routers that return lists of pairs: what was chosen can be told, what an expert answers cannot be asked."""
+
+    @contextmanager
+    def _experts_installed(self) -> Iterator[None]:
+        hook = self.router.register_forward_hook(self._after_lists)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _after_lists(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._deaf:
+            return
+        index, weights = PairLists.of(output, self.layer.path, self.layer.top_k).choices()
+        mask_T = self._mask(len(index))
+        hidden = args[0].reshape(len(index), -1)
+
+        def refused(*_: Any, **__: Any) -> Any:
+            raise UnsupportedModelError(f"{self.layer.watch_problem}.")
+
+        self._visit(
+            RoutedTokens(
+                layer=self.layer,
+                hidden_TH=hidden[mask_T],
+                logits_TE=self._logits_TE(mask_T, hidden.dtype),
+                index_TK=index[mask_T],
+                weights_TK=weights[mask_T],
+                rule=None,
+                replay=refused,
+                evaluate_experts=refused,
+            )
+        )
+
+
+@torch.no_grad()
+def rule_of_block(model: nn.Module, layer: MoELayer, hidden_TH: Tensor | None = None) -> RoutingRule:
+    """Find the rule of a block that chooses by itself: the one that explains how its output changes under a mask.
+
+    Asked on the first of the tokens given, or on random ones. Differences of outputs are compared, so whatever the
+    block adds (shared experts) does not matter. The experts masked are those that these tokens choose most, so that
+    there is a difference to explain. Raises UnsupportedModelError where there is no such rule.
+    """
+    block, weights = model.get_submodule(layer.path), router_weights(model, layer)
+    if hidden_TH is None:
+        generator = torch.Generator().manual_seed(0)
+        hidden_TH = torch.randn(_NUM_TOKENS_THROUGH_BLOCK, weights[0].shape[-1], generator=generator).to(weights[0])
+    few_TH = hidden_TH[:_NUM_TOKENS_THROUGH_BLOCK]
+    (container, names), *_ = layer.containers.items()
+    modules = [model.get_submodule(f"{container}.{name}") for name in names]
+    with RouterLogits(weights) as mode:
+        full = _first(block.forward(few_TH[None]))
+    assert mode.seen is not None
+    _refuse_not_finite(layer, full)
+    logits_TE = mode.seen.reshape(len(few_TH), -1)[:, : layer.num_choices].float()
+    all_TM = torch.arange(layer.num_experts, device=few_TH.device).expand(len(few_TH), -1)
+    outputs_TEH = evaluate_list(modules, few_TH, all_TM).double()
+    times_chosen_E = logits_TE.topk(layer.top_k, dim=-1).indices.flatten().bincount(minlength=layer.num_experts)
+    num_kept = max(layer.top_k, -(-layer.num_experts // 2))
+    kept = sorted(times_chosen_E.argsort(stable=True)[:num_kept].tolist())
+    with masked_router(model, layer, kept):
+        masked = _first(block.forward(few_TH[None]))
+    wanted_TH = (masked - full).double().reshape(len(few_TH), -1)
+    dropped = dropped_experts(layer, kept, few_TH.device)
+    for score in ("softmax", "sigmoid"):
+        for renormalise in (True, False):
+            rule = RoutingRule(score, renormalise, 1.0)
+            found_TH = torch.zeros_like(wanted_TH)
+            for sign, logits in ((1, logits_TE.index_fill(-1, dropped, float("-inf"))), (-1, logits_TE)):
+                index, weights_TK = rule.choose(logits, layer.top_k)
+                chosen = outputs_TEH.gather(1, index[..., None].expand(-1, -1, outputs_TEH.shape[-1]))
+                found_TH += sign * (weights_TK[..., None] * chosen).sum(1)
+            error = (found_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)
+            if error < (1e-4 if few_TH.dtype == torch.float32 else 3e-2):
+                return rule
+    raise UnsupportedModelError(
+        f"{layer.path} ({type(block).__name__}): it chooses its experts by a rule that is neither softmax nor "
+        f"sigmoid with top-{layer.top_k}, so its smaller versions cannot be computed; this needs a plugin."
+    )
+
+
+def _refuse_not_finite(layer: MoELayer, output: Tensor) -> None:
+    # smallest and largest carry NaN and infinity too, and cost a tenth of testing every number
+    if output.numel() and not torch.isfinite(torch.stack(output.aminmax())).all():
+        raise CheckpointError(
+            f"{layer.path}: the experts' output is not finite on calibration text (NaN or infinity); their "
+            f"weights are damaged, or too large for {output.dtype}."
         )
 
 

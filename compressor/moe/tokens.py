@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from compressor.moe.routing import Replay, RoutingRule
+from compressor.moe.routing import Replay, RoutingRule, renormalises
 from compressor.moe.structure import MoELayer
 
 _ROWS_PER_EXPERT = 768
@@ -84,6 +84,15 @@ class RoutedTokens:
     def num_tokens(self) -> int:
         """T."""
         return len(self.hidden_TH)
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether it can be asked what an expert answers to a token; `layer.watch_problem` says why not."""
+        return self.layer.watch_problem is None
+
+    def renormalises(self) -> bool:
+        """Whether the router divides the chosen experts' weights by their sum; see `routing.renormalises`."""
+        return renormalises(self.layer, self.rule, self.index_TK, self.weights_TK, self.replay)
 
     def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
         """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's
