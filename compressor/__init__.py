@@ -2,7 +2,7 @@
 
     compressor.compress(recipe)         run a recipe: observe, decide, edit, evaluate, save
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
-    compressor.MoEModel(model)          a live model's MoE layers: mask, watch and remove experts
+    compressor.MoEModel(model)          a live model's MoE layers: mask, watch, remove and skip experts
 
 Everything in `__all__` is what plugins may use. Importing this package does not import torch; its names do, on first
 use.
@@ -27,8 +27,8 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.engine import CompressionResult, compress, decide, load
-    from compressor.method import Decision, Method, OptionError, Options, Plan
+    from compressor.engine import CompressionResult, compress, decide, load, restore
+    from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
     from compressor.moe import (
         Adapter,
         ConfigLeaf,
@@ -37,10 +37,12 @@ if TYPE_CHECKING:
         RankedChunk,
         RoutedTokens,
         RoutingRule,
+        SkipRule,
         Structure,
         count_problem,
         find_structure,
     )
+    from compressor.selection.budget import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.method import ExpertSelection
     from compressor.selection.options import SelectionOptions
@@ -69,15 +71,19 @@ _HOME = {
     "RoutedTokens": "moe",
     "RoutingRule": "moe",
     "SelectionOptions": "selection.options",
+    "SkipRule": "moe",
     "Statistic": "statistics",
     "Structure": "moe",
     "TaskSource": "sources",
+    "allocate": "selection.budget",
+    "check_layer_names": "method",
     "compress": "engine",
     "count_problem": "moe",
     "decide": "engine",
     "fewest_losses": "selection.pairs",
     "find_structure": "moe",
     "load": "engine",
+    "restore": "engine",
 }
 
 __all__ = [
@@ -107,12 +113,15 @@ __all__ = [
     "RoutedTokens",
     "RoutingRule",
     "SelectionOptions",
+    "SkipRule",
     "Statistic",
     "Structure",
     "TaskSource",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "allocate",
+    "check_layer_names",
     "compress",
     "count_problem",
     "decide",
@@ -120,6 +129,7 @@ __all__ = [
     "find_structure",
     "hookimpl",
     "load",
+    "restore",
 ]
 
 

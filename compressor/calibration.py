@@ -40,13 +40,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids [B, S] int64, padded on the right; a mask [B, S] that is True where a token is real; and the name of
-    the source that they come from, the *domain*.
+    """Token ids [B, S] int64, padded on the right; a mask [B, S] that is True where a token is real; the name of the
+    source that they come from, the *domain*; and whether it is held-out text, which nothing may be decided by.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     domain: str = ""
+    held_out: bool = False
 
 
 def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
@@ -72,6 +73,24 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, spli
     return Sequences(source.title, tuple(ids), fingerprint(ids))
 
 
+def load_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> Sequences | None:
+    """Text of the same kind as `load_sequences` gives, and none of it: a quarter as much, 32 sequences at most.
+
+    The other split of a `demo:` source; of all others the sequences that follow. None where there are none left.
+    """
+    if source.samples is None:  # ready-made ids, all of them
+        return None
+    num_sequences = max(1, min(32, source.samples // 4))
+    if isinstance(source, DemoSource):
+        other = source.model_copy(update={"samples": num_sequences, "split": None})
+        split: Split = "train" if source.split == "held-out" else "held-out"
+        ids = load_sequences(other, tokenizer, seed=seed, split=split).ids
+    else:
+        longer = source.model_copy(update={"samples": source.samples + num_sequences})
+        ids = load_sequences(longer, tokenizer, seed=seed).ids[source.samples :]
+    return Sequences(f"held-out {source.title}", ids, fingerprint(ids)) if ids else None
+
+
 def fingerprint(sequences: Iterable[Tensor]) -> str:
     """A digest of token ids, sensitive to order and to where sequences end: `sha256:` and 16 hex digits."""
     digest = hashlib.sha256()
@@ -81,7 +100,9 @@ def fingerprint(sequences: Iterable[Tensor]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def make_batches(sequences: Sequence[Tensor], batch_size: int, domain: str = "") -> list[TokenBatch]:
+def make_batches(
+    sequences: Sequence[Tensor], batch_size: int, domain: str = "", *, held_out: bool = False
+) -> list[TokenBatch]:
     """Group sequences, in order, `batch_size` at a time; shorter ones are padded on the right with id 0."""
     batches = []
     for start in range(0, len(sequences), batch_size):
@@ -92,7 +113,7 @@ def make_batches(sequences: Sequence[Tensor], batch_size: int, domain: str = "")
         for row, ids in enumerate(group):
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = True
-        batches.append(TokenBatch(input_ids, attention_mask, domain))
+        batches.append(TokenBatch(input_ids, attention_mask, domain, held_out))
     return batches
 
 

@@ -31,6 +31,7 @@ from compressor.calibration import (
     Sequences,
     TokenBatch,
     check_vocabulary,
+    load_held_out,
     load_sequences,
     make_batches,
     tokenizer_fingerprint,
@@ -188,9 +189,10 @@ def decide(
     try:
         made.check(layers)
         made.check_domains(domains)
-        decision = made.decide(layers, Gathered(passes[name], domains))
+        held_out = about["passes"][name].get("held_out", ())
+        decision = made.decide(layers, Gathered(passes[name], domains, held_out))
     except OptionError as error:
-        raise RecipeError(f"{named}: {method}.{error.option}: {error}") from error
+        raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}") from error
     done = {
         "method": method,
         "version": made.version,
@@ -452,7 +454,7 @@ class _Run:
             sources = self._read_sources(tokenizer, subject)
         with self._timed("load"):
             moe = self._load(subject)
-        for sequences in [*sources.all_calibration(), *sources.perplexity]:
+        for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
             check_vocabulary(sequences, _vocabulary(moe.model))
         with self._timed("evaluate before"):
             before = self._evaluate(moe, tokenizer, sources, "before")
@@ -531,11 +533,15 @@ class _Run:
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         seed, evaluation = self.recipe.seed, self.evaluation
         read: dict[str, Sequences] = {}  # a source that several passes use is read once
-        by_pass = []
+        by_pass: list[list[Sequences]] = []
+        held_out: list[list[Sequences]] = []
         for resolved in self.loaded.passes if calibrate else ():
             for source in self._pass_sources(resolved):
                 read.setdefault(repr(source), load_sequences(source, tokenizer, seed=seed))
             by_pass.append([read[repr(source)] for source in self._pass_sources(resolved)])
+            wanted = self._pass_sources(resolved) if resolved.method.held_out else ()
+            others = [load_held_out(source, tokenizer, seed=seed) for source in wanted]
+            held_out.append([sequences for sequences in others if sequences is not None])
         perplexity = [
             load_sequences(source, tokenizer, seed=seed, split="held-out")
             for source in (evaluation.perplexity if evaluation else ())
@@ -548,7 +554,7 @@ class _Run:
                     f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
                     f"give a smaller `length:`."
                 )
-        return _Sources(by_pass, perplexity, self._read_tasks() if evaluation else None)
+        return _Sources(by_pass, held_out, perplexity, self._read_tasks() if evaluation else None)
 
     def _pass_sources(self, resolved: ResolvedPass) -> list[BaseSource]:
         """The text that a pass is calibrated on: the method's own, then the recipe's."""
@@ -589,9 +595,9 @@ class _Run:
             {name: group for one in found for name, group in one.groups.items()},
         )
 
-    def _batches(self, sequences: Sequence[Sequences]) -> list[TokenBatch]:
+    def _batches(self, sequences: Sequence[Sequences], *, held_out: bool = False) -> list[TokenBatch]:
         batch_size = self.recipe.calibration.batch_size
-        return [batch for one in sequences for batch in make_batches(one.ids, batch_size, one.name)]
+        return [batch for one in sequences for batch in make_batches(one.ids, batch_size, one.name, held_out=held_out)]
 
     # record
 
@@ -659,14 +665,15 @@ class _Run:
         gathered: dict[str, Gathered] = {}
         passes_about: dict[str, Any] = {}
         done: list[dict[str, Any]] = []
-        for resolved, sequences in zip(self.loaded.passes, sources.by_pass, strict=True):
+        for resolved, sequences, held_out in zip(self.loaded.passes, sources.by_pass, sources.held_out, strict=True):
             method, started, batches = resolved.method, time.perf_counter(), self._batches(sequences)
             with self._timed("observe"):
-                figures = self._observe(moe, resolved, batches)
+                figures = self._observe(moe, resolved, [*batches, *self._batches(held_out, held_out=True)])
             gathered[f"{resolved.index}.{resolved.spec.method}"] = figures
             if folder:
                 passes_about[f"{resolved.index}.{resolved.spec.method}"] = {
                     "domains": list(figures.domains),
+                    "held_out": list(figures.held_out),
                     "progressive": method.progressive,
                     "layers": [layer.description() for layer in moe.layers],
                 }
@@ -677,7 +684,8 @@ class _Run:
                 "method": resolved.spec.method,
                 "version": method.version,
                 "options": method.options.model_dump(mode="json"),
-                "domains": list(figures.domains),
+                "domains": [name for name in figures.domains if name not in figures.held_out],
+                **({"held_out": [_about(one) for one in held_out]} if held_out else {}),
                 "decision": _in_original_ids(decision, original_ids),
             }
             done.append(entry)
@@ -700,9 +708,10 @@ class _Run:
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
         domains = list(dict.fromkeys(batch.domain for batch in batches))
+        held_out = list(dict.fromkeys(batch.domain for batch in batches if batch.held_out))
 
         def edited(path: str, figures: Mapping[str, Tensor]) -> AbstractContextManager[object]:
-            decision = self._decide(resolved, [moe.layer(path)], Gathered({path: figures}, domains))
+            decision = self._decide(resolved, [moe.layer(path)], Gathered({path: figures}, domains, held_out))
             context = method.preview(moe, decision)
             assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
             return context
@@ -711,13 +720,13 @@ class _Run:
         figures = walk.observe(
             moe, batches, wanted, self.progress, title=title, edited=edited if method.progressive else None
         )
-        return Gathered(figures, domains)
+        return Gathered(figures, domains, held_out)
 
     def _decide(self, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
         try:
             return resolved.method.decide(layers, figures)
         except OptionError as error:
-            raise self.loaded.error((*resolved.path, error.option), str(error)) from error
+            raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
     def _compare_with_random(
         self, moe: MoEModel, decision: Decision, batches: Sequence[TokenBatch], sources: _Sources
@@ -804,12 +813,18 @@ class _Run:
 class _Sources:
     by_pass: list[list[Sequences]]
     """The calibration text of every pass, one entry a domain."""
+    held_out: list[list[Sequences]]
+    """Held-out text of every pass that wants it."""
     perplexity: list[Sequences]
     tasks: LoadedTasks | None
 
     def all_calibration(self) -> list[Sequences]:
         """Every text that some pass is calibrated on, once."""
         return list({id(one): one for of_pass in self.by_pass for one in of_pass}.values())
+
+    def all_held_out(self) -> list[Sequences]:
+        """Every text that some pass is shown and may not decide by."""
+        return [one for of_pass in self.held_out for one in of_pass]
 
 
 def _prunes(decision: Decision) -> bool:

@@ -57,11 +57,29 @@ class Plan:
 
 
 class OptionError(ValueError):
-    """An option cannot be met by this model. `option` names it; the recipe's place is added by the core."""
+    """An option cannot be met by this model. `option` names it, None the pass as a whole; the recipe's place is added
+    by the core.
+    """
 
-    def __init__(self, option: str, message: str) -> None:
+    def __init__(self, option: str | None, message: str) -> None:
         super().__init__(message)
         self.option = option
+
+
+def check_layer_names(layers: Sequence[MoELayer], option: str, by_layer: Mapping[str, Any]) -> None:
+    """Raise OptionError unless every key of an option names a layer, by number or path, and none is named twice."""
+    known = list(dict.fromkeys(layer.number or layer.path for layer in layers))
+    for name in by_layer:
+        if not any(name in layer.names for layer in layers):
+            raise OptionError(
+                option,
+                f"there is no MoE layer {name}; the MoE layers are {', '.join(known)} (or by path, such as "
+                f"{layers[0].path}).",
+            )
+    for layer in layers:
+        given = [name for name in layer.names if name in by_layer]
+        if len(given) > 1:
+            raise OptionError(option, f"{layer.path}: named twice, as {' and as '.join(given)}; keep one of them.")
 
 
 class Method(ABC, Generic[OptionsT]):
@@ -93,6 +111,13 @@ class Method(ABC, Generic[OptionsT]):
     def tasks(self) -> Sequence[str]:
         """lm-eval tasks that are measured before and after because this method is used."""
         return ()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be
+        decided by.
+        """
+        return False
 
     def check_domains(self, domains: Sequence[str]) -> None:
         """Say whether the names of the calibration sources are what the options expect. Raises OptionError."""

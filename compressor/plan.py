@@ -122,7 +122,7 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
     try:
         return resolved.method.check(layers)
     except OptionError as error:
-        raise loaded.error((*resolved.path, error.option), str(error)) from error
+        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
 
 def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
@@ -134,7 +134,7 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
     try:
         resolved.method.check_domains(titles)
     except OptionError as error:
-        raise loaded.error((*resolved.path, error.option), str(error)) from error
+        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
 
 def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:

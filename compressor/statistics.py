@@ -32,12 +32,14 @@ Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
 class Gathered(dict[str, Mapping[str, Tensor]]):
     """What was observed: layer path → name → figures.
 
-    `domains` are the names of the calibration sources, in the order in which figures kept apart by source have them.
+    `domains` are the names of the calibration sources, in the order in which figures kept apart by source have them;
+    those of `held_out` among them were observed to see what a decision does to other text, not to decide by.
     """
 
-    def __init__(self, layers: Statistics, domains: Sequence[str] = ("",)) -> None:
+    def __init__(self, layers: Statistics, domains: Sequence[str] = ("",), held_out: Sequence[str] = ()) -> None:
         super().__init__(layers)
         self.domains = tuple(domains)
+        self.held_out = tuple(held_out)
 
 
 class Statistic(ABC):
@@ -47,6 +49,8 @@ class Statistic(ABC):
     """Whether the layer's figures should hold the norms of its experts' weights too: `weights.l1`, `weights.squared`,
     `weights.count`, [E] each.
     """
+    optional: bool = False
+    """Whether it is no error if no token comes to the layer: there are no figures of it then."""
 
     @abstractmethod
     def update(self, tokens: RoutedTokens) -> None:
@@ -203,7 +207,12 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
                 for layer in merged[name]
                 if layer in other_passes[name]
             }
-            passes_about[name] = {**result["passes"][name], "domains": domains}
+            held_out = [of["passes"][name].get("held_out", []) for of in (result, other)]
+            passes_about[name] = {
+                **result["passes"][name],
+                "domains": domains,
+                "held_out": list(dict.fromkeys([*held_out[0], *held_out[1]])),
+            }
         merged = together
         joined = _joined_domains(result["domains"], other["domains"])
         result |= {"passes": passes_about, "domains": joined, "dropped_figures": sorted(dropped)}
@@ -283,7 +292,7 @@ def _added(
             found[name] = (
                 ours[name] if name != "subsets.squared_error" else torch.cat([figures[name] for figures in both])
             )
-        elif name.startswith("weights.") and torch.allclose(ours[name], theirs[name]):
+        elif name.startswith(("weights.", "same.")) and torch.allclose(ours[name], theirs[name]):
             found[name] = ours[name]
         else:  # the path of a search, or losses of other sets
             dropped.add(name)

@@ -60,7 +60,7 @@ def observe(
     before it, with the original model's output as `RoutedTokens.target_TH`.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
-    token; UnsupportedModelError where batches do not come to the layers in the same order.
+    token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to the layers in the same order.
     """
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
@@ -143,7 +143,7 @@ class _Walk:
             for hook in hooks:
                 hook.remove()
         self._refuse_unseen()
-        return {path: self.figures[path] for path in self.statistics}
+        return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
     def _stop_before(self, path: str) -> Any:
         def stop(module: Any, args: Any, kwargs: Any) -> None:
@@ -198,7 +198,8 @@ class _Walk:
 
     def _give(self, statistic: Statistic, stream: _Stream) -> Callable[[RoutedTokens], None]:
         def give(tokens: RoutedTokens) -> None:
-            tokens.domain, tokens.target_TH = stream.batch.domain, stream.target_TH
+            tokens.domain, tokens.held_out = stream.batch.domain, stream.batch.held_out
+            tokens.target_TH = stream.target_TH
             self.num_seen += 1
             statistic.update(tokens)
 
@@ -235,7 +236,8 @@ class _Walk:
             self.take = None
 
     def _refuse_unseen(self) -> None:
-        unseen = [path for path in self.statistics if path not in self.figures]
+        wanted = [path for path, statistic in self.statistics.items() if not statistic.optional]
+        unseen = [path for path in wanted if path not in self.figures]
         if unseen:
             raise CalibrationError(
                 f"{unseen[0]}: no token of the calibration text comes to this layer (a layer for images, say), so its "

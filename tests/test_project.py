@@ -76,12 +76,15 @@ PUBLIC = [
     "RoutedTokens",
     "RoutingRule",
     "SelectionOptions",
+    "SkipRule",
     "Statistic",
     "Structure",
     "TaskSource",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "allocate",
+    "check_layer_names",
     "compress",
     "count_problem",
     "decide",
@@ -89,6 +92,7 @@ PUBLIC = [
     "find_structure",
     "hookimpl",
     "load",
+    "restore",
 ]
 
 

@@ -21,7 +21,7 @@ from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
-from compressor.moe.skip_rule import SkipRule, never_skipped
+from compressor.moe.skip_rule import SkipRule
 from compressor.moe.skipping import Counter, base_implementation
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
@@ -48,7 +48,6 @@ __all__ = [
     "count_problem",
     "expert_weight_norms",
     "find_structure",
-    "never_skipped",
     "read_entry",
     "refuse_quantised",
     "settle",

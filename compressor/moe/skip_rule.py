@@ -69,7 +69,9 @@ class SkipRule:
             if value is not None and not (type(value) is int and value >= 1):
                 raise ValueError(f"`{name}` should be a whole number from 1 up, found {value!r}")
         if self.normalise_over is not None and (self.top_k is None or self.normalise_over < self.top_k):
-            raise ValueError(f"`normalise_over` should be at least `top_k`, found {self.normalise_over} and {self.top_k}")
+            raise ValueError(
+                f"`normalise_over` should be at least `top_k`, found {self.normalise_over} and {self.top_k}"
+            )
 
     @property
     def _norms_wanted(self) -> str:
@@ -86,7 +88,9 @@ class SkipRule:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown or not {"rule", "renormalise"} <= set(data):
-            raise ValueError(f"a rule has the keys {', '.join(sorted(known))}, found {', '.join(sorted(data)) or 'none'}")
+            raise ValueError(
+                f"a rule has the keys {', '.join(sorted(known))}, found {', '.join(sorted(data)) or 'none'}"
+            )
         norms = data.get("expert_norms")
         if norms is not None and not isinstance(norms, Sequence):
             raise ValueError(f"`expert_norms` should be a list, found {norms!r}")
@@ -128,9 +132,7 @@ class SkipRule:
             weights_TK = weights_TK * norms_E[index_TK.clamp(max=len(norms_E) - 1)]
         return weights_TK / weights_TK.amax(-1, keepdim=True)
 
-    def kept(
-        self, index_TK: Tensor, weights_TK: Tensor, num_experts: int, norms_E: Tensor | None = None
-    ) -> Tensor:
+    def kept(self, index_TK: Tensor, weights_TK: Tensor, num_experts: int, norms_E: Tensor | None = None) -> Tensor:
         """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing."""
         if self.rule == "top_k":
             assert self.top_k is not None
@@ -141,7 +143,12 @@ class SkipRule:
             scores_TK = self.scores(index_TK, weights_TK, norms_E)
             skipped_TK = scores_TK <= self.beta if self.rule == "tail_mass" else scores_TK < self.beta
             kept_TK = ~skipped_TK
-        return kept_TK | never_skipped(index_TK, weights_TK, num_experts)
+        return kept_TK | self.never_skipped(index_TK, weights_TK, num_experts)
+
+    @staticmethod
+    def never_skipped(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+        """[T, K] bool: the largest weight (all that are, in a tie), and what is no expert."""
+        return (weights_TK == weights_TK.amax(-1, keepdim=True)) | (index_TK >= num_experts)
 
     def reweighted(self, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
         """[T, K], in the weights' dtype: those of skipped experts 0, the others as above. A token that skips nothing has
@@ -155,11 +162,6 @@ class SkipRule:
         elif self.renormalise and self.normalise_over is None:
             left_TK = left_TK * (weights.sum(-1, keepdim=True) / left_TK.sum(-1, keepdim=True))
         return left_TK.to(weights_TK.dtype)
-
-
-def never_skipped(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    """[T, K] bool: the largest weight (all that are, in a tie), and what is no expert."""
-    return (weights_TK == weights_TK.amax(-1, keepdim=True)) | (index_TK >= num_experts)
 
 
 def _is_number(value: object) -> bool:

@@ -308,7 +308,9 @@ def _install_choices(model: nn.Module, layer: MoELayer, state: LayerSkip) -> Non
         # every module that reads this config needs to know what lies underneath, whether it skips or not
         for module in model.modules():
             if is_decorated(module) and module.config is config:
-                module.__dict__[_STATE] = LayerSkip(layer.path, None, 0, 0, base=None if base == IMPLEMENTATION else base)
+                module.__dict__[_STATE] = LayerSkip(
+                    layer.path, None, 0, 0, base=None if base == IMPLEMENTATION else base
+                )
         config._experts_implementation_internal = IMPLEMENTATION
     state.base = experts.__dict__[_STATE].base
 

@@ -109,6 +109,16 @@ class MoELayer:
         return self.num_experts + self.num_extra_choices
 
     @property
+    def number(self) -> str | None:
+        """The decoder layer's number: the first integer in the block's path; `model.layers.3.mlp` → "3"."""
+        return next((part for part in self.path.split(".") if part.isdecimal()), None)
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe may call the layer: the path of its block, or its number."""
+        return [self.path, *filter(None, [self.number])]
+
+    @property
     def is_list(self) -> bool:
         """Whether the experts are modules in a list or dictionary, not stacked tensors."""
         return bool(self.containers)
@@ -308,7 +318,9 @@ def _wider_problem(layer: MoELayer, top_k_leaf: ConfigLeaf | None, top_k_integer
     if not any(_inside(path, layer.path) for path, _ in top_k_integers):
         return f"its router reads from the config that it is to name {layer.top_k} experts"
     if layer.router_probe.call != "choices":
-        return f"its block does not hand ids and weights to its experts, so they can be given no more than {layer.top_k}"
+        return (
+            f"its block does not hand ids and weights to its experts, so they can be given no more than {layer.top_k}"
+        )
     return None
 
 

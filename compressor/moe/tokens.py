@@ -54,6 +54,7 @@ class RoutedTokens:
     weights_TK      their weights, as the router gave them
     rule            the router's rule in closed form, or None: then `replay` says what a smaller set would choose
     domain          the calibration source that the batch comes from
+    held_out        whether it is held-out text, which nothing may be decided by
     target_TH       what the layer should put out, where that is not its own output on these tokens: in progressive
                     pruning, the original model's output on the original model's activations; like `output_TH`
     """
@@ -78,6 +79,7 @@ class RoutedTokens:
     experts_output_TH: Tensor | None = field(default=None, repr=False)
     """The same before the block scales or projects it: what the experts module answers."""
     domain: str = ""
+    held_out: bool = False
     target_TH: Tensor | None = field(default=None, repr=False)
 
     @property

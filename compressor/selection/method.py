@@ -20,13 +20,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from compressor.method import Decision, Method, OptionError, Plan
+from compressor.method import Decision, Method, OptionError, Plan, check_layer_names
 from compressor.moe import MoELayer, MoEModel, count_problem
 from compressor.selection import choice
 from compressor.selection.budget import allocate, possible_totals
 from compressor.selection.choice import Choice, ChoiceError, Fixed
 from compressor.selection.greedy import GreedySearch
-from compressor.selection.options import SelectionOptions, ids_for, names, number
+from compressor.selection.options import SelectionOptions, ids_for
 from compressor.selection.pairs import PairLosses
 from compressor.selection.subsets import SubsetErrors, num_subsets, ranks_needed
 from compressor.selection.sums import ExpertSums
@@ -50,7 +50,7 @@ class ExpertSelection(Method[OptionsT]):
         self._check_criterion()
         self._check_top_k(layers)
         for option, by_layer in self._by_layer().items():
-            self._check_names(layers, option, by_layer)
+            check_layer_names(layers, option, by_layer)
         for layer in layers:
             if not self.options.budget:
                 self._check_count(layer)
@@ -106,20 +106,6 @@ class ExpertSelection(Method[OptionsT]):
         """The options that name layers."""
         options = self.options
         return {options.count_option: options.by_layer, "protect": options.protect, "forbid": options.forbid}
-
-    def _check_names(self, layers: Sequence[MoELayer], option: str, by_layer: Mapping[str, Any]) -> None:
-        known = list(dict.fromkeys(number(layer) or layer.path for layer in layers))
-        for name in by_layer:
-            if not any(name in names(layer) for layer in layers):
-                raise OptionError(
-                    option,
-                    f"there is no MoE layer {name}; the MoE layers are {', '.join(known)} (or by path, such as "
-                    f"{layers[0].path}).",
-                )
-        for layer in layers:
-            given = [name for name in names(layer) if name in by_layer]
-            if len(given) > 1:
-                raise OptionError(option, f"{layer.path}: named twice, as {' and as '.join(given)}; keep one of them.")
 
     def _check_fixed(self, layer: MoELayer) -> None:
         """Ids that exist, in one list only, and no more than there is room for."""

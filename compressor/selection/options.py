@@ -231,21 +231,11 @@ class SelectionOptions(Options):
             return layer.num_experts - self.drop
         amount = self.keep
         if isinstance(amount, dict):
-            amount = next((amount[name] for name in names(layer) if name in amount), layer.num_experts)
+            amount = next((amount[name] for name in layer.names if name in amount), layer.num_experts)
         assert isinstance(amount, int | float)
         return amount if isinstance(amount, int) else int(amount * layer.num_experts + 0.5)
 
 
 def ids_for(layer: MoELayer, experts: Mapping[str, list[int]]) -> list[int]:
     """The ids given for a layer, by its number or its path; empty if it is not named."""
-    return next((experts[name] for name in names(layer) if name in experts), [])
-
-
-def number(layer: MoELayer) -> str | None:
-    """The decoder layer's number: the first integer in the block's path; `model.layers.3.mlp` → "3"."""
-    return next((part for part in layer.path.split(".") if part.isdecimal()), None)
-
-
-def names(layer: MoELayer) -> list[str]:
-    """What a recipe may call a layer: the path of its block, or its number."""
-    return [layer.path, *filter(None, [number(layer)])]
+    return next((experts[name] for name in layer.names if name in experts), [])
