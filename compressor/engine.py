@@ -179,7 +179,7 @@ def decide(
         raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")
     chosen = plugins.methods[method]
     passes, about = merge_statistics([load_statistics(file) for file in files])
-    name = _pass_to_decide_on(passes, about, named)
+    name = _pass_to_decide_on(passes, about, named, method)
     try:
         made = chosen(chosen.options_type.model_validate(options), plugins.criteria)
     except ValueError as error:
@@ -203,10 +203,11 @@ def decide(
     return {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
 
 
-def _pass_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str) -> str:
-    """The pass whose figures are of the original model's layers."""
+def _pass_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> str:
+    """The pass whose figures are of the original model's layers: this method's own, if there is one."""
     original = about["layers"]
     usable = [name for name, one in about["passes"].items() if one["layers"] == original and passes.get(name)]
+    usable.sort(key=lambda name: name.partition(".")[2] != method)
     if not usable:
         raise RecipeError(f"{named}: it holds no figures of the original model's layers.")
     name: str = usable[0]
@@ -834,9 +835,9 @@ def _prunes(decision: Decision) -> bool:
 def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, probe: TokenBatch) -> dict[str, float]:
     """Edit the live model and check, on one batch, that it then computes what was decided.
 
-    First all experts are "removed" but all: no logit may change by a bit. Then the edited model is compared with the
-    untouched one under the method's preview (removed experts masked). Raises VerificationError; returns the
-    differences.
+    First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
+    under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
+    returns the differences.
     """
     untouched = walk.logits(moe.model, probe)
     if not torch.isfinite(untouched).all():
@@ -873,10 +874,11 @@ def _compare(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
     share = float((~(error_N <= tolerance)).double().mean())
     if share > _TIES_ALLOWED:
         raise VerificationError(
-            f"the model with experts removed does not answer as the model with the same experts masked: {share:.1%} of "
-            f"tokens differ by more than {tolerance:g} (largest relative difference {float(error_N.max()):.3g})."
+            f"the edited model does not answer as decided (experts removed as if masked, experts skipped as with a "
+            f"weight of 0): {share:.1%} of tokens differ by more than {tolerance:g} (largest relative difference "
+            f"{float(error_N.max()):.3g})."
         )
-    return {"removed_against_masked": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
+    return {"edited_against_preview": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
 
 
 def _check_batch(batch: TokenBatch) -> TokenBatch:

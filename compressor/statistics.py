@@ -207,12 +207,10 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
                 for layer in merged[name]
                 if layer in other_passes[name]
             }
-            held_out = [of["passes"][name].get("held_out", []) for of in (result, other)]
-            passes_about[name] = {
-                **result["passes"][name],
-                "domains": domains,
-                "held_out": list(dict.fromkeys([*held_out[0], *held_out[1]])),
-            }
+            passes_about[name] = {**result["passes"][name], "domains": domains}
+            held_out = {one: None for of in (result, other) for one in of["passes"][name].get("held_out", ())}
+            if held_out:
+                passes_about[name]["held_out"] = list(held_out)
         merged = together
         joined = _joined_domains(result["domains"], other["domains"])
         result |= {"passes": passes_about, "domains": joined, "dropped_figures": sorted(dropped)}

@@ -60,7 +60,8 @@ def observe(
     before it, with the original model's output as `RoutedTokens.target_TH`.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
-    token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to the layers in the same order.
+    token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
+    the layers in the same order.
     """
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads

@@ -109,14 +109,15 @@ def offer(offered: str, body: str = "") -> str:
 def test_our_own() -> None:
     plugins = load_plugins()
     names = [(plugin.name, plugin.distribution) for plugin in plugins.plugins]
-    assert names == [("expert-pruning", "moe-compressor"), ("task-pruning", "moe-compressor")]
-    assert list(plugins.methods) == ["expert_pruning", "task_pruning"]
+    own = ("dynamic-skipping", "expert-pruning", "task-pruning")
+    assert names == [(name, "moe-compressor") for name in own]
+    assert list(plugins.methods) == ["dynamic_skipping", "expert_pruning", "task_pruning"]
     assert {"reap", "ean", "frequency", "aimer", "random"} <= set(plugins.criteria)
     assert plugins.methods["expert_pruning"].__module__ == "compressor_expert_pruning.method"
 
 
 def test_without(install: Install) -> None:
-    assert list(load_plugins(["expert-pruning"]).methods) == ["task_pruning"]
+    assert list(load_plugins(["expert-pruning"]).methods) == ["dynamic_skipping", "task_pruning"]
     found = install({"one": METHOD, "two": offer("[]")})
     assert [plugin.name for plugin in load_plugins(["one"], found).plugins] == ["two"]
 

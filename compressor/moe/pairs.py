@@ -36,7 +36,8 @@ class PairLists:
                 f"{path}: its router does not return lists of pairs, their tokens, their weights and their number for "
                 f"each expert."
             )
-        return cls(*output[:4], tuple(output[4:]), top_k)
+        slot_P, token_P, weight_P, sizes, *others = output
+        return cls(slot_P, token_P, weight_P, sizes, tuple(others), top_k)
 
     def _by_slot(self, values_P: Tensor) -> Tensor:
         return torch.zeros_like(values_P).scatter(0, self.slot_P, values_P).view(-1, self.top_k)

@@ -302,7 +302,7 @@ def renormalises(
     """Whether the router divides the weights of the experts that it chose by their sum, or something that holds it.
 
     By the closed rule; without one, by asking for one expert less: the others' weights then grow. Where the router
-    cannot be asked, all tokens' sums are alike if it does; on a single token that cannot be told, and True is the answer.
+    cannot be asked, all tokens' sums are alike if it does; of a single token that cannot be told, and True is said.
     """
     if rule is not None:
         return rule.renormalise

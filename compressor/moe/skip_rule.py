@@ -151,8 +151,8 @@ class SkipRule:
         return (weights_TK == weights_TK.amax(-1, keepdim=True)) | (index_TK >= num_experts)
 
     def reweighted(self, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
-        """[T, K], in the weights' dtype: those of skipped experts 0, the others as above. A token that skips nothing has
-        its own weights, to the bit.
+        """[T, K], in the weights' dtype: those of skipped experts 0, the others as above. A token that skips nothing
+        has its own weights, to the bit.
         """
         weights = weights_TK.float()
         left_TK = weights.masked_fill(~kept_TK, 0.0)

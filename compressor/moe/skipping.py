@@ -78,11 +78,11 @@ class Counter:
         self.mask_T: Tensor | None = None
         """Which tokens of the batch that is running are real; None while that is not known: then all count."""
         self._experts: dict[str, Tensor] = {}
-        self._tokens: dict[str, int | Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
 
     def add(self, path: str, used_TK: Tensor) -> None:
         """Count one batch; `used_TK` says which of the chosen were evaluated."""
-        mask_T, num_tokens = self.mask_T, len(used_TK)
+        mask_T, num_tokens = self.mask_T, torch.tensor(len(used_TK))
         if mask_T is not None and len(mask_T) == len(used_TK):
             mask_T = mask_T.to(used_TK.device)
             used_TK, num_tokens = used_TK & mask_T[:, None], mask_T.sum()
@@ -364,13 +364,14 @@ def _skip_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     original = state.original or type(self).forward.__get__(self)
 
     def call(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if index.shape[-1] == 1 and state.identity is not None:  # some lose a dimension where there is one id per token
+        if index.shape[-1] == 1 and state.identity is not None:  # some lose a dimension with one id per token
             index = torch.cat([index, torch.full_like(index, state.identity)], dim=-1)
             weights = torch.cat([weights, torch.zeros_like(weights)], dim=-1)
         values = dict(zip(places, (hidden, index, weights), strict=True))
-        return original(*(values[place] for place in range(3)))  # type: ignore[no-any-return]
+        return original(*(values[place] for place in range(3)))
 
-    return _evaluate_kept(state, *(given[place] for place in places), call)
+    hidden, index, weights = (given[place] for place in places)
+    return _evaluate_kept(state, hidden, index, weights, call)
 
 
 def _evaluate_kept(

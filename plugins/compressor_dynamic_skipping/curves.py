@@ -6,9 +6,9 @@ goes with it, and a change of the squared error of the layer's output
 
     ‖Σ_m w'_m f_m − Σ_m w_m f_m‖² = δᵀ G δ      with  δ = w' − w,  G_mn = ⟨f_m, f_n⟩
 
-where w' are the weights after the step, as the rule leaves them. Sums of steps by score, over all tokens, are all that a
-choice of threshold needs; sums of several texts add up. Scores are sorted into bins of equal ratio, 2⁻⁹ wide; thresholds
-are then chosen among the bins' edges, where sums are exact.
+where w' are the weights after the step, as the rule leaves them. Sums of steps by score, over all tokens, are all that
+a choice of threshold needs; sums of several texts add up. Scores are sorted into bins of equal ratio, 2⁻⁹ wide;
+thresholds are then chosen among the bins' edges, where sums are exact.
 
 Dimensions: T tokens, c of them, K experts chosen per token, E experts, H hidden size, D domains, N bins.
 """
@@ -86,8 +86,8 @@ class SkipCurves(Statistic):
         """Keep what a batch's tokens chose, and the inner products of what the chosen experts answered."""
         if not torch.isfinite(tokens.weights_TK).all():
             raise CheckpointError(
-                f"{self.layer.path}: the router gives weights that are not finite (NaN or infinity) on calibration text; "
-                f"its weights are damaged, or too large for {tokens.weights_TK.dtype}."
+                f"{self.layer.path}: the router gives weights that are not finite (NaN or infinity) on calibration "
+                f"text; its own weights are damaged, or too large for {tokens.weights_TK.dtype}."
             )
         if tokens.domain not in self._domains:
             self._domains.append(tokens.domain)
@@ -96,9 +96,8 @@ class SkipCurves(Statistic):
             self._renormalises = tokens.renormalises()
         gram_TKK = None
         if tokens.can_evaluate:
-            grams = []
-            for chunk in tokens.ranked_outputs(tokens.index_TK.shape[1]):
-                grams.append(torch.bmm(chunk.outputs_cMH, chunk.outputs_cMH.transpose(1, 2)).cpu())
+            chunks = tokens.ranked_outputs(tokens.index_TK.shape[1])
+            grams = [torch.bmm(one.outputs_cMH, one.outputs_cMH.transpose(1, 2)).cpu() for one in chunks]
             gram_TKK = torch.cat(grams) if grams else torch.zeros(0, self.layer.top_k, self.layer.top_k)
         index_TK, weights_TK = tokens.index_TK.cpu(), tokens.weights_TK.cpu()
         self._batches.append(_Batch(domain, index_TK, weights_TK, gram_TKK, tokens.held_out))

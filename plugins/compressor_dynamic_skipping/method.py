@@ -62,26 +62,26 @@ class DynamicSkippingOptions(Options):
     rule: Literal["ratio", "tail_mass", "contribution"] | None = Field(
         default=None,
         description="what is small: ratio (a weight against the token's largest), tail_mass (the smallest weights "
-        "together against all), contribution (weight times the expert's mean output norm, against the largest); default "
-        "tail_mass with `keep_mass`, else ratio",
+        "together against all), contribution (weight times the expert's mean output norm, against the largest); "
+        "default tail_mass with `keep_mass`, else ratio",
     )
     threshold: Threshold | None = Field(
         default=None,
-        description="skip what is below: median (of each layer's calibration text; the paper's, and the default where a "
-        "token chooses 2 experts), a number above 0 up to 1, or numbers by layer ({0: 0.3, 5: median}: layers not named "
-        "skip nothing)",
+        description="skip what is below: median (of each layer's calibration text; the paper's, and the default where "
+        "a token chooses 2 experts), a number above 0 up to 1, or numbers by layer ({0: 0.3, 5: median}: layers not "
+        "named skip nothing)",
     )
     mean_experts: StrictInt | StrictFloat | None = Field(
         default=None,
-        description="experts that a token is to use on average over all layers, such as 5.5; shared out among the "
-        "layers so that their squared errors add up to least",
+        description="experts that a token is to use on average over all layers, such as 5.5; shared out among them "
+        "so that their squared errors add up to least",
     )
     keep_mass: StrictFloat | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="share of its weights that a token keeps, such as 0.9: at least, for every token (tail_mass), or on "
-        "average in each layer (the other rules)",
+        description="share of its weights that a token keeps, such as 0.9: at least, for every token (tail_mass), or "
+        "on average in each layer (the other rules)",
     )
     top_k: StrictInt | None = Field(
         default=None,
@@ -161,8 +161,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if options.target == "threshold" and options.threshold is None and top_k > 2:
             raise OptionError(
                 None,
-                f"{layers[0].path}: each token chooses {top_k} experts. The median is the paper's threshold for 2, and is "
-                f"known to ruin models that choose more. Say how much to skip: `mean_experts: {0.75 * top_k:g}`, "
+                f"{layers[0].path}: each token chooses {top_k} experts. The median is the paper's threshold for 2, and "
+                f"is known to ruin models that choose more. Say how much to skip: `mean_experts: {0.75 * top_k:g}`, "
                 f"`keep_mass: 0.9` or a `threshold`, such as `threshold: median` if it is meant.",
             )
         if isinstance(options.threshold, dict):
@@ -178,7 +178,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if mean is not None and not 1 <= mean < most:
             raise OptionError(
                 "mean_experts",
-                f"found {mean:g}; a token chooses {most:g} experts and keeps at least 1, so a mean lies from 1 up to, and "
+                f"found {mean:g}; a token chooses {most:g} experts and keeps at least 1: a mean lies from 1 up to, and "
                 f"not at, {most:g}.",
             )
 
@@ -264,7 +264,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
             raise OptionError(self.options.target, "no layer would skip anything.")
         decision["mean_experts"] = _mean([layer["mean_experts"] for layer in found.values()])
         if held_out:
-            decision["held_out_mean_experts"] = _mean([layer["held_out_mean_experts"] for layer in found.values()])
+            decision["held_out_mean_experts"] = _mean([layer["held_out"]["mean_experts"] for layer in found.values()])
         return decision
 
     def _thresholds(
@@ -325,7 +325,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if name not in figures:
             raise OptionError(
                 "threshold",
-                f"{layer.path}: the median of figures that were added up is not known; give a number, or `mean_experts`.",
+                f"{layer.path}: the median of added-up figures is not known; give a number, or `mean_experts`.",
             )
         return max(float(figures[name]), 2.0**-16)
 
@@ -344,8 +344,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
             raise OptionError(
                 options.target,
                 f"{int(tokens)} tokens of calibration text tell how many experts a token uses to ±{error:.2g}, and "
-                f"±{options.precision:g} is asked for (`precision`). Calibrate on about {_round_up(needed):,} tokens, or "
-                f"ask for less precision.",
+                f"±{options.precision:g} is asked for (`precision`). Calibrate on about {_round_up(needed):,} tokens, "
+                f"or ask for less precision.",
             )
 
     def _fixed_count(
@@ -419,8 +419,8 @@ def _figures(reached: Reached) -> dict[str, float]:
     return {"mean_experts": reached.mean_experts, "kept_mass": reached.kept_mass, **loss}
 
 
-def _held_out(reached: Reached | None) -> dict[str, float]:
-    return {} if reached is None else {f"held_out_{name}": value for name, value in _figures(reached).items()}
+def _held_out(reached: Reached | None) -> dict[str, Any]:
+    return {} if reached is None else {"held_out": _figures(reached)}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -429,5 +429,5 @@ def _mean(values: Sequence[float]) -> float:
 
 def _round_up(tokens: float) -> int:
     """To two digits."""
-    unit = 10 ** max(0, len(str(int(tokens))) - 2)
-    return (int(tokens) // unit + 1) * unit
+    unit: int = 10 ** max(0, len(str(int(tokens))) - 2)
+    return int((int(tokens) // unit + 1) * unit)

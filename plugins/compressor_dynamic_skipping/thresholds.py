@@ -152,8 +152,8 @@ def _by_one_threshold(curves: Mapping[str, Curve], mean: float) -> dict[str, flo
 
 
 def uncertainty(curve: Curve, mean: float) -> float:
-    """Two standard errors of a mean number of experts per token, at most: tokens taken as independent, and their numbers
-    as spread as numbers from 1 to the most can be (Bhatia and Davis 2000).
+    """Two standard errors of a mean number of experts per token, at most: tokens taken as independent, their numbers as
+    spread as numbers from 1 to the most can be (Bhatia and Davis 2000).
     """
     variance = max(0.0, (mean - min(1.0, curve.fewest)) * (math.ceil(curve.most) - mean))
-    return 2 * (variance / curve.tokens) ** 0.5
+    return 2 * math.sqrt(variance / curve.tokens)

@@ -261,7 +261,7 @@ def test_deciding_again_with_other_weights_of_domains(cli: Cli, gathered: Path) 
         (["--set", "kept=6"], "expert_pruning: kept.Extra inputs are not permitted"),
         (
             ["--keep", "6", "--method", "pruning"],
-            "there is no method 'pruning'; known are expert_pruning, task_pruning.",
+            "there is no method 'pruning'; known are dynamic_skipping, expert_pruning, task_pruning.",
         ),
     ],
 )

@@ -150,10 +150,19 @@ def test_norm_behind_the_experts():
     assert tokens.lift is None
 
 
-def test_pairs_are_not_watched():
-    moe = MoEModel(tiny_model("jetmoe"))
-    with (
-        pytest.raises(UnsupportedModelError, match=r"its block sorts \(token, expert\) pairs"),
-        moe.watched({moe.layers[0].path: lambda tokens: None}, RealTokens()),
-    ):
-        pass
+def test_pairs_are_seen_and_experts_cannot_be_asked():
+    model = tiny_model("jetmoe")
+    moe, inputs = MoEModel(model), tiny_inputs(model)
+    seen = []
+    real = RealTokens(torch.ones(inputs["input_ids"].numel(), dtype=torch.bool))
+    with moe.watched({moe.layers[1].path: seen.append}, real):
+        answers(model, inputs)
+    (tokens,) = seen
+    assert not tokens.can_evaluate
+    assert tokens.renormalises()
+    # each token's softmax over its own best two logits
+    best = tokens.logits_TE.topk(2, dim=-1)
+    assert torch.equal(tokens.index_TK.sort().values, best.indices.sort().values)
+    assert torch.allclose(tokens.weights_TK.sort(descending=True).values, best.values.softmax(-1), atol=1e-6)
+    with pytest.raises(UnsupportedModelError, match=r"its block sorts \(token, expert\) pairs"):
+        next(tokens.ranked_outputs(2))
