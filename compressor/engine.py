@@ -4,7 +4,8 @@
            ──► for each pass: observe ──► statistics.safetensors
                               decide  ──► decision.json
                               edit, verified on a calibration batch
-           ──► evaluate after ──► save ──► reload, compare bit by bit ──► record.json, README.md ──► the output's name
+           ──► evaluate after ──► save ──► reload, compare bit by bit
+           ──► record.json, report.html, README.md ──► the output's name
 
 Not covered yet: resuming an interrupted run, and models larger than memory.
 """
@@ -41,6 +42,7 @@ from compressor.environment import hardware, versions
 from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
 from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
 from compressor.recipe import Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
@@ -475,7 +477,10 @@ class _Run:
                 before["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
             if folder:
                 after["bytes_on_disk"] = measure.bytes_on_disk(folder.path)
-            record["evaluation"] = self._compared(before, after, subject, moe)
+            record["evaluation"] = self._compared(before, after, subject, moe, sources)
+            if self.evaluation is not None and self.evaluation.each_pass:
+                with self._timed("each pass alone"):
+                    record["evaluation"]["alone"] = self._alone(subject, tokenizer, sources, passes, before)
         if counts := uneven_counts(moe.config):
             record["uneven"] = counts
         record |= self._circumstances()
@@ -483,6 +488,7 @@ class _Run:
             inside = folder.path / "compressor"
             (inside / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
             _write_json(inside / RECORD, record)
+            (inside / "report.html").write_text(page(record), encoding="utf-8")
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model, tokenizer)
 
@@ -519,7 +525,10 @@ class _Run:
 
     def _load(self, subject: _Subject) -> MoEModel:
         if subject.live is not None:
-            return MoEModel(copy.deepcopy(subject.live).eval(), subject.preview.structure)
+            moe = MoEModel(copy.deepcopy(subject.live).eval(), subject.preview.structure)
+            if not moe.skips:
+                moe.restore_skipping()
+            return moe
         assert subject.checkpoint is not None
         self.progress.say(f"loading {self.recipe.model}")
         model = self._load_model(subject.checkpoint)
@@ -640,7 +649,12 @@ class _Run:
         }
 
     def _compared(
-        self, before: Mapping[str, Any], after: Mapping[str, Any], subject: _Subject, moe: MoEModel
+        self,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        subject: _Subject,
+        moe: MoEModel,
+        sources: _Sources,
     ) -> dict[str, Any]:
         """The record's `evaluation`: figures before and after, answers flipped, and speed side by side."""
         compared: dict[str, Any] = {
@@ -653,7 +667,7 @@ class _Run:
         }
         if self.evaluation is not None and self.evaluation.speed:
             with self._timed("speed"):
-                compared["speed"] = self._speed(subject, moe)
+                compared["speed"] = self._speed(subject, moe, sources)
         return compared
 
     # observe, decide, edit
@@ -772,10 +786,12 @@ class _Run:
         evaluation = self.evaluation
         if evaluation is None:
             return None
-        perplexities = {}
+        perplexities, used = {}, {}
         for sequences in sources.perplexity:
-            with self.progress.task(f"{when}: perplexity {sequences.name}") as update:
+            with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
                 perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
+            if counter.experts_per_token:
+                used[sequences.name] = counter.experts_per_token
         tasks = {}
         if sources.tasks is not None:
             with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update:
@@ -789,17 +805,52 @@ class _Run:
                     progress=update,
                 )
         routed = [
-            measure.RoutedSize(layer.num_experts, layer.top_k, layer.parameters_per_expert) for layer in moe.layers
+            measure.RoutedSize(
+                layer.num_experts,
+                sum(by_layer.get(layer.path, layer.top_k) for by_layer in used.values()) / len(used)
+                if used
+                else layer.top_k,
+                layer.parameters_per_expert,
+            )
+            for layer in moe.layers
         ]
         return {
+            **({"experts_per_token": used} if used else {}),
             "perplexity": perplexities,
             "tasks": tasks,
             "size": measure.size(moe.model, routed),
             "peak_memory": measure.peak_memory(self.recipe.device),
         }
 
-    def _speed(self, subject: _Subject, moe: MoEModel) -> dict[str, Any]:
-        """The original, loaded once more, against the smaller model, alternated."""
+    def _alone(
+        self,
+        subject: _Subject,
+        tokenizer: Any,
+        sources: _Sources,
+        passes: Sequence[Mapping[str, Any]],
+        before: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Every pass on a fresh original, measured as all of them together are. The first one's decision is known."""
+        found = []
+        for resolved, done in zip(self.loaded.passes, passes, strict=True):
+            name = resolved.spec.method
+            moe = self._load(subject)
+            decision = done["decision"]
+            if resolved.index:
+                batches = self._batches(sources.by_pass[resolved.index])
+                held_out = self._batches(sources.held_out[resolved.index], held_out=True)
+                decision = self._decide(resolved, moe.layers, self._observe(moe, resolved, [*batches, *held_out]))
+            resolved.method.edit(moe, decision)
+            figures = self._evaluate(moe, tokenizer, sources, f"{name} alone")
+            assert figures is not None
+            compared = self._compared(before, figures, subject, moe, sources)
+            found.append({"pass": resolved.index, "method": name, "decision": decision, **compared})
+        return found
+
+    def _speed(self, subject: _Subject, moe: MoEModel, sources: _Sources) -> dict[str, Any]:
+        """The original, loaded once more, against the smaller model, alternated; on text that quality is measured on,
+        or calibration text.
+        """
         self.progress.say("speed: original and smaller model in turn")
         original = subject.live
         if original is None:
@@ -807,7 +858,8 @@ class _Run:
             original = self._load_model(subject.checkpoint)
         vocabulary = _vocabulary(moe.model)
         models = {"before": original, "after": moe.model}
-        return measure.speed(models, vocab_size=vocabulary, seed=self.recipe.seed).to_json()
+        text = next((one.ids for one in [*sources.perplexity, *sources.all_calibration()]), ())
+        return measure.speed(models, vocab_size=vocabulary, text=text, seed=self.recipe.seed).to_json()
 
 
 @dataclass(frozen=True)

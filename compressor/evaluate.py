@@ -519,10 +519,10 @@ def _check_same_documents(before: TaskResult, after: TaskResult) -> None:
 
 @dataclass(frozen=True)
 class RoutedSize:
-    """One layer's routed experts: how many, how many a token uses, and the parameters of each."""
+    """One layer's routed experts: how many, how many a token uses (on average), and the parameters of each."""
 
     num_experts: int
-    top_k: int
+    used: float
     parameters_per_expert: int
 
 
@@ -538,8 +538,8 @@ class Size(_Result):
 def size(model: Any, routed: Sequence[RoutedSize] = ()) -> Size:
     """Count a model's parameters; tied ones count once.
 
-    Active parameters are all but the routed experts that a token does not choose: total − Σ_layers
-    (num_experts − top_k) · parameters_per_expert. Bytes are those of parameters and of the buffers that a
+    Active parameters are all but the routed experts that a token does not use: total − Σ_layers
+    (num_experts − used) · parameters_per_expert. Bytes are those of parameters and of the buffers that a
     checkpoint holds, each in its own dtype. A model on the meta device will do. Packed quantised weights
     count as the numbers they are stored in.
     """
@@ -547,10 +547,10 @@ def size(model: Any, routed: Sequence[RoutedSize] = ()) -> Size:
     parameters = list(model.parameters())
     buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
     total = sum(parameter.numel() for parameter in parameters)
-    idle = sum((layer.num_experts - layer.top_k) * layer.parameters_per_expert for layer in routed)
+    idle = sum((layer.num_experts - layer.used) * layer.parameters_per_expert for layer in routed)
     return Size(
         parameters=total,
-        active_parameters=total - idle,
+        active_parameters=round(total - idle),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in [*parameters, *buffers]),
     )
 
@@ -603,6 +603,7 @@ def speed(
     models: Mapping[str, Any],
     *,
     vocab_size: int,
+    text: Sequence[Tensor] = (),
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     batch_size: int = 1,
@@ -613,7 +614,8 @@ def speed(
     """Time two models against each other in one process: A B, B A, A B, … after a warm-up of both.
 
     Machines drift, so each round forms its own ratio and the median is taken of these. ``prefill`` is one
-    forward over ``prompt_tokens`` random ids, with the logits of the last position only where the model can;
+    forward over ``prompt_tokens`` ids of ``text``, or random ones, with the logits of the last position only where the
+    model can (a model that skips experts skips others on random ids);
     ``decode`` is ``new_tokens`` greedy forwards of one token each with the model's own cache. The prompt is
     shortened so that both fit in the models' positions. It stops after ``repeats`` rounds, or after
     ``seconds`` once there were three. Wall clock, with the device synchronised. Both models are in memory;
@@ -625,6 +627,9 @@ def speed(
     prompt_tokens, new_tokens = _fit_positions(list(models.values()), prompt_tokens, new_tokens)
     generator = torch.Generator().manual_seed(seed)
     prompt_BS = torch.randint(vocab_size, (batch_size, prompt_tokens), generator=generator)
+    if text:
+        ids = torch.cat(list(text))
+        prompt_BS = ids[torch.arange(prompt_BS.numel()) % len(ids)].view_as(prompt_BS)
     started = time.perf_counter()
     decode_reason = _warm_up(models, prompt_BS, new_tokens)
     steps = 0 if decode_reason else new_tokens

@@ -42,8 +42,12 @@ def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
-    """Raise RecipeError if the recipe measures how the model continues text, and models of this class do not."""
+    """Raise RecipeError for what cannot be measured: how a model continues text that does not, one pass of one."""
     evaluation = loaded.recipe.evaluate
+    if loaded.recipe.evaluate and loaded.recipe.evaluate.each_pass and len(loaded.passes) == 1:
+        raise loaded.error(
+            ("evaluate", "each_pass"), "the recipe has one pass, so this would have no effect; leave it out"
+        )
     problem = checkpoints.next_token_problem(cls, config)
     for key in ("perplexity", "tasks"):
         if problem and evaluation and getattr(evaluation, key):

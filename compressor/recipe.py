@@ -101,7 +101,9 @@ class Evaluation(_Settings):
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
     perplexity: tuple[Source, ...] = Field(default=(), description="sources of text to measure perplexity on")
     speed: bool = Field(default=False, description="measure tokens per second and memory")
-
+    each_pass: bool = Field(
+        default=False, description="measure every pass alone, too: what each of them does, and what they do together"
+    )
     random: int = Field(
         default=0,
         ge=0,

@@ -7,6 +7,7 @@ no row.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import statistics
@@ -67,6 +68,12 @@ def print_summary(record: Json, console: Console) -> None:
         _print_table(console, "Figures", table)
         for line in _legend(rows, record):
             console.print(Text(line, style="dim"))
+    heading, *alone = alone_rows(record) or [()]
+    if alone:
+        table = _table(heading[0], *(f">{name}" for name in heading[1:]))
+        for cells in alone:
+            table.add_row(*map(Text, cells))
+        _print_table(console, "Each pass alone", table)
     for done, dropped in _with_dropped(record):
         _print_decision(done, dropped, console)
 
@@ -82,10 +89,31 @@ def figures(record: Json) -> list[Figure]:
     return [
         *_perplexity_rows(before.get("perplexity", {}), after.get("perplexity", {})),
         *_task_rows(before.get("tasks", {}), after.get("tasks", {}), evaluation.get("paired") or {}),
+        *_used_rows(before, after, record.get("layers", [])),
         *_size_rows(before, after),
         *_speed_rows(evaluation.get("speed") or {}),
         *_memory_rows(before, after, evaluation.get("speed") or {}),
     ]
+
+
+def alone_rows(record: Json) -> list[tuple[str, ...]]:
+    """What each pass does alone, beside all of them together, as a table whose first row is its heading; empty where it
+    was not measured. Speed is a ratio to the model without any pass; errors and ranges are in the record.
+    """
+    evaluation = record.get("evaluation") or {}
+    if "alone" not in evaluation:
+        return []
+    sides = {one["method"]: one for one in evaluation["alone"]} | {"all": evaluation}
+    columns = {name: {row.name: row for row in figures({**record, "evaluation": side})} for name, side in sides.items()}
+    rows: list[tuple[str, ...]] = [("figure", "none", *columns)]
+    for row in columns["all"].values():
+        if row.name.startswith(("process memory", "weights on disk")):
+            continue
+        is_speed = row.name.endswith("tokens/s")
+        cells = [column.get(row.name) or dataclasses.replace(row, after=row.before) for column in columns.values()]
+        texts = ["×1.00" if is_speed else row.before, *((cell.change if is_speed else cell.after) for cell in cells)]
+        rows.append((row.name, *(re.split(" [±[]", text)[0] for text in texts)))
+    return rows
 
 
 def print_plan(plan: Json, console: Console) -> None:
@@ -212,6 +240,10 @@ def model_card(record: Json) -> str:
     ]
     if rows := figures(record):
         parts += ["## Figures", _markdown_table(rows), "\n".join(_legend(rows, record))]
+    if alone := alone_rows(record):
+        lines = [" | ".join(cells) for cells in alone]
+        lines.insert(1, " | ".join(["---", *["--:"] * (len(alone[0]) - 1)]))
+        parts += ["## Each pass alone", "\n".join(f"| {line} |" for line in lines)]
     for done in record.get("passes", []):
         if rows_of_random := random_rows(done.get("random") or {}):
             heading = f"## {done['method']}: does it beat chance?"
@@ -372,6 +404,15 @@ def _flips(flips: Json | None) -> str:
     return f"+{flips['gained']} −{flips['lost']} ({p})"
 
 
+def _used_rows(before: Json, after: Json, layers: Sequence[Json]) -> Iterator[Figure]:
+    """Experts that a token used on average, where one of the models skips some."""
+    used = [side.get("experts_per_token") or {} for side in (before, after)]
+    chosen = {layer["path"]: layer["top_k"] for layer in layers}
+    for name in _union(*used):
+        one, other = (statistics.mean((chosen | side.get(name, {})).values()) for side in used)
+        yield Figure(f"experts/token {name}", f"{one:.3f}", f"{other:.3f}", f"×{other / one:.3f}")
+
+
 def _size_rows(before: Json, after: Json) -> Iterator[Figure]:
     sides = [{**(side.get("size") or {}), "disk": side.get("bytes_on_disk")} for side in (before, after)]
     for key, name, human in (
@@ -441,7 +482,8 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
     hidden = {"kept", *_HIDDEN} if done["decision"].get("layers") != layers else {"kept", *_HIDDEN[:2]}
     figures_shown = [key for key in _union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
     has_kept = any("kept" in decided for decided in layers.values())
-    columns = ["layer", *(f">{key}" for key in figures_shown), *(["kept", "dropped"] if has_kept else [])]
+    headings = [f">{_HEADINGS.get(key, key)}" for key in figures_shown]
+    columns = ["layer", *headings, *(["kept", "dropped"] if has_kept else [])]
     table = _table(*columns, wrap=("kept", "dropped"))
     for path, decided in layers.items():
         numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
@@ -458,6 +500,7 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
         _print_table(console, f"{done['method']}: does it beat chance?", compared)
 
 
+_HEADINGS = {"beta": "β", "mean_experts": "experts a token", "top_k": "top-k", "normalise_over": "normalised over"}
 _HIDDEN = ("uncovered", "loss_before_swaps", "loss", "objective", "median_loss", "sets", "swaps")
 """Figures that only the record has: the first two always, the others where each domain has a column."""
 _MOST_LISTED = 16
@@ -469,9 +512,11 @@ def _few_ids(ids: Sequence[int]) -> str:
 
 
 def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
-    """Each domain's relative loss as a figure of its own."""
+    """Each domain's relative loss as a figure of its own, and the number of experts that held-out text uses."""
     return {
-        path: {key: value for key, value in decided.items() if key != "domains"} | dict(decided.get("domains", {}))
+        path: {key: value for key, value in decided.items() if key != "domains"}
+        | dict(decided.get("domains", {}))
+        | ({"held out": decided["held_out"]["mean_experts"]} if "held_out" in decided else {})
         for path, decided in layers.items()
     }
 

@@ -28,6 +28,7 @@ ORDER = (
     "testing",
     "engine",
     "plan",
+    "page",
     "report",
     "evaluate",
     "walk",

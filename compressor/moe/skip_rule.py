@@ -132,8 +132,13 @@ class SkipRule:
             weights_TK = weights_TK * norms_E[index_TK.clamp(max=len(norms_E) - 1)]
         return weights_TK / weights_TK.amax(-1, keepdim=True)
 
-    def kept(self, index_TK: Tensor, weights_TK: Tensor, num_experts: int, norms_E: Tensor | None = None) -> Tensor:
-        """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing."""
+    def kept(
+        self, index_TK: Tensor, weights_TK: Tensor, num_experts: int | None = None, norms_E: Tensor | None = None
+    ) -> Tensor:
+        """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing.
+
+        Ids from `num_experts` up are no experts, and are not skipped; None: there are no such ids.
+        """
         if self.rule == "top_k":
             assert self.top_k is not None
             largest_TC = weights_TK.topk(min(self.top_k, weights_TK.shape[-1]), dim=-1).indices
@@ -141,9 +146,10 @@ class SkipRule:
         else:
             assert self.beta is not None
             scores_TK = self.scores(index_TK, weights_TK, norms_E)
-            skipped_TK = scores_TK <= self.beta if self.rule == "tail_mass" else scores_TK < self.beta
-            kept_TK = ~skipped_TK
-        return kept_TK | self.never_skipped(index_TK, weights_TK, num_experts)
+            kept_TK = ~(scores_TK <= self.beta if self.rule == "tail_mass" else scores_TK < self.beta)
+            if self.rule != "ratio":  # by the ratio the largest weight scores 1, and stays
+                kept_TK = kept_TK | (weights_TK == weights_TK.amax(-1, keepdim=True))
+        return kept_TK if num_experts is None else kept_TK | (index_TK >= num_experts)
 
     @staticmethod
     def never_skipped(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:

@@ -43,6 +43,7 @@ IMPLEMENTATION = "compressor_skip"
 """Our name in transformers' registry of experts implementations."""
 _STATE = "_compressor_skip"
 _KEY_WIDTH = 16
+_PAIRS_ON_CPU = 1024
 _FEW_TOKENS = 8
 """Up to so many tokens on an accelerator, pairs are multiplied one by one, as transformers does while it decodes."""
 
@@ -125,17 +126,24 @@ class LayerSkip:
     """What one hook leaves for the next during a forward."""
     _norms: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    def choose(self, index_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """(which pairs stay [T, K] bool, all weights [T, K], 0 for the others)."""
+    def kept(self, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """[T, K] bool: which pairs stay; counted, if somebody counts."""
         assert self.rule is not None
         if index_TK.shape[-1] not in (1, self.top_k):  # 1: an expert on its own, asked by whoever watches the layer
             raise UnsupportedModelError(
                 f"{self.path}: its experts are given {index_TK.shape[-1]} choices per token, and its rule for skipping "
                 f"is made for {self.top_k}."
             )
-        kept_TK = self.rule.kept(index_TK, weights_TK, self.num_experts, self._norms_on(index_TK.device))
+        num_experts = None if self.identity is None else self.num_experts
+        kept_TK = self.rule.kept(index_TK, weights_TK, num_experts, self._norms_on(index_TK.device))
         if self.counter is not None:
             self.counter.add(self.path, kept_TK & (index_TK < self.num_experts))
+        return kept_TK
+
+    def choose(self, index_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """(which pairs stay [T, K] bool, all weights [T, K], 0 for the others)."""
+        assert self.rule is not None
+        kept_TK = self.kept(index_TK, weights_TK)
         return kept_TK, self.rule.reweighted(weights_TK, kept_TK)
 
     def _norms_on(self, device: torch.device) -> Tensor | None:
@@ -382,27 +390,48 @@ def _evaluate_kept(
     call: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The experts' output from the pairs that stay, each given to `call` as a token with one expert."""
+    assert state.rule is not None
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
     index_TK = index.reshape(len(hidden_TH), -1)
-    kept_TK, weights_TK = state.choose(index_TK, weights.reshape(index_TK.shape))
-    if state.zeroed or bool(kept_TK.all()):
+    weights_TK = weights.reshape(index_TK.shape)
+    kept_TK = state.kept(index_TK, weights_TK)
+    if bool(kept_TK.all()) and state.rule.top_k is None:
+        return call(hidden, index, weights)
+    weights_TK = state.rule.reweighted(weights_TK, kept_TK)
+    if state.zeroed:
         return call(hidden, index, weights_TK.view(weights.shape))
+    if len(kept_TK) == 1 or (state.rule.top_k is not None and state.identity is None):  # as many of each token
+        shape = (*index.shape[:-1], -1)
+        return call(hidden, index_TK[kept_TK].view(shape), weights_TK[kept_TK].view(shape))
     token_P, rank_P = kept_TK.nonzero(as_tuple=True)
     index_P1, weights_P1 = index_TK[token_P, rank_P][:, None], weights_TK[token_P, rank_P][:, None]
-    outputs_PH = call(hidden_TH[token_P], index_P1, weights_P1).reshape(len(token_P), -1)
-    return _summed(outputs_PH, token_P, kept_TK).view(*hidden.shape[:-1], -1)
+    if hidden.device.type != "cpu":
+        outputs_PH = call(hidden_TH[token_P], index_P1, weights_P1).reshape(len(token_P), -1)
+        padded_NH = outputs_PH.new_zeros(kept_TK.numel(), outputs_PH.shape[-1])
+        padded_NH[kept_TK.reshape(-1)] = outputs_PH  # index_add_ would add in no fixed order
+        return padded_NH.view(*kept_TK.shape, -1).sum(1).view(*hidden.shape[:-1], -1)
+    return _by_parts(hidden_TH, token_P, index_P1, weights_P1, call).view(*hidden.shape[:-1], -1)
 
 
-def _summed(outputs_PH: Tensor, token_P: Tensor, kept_TK: Tensor) -> Tensor:
-    """[T, H]: each token's outputs added up, in float32."""
-    num_tokens, top_k = kept_TK.shape
-    if outputs_PH.device.type == "cpu":
-        total_TH = outputs_PH.new_zeros(num_tokens, outputs_PH.shape[-1], dtype=torch.float32)
-        return total_TH.index_add_(0, token_P, outputs_PH.float()).to(outputs_PH.dtype)
-    # where index_add_ adds in no fixed order
-    padded_NH = outputs_PH.new_zeros(num_tokens * top_k, outputs_PH.shape[-1])
-    padded_NH[kept_TK.reshape(-1)] = outputs_PH
-    return padded_NH.view(num_tokens, top_k, -1).sum(1)
+def _by_parts(
+    hidden_TH: Tensor,
+    token_P: Tensor,
+    index_P1: Tensor,
+    weights_P1: Tensor,
+    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """[T, H]: each token's outputs added up in float32, pairs taken in the order of their experts and some at a time, so
+    that what lies between an expert's matrices stays near the processor.
+    """
+    order_P = index_P1[:, 0].argsort(stable=True)
+    total_TH: Tensor | None = None
+    for part_p in order_P.split(_PAIRS_ON_CPU):
+        outputs_pH = call(hidden_TH[token_P[part_p]], index_P1[part_p], weights_P1[part_p]).reshape(len(part_p), -1)
+        if total_TH is None:
+            total_TH = outputs_pH.new_zeros(len(hidden_TH), outputs_pH.shape[-1], dtype=torch.float32)
+        total_TH.index_add_(0, token_P[part_p], outputs_pH.float())
+    assert total_TH is not None
+    return total_TH.to(hidden_TH.dtype)
 
 
 # Experts in a list -----------------------------------------------------------------------------------------
