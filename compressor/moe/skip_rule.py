@@ -8,8 +8,8 @@ With w the weights of the K experts that a token's router chose, S = Σ w, and �
     contribution   skip expert m where  w_m n_m / max(w n) < β,  n_m the mean norm of the expert's output
     top_k          keep the k largest, whatever they weigh
 
-The expert of the largest weight is never skipped, nor is what can be chosen and is no expert (identity experts). What
-stays is divided so that it adds up to
+The expert of the largest weight is never skipped (of several as large, the one that scores most), nor is what can be
+chosen and is no expert (identity experts). What stays is divided so that it adds up to
 
     S                        where the router renormalises its weights: the token's own sum, not 1
     S · Σ_kept w / Σ_c w     for top_k with `normalise_over` c: as if the router had divided by the mass of its best c
@@ -148,13 +148,15 @@ class SkipRule:
             scores_TK = self.scores(index_TK, weights_TK, norms_E)
             kept_TK = ~(scores_TK <= self.beta if self.rule == "tail_mass" else scores_TK < self.beta)
             if self.rule != "ratio":  # by the ratio the largest weight scores 1, and stays
-                kept_TK = kept_TK | (weights_TK == weights_TK.amax(-1, keepdim=True))
+                kept_TK = kept_TK | self.never_skipped(weights_TK, scores_TK)
         return kept_TK if num_experts is None else kept_TK | (index_TK >= num_experts)
 
     @staticmethod
-    def never_skipped(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-        """[T, K] bool: the largest weight (all that are, in a tie), and what is no expert."""
-        return (weights_TK == weights_TK.amax(-1, keepdim=True)) | (index_TK >= num_experts)
+    def never_skipped(weights_TK: Tensor, scores_TK: Tensor) -> Tensor:
+        """[T, K] bool: the largest weight; of several as large, the one that scores most (all that do)."""
+        largest_TK = weights_TK == weights_TK.amax(-1, keepdim=True)
+        scores_TK = scores_TK.masked_fill(~largest_TK, -1.0)
+        return largest_TK & (scores_TK == scores_TK.amax(-1, keepdim=True))
 
     def reweighted(self, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
         """[T, K], in the weights' dtype: those of skipped experts 0, the others as above. A token that skips nothing

@@ -92,13 +92,13 @@ class Counter:
 
     @property
     def experts_per_token(self) -> dict[str, float]:
-        """Layer path → experts that a token used on average; layers that no token came to are not there."""
-        return {path: int(total) / max(1, int(self._tokens[path])) for path, total in self._experts.items()}
+        """Layer path → experts that a token used on average; only layers that skip, and that tokens came to."""
+        return {path: int(total) / max(1, self.tokens[path]) for path, total in self._experts.items()}
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens counted, in the layer that saw most."""
-        return max(map(int, self._tokens.values()), default=0)
+    def tokens(self) -> dict[str, int]:
+        """Layer path → tokens that were counted there."""
+        return {path: int(number) for path, number in self._tokens.items()}
 
 
 @dataclass
@@ -420,12 +420,12 @@ def _by_parts(
     weights_P1: Tensor,
     call: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """[T, H]: each token's outputs added up in float32, pairs taken in the order of their experts and some at a time, so
+    """[T, H]: each token's outputs added up in float32, pairs taken in the order of their experts, some at a time, so
     that what lies between an expert's matrices stays near the processor.
     """
     order_P = index_P1[:, 0].argsort(stable=True)
     total_TH: Tensor | None = None
-    for part_p in order_P.split(_PAIRS_ON_CPU):
+    for part_p in torch.split(order_P, _PAIRS_ON_CPU):
         outputs_pH = call(hidden_TH[token_P[part_p]], index_P1[part_p], weights_P1[part_p]).reshape(len(part_p), -1)
         if total_TH is None:
             total_TH = outputs_pH.new_zeros(len(hidden_TH), outputs_pH.shape[-1], dtype=torch.float32)

@@ -21,11 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from compressor import checkpoint as checkpoints
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressorError, VerificationError
-from compressor.moe import MoELayer, MoEModel, RealTokens, RoutedTokens, count_problem
+from compressor.moe import (
+    Counter,
+    MoELayer,
+    MoEModel,
+    RealTokens,
+    RoutedTokens,
+    SkipRule,
+    count_problem,
+    is_decorated,
+)
 from compressor.testing.tiny import answers
 
 _EXACT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -97,6 +107,7 @@ def check_model(
         ("top-k lowered", subject.top_k_lowered),
         ("uneven", subject.uneven),
         ("padded", subject.padded),
+        ("skipping", subject.skipping),
     ]
     if statistics:
         checks.append(("statistics", subject.statistics))
@@ -231,6 +242,79 @@ class _Subject:
             found = _generated(again, self.inputs)
             yield Check(f"{name}: generate", found is not None and torch.equal(text, found))
 
+    # skipping
+
+    def skipping(self) -> Iterator[Check]:
+        """Skipped experts as with a weight of 0, over every experts implementation; FLOPs saved; saved and loaded."""
+        choices = self._choices()
+        if not choices:
+            yield Check("skipping", None, "no token chooses two experts or more, so there is nothing to skip")
+            return
+        rules = {path: _middling_rule(*found) for path, found in choices.items()}
+        nothing = {path: rule.at(1e-30) for path, rule in rules.items()}
+        with self.moe.zeroed(rules):
+            expected = answers(self.moe.model, self.inputs)
+        if torch.equal(expected, self.untouched):
+            yield Check("skipping", False, "skipping experts changes nothing, so nothing can be compared")
+            return
+        moe = self._copy()
+        moe.skip(nothing)
+        yield _equal("skip nothing", answers(moe.model, self.inputs), self.untouched)
+        moe.skip(rules)
+        yield _close("skipping", answers(moe.model, self.inputs), expected, self.model.dtype)
+        with moe.unskipped():
+            yield _equal("skipping off", answers(moe.model, self.inputs), self.untouched)
+        yield from self._over_kernels(rules, nothing)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from self._saved("skipping saved", moe, Path(folder), self._load_with_compressor)
+            plain = self.load(Path(folder)).eval()
+            checkpoints.align(plain)
+            _same_implementations(self.moe.model, plain)
+            yield _equal("unskipped elsewhere", answers(plain, self.inputs), self.untouched)
+
+    def _choices(self) -> dict[str, tuple[RoutedTokens, bool]]:
+        """Layer path → (what its tokens chose, whether their weights are renormalised), of the layers that text comes
+        to and that choose two or more.
+        """
+        seen: dict[str, tuple[RoutedTokens, bool]] = {}
+
+        def visit(tokens: RoutedTokens) -> None:
+            seen.setdefault(tokens.layer.path, (tokens, tokens.renormalises()))
+
+        ids = self.inputs["input_ids"]
+        real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
+        with self.moe.watched({layer.path: visit for layer in self.moe.layers if layer.top_k > 1}, real):
+            answers(self.moe.model, self.inputs)
+        return seen
+
+    def _over_kernels(self, rules: Mapping[str, SkipRule], nothing: Mapping[str, SkipRule]) -> Iterator[Check]:
+        """The same answers over all experts implementations; FLOPs saved over what the skipped experts cost."""
+        moe = self._copy()
+        moe.model.requires_grad_(False)  # the FLOP counter stumbles over some modules with gradients
+        experts: list[Any] = [module for module in moe.model.modules() if is_decorated(module)]
+        for name in ("eager", "grouped_mm", "batched_mm") if experts else ("own code",):
+            for module in experts:
+                module.config._experts_implementation_internal = name
+            with moe.zeroed(rules):
+                expected = answers(moe.model, self.inputs)
+            moe.skip(nothing)
+            with moe.counted() as chosen, FlopCounterMode(display=False) as before:
+                answers(moe.model, self.inputs)
+            moe.skip(rules)
+            with moe.counted() as used, FlopCounterMode(display=False) as after:
+                found = answers(moe.model, self.inputs)
+            moe.skip({})
+            yield _close(f"skipping over {name}", found, expected, self.model.dtype)
+            if name == "grouped_mm":  # whose work the FLOP counter does not see
+                continue
+            saved = before.get_total_flops() - after.get_total_flops()
+            wanted = sum(
+                2 * expert_matrix_size(moe.model, layer) * chosen.tokens[layer.path]
+                * (_evaluated(layer, chosen) - used.experts_per_token[layer.path])
+                for layer in moe.layers if layer.path in rules
+            )  # fmt: skip
+            yield Check(f"FLOPs saved over {name}", abs(saved - wanted) < 0.5, f"{saved / wanted:.2f}")
+
     # figures
 
     def statistics(self) -> Iterator[Check]:
@@ -300,6 +384,46 @@ def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
         change_T = part if change_T is None else torch.cat([change_T, part])
     assert change_T is not None
     return change_T
+
+
+def _middling_rule(tokens: RoutedTokens, renormalises: bool) -> SkipRule:
+    """A rule that skips about half of what may be skipped; its threshold lies between two scores, far from a tie.
+
+    By the ratio of the weights or, where all of a token's weights are alike, by contribution to a made-up output.
+    """
+    norms = tuple(1.0 + expert for expert in range(tokens.layer.num_experts))
+    for rule in (
+        SkipRule("ratio", renormalises, beta=1.0),
+        SkipRule("contribution", renormalises, beta=1.0, expert_norms=norms),
+    ):
+        scores_TK = rule.scores(tokens.index_TK, tokens.weights_TK, torch.tensor(norms))
+        scores = scores_TK[~rule.never_skipped(tokens.weights_TK, scores_TK)].sort().values
+        scores = scores[scores < 1]
+        if len(scores) > 1:
+            middle = slice(len(scores) // 4, max(len(scores) // 4 + 2, 3 * len(scores) // 4))
+            gap = int(scores[middle].diff().argmax()) + middle.start
+            return rule.at(float(scores[gap : gap + 2].mean()))
+    return rule
+
+
+def _evaluated(layer: MoELayer, chosen: Counter) -> float:
+    """Experts that evaluate a token if none is skipped: those it chose, or all where the block knows no better."""
+    return layer.num_experts if layer.router_probe.call == "scaled inputs" else chosen.experts_per_token[layer.path]
+
+
+def expert_matrix_size(model: nn.Module, layer: MoELayer) -> int:
+    """Numbers in one expert's matrices: a token costs two FLOPs for each."""
+    prefix, in_lists = layer.experts + ".", tuple(path + "." for path in layer.containers)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    size = 0
+    for name, axis in layer.tensors.items():
+        if name.startswith(prefix) and name in parameters and not (in_lists and name.startswith(in_lists)):
+            shape = parameters[name].shape
+            if len(shape) - 1 + (axis.stride > 1) >= 2:
+                size += parameters[name].numel() // shape[axis.dim] * axis.stride
+    for path, names in layer.containers.items():
+        size += sum(p.numel() for p in model.get_submodule(f"{path}.{names[0]}").parameters() if p.dim() >= 2)
+    return size
 
 
 # Which experts, and comparing -------------------------------------------------------------------------------
@@ -392,12 +516,14 @@ def _equal(name: str, found: Tensor, expected: Tensor) -> Check:
     return Check(name, False, f"largest difference {float((found.double() - expected.double()).abs().max()):.2g}")
 
 
-def _close(name: str, found: Tensor, expected: Tensor) -> Check:
+def _close(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> Check:
+    """Equal but for rounding in `dtype`: that of the answers, if none is given."""
+    dtype = dtype or expected.dtype
     found, expected_double = found.double(), expected.double()
     error = (found - expected_double).norm(dim=-1) / expected_double.norm(dim=-1).clamp_min(1e-30)
-    beyond = float((~(error <= _EXACT[expected.dtype])).double().mean())
+    beyond = float((~(error <= _EXACT[dtype])).double().mean())
     detail = f"largest relative difference {float(error.max()):.1e}" + (f", {beyond:.0%} of tokens" if beyond else "")
-    return Check(name, beyond <= _TIES[expected.dtype], detail)
+    return Check(name, beyond <= _TIES[dtype], detail)
 
 
 def _generated(model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:

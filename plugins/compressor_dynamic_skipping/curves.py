@@ -233,7 +233,7 @@ def steps_of(rule: SkipRule, batch: _Batch, num_experts: int) -> Steps:
     index_TK, weights_TK = batch.index_TK, batch.weights_TK
     norms_E = torch.tensor(rule.expert_norms) if rule.expert_norms is not None else None
     scores_TK = rule.scores(index_TK, weights_TK, norms_E)
-    stays_TK = rule.never_skipped(index_TK, weights_TK, num_experts)
+    stays_TK = rule.never_skipped(weights_TK, scores_TK) | (index_TK >= num_experts)
     order_TK = scores_TK.masked_fill(stays_TK, torch.inf).argsort(dim=1, stable=True)
     goes_TK = ~stays_TK.gather(1, order_TK)
     weights_ordered_TK = weights_TK.gather(1, order_TK)
