@@ -688,7 +688,7 @@ class _Run:
             if folder:
                 passes_about[f"{resolved.index}.{resolved.spec.method}"] = {
                     "domains": list(figures.domains),
-                    "held_out": list(figures.held_out),
+                    **({"held_out": list(figures.held_out)} if figures.held_out else {}),
                     "progressive": method.progressive,
                     "layers": [layer.description() for layer in moe.layers],
                 }

@@ -302,14 +302,15 @@ def renormalises(
     """Whether the router divides the weights of the experts that it chose by their sum, or something that holds it.
 
     By the closed rule; without one, by asking for one expert less: the others' weights then grow. Where the router
-    cannot be asked, all tokens' sums are alike if it does; of a single token that cannot be told, and True is said.
+    cannot be asked, weights differ and all tokens' sums are alike if it does; of a single token True is said.
     """
     if rule is not None:
         return rule.renormalise
     tolerance = _tolerance(weights_TK)
     if layer.top_k_fixed or layer.id_tensors or layer.watch_problem or layer.top_k < 2:
         sums_T = weights_TK.double().sum(-1)
-        return bool((sums_T.max() - sums_T.min()) <= tolerance * sums_T.abs().max())
+        differ = bool(weights_TK.max() - weights_TK.min() > tolerance * weights_TK.max())
+        return differ and bool((sums_T.max() - sums_T.min()) <= tolerance * sums_T.abs().max())
     fewer_TN = _scatter(*replay(range(layer.num_experts), top_k=layer.top_k - 1), layer.num_choices)
     given_TN = _scatter(index_TK, weights_TK, layer.num_choices)
     both_TN = (fewer_TN != 0) & (given_TN != 0)

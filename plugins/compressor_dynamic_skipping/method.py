@@ -25,6 +25,7 @@ from compressor import (
 from compressor_dynamic_skipping.curves import FixedCount, SkipCurves, expert_norms
 from compressor_dynamic_skipping.thresholds import Curve, Reached, shared_out, uncertainty
 
+_PRECISION = 0.1
 _TARGETS = ("threshold", "mean_experts", "keep_mass", "top_k")
 _RULE_KEYS = ("rule", "renormalise", "beta", "expert_norms", "top_k", "normalise_over")
 
@@ -95,11 +96,11 @@ class DynamicSkippingOptions(Options):
         description="with `top_k`, where the router renormalises: divide weights by the sum of so many best ones; "
         "default those that the model chooses",
     )
-    precision: StrictInt | StrictFloat = Field(
-        default=0.1,
+    precision: StrictInt | StrictFloat | None = Field(
+        default=None,
         gt=0,
         description="how well the calibration text must tell a mean number of experts per token, averaged over the "
-        "layers: two standard errors, in experts",
+        "layers: two standard errors, in experts; default 0.1",
     )
 
     @model_validator(mode="after")
@@ -116,7 +117,7 @@ class DynamicSkippingOptions(Options):
                 f"`normalise_over` should be at least `top_k`, found {self.normalise_over} and {self.top_k}"
             )
         calibrated = self.mean_experts is not None or self.keep_mass is not None or self._by_median
-        if "precision" in self.model_fields_set and not calibrated:
+        if self.precision is not None and not calibrated:
             raise ValueError("`precision` would have no effect: nothing is calibrated; leave it out")
         return self
 
@@ -339,12 +340,13 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         reached = {path: curves[path].reached(beta).mean_experts for path, beta in betas.items() if beta is not None}
         error = _mean([uncertainty(curves[path], mean) for path, mean in reached.items()])
         tokens = min(curve.tokens for curve in curves.values())
-        if error > options.precision:
-            needed = tokens * (error / options.precision) ** 2
+        precision = _PRECISION if options.precision is None else options.precision
+        if error > precision:
+            needed = tokens * (error / precision) ** 2
             raise OptionError(
                 options.target,
                 f"{int(tokens)} tokens of calibration text tell how many experts a token uses to ±{error:.2g}, and "
-                f"±{options.precision:g} is asked for (`precision`). Calibrate on about {_round_up(needed):,} tokens, "
+                f"±{precision:g} is asked for (`precision`). Calibrate on about {_round_up(needed):,} tokens, "
                 f"or ask for less precision.",
             )
 
