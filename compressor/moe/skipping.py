@@ -489,6 +489,7 @@ class _ListRouter:
             logits = output[0] if isinstance(output, tuple) else output
             logits_TE = logits.reshape(len(batch.hidden_TH), -1)[:, : state.num_experts].float()
             index_TK, weights_TK = state.routing.choose(logits_TE, state.top_k)
+            weights_TK = weights_TK.float()
         else:
             index_TK, weights_TK = (
                 output[position].reshape(len(batch.hidden_TH), -1)

@@ -135,6 +135,11 @@ class _Subject:
     def _module(self, path: str) -> nn.Module:
         return self.moe.model.get_submodule(path)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The experts' dtype: parts of a model may have others, and its answers too."""
+        return next(self._module(self.moe.layers[0].experts).parameters()).dtype
+
     def _copy(self) -> MoEModel:
         return MoEModel(copy.deepcopy(self.model).eval())
 
@@ -218,10 +223,8 @@ class _Subject:
             yield from self._saved("padded saved", moe, Path(folder), self.load)
 
     def _load_with_compressor(self, folder: Path) -> Any:
-        layer = self.moe.layers[0]
-        owner = next(self._module(layer.experts).parameters())
         return checkpoints.load_model(
-            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(owner.dtype).removeprefix("torch.")
+            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self._dtype).removeprefix("torch.")
         )
 
     def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
@@ -261,7 +264,7 @@ class _Subject:
         moe.skip(nothing)
         yield _equal("skip nothing", answers(moe.model, self.inputs), self.untouched)
         moe.skip(rules)
-        yield _close("skipping", answers(moe.model, self.inputs), expected, self.model.dtype)
+        yield _close("skipping", answers(moe.model, self.inputs), expected, self._dtype)
         with moe.unskipped():
             yield _equal("skipping off", answers(moe.model, self.inputs), self.untouched)
         yield from self._over_kernels(rules, nothing)
@@ -304,7 +307,7 @@ class _Subject:
             with moe.counted() as used, FlopCounterMode(display=False) as after:
                 found = answers(moe.model, self.inputs)
             moe.skip({})
-            yield _close(f"skipping over {name}", found, expected, self.model.dtype)
+            yield _close(f"skipping over {name}", found, expected, self._dtype)
             if name == "grouped_mm":  # whose work the FLOP counter does not see
                 continue
             saved = before.get_total_flops() - after.get_total_flops()

@@ -101,6 +101,7 @@ def test_files(done: Path) -> None:
         "compressor/decision.json",
         "compressor/recipe.yaml",
         "compressor/record.json",
+        "compressor/report.html",
         "compressor/statistics.safetensors",
         "config.json",
         "generation_config.json",
