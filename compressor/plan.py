@@ -12,7 +12,7 @@ import torch
 from compressor import checkpoint as checkpoints
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.method import OptionError, Plan
-from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, structure_of
+from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, rules_of, structure_of
 from compressor.recipe import LoadedRecipe, ResolvedPass
 from compressor.report import human_bytes
 
@@ -70,6 +70,7 @@ def preview(
     _check_evaluation(loaded, cls, config)
     structure = structure_of(cls, config, adapters)
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
+    notes += _skipping_notes(config)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         _check_domains(loaded, resolved)
@@ -107,6 +108,13 @@ def preview(
     }
     auto_class = checkpoints.auto_class(cls, config)
     return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json)
+
+
+def _skipping_notes(config: Any) -> list[str]:
+    """That the model skips experts already, if it does."""
+    rules = rules_of(config)
+    kinds = ", ".join(dict.fromkeys(rule.rule for rule in rules.values()))
+    return [f"the model skips experts in {len(rules)} layers ({kinds}), by `config.compressor`"] if rules else []
 
 
 def left_out_note(left_out: LeftOut) -> str:
@@ -158,6 +166,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         notes.append(f"experts counted by {others} (other parts of the model) are left as they are")
     if left_out:
         notes.append(left_out_note(left_out))
+    notes += _skipping_notes(config)
     if getattr(config, "quantization_config", None) is not None:
         notes.append("the checkpoint is quantised: sizes are those of unquantised weights, and `run` will refuse it")
     return {

@@ -409,8 +409,10 @@ def _used_rows(before: Json, after: Json, layers: Sequence[Json]) -> Iterator[Fi
     used = [side.get("experts_per_token") or {} for side in (before, after)]
     chosen = {layer["path"]: layer["top_k"] for layer in layers}
     for name in _union(*used):
-        one, other = (statistics.mean((chosen | side.get(name, {})).values()) for side in used)
-        yield Figure(f"experts/token {name}", f"{one:.3f}", f"{other:.3f}", f"×{other / one:.3f}")
+        numbers = [(chosen | side.get(name, {})).values() for side in used]
+        one, other = (statistics.mean(of) if of else None for of in numbers)
+        before_text, after_text = (NOTHING if mean is None else f"{mean:.3f}" for mean in (one, other))
+        yield Figure(f"experts/token {name}", before_text, after_text, _ratio(one, other))
 
 
 def _size_rows(before: Json, after: Json) -> Iterator[Figure]:

@@ -22,7 +22,7 @@ from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skipping import Counter, base_implementation, is_decorated
+from compressor.moe.skipping import Counter, base_implementation, is_decorated, rules_of
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
@@ -51,6 +51,7 @@ __all__ = [
     "is_decorated",
     "read_entry",
     "refuse_quantised",
+    "rules_of",
     "settle",
     "structure_of",
     "uneven_class",

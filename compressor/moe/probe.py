@@ -534,8 +534,8 @@ def _watch_problem(call: Call, place: Place) -> str | None:
     if call == "pairs":
         return (
             f"{place.block}: its block sorts (token, expert) pairs through several modules, so what one expert answers "
-            f"to a token cannot be asked; its experts can be masked and removed, but not judged without a plugin's "
-            f"adapter"
+            f"to a token cannot be asked; its experts can be masked, removed and skipped, but not judged without a "
+            f"plugin's adapter"
         )
     return None
 

@@ -157,7 +157,7 @@ def _notes(structure: Any, report: Report) -> list[str]:
     if structure.other_leaves:
         notes.append("left alone: " + ", ".join(f"`{leaf}`" for leaf in structure.other_leaves))
     if layer.watch_problem:
-        notes.append("can be masked and removed, not watched")
+        notes.append("its experts can be masked, removed and skipped, not judged")
     notes += [f"{check.name} fails: {check.detail}" for check in report.failed]
     return notes
 

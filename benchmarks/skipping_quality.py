@@ -1,0 +1,138 @@
+"""What skipping costs in quality: every rule at the same mean number of experts, beside fixed numbers of experts.
+
+    python benchmarks/train_demo.py prepare
+    python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --output fine-grained
+    python benchmarks/skipping_quality.py demo fine-grained
+
+Each model is calibrated once, on the training split of three domains, and decided many times from these figures. What
+is shown is measured on the held-out split with all layers skipping: experts that a token used (counted), and perplexity.
+
+* ``ratio``, ``tail_mass``, ``contribution``: thresholds for a mean, shared out among the layers (`mean_experts`)
+* ``one threshold``: the ratio rule with the same threshold in every layer, for the same mean
+* ``relative``: the ratio rule, shared out by squared errors relative to each layer's output instead of as they are
+* ``median``: the paper's rule
+* ``top-k c``: fewer experts for every token, renormalised as the model does (config's number lowered); ``over r``: with
+  the weights that they have among the best r (`normalise_over`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor import Gathered, MoEModel, SkipRule, checkpoint, evaluate, walk
+from compressor.calibration import Sequences, load_sequences, make_batches
+from compressor.environment import hardware, versions
+from compressor.progress import Progress
+from compressor.sources import DemoSource
+from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
+from compressor_dynamic_skipping.curves import FixedCount, SkipCurves
+from compressor_dynamic_skipping.thresholds import Curve, _by_one_threshold, shared_out
+
+DOMAINS = ("code", "prose", "arithmetic")
+
+
+def read(domain: str, samples: int, split: str, tokenizer: Any) -> Sequences:
+    """Sequences of 256 tokens."""
+    source = DemoSource(demo=domain, samples=samples, length=256)  # type: ignore[arg-type]
+    return load_sequences(source, tokenizer, seed=0, split=split)  # type: ignore[arg-type]
+
+
+def decided(moe: MoEModel, gathered: Gathered, **options: Any) -> dict[str, SkipRule]:
+    """The rules that the method decides on."""
+    method = DynamicSkipping(DynamicSkippingOptions(**options))
+    layers = method.decide(moe.layers, gathered)["layers"]
+    keys = ("rule", "renormalise", "beta", "expert_norms", "top_k", "normalise_over")
+    return {path: SkipRule.from_json({k: one[k] for k in keys if k in one}) for path, one in layers.items()}
+
+
+def ways(moe: MoEModel, gathered: Gathered, means: list[float]) -> Iterator[tuple[str, dict[str, SkipRule]]]:
+    """Name → rules."""
+    yield "median", decided(moe, gathered, threshold="median")
+    curves = {path: Curve.of("ratio", gathered[path], range(len(gathered.domains))) for path in gathered}
+    relative = {
+        path: dataclasses.replace(one, error_N=one.error_N / one.squared_output) for path, one in curves.items()
+    }
+    for mean in means:
+        for rule in ("ratio", "tail_mass", "contribution"):
+            yield f"{rule}, {mean:g}", decided(moe, gathered, rule=rule, mean_experts=mean)
+        renormalise = bool(next(iter(gathered.values()))["same.renormalises"])
+        for name, shares in (
+            ("one threshold", _by_one_threshold(curves, mean)),
+            ("relative", shared_out(relative, mean)),
+        ):
+            yield (
+                f"ratio, {mean:g}, {name}",
+                {
+                    path: SkipRule("ratio", renormalise, beta=one.beta_for_mean(shares[path]))
+                    for path, one in curves.items()
+                },
+            )
+
+
+def main() -> None:
+    """Print a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="demo, or a folder")
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of each domain")
+    parser.add_argument("--held-out", type=int, default=32, help="held-out sequences of each domain")
+    parser.add_argument("--output", type=Path, default=Path("skipping_quality.json"))
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    found: dict[str, Any] = {"versions": versions({}), "hardware": hardware("cpu"), "results": {}}
+    for reference in args.models:
+        source = checkpoint.find_checkpoint(reference)
+        model, tokenizer = checkpoint.load_model(source, dtype="float32"), checkpoint.load_tokenizer(source)
+        moe = MoEModel(model)
+        top_k = moe.layers[0].top_k
+        batches = [
+            batch
+            for domain in DOMAINS
+            for batch in make_batches(read(domain, args.samples, "train", tokenizer).ids, 8, domain)
+        ]
+        statistics = {layer.path: SkipCurves(layer, FixedCount(1, top_k)) for layer in moe.layers}
+        gathered = Gathered(walk.observe(moe, batches, statistics, Progress()), DOMAINS)
+        held_out = [read(domain, args.held_out, "held-out", tokenizer) for domain in DOMAINS]
+        rows: dict[str, Any] = {}
+
+        def measure(name: str, rows: dict[str, Any] = rows, moe: MoEModel = moe, texts: Any = held_out) -> None:
+            with moe.counted() as counter:
+                values = [evaluate.perplexity(moe.model, one).perplexity for one in texts]
+            used = counter.experts_per_token
+            mean = sum(used.values()) / len(used) if used else None
+            geometric = math.exp(sum(map(math.log, values)) / len(values))
+            rows[name] = {"used": mean, "perplexity": values, "geometric_mean": geometric}
+            shown = " | ".join(f"{value:.2f}" for value in [*values, geometric])
+            print(f"| {name} | {'' if mean is None else f'{mean:.2f}'} | {shown} |", flush=True)
+
+        print(f"\n**{reference}: top-{top_k} of {moe.layers[0].num_experts}**\n")
+        print("| way | experts used | code | prose | arithmetic | geometric mean |\n|---|--:|--:|--:|--:|--:|")
+        measure("(all)")
+        means = [1.75, 1.5, 1.25] if top_k == 2 else [0.75 * top_k, 0.5 * top_k, 0.375 * top_k]
+        for name, rules in ways(moe, gathered, means):
+            moe.skip(rules)
+            measure(name)
+        moe.skip({})
+        everything = {layer.path: range(layer.num_experts) for layer in moe.layers}
+        for count in sorted({max(1, round(mean)) for mean in means if round(mean) < top_k}, reverse=True):
+            with moe.masked(everything, top_k=count):
+                measure(f"top-k {count}")
+            for over in (top_k, 2 * top_k, 4 * top_k):
+                rule = SkipRule("top_k", True, top_k=count, normalise_over=over)
+                if over <= moe.layers[0].num_experts:
+                    moe.skip({layer.path: rule for layer in moe.layers})
+                    measure(f"top-k {count}, over {over}")
+            moe.skip({})
+        found["results"][reference] = rows
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
