@@ -5,7 +5,7 @@
     python benchmarks/skipping_quality.py demo fine-grained
 
 Each model is calibrated once, on the training split of three domains, and decided many times from these figures. What
-is shown is measured on the held-out split with all layers skipping: experts that a token used (counted), and perplexity.
+is shown is measured on the held-out split with all layers skipping: experts that a token used (counted); perplexity.
 
 * ``ratio``, ``tail_mass``, ``contribution``: thresholds for a mean, shared out among the layers (`mean_experts`)
 * ``one threshold``: the ratio rule with the same threshold in every layer, for the same mean

@@ -10,7 +10,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from compressor.calibration import Sequences, check_vocabulary, fingerprint, load_sequences, make_batches
+from compressor.calibration import (
+    Sequences,
+    check_vocabulary,
+    fingerprint,
+    load_held_out,
+    load_sequences,
+    make_batches,
+)
 from compressor.errors import CalibrationError
 from compressor.sources import Source
 
@@ -120,3 +127,47 @@ def test_vocabulary() -> None:
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="is text, but the model's folder has no tokenizer"):
         load_sequences(source(text=tmp_path / "text.txt"), None, seed=0)
+
+
+# Held-out text
+
+
+def test_held_out_text_follows_what_is_calibrated_on(tmp_path):
+    """Of ten sequences, four are asked for; a quarter as many that follow are held out."""
+    path = write_lines(tmp_path / "ids.jsonl", *({"input_ids": [number, number + 1]} for number in range(10)))
+    asked = source(tokens=str(path), samples=4)
+    found = load_held_out(asked, None, seed=0)
+    assert rows(found) == [[4, 5]]
+    assert found.name == "held-out ids"
+    assert found.fingerprint == fingerprint(found.ids)
+    assert rows(load_sequences(asked, None, seed=0)) == [[0, 1], [1, 2], [2, 3], [3, 4]]
+
+
+def test_held_out_text_of_documents(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijkl")
+    asked = source(text=str(path), samples=2, length=4)
+    assert rows(load_sequences(asked, Letters(), seed=0)) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert rows(load_held_out(asked, Letters(), seed=0)) == [[9, 10, 11, 12]]
+
+
+@pytest.mark.parametrize("samples", [None, 10])
+def test_nothing_is_held_out_where_all_is_asked_for(tmp_path, samples):
+    path = write_lines(tmp_path / "ids.jsonl", *({"input_ids": [number, 1]} for number in range(10)))
+    settings = {} if samples is None else {"samples": samples}
+    assert load_held_out(source(tokens=str(path), **settings), None, seed=0) is None
+
+
+def test_held_out_text_of_the_demo_is_its_other_split():
+    from compressor.checkpoint import find_checkpoint, load_tokenizer
+
+    tokenizer = load_tokenizer(find_checkpoint("demo"))
+    for split, other in ((None, "held-out"), ("train", "held-out"), ("held-out", "train")):
+        asked = source(demo="arithmetic", samples=8, length=16, **({"split": split} if split else {}))
+        expected = load_sequences(source(demo="arithmetic", samples=2, length=16, split=other), tokenizer, seed=3)
+        assert rows(load_held_out(asked, tokenizer, seed=3)) == rows(expected)
+
+
+def test_batches_say_that_they_are_held_out():
+    assert [batch.held_out for batch in make_batches([torch.tensor([1, 2])], 1)] == [False]
+    assert [batch.held_out for batch in make_batches([torch.tensor([1, 2])], 1, "x", held_out=True)] == [True]

@@ -346,6 +346,11 @@ def skip_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
             f"weights, so which are small cannot be told. Skipping does not work with expert parallelism."
         )
 
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="compressor: which pairs of tokens and experts stay depends on the data; compile without fullgraph=True"
+        )
+
     def call(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return _run_base(self, state.base, hidden, index, weights)
 

@@ -827,3 +827,50 @@ def test_offline_in_a_process_of_its_own() -> None:
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: owner/name: there is no folder of that name here, ")
     assert len(answer.stderr.splitlines()) == 1
+
+
+# --- skipping
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"threshold": 2}, "passes[0].dynamic_skipping.threshold: found 2; a threshold is a number above 0, up to 1"),
+        ({"threshold": "mean"}, "passes[0].dynamic_skipping.threshold: found 'mean', expected 'median'"),
+        ({"mean_experts": 0.5}, "passes[0].dynamic_skipping.mean_experts: found 0.5; a token chooses 2 experts"),
+        ({"mean_experts": 2}, "passes[0].dynamic_skipping.mean_experts: found 2; a token chooses 2 experts"),
+        ({"keep_mass": 1.5}, "passes[0].dynamic_skipping.keep_mass"),
+        ({"threshold": 0.3, "mean_experts": 1.5}, "`threshold` and `mean_experts` both say how much is skipped"),
+        (
+            {"threshold": {9: 0.3}},
+            "threshold: there is no MoE layer 9; the MoE layers are 0, 1",
+        ),
+        ({"top_k": 2}, "passes[0].dynamic_skipping.top_k: model.layers.0.mlp: each token chooses 2 experts"),
+        ({"tresholt": 0.3}, "unknown key; did you mean 'threshold'?"),
+        ({"mean_experts": 1.5, "precision": 0.001}, "is asked for (`precision`). Calibrate on about"),
+        ({}, "74 tokens of calibration text tell how many experts a token uses to ±0.12, and ±0.1 is asked for"),
+    ],
+)
+def test_skipping_that_cannot_be(refused_run: Refused, options: dict[str, Any], says: str) -> None:
+    refused_run(passes=[{"dynamic_skipping": options}], says=says)
+
+
+def test_skipping_of_a_model_that_chooses_one_expert(
+    refused_run: Refused, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "models" / "top1", num_experts_per_tok=1)
+    refused_run(
+        model=model, passes=[{"dynamic_skipping": {}}], says="each token chooses one expert, so there is nothing"
+    )
+
+
+def test_rules_in_a_config_that_do_not_fit(
+    refused: Refused, copy_of: CopyOf, mixtral: Path, recipe: WriteRecipe
+) -> None:
+    folder = copy_of(mixtral)
+    config = json.loads((folder / "config.json").read_text())
+    rule = {"rule": "ratio", "renormalise": True, "beta": 0.5}
+    part = {"version": 1, "layers": {"model.layers.5.mlp": rule}}
+    (folder / "config.json").write_text(json.dumps(config | {"compressor": {"format": 1, "skipping": part}}))
+    path = recipe(model=folder)
+    refused("run", "--quiet", path, says="`compressor.skipping`: there is no MoE layer 'model.layers.5.mlp'")

@@ -369,6 +369,9 @@ def test_compiled_answers_as_uncompiled():
     with moe.unskipped():
         torch.testing.assert_close(logits(compiled), logits(moe.model), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="depends on the data; compile without fullgraph=True"):
+        logits(torch.compile(moe.model, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
 
 
 # Saved, and read back
