@@ -93,6 +93,7 @@ def run(
     if not quiet:
         report.print_summary(result.record, _console())
         others = "" if "uneven" in result.record else " or plain transformers"
+        others += ", which runs it unskipped" if others and "skipping" in result.record else ""
         print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 

@@ -483,6 +483,8 @@ class _Run:
                     record["evaluation"]["alone"] = self._alone(subject, tokenizer, sources, passes, before)
         if counts := uneven_counts(moe.config):
             record["uneven"] = counts
+        if rules := moe.skip_rules:
+            record["skipping"] = {path: rule.to_json() for path, rule in rules.items()}
         record |= self._circumstances()
         if folder:
             inside = folder.path / "compressor"

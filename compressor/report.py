@@ -251,6 +251,8 @@ def model_card(record: Json) -> str:
     if layers := _kept_lines(record):
         notes = [f"* {note}" for done in record.get("passes", []) for note in decision_notes(done)]
         parts += ["## Experts kept", layers, *(["\n".join(notes)] if notes else [])]
+    if skipped := _skipped_lines(record):
+        parts += ["## Experts skipped", skipped]
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     parts += [
@@ -271,6 +273,12 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
             "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` "
             f"reads it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the "
             "pass the checkpoint would load anywhere, where the router allows that, at the price of memory."
+        )
+    if "skipping" in record:
+        return (
+            f"Tokens skip experts in {len(record['skipping'])} layers, by rules in `config.json` "
+            f"(`compressor.skipping`) that `compressor.load` switches on. The folder is an ordinary Hugging Face checkpoint: "
+            f"`{auto_class}.from_pretrained` and serving software read it too, and run it unskipped."
         )
     return (
         f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
@@ -605,6 +613,19 @@ def _kept_lines(record: Json) -> str:
         dropped = [expert for expert in range(num_experts.get(path, 0)) if expert not in set(ids)]
         lines.append(f"| `{path}` | {len(ids)} | {_ids(ids)} | {_ids(dropped) or NOTHING} |")
     return "\n".join(["| layer | experts | kept | dropped |", "|---|--:|---|---|", *lines]) if lines else ""
+
+
+def _skipped_lines(record: Json) -> str:
+    """How many experts a token uses in each layer, by the last pass that skips, as a Markdown table; empty without."""
+    decided = [done["decision"] for done in record.get("passes", []) if "mean_experts" in done["decision"]]
+    lines = []
+    for path, layer in decided[-1]["layers"].items() if decided else ():
+        held_out = layer.get("held_out", {}).get("mean_experts")
+        numbers = [layer["mean_experts"], held_out, layer.get("relative_loss")]
+        texts = [NOTHING if number is None else f"{number:.4g}" for number in (layer.get("beta"), *numbers)]
+        lines.append(f"| `{path}` | {layer['rule'] or 'none'} | {' | '.join(texts)} |")
+    heading = "| layer | rule | β | experts a token uses | on held-out text | relative loss |"
+    return "\n".join([heading, "|---|---|--:|--:|--:|--:|", *lines]) if lines else ""
 
 
 def _ids(ids: Sequence[int]) -> str:

@@ -71,6 +71,10 @@ def test_median_of_a_top_2_model(tokens, tmp_path):
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(original))
     apply_decision(tmp_path / "out" / "compressor" / "decision.json", str(folder), tmp_path / "applied")
     close(logits(compressor.load(tmp_path / "applied")[0]), expected)
+    assert result.record["skipping"] == {path: rule.to_json() for path, rule in rules.items()}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Tokens skip experts in 3 layers" in card
+    assert "run it unskipped" in card
 
 
 def test_a_mean_is_reached_by_the_running_model(eight, tokens, tmp_path):
