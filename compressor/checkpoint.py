@@ -32,7 +32,6 @@ from compressor.moe import (
     Adapter,
     ConfigLeaf,
     MoEModel,
-    base_implementation,
     read_entry,
     settle,
     structure_of,
@@ -548,8 +547,7 @@ def load_model(
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
-            found = _implementations(like.config, f"_{name}", like)
-            extra |= {name: found} if found[""] else {}
+            extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(
@@ -577,11 +575,10 @@ def load_model(
     return model
 
 
-def _implementations(config: Any, name: str, model: Any) -> dict[str, Any]:
+def _implementations(config: Any, name: str) -> dict[str, Any]:
     """The implementation that a config names, under the empty key, and those of its sub-configs under theirs."""
     parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
-    own = base_implementation(model, getattr(config, name, None))
-    return {"": own} | {key: _implementations(part, name, model) for key, part in parts.items()}
+    return {"": getattr(config, name, None)} | {key: _implementations(part, name) for key, part in parts.items()}
 
 
 def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapter]) -> Any:

@@ -277,8 +277,8 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
     if "skipping" in record:
         return (
             f"Tokens skip experts in {len(record['skipping'])} layers, by rules in `config.json` "
-            f"(`compressor.skipping`) that `compressor.load` switches on. The folder is an ordinary Hugging Face checkpoint: "
-            f"`{auto_class}.from_pretrained` and serving software read it too, and run it unskipped."
+            f"(`compressor.skipping`) that `compressor.load` switches on. The folder is an ordinary Hugging Face "
+            f"checkpoint: `{auto_class}.from_pretrained` and serving software read it too, and run it unskipped."
         )
     return (
         f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "

@@ -10,7 +10,9 @@ tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
 entry       our own key of the config
 skip_rule   which of a token's experts are skipped: formulas, and the JSON that says so
-skipping    skipping while the model runs, and counting it
+skip_state  what a layer knows while it skips; the counter
+skip_layers how each kind of block is made to skip
+skipping    on, off, and counted
 pairs       routers that return lists of (token, expert) pairs
 weights     norms of the experts' weights
 model       MoEModel: layers, masked, watched, keep
@@ -21,8 +23,10 @@ from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
 from compressor.moe.routing import RoutingRule
+from compressor.moe.skip_layers import is_decorated
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skipping import Counter, base_implementation, is_decorated, rules_of
+from compressor.moe.skip_state import Counter
+from compressor.moe.skipping import rules_of
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
@@ -43,7 +47,6 @@ __all__ = [
     "RoutingRule",
     "SkipRule",
     "Structure",
-    "base_implementation",
     "check_kept",
     "count_problem",
     "expert_weight_norms",

@@ -27,7 +27,7 @@ from compressor.moe.routing import (
     write_top_k,
 )
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skipping import Counter
+from compressor.moe.skip_state import Counter
 from compressor.moe.structure import MoELayer, Structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
@@ -104,10 +104,10 @@ class MoEModel:
 
     @contextmanager
     def watched(self, visitors: Mapping[str, Visitor], real: RealTokens) -> Iterator[None]:
-        """Within the context, a layer's visitor is given its RoutedTokens whenever the model runs."""
+        """Within the context, a layer's visitor is given its RoutedTokens when the model runs, which is unskipped."""
         for path in visitors:
             self.layer(path)
-        with tapped(self.model, self.structure, visitors, real):
+        with self.unskipped(), tapped(self.model, self.structure, visitors, real):
             yield
 
     @property
@@ -118,7 +118,7 @@ class MoEModel:
     @property
     def skips(self) -> bool:
         """Whether skipping is switched on."""
-        return bool(skipping.states(self.model))
+        return any(state.is_on for state in skipping.states(self.model).values())
 
     def skip(self, rules: Mapping[str, SkipRule]) -> None:
         """Skip experts from now on, by these rules and no others; without rules, no more.
@@ -146,26 +146,20 @@ class MoEModel:
     @contextmanager
     def unskipped(self) -> Iterator[None]:
         """Within the context no expert is skipped."""
-        was_on = self.skips
-        skipping.remove(self.model)
-        try:
+        with skipping.paused(self.model):
             yield
-        finally:
-            if was_on:
-                skipping.install(self.model, self.structure, self.skip_rules)
 
     @contextmanager
     def zeroed(self, rules: Mapping[str, SkipRule]) -> Iterator[None]:
         """Within the context, skipped experts are evaluated with weight 0: slow and plain, what skipping must equal."""
         skipping.refuse_rules(self.structure, rules)
-        was_on = self.skips
+        before = skipping.states(self.model)
         skipping.install(self.model, self.structure, rules, zeroed=True)
         try:
             yield
         finally:
-            skipping.remove(self.model)
-            if was_on:
-                skipping.install(self.model, self.structure, self.skip_rules)
+            wanted = {path: (state.rule, state.zeroed) for path, state in before.items()}
+            skipping.reinstate(self.model, self.structure, wanted, before | skipping.states(self.model))
 
     @contextmanager
     def counted(self) -> Iterator[Counter]:
@@ -198,9 +192,8 @@ class MoEModel:
         if padded:
             checked, switched_off = self._padded(checked)
         self._check_shared_tensors(checked)
-        rules = {path: rule.of_experts(checked[path]) for path, rule in self.skip_rules.items()}
-        self._check_rules(rules, checked, top_k)
-        skipped = self.skips
+        rules = self._rules_after(checked, top_k)
+        skipped = skipping.states(self.model)
         skipping.remove(self.model)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         layers = tuple(self._keep_in_layer(layer, checked[layer.path], made) for layer in self.layers)
@@ -220,18 +213,22 @@ class MoEModel:
             )
         write_entry(self.config, "skipping", skipping.rules_json(rules))
         if skipped:
-            skipping.install(self.model, self.structure, rules)
+            wanted = {path: (rule, False) for path, rule in rules.items()}
+            skipping.reinstate(self.model, self.structure, wanted, skipped)
 
-    def _check_rules(self, rules: Mapping[str, SkipRule], kept: Kept, top_k: int | None) -> None:
-        """The layers must be able to skip as they do when they have fewer experts."""
+    def _rules_after(self, kept: Kept, top_k: int | None) -> dict[str, SkipRule]:
+        """The rules by which the layers will skip when they have fewer experts. Raises where they could not."""
+        skipping.refuse_rules(self.structure, self.skip_rules)
+        rules = {path: rule.of_experts(kept[path]) for path, rule in self.skip_rules.items()}
         smaller = tuple(
             dataclasses.replace(layer, num_experts=len(kept[layer.path]), top_k=top_k or layer.top_k)
             for layer in self.layers
         )
         try:
             skipping.refuse_rules(dataclasses.replace(self.structure, layers=smaller), rules)
-        except ValueError as error:
+        except (ValueError, UnsupportedModelError) as error:
             raise ValueError(f"the model skips experts, and could not go on like this: {error}") from error
+        return rules
 
     def _check_top_k(self, top_k: int | None) -> None:
         if top_k is None:
@@ -353,7 +350,7 @@ def refuse_quantised(config: Any) -> None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
             f"{config.model_type}: the checkpoint is quantised ({getattr(kind, 'value', kind)}). "
-            f"Prune the unquantised checkpoint, then quantise the result."
+            f"Prune the unquantised checkpoint, or let it skip experts, then quantise the result, which runs unskipped."
         )
 
 

@@ -28,16 +28,17 @@ class PairLists:
     top_k: int
 
     @classmethod
-    def of(cls, output: Any, path: str, top_k: int) -> PairLists:
-        """Raises UnsupportedModelError where the router returns something else."""
+    def of(cls, output: Any, path: str, num_tokens: int) -> PairLists:
+        """What a router has returned for so many tokens. Raises UnsupportedModelError where it is something else."""
         kinds = tuple(type(value) for value in output) if isinstance(output, tuple) else ()
-        if kinds[:4] != (Tensor, Tensor, Tensor, list) or len(output[0]) % top_k or sum(output[3]) != len(output[0]):
+        is_known = kinds[:4] == (Tensor, Tensor, Tensor, list) and sum(output[3]) == len(output[0])
+        if not is_known or len(output[0]) % num_tokens:
             raise UnsupportedModelError(
                 f"{path}: its router does not return lists of pairs, their tokens, their weights and their number for "
                 f"each expert."
             )
         slot_P, token_P, weight_P, sizes, *others = output
-        return cls(slot_P, token_P, weight_P, sizes, tuple(others), top_k)
+        return cls(slot_P, token_P, weight_P, sizes, tuple(others), len(slot_P) // num_tokens)
 
     def _by_slot(self, values_P: Tensor) -> Tensor:
         return torch.zeros_like(values_P).scatter(0, self.slot_P, values_P).view(-1, self.top_k)

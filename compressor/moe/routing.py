@@ -150,11 +150,16 @@ def top_k_set(model: Any, structure: Structure, top_k: int | None) -> Iterator[N
 
 
 def write_top_k(model: Any, structure: Structure, top_k: int) -> None:
-    """Set the number of experts per token in the config and in every module that keeps it."""
+    """Set the number of experts per token in the config and in every module that keeps it; not in modules that have
+    another one than the config for the time being (`SkipRule.normalise_over`).
+    """
     assert structure.top_k_leaf is not None
+    before = structure.top_k_leaf.get(model.config)
     structure.top_k_leaf.set(model.config, top_k)
     for (path, attribute), (stride, extra) in structure.top_k_integers.items():
-        setattr(model.get_submodule(path), attribute, stride * top_k + extra)
+        module = model.get_submodule(path)
+        if getattr(module, attribute) == stride * before + extra:
+            setattr(module, attribute, stride * top_k + extra)
 
 
 @dataclass(frozen=True)
@@ -302,7 +307,7 @@ def renormalises(
     """Whether the router divides the weights of the experts that it chose by their sum, or something that holds it.
 
     By the closed rule; without one, by asking for one expert less: the others' weights then grow. Where the router
-    cannot be asked, weights differ and all tokens' sums are alike if it does; of a single token True is said.
+    cannot be asked, weights differ and all tokens' sums are alike if it does.
     """
     if rule is not None:
         return rule.renormalise

@@ -56,7 +56,12 @@ class SkipRule:
             raise ValueError(f"unknown rule {self.rule!r}; known are {', '.join(get_args(RuleName))}")
         if type(self.renormalise) is not bool:
             raise ValueError(f"`renormalise` should be true or false, found {self.renormalise!r}")
-        wanted = {"top_k"} if self.rule == "top_k" else {"beta"} | ({"expert_norms"} & {self._norms_wanted})
+        wanted = {
+            "ratio": {"beta"},
+            "tail_mass": {"beta"},
+            "contribution": {"beta", "expert_norms"},
+            "top_k": {"top_k"},
+        }[self.rule]
         given = {name for name in ("beta", "expert_norms", "top_k") if getattr(self, name) is not None}
         if given != wanted:
             raise ValueError(f"the rule {self.rule} needs {_and(wanted)}, found {_and(given)}")
@@ -68,14 +73,12 @@ class SkipRule:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ValueError(f"`{name}` should be a whole number from 1 up, found {value!r}")
+        if self.normalise_over is not None and not self.renormalise:
+            raise ValueError("`normalise_over` means nothing where the router does not renormalise (`renormalise`)")
         if self.normalise_over is not None and (self.top_k is None or self.normalise_over < self.top_k):
             raise ValueError(
                 f"`normalise_over` should be at least `top_k`, found {self.normalise_over} and {self.top_k}"
             )
-
-    @property
-    def _norms_wanted(self) -> str:
-        return "expert_norms" if self.rule == "contribution" else ""
 
     def to_json(self) -> dict[str, Any]:
         """The rule as a checkpoint's config has it: without what it does not need."""
@@ -135,7 +138,7 @@ class SkipRule:
     def kept(
         self, index_TK: Tensor, weights_TK: Tensor, num_experts: int | None = None, norms_E: Tensor | None = None
     ) -> Tensor:
-        """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing.
+        """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing, but by `top_k`.
 
         Ids from `num_experts` up are no experts, and are not skipped; None: there are no such ids.
         """
@@ -165,11 +168,13 @@ class SkipRule:
         weights = weights_TK.float()
         left_TK = weights.masked_fill(~kept_TK, 0.0)
         if self.normalise_over is not None and self.normalise_over < weights.shape[-1]:
-            mass_TC = weights.topk(self.normalise_over, dim=-1).values
-            left_TK = left_TK * (weights.sum(-1, keepdim=True) / mass_TC.sum(-1, keepdim=True))
+            mass_T1 = weights.topk(self.normalise_over, dim=-1).values.sum(-1, keepdim=True)
         elif self.renormalise and self.normalise_over is None:
-            left_TK = left_TK * (weights.sum(-1, keepdim=True) / left_TK.sum(-1, keepdim=True))
-        return left_TK.to(weights_TK.dtype)
+            mass_T1 = left_TK.sum(-1, keepdim=True)
+        else:
+            return left_TK.to(weights_TK.dtype)
+        factor_T1 = weights.sum(-1, keepdim=True) / mass_T1.masked_fill(mass_T1 == 0, 1.0)  # all of a token's may be 0
+        return (left_TK * factor_T1).to(weights_TK.dtype)
 
 
 def _is_number(value: object) -> bool:

@@ -610,7 +610,9 @@ class _PairsTap(_Tap):
     def _after_lists(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._deaf:
             return
-        index, weights = PairLists.of(output, self.layer.path, self.layer.top_k).choices()
+        index, weights = PairLists.of(
+            output, self.layer.path, args[0].reshape(-1, args[0].shape[-1]).shape[0]
+        ).choices()
         mask_T = self._mask(len(index))
         hidden = args[0].reshape(len(index), -1)
 
@@ -646,6 +648,21 @@ def rule_of_block(model: nn.Module, layer: MoELayer, hidden_TH: Tensor | None = 
     few_TH = hidden_TH[:_NUM_TOKENS_THROUGH_BLOCK]
     (container, names), *_ = layer.containers.items()
     modules = [model.get_submodule(f"{container}.{name}") for name in names]
+    was_training = block.training
+    block.eval()  # in training some shake their input
+    try:
+        return _rule_of_block(model, layer, few_TH, modules)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{layer.path} ({type(block).__name__}): how it chooses its experts cannot be found out, since it or its "
+            f"experts need more than hidden states: {error}; this needs a plugin."
+        ) from error
+    finally:
+        block.train(was_training)
+
+
+def _rule_of_block(model: nn.Module, layer: MoELayer, few_TH: Tensor, modules: list[nn.Module]) -> RoutingRule:
+    block, weights = model.get_submodule(layer.path), router_weights(model, layer)
     with RouterLogits(weights) as mode:
         full = _first(block.forward(few_TH[None]))
     assert mode.seen is not None

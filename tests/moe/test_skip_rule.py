@@ -154,6 +154,15 @@ def test_a_token_that_skips_nothing_has_its_own_weights_to_the_bit(dtype):
     assert torch.equal(found[whole_T], weights_TK[whole_T])
 
 
+@pytest.mark.parametrize(
+    "rule", [SkipRule("ratio", True, beta=0.5), SkipRule("top_k", True, top_k=1, normalise_over=1)]
+)
+def test_a_token_that_no_expert_counts_for_stays_so(rule):
+    """All its weights are 0, as sigmoids may underflow to; beside it another token skips."""
+    found = weights_after(rule, [[0.0, 0.0], [0.9, 0.1]])
+    assert found.tolist() == [[0.0, 0.0], [pytest.approx(1.0), 0.0]]
+
+
 def test_top_k_normalised_over_more():
     """Weights 0.4 0.3 0.2 0.1. Two of them as they are, normalised over 4; over 3 they are divided by 0.9; over 2 by
     0.7, the mass of the two themselves.
@@ -193,6 +202,10 @@ def test_top_k_normalised_over_more():
             "`normalise_over` should be at least `top_k`, found 2 and 4",
         ),
         ({"rule": "ratio", "renormalise": True, "beta": 0.5, "normalise_over": 8}, "should be at least `top_k`"),
+        (
+            {"rule": "top_k", "renormalise": False, "top_k": 2, "normalise_over": 8},
+            "`normalise_over` means nothing where the router does not renormalise",
+        ),
         ({"rule": "ratio", "beta": 0.5}, "a rule has the keys beta, expert_norms"),
         ({"rule": "ratio", "renormalise": True, "beta": 0.5, "colour": 1}, "found beta, colour, renormalise, rule"),
     ],

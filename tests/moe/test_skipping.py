@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
 from compressor import CheckpointError, MoEModel, SkipRule, UnsupportedModelError
+from compressor.moe import RealTokens
 from compressor.testing import answers, tiny_inputs, tiny_model
 from compressor.testing.checks import expert_matrix_size, save
 
@@ -556,14 +557,288 @@ def test_expert_parallelism_is_refused_when_it_runs():
         logits(moe.model)
 
 
-def test_another_number_of_choices_at_run_time_is_refused():
+def test_more_choices_at_run_time_than_the_rule_was_made_for():
     moe = small("mixtral")
     moe.skip(everywhere(moe))
-    moe.model.get_submodule(moe.layers[0].router).top_k = 3
+    moe.model.get_submodule(moe.layers[0].router).top_k = 5
     with pytest.raises(
-        UnsupportedModelError, match="given 3 choices per token, and its rule for skipping is made for 4"
+        UnsupportedModelError, match="given 5 choices per token, and its rule for skipping is made for 4"
     ):
         logits(moe.model)
+
+
+# What users do in between
+
+
+def test_another_experts_implementation_underneath():
+    """What the model's config names is what the pairs are evaluated by, while skipping and after."""
+    moe, other = small("mixtral"), small("mixtral")
+    moe.skip(everywhere(moe))
+    moe.model.set_experts_implementation("eager")
+    other.model.set_experts_implementation("eager")
+    other.skip(everywhere(other))
+    assert moe.skips
+    assert torch.equal(logits(moe.model), logits(other.model))
+    with moe.unskipped():
+        pass
+    moe.skip({})
+    assert moe.model.config._experts_implementation == "eager"
+    assert {moe.model.get_submodule(layer.experts).config._experts_implementation for layer in moe.layers} == {"eager"}
+
+
+def test_two_models_with_one_config():
+    first = small("mixtral")
+    second = MoEModel(type(first.model)(first.model.config).eval())
+    assert second.model.config is first.model.config
+    untouched = logits(second.model)
+    first.skip(everywhere(first))
+    assert torch.equal(logits(second.model), untouched)
+    first.skip({})
+    assert torch.equal(logits(second.model), untouched)
+
+
+def test_rules_that_fail_leave_those_that_were_on():
+    moe = small("mixtral")
+    first, second, _ = moe.layers
+    moe.model.get_submodule(second.path).experts = moe.model.get_submodule(first.path).experts
+    moe.skip({first.path: HALF, second.path: HALF})
+    before = logits(moe.model)
+    for use in (moe.skip, lambda rules: moe.zeroed(rules).__enter__()):
+        with pytest.raises(ValueError, match="share their experts"):
+            use({first.path: HALF, second.path: HALF.at(0.3)})
+        assert moe.skips
+        assert torch.equal(logits(moe.model), before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "jetmoe", "llama4_text", "dbrx"])
+def test_contexts_within_each_other(name):
+    moe = small(name, top_k=2 if name == "jetmoe" else 4)
+    inputs = tiny_inputs(moe.model)
+
+    def found():
+        return answers(moe.model, inputs)
+
+    rules = everywhere(moe, HALF.at(0.8))
+    untouched = found()
+    moe.skip(rules)
+    skipped = found()
+    with moe.zeroed(everywhere(moe, HALF.at(0.3))):
+        other = found()
+        with moe.unskipped():
+            assert torch.equal(found(), untouched)
+            with moe.unskipped():
+                assert torch.equal(found(), untouched)
+            assert torch.equal(found(), untouched)
+        assert torch.equal(found(), other)
+        with moe.zeroed(rules):
+            torch.testing.assert_close(found(), skipped, rtol=1e-3, atol=1e-4)
+        assert torch.equal(found(), other)
+    assert torch.equal(found(), skipped)
+    with pytest.raises(KeyboardInterrupt), moe.unskipped():
+        raise KeyboardInterrupt
+    assert torch.equal(found(), skipped)
+
+
+def test_counters_go_through_contexts_and_stand_side_by_side():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    path = moe.layers[0].path
+    with moe.counted() as outer:
+        logits(moe.model)
+        with moe.unskipped():
+            logits(moe.model)  # nothing skips, so nothing is counted
+        with moe.counted() as inner:
+            logits(moe.model)
+        moe.skip(everywhere(moe, HALF.at(0.3)))
+        logits(moe.model)
+    assert outer.tokens[path] == 3 * 24
+    assert inner.tokens[path] == 24
+
+
+def test_padding_in_positional_arguments_and_no_mask_left_over():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    ids, mask = token_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, 5:] = 0
+    with moe.counted() as counter, torch.no_grad():
+        moe.model(ids, mask)
+        moe.model.model(ids)
+    assert set(counter.tokens.values()) == {14 + 18}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "jetmoe", "llama4_text"])
+def test_a_model_that_skips_is_watched_unskipped(name):
+    moe = small(name, top_k=2)
+    inputs = tiny_inputs(moe.model)
+    untouched = answers(moe.model, inputs)
+    moe.skip(everywhere(moe, HALF.at(0.9)))
+    real = RealTokens(torch.ones(inputs["input_ids"].numel(), dtype=torch.bool))
+    with moe.counted() as counter, moe.watched({layer.path: lambda tokens: None for layer in moe.layers}, real):
+        torch.testing.assert_close(answers(moe.model, inputs), untouched)
+    assert counter.tokens == {}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "jetmoe"])
+def test_a_lower_top_k_masked_or_kept(name):
+    """A pruning pass that also lowers top-k, over a model that skips."""
+    moe, other = small(name, top_k=3), small(name, top_k=3)
+    inputs = tiny_inputs(moe.model)
+    kept = {layer.path: range(8) for layer in moe.layers}
+    for one in (moe, other):
+        one.skip(everywhere(one, HALF.at(0.7)))
+    other.keep(kept, top_k=2)
+    with moe.masked(kept, top_k=2):
+        torch.testing.assert_close(answers(moe.model, inputs), answers(other.model, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_asked_for_more_stays_so():
+    moe, other = small("mixtral"), small("mixtral")
+    rules = everywhere(moe, SkipRule("top_k", True, top_k=2, normalise_over=8))
+    moe.skip(rules)
+    other.skip(rules)
+    before, kept = logits(moe.model), {layer.path: range(8) for layer in moe.layers}
+    other.keep(kept, top_k=3)
+    with moe.masked(kept, top_k=3):
+        torch.testing.assert_close(logits(moe.model), logits(other.model), rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(moe.model), before)
+    assert other.config.num_experts_per_tok == 3
+
+
+def test_shared_experts_behind_two_routers_that_are_asked_for_more():
+    moe = small("mixtral")
+    first, second, _ = moe.layers
+    moe.model.get_submodule(second.path).experts = moe.model.get_submodule(first.path).experts
+    untouched = logits(moe.model)
+    rule = SkipRule("top_k", True, top_k=2, normalise_over=8)
+    moe.skip({first.path: rule, second.path: rule})
+    assert not torch.equal(logits(moe.model), untouched)
+    moe.skip({})
+    assert torch.equal(logits(moe.model), untouched)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "llama4_text"])
+def test_no_tokens_at_all(name):
+    moe = small(name, top_k=2)
+    block = moe.model.get_submodule(moe.layers[0].path)
+    moe.skip(everywhere(moe))
+    found = block(torch.zeros(1, 0, 64))
+    assert (found[0] if isinstance(found, tuple) else found).numel() == 0
+
+
+def test_a_part_of_a_model_that_skips():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    half = logits(moe.model)
+    part = MoEModel(moe.model.model)
+    with part.unskipped():
+        assert not moe.skips
+    assert torch.equal(logits(moe.model), half)
+    with pytest.raises(ValueError, match="a part of a model that skips experts"):
+        part.skip({layer.path: HALF.at(0.2) for layer in part.layers})
+    assert torch.equal(logits(moe.model), half)
+
+
+def test_rules_that_do_not_fit_are_found_before_experts_go():
+    moe = small("mixtral")
+    moe.config.compressor = {"format": 1, "skipping": {"version": 1, "layers": {"model.layers.9.mlp": HALF.to_json()}}}
+    with pytest.raises(ValueError, match=r"no MoE layer .model\.layers\.9\.mlp. to skip experts in"):
+        moe.keep({layer.path: range(6) for layer in moe.layers})
+    assert moe.layers[0].num_experts == 8
+
+
+@pytest.mark.parametrize("name", ["dbrx", "llama4_text", "mixtral"])
+@pytest.mark.parametrize("first", ["hook", "skip"])
+def test_a_forward_that_others_wrap(name, first):
+    """As accelerate does for offloading: called while skipping, and left as it is afterwards."""
+    moe = small(name, top_k=2)
+    inputs = tiny_inputs(moe.model)
+    experts = moe.model.get_submodule(moe.layers[0].experts)
+    calls = []
+
+    def wrap():
+        inner = experts.forward
+        experts.forward = lambda *args, **kwargs: (calls.append(1), inner(*args, **kwargs))[1]
+
+    untouched = answers(moe.model, inputs)
+    if first == "hook":
+        wrap()
+    moe.skip(everywhere(moe, HALF.at(0.9)))
+    if first == "skip":
+        wrap()
+    assert not torch.equal(answers(moe.model, inputs), untouched)
+    during = len(calls)
+    moe.skip({})
+    if name == "mixtral" or first == "hook":  # else their forward goes on calling ours, which does nothing any more
+        assert torch.equal(answers(moe.model, inputs), untouched)
+        assert len(calls) > during
+    assert during > 0
+
+
+def test_pickled_and_read_in_a_fresh_process(tmp_path):
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    torch.save(moe.model, tmp_path / "model.pt")
+    torch.save(token_ids(2, 12), tmp_path / "ids.pt")
+    code = f"""
+        import torch
+        torch.set_num_threads(1)
+        model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        logits = model(torch.load({str(tmp_path / "ids.pt")!r})).logits.detach()
+        torch.save(logits, {str(tmp_path / "logits.pt")!r})
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(moe.model), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_weights_of_zero():
+    found = []
+    for use in ("skip", "zeroed"):
+        moe = small("mixtral")
+        if use == "skip":
+            moe.skip(everywhere(moe))
+            moe.model(token_ids(2, 12)).logits.square().mean().backward()
+        else:
+            with moe.zeroed(everywhere(moe)):
+                moe.model(token_ids(2, 12)).logits.square().mean().backward()
+        found.append(moe.model.get_submodule(moe.layers[0].experts).gate_up_proj.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+# Experts in a list, between forwards
+
+
+def test_lists_leave_nothing_behind_a_forward():
+    moe = MoEModel(tiny_models.tiny_model("mixtral4"))
+    moe.skip(everywhere(moe, HALF.at(0.7)))
+    moe.model(token_ids(2, 12)).logits.sum().backward()
+    twin = copy.deepcopy(moe.model)
+    assert torch.equal(logits(twin), logits(moe.model))
+    block = moe.model.get_submodule(moe.layers[0].path)
+    block.experts[2](torch.randn(5, 32))  # an expert on its own
+
+
+def test_lists_pass_what_is_not_finite_on():
+    """A NaN in one token's hidden state stays in that token."""
+    moe = MoEModel(tiny_models.tiny_model("deepseek4"))
+    block = moe.model.get_submodule(moe.layers[0].path)
+    hidden = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
+    hidden[0, 4] = float("nan")
+    moe.skip(everywhere(moe, SkipRule("ratio", False, beta=0.7)))
+    with torch.no_grad():
+        finite = block(hidden)[0].isfinite().all(-1)
+    assert finite.tolist() == [number != 4 for number in range(12)]
+
+
+def test_lists_are_switched_off_and_on_in_training_too():
+    """The block's own rule is found once, and not by shaking its input."""
+    moe = MoEModel(tiny_models.tiny_model("mixtral4"))
+    moe.model.train()
+    moe.skip(everywhere(moe, HALF.at(0.7)))
+    half = logits(moe.model)
+    with moe.unskipped():
+        pass
+    assert moe.model.training
+    assert torch.equal(logits(moe.model), half)
 
 
 def test_our_name_without_rules_runs_as_transformers_would():
