@@ -48,9 +48,7 @@ def read(domain: str, samples: int, split: str, tokenizer: Any) -> Sequences:
 def decided(moe: MoEModel, gathered: Gathered, **options: Any) -> dict[str, SkipRule]:
     """The rules that the method decides on."""
     method = DynamicSkipping(DynamicSkippingOptions(**options))
-    layers = method.decide(moe.layers, gathered)["layers"]
-    keys = ("rule", "renormalise", "beta", "expert_norms", "top_k", "normalise_over")
-    return {path: SkipRule.from_json({k: one[k] for k in keys if k in one}) for path, one in layers.items()}
+    return {path: SkipRule.of(one) for path, one in method.decide(moe.layers, gathered)["layers"].items()}
 
 
 def ways(moe: MoEModel, gathered: Gathered, means: list[float]) -> Iterator[tuple[str, dict[str, SkipRule]]]:

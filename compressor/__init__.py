@@ -42,7 +42,6 @@ if TYPE_CHECKING:
         count_problem,
         find_structure,
     )
-    from compressor.selection.budget import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.method import ExpertSelection
     from compressor.selection.options import SelectionOptions
@@ -75,7 +74,6 @@ _HOME = {
     "Statistic": "statistics",
     "Structure": "moe",
     "TaskSource": "sources",
-    "allocate": "selection.budget",
     "check_layer_names": "method",
     "compress": "engine",
     "count_problem": "moe",
@@ -120,7 +118,6 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
-    "allocate",
     "check_layer_names",
     "compress",
     "count_problem",

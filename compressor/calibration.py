@@ -73,22 +73,31 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, spli
     return Sequences(source.title, tuple(ids), fingerprint(ids))
 
 
-def load_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> Sequences | None:
-    """Text of the same kind as `load_sequences` gives, and none of it: a quarter as much, 32 sequences at most.
+def load_with_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> tuple[Sequences, Sequences | None]:
+    """What `load_sequences` gives, and text of the same kind that it does not give: a quarter as much, 32 sequences at
+    most.
 
-    The other split of a `demo:` source; of all others the sequences that follow. None where there are none left.
+    That is the other split of a `demo:` source; of all others the sequences that follow. None where none are left.
     """
     if source.samples is None:  # ready-made ids, all of them
-        return None
-    num_sequences = max(1, min(32, source.samples // 4))
+        return load_sequences(source, tokenizer, seed=seed), None
+    num_others = max(1, min(32, source.samples // 4))
     if isinstance(source, DemoSource):
-        other = source.model_copy(update={"samples": num_sequences, "split": None})
+        own = load_sequences(source, tokenizer, seed=seed)
+        update = {"samples": max(num_others, len(source.parts())), "split": None}
         split: Split = "train" if source.split == "held-out" else "held-out"
-        ids = load_sequences(other, tokenizer, seed=seed, split=split).ids
+        others = load_sequences(source.model_copy(update=update), tokenizer, seed=seed, split=split).ids
     else:
-        longer = source.model_copy(update={"samples": source.samples + num_sequences})
-        ids = load_sequences(longer, tokenizer, seed=seed).ids[source.samples :]
-    return Sequences(f"held-out {source.title}", ids, fingerprint(ids)) if ids else None
+        longer = source.model_copy(update={"samples": source.samples + num_others})
+        ids = load_sequences(longer, tokenizer, seed=seed).ids
+        own_ids, others = ids[: source.samples], ids[source.samples :]
+        own = Sequences(source.title, own_ids, fingerprint(own_ids))
+    return own, Sequences(held_out_name(source.title), others, fingerprint(others)) if others else None
+
+
+def held_out_name(title: str) -> str:
+    """What the held-out text of a source is called."""
+    return f"held-out {title}"
 
 
 def fingerprint(sequences: Iterable[Tensor]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -32,16 +33,23 @@ from compressor.calibration import (
     Sequences,
     TokenBatch,
     check_vocabulary,
-    load_held_out,
     load_sequences,
+    load_with_held_out,
     make_batches,
     tokenizer_fingerprint,
 )
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
-from compressor.errors import CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, VerificationError
+from compressor.errors import (
+    CalibrationError,
+    CheckpointError,
+    CompressorError,
+    RecipeError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Adapter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
 from compressor.progress import Progress
@@ -181,44 +189,66 @@ def decide(
         raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")
     chosen = plugins.methods[method]
     passes, about = merge_statistics([load_statistics(file) for file in files])
-    name = _pass_to_decide_on(passes, about, named, method)
+    names = _passes_to_decide_on(passes, about, named, method)
     try:
         made = chosen(chosen.options_type.model_validate(options), plugins.criteria)
     except ValueError as error:
         raise RecipeError(f"{method}: {_without_header(error)}") from error
     layers = [MoELayer.described(layer) for layer in about["layers"]]
-    domains = about["passes"][name]["domains"]
     try:
         made.check(layers)
-        made.check_domains(domains)
-        held_out = about["passes"][name].get("held_out", ())
-        decision = made.decide(layers, Gathered(passes[name], domains, held_out))
+        decision, domains = _decide_on_first(made, layers, {name: passes[name] for name in names}, about, named)
     except OptionError as error:
         raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}") from error
     done = {
         "method": method,
         "version": made.version,
         "options": made.options.model_dump(mode="json"),
-        "domains": list(domains),
+        "domains": domains,
         "decision": decision,
     }
     return {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
 
 
-def _pass_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> str:
-    """The pass whose figures are of the original model's layers: this method's own, if there is one."""
-    original = about["layers"]
-    usable = [name for name, one in about["passes"].items() if one["layers"] == original and passes.get(name)]
-    usable.sort(key=lambda name: name.partition(".")[2] != method)
+def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> list[str]:
+    """The passes whose figures are of the original model's layers, this method's own first."""
+    own = [name for name in about["passes"] if name.partition(".")[2] == method]
+    names = [*own, *(name for name in about["passes"] if name not in own)]
+    usable = [name for name in names if about["passes"][name]["layers"] == about["layers"] and passes.get(name)]
+    if own and not set(own) & set(usable):
+        raise RecipeError(
+            f"{named}: the figures of {own[0]} are of the model as the passes before it had left it, so they decide "
+            f"nothing for the original. Run the pass again, on what those have written."
+        )
     if not usable:
         raise RecipeError(f"{named}: it holds no figures of the original model's layers.")
-    name: str = usable[0]
-    if about["passes"][name]["progressive"]:
+    if about["passes"][usable[0]]["progressive"]:
         raise RecipeError(
             f"{named}: its figures were gathered progressively: each layer saw the layers before it as they were "
             f"pruned then, so they answer no other question. Observe again without `progressive`."
         )
-    return str(name)
+    return usable
+
+
+def _decide_on_first(
+    method: Method[Any],
+    layers: Sequence[MoELayer],
+    passes: Mapping[str, Any],
+    about: Mapping[str, Any],
+    named: str,
+) -> tuple[Decision, list[str]]:
+    """(decision, domains decided by), from the first pass whose figures the method understands."""
+    lacking: dict[str, KeyError] = {}
+    for name, figures in passes.items():
+        held_out = about["passes"][name].get("held_out", ())
+        domains = [domain for domain in about["passes"][name]["domains"] if domain not in held_out]
+        method.check_domains(domains)
+        try:
+            return method.decide(layers, Gathered(figures, about["passes"][name]["domains"], held_out)), domains
+        except KeyError as error:
+            lacking[name] = error
+    lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())
+    raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")
 
 
 def _without_header(error: ValueError) -> str:
@@ -544,22 +574,29 @@ class _Run:
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         seed, evaluation = self.recipe.seed, self.evaluation
+        passes = self.loaded.passes if calibrate else ()
+        with_held_out = {repr(s) for one in passes if one.method.held_out for s in self._pass_sources(one)}
         read: dict[str, Sequences] = {}  # a source that several passes use is read once
-        by_pass: list[list[Sequences]] = []
-        held_out: list[list[Sequences]] = []
-        for resolved in self.loaded.passes if calibrate else ():
-            for source in self._pass_sources(resolved):
-                read.setdefault(repr(source), load_sequences(source, tokenizer, seed=seed))
-            by_pass.append([read[repr(source)] for source in self._pass_sources(resolved)])
-            wanted = self._pass_sources(resolved) if resolved.method.held_out else ()
-            others = [load_held_out(source, tokenizer, seed=seed) for source in wanted]
-            held_out.append([sequences for sequences in others if sequences is not None])
+        others: dict[str, Sequences | None] = {}
+        for source in (source for one in passes for source in self._pass_sources(one)):
+            if repr(source) in with_held_out and repr(source) not in others:
+                read[repr(source)], others[repr(source)] = load_with_held_out(source, tokenizer, seed=seed)
+            elif repr(source) not in read:
+                read[repr(source)] = load_sequences(source, tokenizer, seed=seed)
+        by_pass, held_out = [], []
+        for one in passes:
+            names = [repr(source) for source in self._pass_sources(one)]
+            by_pass.append([read[name] for name in names])
+            found = [others[name] for name in names] if one.method.held_out else []
+            held_out.append([sequences for sequences in found if sequences is not None])
+        if with_held_out and not any(others.values()):
+            self.progress.say("no text is left to hold out: what is decided is only known for the calibration text")
         perplexity = [
             load_sequences(source, tokenizer, seed=seed, split="held-out")
             for source in (evaluation.perplexity if evaluation else ())
         ]
         limit = subject.max_positions
-        for sequences in read.values():
+        for sequences in [*read.values(), *filter(None, others.values())]:
             longest = max(len(ids) for ids in sequences.ids)
             if limit and longest > limit:
                 raise CalibrationError(
@@ -792,11 +829,10 @@ class _Run:
         for sequences in sources.perplexity:
             with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
                 perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
-            if counter.experts_per_token:
-                used[sequences.name] = counter.experts_per_token
+            used[sequences.name] = _used(moe, counter)
         tasks = {}
         if sources.tasks is not None:
-            with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update:
+            with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update, moe.counted() as counter:
                 tasks = measure.run_tasks(
                     moe.model,
                     tokenizer,
@@ -806,12 +842,12 @@ class _Run:
                     seed=self.recipe.seed,
                     progress=update,
                 )
+            if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
+                used["tasks"] = _used(moe, counter)
         routed = [
             measure.RoutedSize(
                 layer.num_experts,
-                sum(by_layer.get(layer.path, layer.top_k) for by_layer in used.values()) / len(used)
-                if used
-                else layer.top_k,
+                statistics.mean([by_layer[layer.path] for by_layer in used.values()] or [layer.top_k]),
                 layer.parameters_per_expert,
             )
             for layer in moe.layers
@@ -833,31 +869,43 @@ class _Run:
         before: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Every pass on a fresh original, measured as all of them together are. The first one's decision is known."""
-        found = []
+        found: list[dict[str, Any]] = []
         for resolved, done in zip(self.loaded.passes, passes, strict=True):
-            name = resolved.spec.method
-            moe = self._load(subject)
-            decision = done["decision"]
-            if resolved.index:
-                batches = self._batches(sources.by_pass[resolved.index])
-                held_out = self._batches(sources.held_out[resolved.index], held_out=True)
-                decision = self._decide(resolved, moe.layers, self._observe(moe, resolved, [*batches, *held_out]))
-            resolved.method.edit(moe, decision)
-            figures = self._evaluate(moe, tokenizer, sources, f"{name} alone")
-            assert figures is not None
-            compared = self._compared(before, figures, subject, moe, sources)
-            found.append({"pass": resolved.index, "method": name, "decision": decision, **compared})
+            entry = {"pass": resolved.index, "method": resolved.spec.method}
+            try:
+                entry |= self._measured_alone(resolved, done["decision"], subject, tokenizer, sources, before)
+            except CompressorError as error:  # what works behind other passes need not work alone
+                self.progress.say(f"{resolved.spec.method} alone cannot be measured: {error}")
+                entry["problem"] = str(error)
+            found.append(entry)
         return found
+
+    def _measured_alone(
+        self,
+        resolved: ResolvedPass,
+        decision: Decision,
+        subject: _Subject,
+        tokenizer: Any,
+        sources: _Sources,
+        before: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        moe = self._load(subject)
+        if resolved.index:  # what was decided is about the model that other passes had left
+            plan.check_pass(self.loaded, resolved, moe.layers)
+            batches = self._batches(sources.by_pass[resolved.index])
+            held_out = self._batches(sources.held_out[resolved.index], held_out=True)
+            decision = self._decide(resolved, moe.layers, self._observe(moe, resolved, [*batches, *held_out]))
+        resolved.method.edit(moe, decision)
+        figures = self._evaluate(moe, tokenizer, sources, f"{resolved.spec.method} alone")
+        assert figures is not None
+        return {"decision": decision, **self._compared(before, figures, subject, moe, sources)}
 
     def _speed(self, subject: _Subject, moe: MoEModel, sources: _Sources) -> dict[str, Any]:
         """The original, loaded once more, against the smaller model, alternated; on text that quality is measured on,
         or calibration text.
         """
         self.progress.say("speed: original and smaller model in turn")
-        original = subject.live
-        if original is None:
-            assert subject.checkpoint is not None
-            original = self._load_model(subject.checkpoint)
+        original = self._load(subject).model
         vocabulary = _vocabulary(moe.model)
         models = {"before": original, "after": moe.model}
         text = next((one.ids for one in [*sources.perplexity, *sources.all_calibration()]), ())
@@ -880,6 +928,11 @@ class _Sources:
     def all_held_out(self) -> list[Sequences]:
         """Every text that some pass is shown and may not decide by."""
         return [one for of_pass in self.held_out for one in of_pass]
+
+
+def _used(moe: MoEModel, counter: Counter) -> dict[str, float]:
+    """Layer path → experts that a token used: as counted where it skips some, else as many as it chooses."""
+    return {layer.path: float(layer.top_k) for layer in moe.layers} | counter.experts_per_token
 
 
 def _prunes(decision: Decision) -> bool:

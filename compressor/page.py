@@ -80,10 +80,15 @@ def _plots(layers: Json, record: Json) -> list[tuple[str, str]]:
     """What a pass did, layer by layer: experts per token where it skips, losses where it prunes."""
     plots = []
     if any("mean_experts" in one for one in layers.values()):
-        chosen = {layer["path"]: layer["top_k"] for layer in record.get("layers", [])}
-        used = ((record.get("evaluation") or {}).get("after") or {}).get("experts_per_token") or {}
+        before, used = (
+            ((record.get("evaluation") or {}).get(side) or {}).get("experts_per_token") or {}
+            for side in ("before", "after")
+        )
         series = [
-            Series("chosen by the router", [chosen.get(path) for path in layers], "line"),
+            *(
+                Series(f"before: {name}", [by.get(path) for path in layers], "line")
+                for name, by in [*before.items()][:1]
+            ),
             Series("used on calibration text", [one.get("mean_experts") for one in layers.values()]),
             Series("on held-out text", [one.get("held_out", {}).get("mean_experts") for one in layers.values()]),
             *(Series(f"counted: {name}", [by.get(path) for path in layers], "line") for name, by in used.items()),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compressor import checkpoint as checkpoints
+from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, rules_of, structure_of
@@ -143,6 +144,12 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
     twice = [title for title in titles if titles.count(title) > 1]
     if twice:
         raise loaded.error(resolved.path, f"two of its sources are called {twice[0]!r}; tell them apart with `name:`")
+    clash = [title for title in titles if held_out_name(title) in titles] if resolved.method.held_out else []
+    if clash:
+        raise loaded.error(
+            resolved.path,
+            f"a source is called {held_out_name(clash[0])!r}, as the held-out text of {clash[0]!r} is; rename it",
+        )
     try:
         resolved.method.check_domains(titles)
     except OptionError as error:

@@ -89,7 +89,7 @@ def figures(record: Json) -> list[Figure]:
     return [
         *_perplexity_rows(before.get("perplexity", {}), after.get("perplexity", {})),
         *_task_rows(before.get("tasks", {}), after.get("tasks", {}), evaluation.get("paired") or {}),
-        *_used_rows(before, after, record.get("layers", [])),
+        *_used_rows(before, after),
         *_size_rows(before, after),
         *_speed_rows(evaluation.get("speed") or {}),
         *_memory_rows(before, after, evaluation.get("speed") or {}),
@@ -101,18 +101,26 @@ def alone_rows(record: Json) -> list[tuple[str, ...]]:
     was not measured. Speed is a ratio to the model without any pass; errors and ranges are in the record.
     """
     evaluation = record.get("evaluation") or {}
-    if "alone" not in evaluation:
+    alone = evaluation.get("alone")
+    if not alone:
         return []
-    sides = {one["method"]: one for one in evaluation["alone"]} | {"all": evaluation}
-    columns = {name: {row.name: row for row in figures({**record, "evaluation": side})} for name, side in sides.items()}
-    rows: list[tuple[str, ...]] = [("figure", "none", *columns)]
-    for row in columns["all"].values():
-        if row.name.startswith(("process memory", "weights on disk")):
+    columns = [{row.name: row for row in figures({**record, "evaluation": side})} for side in [*alone, evaluation]]
+    methods = [one["method"] for one in alone]
+    headings = [
+        f"{one['pass'] + 1}. {one['method']}" if methods.count(one["method"]) > 1 else one["method"] for one in alone
+    ]
+    rows: list[tuple[str, ...]] = [("figure", "none", *headings, "all")]
+    for name in dict.fromkeys(name for column in [columns[-1], *columns] for name in column):
+        if name.startswith(("process memory", "weights on disk")):
             continue
-        is_speed = row.name.endswith("tokens/s")
-        cells = [column.get(row.name) or dataclasses.replace(row, after=row.before) for column in columns.values()]
-        texts = ["×1.00" if is_speed else row.before, *((cell.change if is_speed else cell.after) for cell in cells)]
-        rows.append((row.name, *(re.split(" [±[]", text)[0] for text in texts)))
+        known = next(column[name] for column in reversed(columns) if name in column)
+        is_speed = name.endswith("tokens/s")
+        unchanged = dataclasses.replace(known, after=known.before, change="×1.00")
+        cells = [column.get(name, unchanged) for column in columns]
+        texts = ["×1.00" if is_speed else known.before, *((cell.change if is_speed else cell.after) for cell in cells)]
+        for number, one in enumerate(alone, start=1):
+            texts[number] = NOTHING if "problem" in one else texts[number]
+        rows.append((name, *(re.split(" [±[]", text)[0] for text in texts)))
     return rows
 
 
@@ -235,7 +243,7 @@ def model_card(record: Json) -> str:
     parts = [
         f"---\n{_yaml(front)}---",
         f"# {name}",
-        f"`{reference}` made smaller with moe-compressor ({', '.join(methods) or 'no pass'}). "
+        f"`{reference}` compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
     ]
     if rows := figures(record):
@@ -269,10 +277,11 @@ def model_card(record: Json) -> str:
 
 def _who_reads_it(record: Json, auto_class: str) -> str:
     if "uneven" in record:
+        skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
         return (
             "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` "
             f"reads it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the "
-            "pass the checkpoint would load anywhere, where the router allows that, at the price of memory."
+            "pass the checkpoint would load anywhere, where the router allows that, at the price of memory." + skips
         )
     if "skipping" in record:
         return (
@@ -412,15 +421,15 @@ def _flips(flips: Json | None) -> str:
     return f"+{flips['gained']} −{flips['lost']} ({p})"
 
 
-def _used_rows(before: Json, after: Json, layers: Sequence[Json]) -> Iterator[Figure]:
-    """Experts that a token used on average, where one of the models skips some."""
+def _used_rows(before: Json, after: Json) -> Iterator[Figure]:
+    """Experts that a token used on average over the layers, where one of the models skips some or chooses fewer."""
     used = [side.get("experts_per_token") or {} for side in (before, after)]
-    chosen = {layer["path"]: layer["top_k"] for layer in layers}
-    for name in _union(*used):
-        numbers = [(chosen | side.get(name, {})).values() for side in used]
-        one, other = (statistics.mean(of) if of else None for of in numbers)
-        before_text, after_text = (NOTHING if mean is None else f"{mean:.3f}" for mean in (one, other))
-        yield Figure(f"experts/token {name}", before_text, after_text, _ratio(one, other))
+    for name in dict.fromkeys([*used[0], *used[1]]):
+        one, other = (statistics.mean(side[name].values()) if name in side else None for side in used)
+        skips = any(not float(number).is_integer() for side in used for number in side.get(name, {}).values())
+        if skips or (None not in (one, other) and one != other):
+            texts = [NOTHING if mean is None else f"{mean:.3f}" for mean in (one, other)]
+            yield Figure(f"experts/token {name}", texts[0], texts[1], _ratio(one, other))
 
 
 def _size_rows(before: Json, after: Json) -> Iterator[Figure]:
@@ -485,11 +494,12 @@ def _with_dropped(record: Json) -> Iterator[tuple[Json, dict[str, list[int]]]]:
 
 
 def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: Console) -> None:
-    layers = _with_domain_losses(done["decision"].get("layers", {}))
+    decided_layers = done["decision"].get("layers", {})
+    layers = _with_domain_losses(decided_layers)
     if not layers:
         return
     pattern, labels = _short_labels(list(layers))
-    hidden = {"kept", *_HIDDEN} if done["decision"].get("layers") != layers else {"kept", *_HIDDEN[:2]}
+    hidden = {*_ALWAYS_HIDDEN, *(_HIDDEN if any("domains" in one for one in decided_layers.values()) else ())}
     figures_shown = [key for key in _union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
     has_kept = any("kept" in decided for decided in layers.values())
     headings = [f">{_HEADINGS.get(key, key)}" for key in figures_shown]
@@ -510,9 +520,10 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
         _print_table(console, f"{done['method']}: does it beat chance?", compared)
 
 
-_HEADINGS = {"beta": "β", "mean_experts": "experts a token", "top_k": "top-k", "normalise_over": "normalised over"}
-_HIDDEN = ("uncovered", "loss_before_swaps", "loss", "objective", "median_loss", "sets", "swaps")
-"""Figures that only the record has: the first two always, the others where each domain has a column."""
+_HEADINGS = {"beta": "β", "mean_experts": "experts a token", "kept_mass": "mass kept"}
+_ALWAYS_HIDDEN = ("kept", "uncovered", "loss_before_swaps", "top_k", "normalise_over")
+_HIDDEN = ("loss", "objective", "median_loss", "sets", "swaps")
+"""Figures that only the record has: some always, others where each domain has a column."""
 _MOST_LISTED = 16
 """Of more experts than this only the number is shown; decision.json has them all."""
 
@@ -534,7 +545,7 @@ def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
 def decision_notes(done: Json) -> list[str]:
     """What a reader of a decision should know of some of its layers, one sentence for each kind of finding."""
     layers = done["decision"].get("layers", {})
-    notes = []
+    notes = [*_skipping_notes(done["decision"])]
     unreached = {path: decided["unreached"] for path, decided in layers.items() if decided.get("unreached")}
     if unreached:
         number = sum(map(len, unreached.values()))
@@ -557,6 +568,19 @@ def decision_notes(done: Json) -> list[str]:
     if short > 0:
         notes.append(f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts")
     return notes
+
+
+def _skipping_notes(decision: Json) -> Iterator[str]:
+    """By what rule experts are skipped, and how many a token uses."""
+    rules = [layer for layer in decision.get("layers", {}).values() if layer.get("rule")]
+    if not rules:
+        return
+    over = f" normalised over {rules[0]['normalise_over']}" if "normalise_over" in rules[0] else ""
+    rule = f"the {rules[0]['top_k']} largest{over}" if "top_k" in rules[0] else f"the rule {rules[0]['rule']}"
+    where = {"mean_experts": "calibration", "held_out_mean_experts": "held-out"}
+    used = [f"{decision[name]:.4g} experts on {text} text" for name, text in where.items() if name in decision]
+    tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
+    yield f"by {rule}, in {len(rules)} of {len(decision['layers'])} layers{tells}"
 
 
 def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
@@ -617,13 +641,14 @@ def _kept_lines(record: Json) -> str:
 
 def _skipped_lines(record: Json) -> str:
     """How many experts a token uses in each layer, by the last pass that skips, as a Markdown table; empty without."""
-    decided = [done["decision"] for done in record.get("passes", []) if "mean_experts" in done["decision"]]
+    by_pass = [done["decision"].get("layers", {}) for done in record.get("passes", [])]
+    decided = [layers for layers in by_pass if any("mean_experts" in layer for layer in layers.values())]
     lines = []
-    for path, layer in decided[-1]["layers"].items() if decided else ():
+    for path, layer in decided[-1].items() if decided else ():
         held_out = layer.get("held_out", {}).get("mean_experts")
-        numbers = [layer["mean_experts"], held_out, layer.get("relative_loss")]
+        numbers = [layer.get("mean_experts"), held_out, layer.get("relative_loss")]
         texts = [NOTHING if number is None else f"{number:.4g}" for number in (layer.get("beta"), *numbers)]
-        lines.append(f"| `{path}` | {layer['rule'] or 'none'} | {' | '.join(texts)} |")
+        lines.append(f"| `{path}` | {layer.get('rule') or 'none'} | {' | '.join(texts)} |")
     heading = "| layer | rule | β | experts a token uses | on held-out text | relative loss |"
     return "\n".join([heading, "|---|---|--:|--:|--:|--:|", *lines]) if lines else ""
 

@@ -220,7 +220,14 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
 def _saw_same_layers(name: str, *abouts: Mapping[str, Any]) -> bool:
     """Whether a pass found the same layers in both runs, and not what other passes had left of them."""
     one, other = (about["passes"][name]["layers"] for about in abouts)
-    return bool(one == other)
+    return _alike(one, other)
+
+
+def _alike(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether descriptions of layers agree in all that both say: an older file says less."""
+    return len(ours) == len(theirs) and all(
+        one[key] == other[key] for one, other in zip(ours, theirs, strict=True) for key in one.keys() & other.keys()
+    )
 
 
 def _refuse_mixing(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
@@ -232,7 +239,7 @@ def _refuse_mixing(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{cannot}: the text was cut by different tokenizers, {one['tokenizer']} and {other['tokenizer']}."
         )
-    if one["layers"] != other["layers"]:
+    if not _alike(one["layers"], other["layers"]):
         raise CheckpointError(f"{cannot}: the models have different MoE layers.")
     for name, found in [*one["passes"].items(), *other["passes"].items()]:
         if found["progressive"]:

@@ -14,8 +14,8 @@ from compressor.calibration import (
     Sequences,
     check_vocabulary,
     fingerprint,
-    load_held_out,
     load_sequences,
+    load_with_held_out,
     make_batches,
 )
 from compressor.errors import CalibrationError
@@ -132,11 +132,19 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
 # Held-out text
 
 
+def held_out(*arguments: Any, **settings: Any) -> Any:
+    """The held-out part; what it is held out from is what `load_sequences` gives."""
+    own, others = load_with_held_out(*arguments, **settings)
+    expected = load_sequences(*arguments, **settings)
+    assert (rows(own), own.name, own.fingerprint) == (rows(expected), expected.name, expected.fingerprint)
+    return others
+
+
 def test_held_out_text_follows_what_is_calibrated_on(tmp_path):
     """Of ten sequences, four are asked for; a quarter as many that follow are held out."""
     path = write_lines(tmp_path / "ids.jsonl", *({"input_ids": [number, number + 1]} for number in range(10)))
     asked = source(tokens=str(path), samples=4)
-    found = load_held_out(asked, None, seed=0)
+    found = held_out(asked, None, seed=0)
     assert rows(found) == [[4, 5]]
     assert found.name == "held-out ids"
     assert found.fingerprint == fingerprint(found.ids)
@@ -148,14 +156,14 @@ def test_held_out_text_of_documents(tmp_path):
     path.write_text("abcdefghijkl")
     asked = source(text=str(path), samples=2, length=4)
     assert rows(load_sequences(asked, Letters(), seed=0)) == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert rows(load_held_out(asked, Letters(), seed=0)) == [[9, 10, 11, 12]]
+    assert rows(held_out(asked, Letters(), seed=0)) == [[9, 10, 11, 12]]
 
 
 @pytest.mark.parametrize("samples", [None, 10])
 def test_nothing_is_held_out_where_all_is_asked_for(tmp_path, samples):
     path = write_lines(tmp_path / "ids.jsonl", *({"input_ids": [number, 1]} for number in range(10)))
     settings = {} if samples is None else {"samples": samples}
-    assert load_held_out(source(tokens=str(path), **settings), None, seed=0) is None
+    assert held_out(source(tokens=str(path), **settings), None, seed=0) is None
 
 
 def test_held_out_text_of_the_demo_is_its_other_split():
@@ -165,9 +173,16 @@ def test_held_out_text_of_the_demo_is_its_other_split():
     for split, other in ((None, "held-out"), ("train", "held-out"), ("held-out", "train")):
         asked = source(demo="arithmetic", samples=8, length=16, **({"split": split} if split else {}))
         expected = load_sequences(source(demo="arithmetic", samples=2, length=16, split=other), tokenizer, seed=3)
-        assert rows(load_held_out(asked, tokenizer, seed=3)) == rows(expected)
+        assert rows(held_out(asked, tokenizer, seed=3)) == rows(expected)
 
 
 def test_batches_say_that_they_are_held_out():
     assert [batch.held_out for batch in make_batches([torch.tensor([1, 2])], 1)] == [False]
     assert [batch.held_out for batch in make_batches([torch.tensor([1, 2])], 1, "x", held_out=True)] == [True]
+
+
+def test_a_mix_holds_out_something_of_each_domain():
+    from compressor.checkpoint import find_checkpoint, load_tokenizer
+
+    found = held_out(source(demo="mix", samples=6, length=16), load_tokenizer(find_checkpoint("demo")), seed=0)
+    assert len(found.ids) == 3

@@ -84,7 +84,6 @@ PUBLIC = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
-    "allocate",
     "check_layer_names",
     "compress",
     "count_problem",

@@ -352,7 +352,7 @@ def test_only_a_hub_name_is_a_base_model(reference: str) -> None:
     record = {"model": {"reference": reference}, "recipe": {}}
     card = report.model_card(record)
     assert "base_model" not in card
-    assert f"`{reference}` made smaller" in card
+    assert f"`{reference}` compressed with" in card
     assert "## Figures" not in card
 
 

@@ -99,6 +99,12 @@ class SkipRule:
             raise ValueError(f"`expert_norms` should be a list, found {norms!r}")
         return cls(**{**data, **({"expert_norms": tuple(norms)} if norms is not None else {})})
 
+    @classmethod
+    def of(cls, decided: Mapping[str, Any]) -> SkipRule:
+        """The rule in a layer's entry of a decision, which has figures beside it. Raises ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls.from_json({name: value for name, value in decided.items() if name in known})
+
     def at(self, beta: float) -> SkipRule:
         """The same rule with another threshold. Raises ValueError for `top_k`, which has none."""
         return dataclasses.replace(self, beta=beta)

@@ -30,6 +30,7 @@ _MANTISSA = 9
 _SMALLEST = 2.0**-16
 """Scores below this are all in the first bin."""
 _TOKENS_AT_ONCE = 16384
+_CHUNK_BYTES = 256 * 2**20
 _FIRST_BATCHES = 8
 
 
@@ -124,8 +125,9 @@ class SkipCurves(Statistic):
             assert tokens.output_TH is not None
             order = kept_TC.int().argsort(dim=1, descending=True, stable=True)[:, : int(kept_TC.sum(1).max())]
             index_Tc, new_Tc = index_TC.gather(1, order), new_TC.gather(1, order)
-            for start in range(0, tokens.num_tokens, _TOKENS_AT_ONCE):
-                part = slice(start, start + _TOKENS_AT_ONCE)
+            step = max(1, _CHUNK_BYTES // (4 * tokens.hidden_TH.shape[1] * index_Tc.shape[1]))
+            for start in range(0, tokens.num_tokens, step):
+                part = slice(start, start + step)
                 outputs_cCH = tokens.evaluate_experts(tokens.hidden_TH[part], index_Tc[part]).float()
                 if tokens.lift is not None:
                     outputs_cCH = tokens.lift(outputs_cCH.flatten(0, 1)).view(*outputs_cCH.shape[:2], -1)
@@ -187,6 +189,7 @@ class SkipCurves(Statistic):
         for domain, row in self._fixed_sums.items():
             assert self.fixed is not None
             found.setdefault(self.fixed.figure, torch.zeros(len(self._domains), 3, dtype=torch.float64))[domain] = row
+        self._batches = []  # another layer's are next
         return found
 
     def _of(self, domain: int) -> list[_Batch]:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StrictFloat,
+    StrictInt,
+    Tag,
+    model_validator,
+)
 from torch import Tensor
 
 from compressor import (
@@ -23,11 +32,10 @@ from compressor import (
     check_layer_names,
 )
 from compressor_dynamic_skipping.curves import FixedCount, SkipCurves, expert_norms
-from compressor_dynamic_skipping.thresholds import Curve, Reached, shared_out, uncertainty
+from compressor_dynamic_skipping.thresholds import Curve, Reached, beta_for_mean, uncertainty
 
 _PRECISION = 0.1
 _TARGETS = ("threshold", "mean_experts", "keep_mass", "top_k")
-_RULE_KEYS = ("rule", "renormalise", "beta", "expert_norms", "top_k", "normalise_over")
 
 
 def _possible_threshold(beta: int | float) -> int | float:
@@ -46,15 +54,17 @@ def _not_empty(by_layer: dict[str, Any]) -> dict[str, Any]:
     return by_layer
 
 
+def _kind(threshold: Any) -> str:
+    return "layers" if isinstance(threshold, Mapping) else "amount"
+
+
 Beta = Annotated[StrictInt | StrictFloat, AfterValidator(_possible_threshold)]
-Threshold = (
-    Literal["median"]
-    | Beta
-    | Annotated[
-        dict[Annotated[str, BeforeValidator(_as_text)], Literal["median"] | Beta],
-        AfterValidator(_not_empty),
-    ]
-)
+LayerName = Annotated[str, BeforeValidator(_as_text)]
+BetasOfLayers = Annotated[dict[LayerName, Literal["median"] | Beta], AfterValidator(_not_empty)]
+Threshold = Annotated[
+    Annotated[Literal["median"] | Beta, Tag("amount")] | Annotated[BetasOfLayers, Tag("layers")],
+    Discriminator(_kind),
+]
 
 
 class DynamicSkippingOptions(Options):
@@ -64,7 +74,7 @@ class DynamicSkippingOptions(Options):
         default=None,
         description="what is small: ratio (a weight against the token's largest), tail_mass (the smallest weights "
         "together against all), contribution (weight times the expert's mean output norm, against the largest); "
-        "default tail_mass with `keep_mass`, else ratio",
+        "default ratio with `threshold`, else tail_mass",
     )
     threshold: Threshold | None = Field(
         default=None,
@@ -74,8 +84,9 @@ class DynamicSkippingOptions(Options):
     )
     mean_experts: StrictInt | StrictFloat | None = Field(
         default=None,
-        description="experts that a token is to use on average over all layers, such as 5.5; shared out among them "
-        "so that their squared errors add up to least",
+        allow_inf_nan=False,
+        description="experts that a token is to use on average over all layers, such as 5.5: by one threshold for all, "
+        "so layers that choose with less doubt use fewer",
     )
     keep_mass: StrictFloat | None = Field(
         default=None,
@@ -99,6 +110,7 @@ class DynamicSkippingOptions(Options):
     precision: StrictInt | StrictFloat | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="how well the calibration text must tell a mean number of experts per token, averaged over the "
         "layers: two standard errors, in experts; default 0.1",
     )
@@ -116,7 +128,8 @@ class DynamicSkippingOptions(Options):
             raise ValueError(
                 f"`normalise_over` should be at least `top_k`, found {self.normalise_over} and {self.top_k}"
             )
-        calibrated = self.mean_experts is not None or self.keep_mass is not None or self._by_median
+        by_mass = self.keep_mass is not None and self.skip_by != "tail_mass"
+        calibrated = self.mean_experts is not None or by_mass or self._by_median
         if self.precision is not None and not calibrated:
             raise ValueError("`precision` would have no effect: nothing is calibrated; leave it out")
         return self
@@ -135,7 +148,7 @@ class DynamicSkippingOptions(Options):
     @property
     def skip_by(self) -> Literal["ratio", "tail_mass", "contribution"]:
         """The rule that applies."""
-        return self.rule or ("tail_mass" if self.keep_mass is not None else "ratio")
+        return self.rule or ("ratio" if self.target == "threshold" else "tail_mass")
 
     def threshold_of(self, layer: MoELayer) -> str | float | None:
         """What was said of a layer's threshold: a number, median, or None where it is to skip nothing."""
@@ -174,8 +187,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         return Plan(notes=list(self._notes(layers)))
 
     def _check_mean(self, layers: Sequence[MoELayer]) -> None:
-        mean = self.options.mean_experts
-        most = sum(layer.top_k for layer in layers) / len(layers)
+        mean, chosen = self.options.mean_experts, [layer.top_k for layer in layers if layer.top_k >= 2]
+        most = sum(chosen) / len(chosen)
         if mean is not None and not 1 <= mean < most:
             raise OptionError(
                 "mean_experts",
@@ -231,19 +244,15 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         """What thresholds do is told for text that they were not found on, too."""
         return True
 
-    @property
-    def _fixed(self) -> FixedCount | None:
+    def _fixed(self, layer: MoELayer) -> FixedCount | None:
         top_k = self.options.top_k
-        return None if top_k is None else FixedCount(top_k, self.options.normalise_over or 0)
+        return None if top_k is None else FixedCount(top_k, self.options.normalise_over or layer.top_k)
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Curves for every rule and threshold; nothing where nothing can be skipped."""
         if layer.top_k < 2:
             return None
-        fixed = self._fixed
-        if fixed is not None and not self.options.normalise_over:
-            fixed = FixedCount(fixed.top_k, layer.top_k)
-        return SkipCurves(layer, fixed)
+        return SkipCurves(layer, self._fixed(layer))
 
     # decide
 
@@ -254,12 +263,13 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         active = [layer for layer in layers if layer.top_k >= 2 and layer.path in statistics]
         if not active:
             raise OptionError(None, "nothing was gathered to decide by; observe again.")
+        self._refuse_unseen(layers, active)
         if self.options.top_k is not None:
             found = {one.path: self._fixed_count(one, statistics, calibration, held_out) for one in active}
         else:
             found = self._thresholds(active, statistics, calibration, held_out)
         decision: Decision = {
-            "layers": {layer.path: found.get(layer.path) or _unskipped(layer, held_out) for layer in layers}
+            "layers": {layer.path: found.get(layer.path) or _unskipped(layer.top_k, held_out) for layer in layers}
         }
         if not any(layer["rule"] for layer in decision["layers"].values()):
             raise OptionError(self.options.target, "no layer would skip anything.")
@@ -267,6 +277,14 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if held_out:
             decision["held_out_mean_experts"] = _mean([layer["held_out"]["mean_experts"] for layer in found.values()])
         return decision
+
+    def _refuse_unseen(self, layers: Sequence[MoELayer], active: Sequence[MoELayer]) -> None:
+        """A layer that is named must have been seen."""
+        for layer in layers:
+            if isinstance(self.options.threshold, dict) and layer not in active and self.options.threshold_of(layer):
+                raise OptionError(
+                    "threshold", f"{layer.path}: no token of the calibration text comes to this layer, or it is top-1."
+                )
 
     def _thresholds(
         self, layers: Sequence[MoELayer], statistics: Gathered, calibration: Sequence[int], held_out: Sequence[int]
@@ -285,7 +303,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         for layer in layers:
             beta, figures, curve = betas[layer.path], statistics[layer.path], curves[layer.path]
             if beta is None:
-                found[layer.path] = _unskipped(layer, held_out)
+                found[layer.path] = _unskipped(curve.most, held_out)
                 continue
             norms = expert_norms(figures, calibration).tolist() if rule == "contribution" else None
             found[layer.path] = {
@@ -305,10 +323,9 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         options = self.options
         if options.mean_experts is not None:
             try:
-                means = shared_out(curves, options.mean_experts)
+                return dict.fromkeys(curves, beta_for_mean(list(curves.values()), options.mean_experts))
             except ValueError as error:
                 raise OptionError("mean_experts", f"{error}.") from error
-            return {path: curve.beta_for_mean(means[path]) for path, curve in curves.items()}
         if options.keep_mass is not None:
             if options.skip_by == "tail_mass":  # every token keeps it, whatever the text
                 return dict.fromkeys(curves, round(1 - options.keep_mass, 12))
@@ -338,6 +355,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if options.keep_mass is not None and options.skip_by == "tail_mass":
             return
         reached = {path: curves[path].reached(beta).mean_experts for path, beta in betas.items() if beta is not None}
+        if not reached:
+            return
         error = _mean([uncertainty(curves[path], mean) for path, mean in reached.items()])
         tokens = min(curve.tokens for curve in curves.values())
         precision = _PRECISION if options.precision is None else options.precision
@@ -353,31 +372,30 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
     def _fixed_count(
         self, layer: MoELayer, statistics: Gathered, calibration: Sequence[int], held_out: Sequence[int]
     ) -> dict[str, Any]:
-        options, figures = self.options, statistics[layer.path]
+        options, figures, fixed = self.options, statistics[layer.path], self._fixed(layer)
+        assert fixed is not None
+        if fixed.figure not in figures:
+            raise OptionError("top_k", f"{layer.path}: these numbers were not measured; observe again.")
         renormalises = bool(figures["same.renormalises"])
         if options.normalise_over is not None and not renormalises:
             raise OptionError(
                 "normalise_over",
                 f"{layer.path}: its router does not renormalise its weights; leave `normalise_over` out.",
             )
-        assert options.top_k is not None
-        name = FixedCount(options.top_k, options.normalise_over or layer.top_k).figure
-        if name not in figures:
-            raise OptionError("top_k", f"{layer.path}: these numbers were not measured; observe again.")
 
         def reached(domains: Sequence[int]) -> Reached:
             at = list(domains)
             tokens, experts = (float(figures[f"sums.skip.{one}"][at].sum()) for one in ("tokens", "experts"))
-            gone, share, error = figures[name][at].sum(0).tolist()
+            gone, share, error = figures[fixed.figure][at].sum(0).tolist()
             squared = figures.get("sums.skip.squared_output")
             loss = None if squared is None else (error / max(float(squared[at].sum()), 1e-300)) ** 0.5
             return Reached((experts - gone) / tokens, 1 - share / tokens, loss)
 
-        over = {"normalise_over": options.normalise_over or layer.top_k} if renormalises else {}
+        over = {"normalise_over": fixed.normalise_over} if renormalises else {}
         return {
             "rule": "top_k",
             "renormalise": renormalises,
-            "top_k": options.top_k,
+            "top_k": fixed.top_k,
             **over,
             **_figures(reached(calibration)),
             **_held_out(reached(held_out) if held_out else None),
@@ -404,15 +422,11 @@ def _rules(moe: MoEModel, decision: Decision) -> dict[str, SkipRule]:
         raise ValueError(
             f"the decision was made for {len(layers)} MoE layers, the model has {len(ours)}: {other}: {whose}"
         )
-    return {
-        path: SkipRule.from_json({key: layer[key] for key in _RULE_KEYS if key in layer})
-        for path, layer in layers.items()
-        if layer["rule"] is not None
-    }
+    return {path: SkipRule.of(layer) for path, layer in layers.items() if layer.get("rule", "") is not None}
 
 
-def _unskipped(layer: MoELayer, held_out: Sequence[int]) -> dict[str, Any]:
-    whole = Reached(float(layer.top_k), 1.0, 0.0)
+def _unskipped(chosen: float, held_out: Sequence[int]) -> dict[str, Any]:
+    whole = Reached(float(chosen), 1.0, 0.0)
     return {"rule": None, **_figures(whole), **_held_out(whole if held_out else None)}
 
 

@@ -1,6 +1,6 @@
 """From curves to thresholds: what a threshold reaches in a layer, and which threshold reaches what is asked.
 
-Dimensions: N bins of the score; d what is dropped, in steps of 1/32 expert per token.
+Dimensions: N bins of the score.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor import allocate
 from compressor_dynamic_skipping.curves import bins_of, edges
-
-STEPS = 32
-"""Steps to an expert in which the number of experts is shared out among layers."""
 
 
 @dataclass(frozen=True)
@@ -93,62 +89,26 @@ class Curve:
             edge = torch.nextafter(edge, torch.zeros(()))
         return float(edge)
 
-    def beta_for_mean(self, mean: float) -> float:
-        """The threshold with which a token uses so many experts on average, as nearly as the bins allow."""
-        return self._nearest(self.experts - mean * self.tokens, self.gone_N)
-
     def beta_for_mass(self, mass: float) -> float:
         """The largest threshold with which at least this share of the weights stays, on average."""
         allowed = (1 - mass) * self.tokens
         number = int((self.share_N <= allowed + 1e-9).nonzero()[-1])
         return self.beta_at(max(1, number))
 
-    def _nearest(self, wanted: float, values_N: Tensor) -> float:
-        # of several bins that reach the same the first: the smallest threshold that does
-        return self.beta_at(max(1, int((values_N - wanted).abs().argmin())))
 
-    def costs(self) -> Tensor:
-        """[d]: the squared error per token if d/32 experts are dropped per token, ∞ where that is more than may go."""
-        steps_d = torch.arange(int(self.most * STEPS) + 1, dtype=torch.float64)
-        wanted_d = steps_d / STEPS * self.tokens
-        high_d = torch.searchsorted(self.gone_N, wanted_d).clamp(1, len(self.gone_N) - 1)
-        low_gone_d, high_gone_d = self.gone_N[high_d - 1], self.gone_N[high_d]
-        part_d = ((wanted_d - low_gone_d) / (high_gone_d - low_gone_d).clamp_min(1e-300)).clamp(0, 1)
-        error_d = self.error_N[high_d - 1] + part_d * (self.error_N[high_d] - self.error_N[high_d - 1])
-        return (error_d / self.tokens).masked_fill(wanted_d > self.gone_N[-1] + 1e-9, torch.inf)
-
-
-def shared_out(curves: Mapping[str, Curve], mean: float) -> dict[str, float]:
-    """Layer path → experts per token, on average `mean`, such that the layers' squared errors add up to least.
-
-    Where a layer's outputs cannot be asked, one threshold for all layers is looked for instead. Raises ValueError where
-    the mean cannot be reached.
+def beta_for_mean(curves: Sequence[Curve], mean: float) -> float:
+    """The threshold with which a token uses `mean` experts on average over the layers, as nearly as the bins allow: one
+    for all layers, so those that choose with less doubt use fewer. Raises ValueError where the mean cannot be reached.
     """
-    fewest, most = (
-        sum(values) / len(curves) for values in zip(*((c.fewest, c.most) for c in curves.values()), strict=True)
-    )
+    most, fewest = (sum(values) / len(curves) for values in ([c.most for c in curves], [c.fewest for c in curves]))
     if not fewest <= mean < most:
         raise ValueError(
             f"a mean of {mean:g} experts per token cannot be reached by skipping: all layers together can be brought "
             f"from {most:.4g} down to {fewest:.4g}"
         )
-    if any(curve.squared_output is None for curve in curves.values()):
-        return _by_one_threshold(curves, mean)
-    costs = [curve.costs() for curve in curves.values()]
-    table_Ld = torch.full((len(costs), max(map(len, costs))), torch.inf, dtype=torch.float64)
-    for row_d, cost_d in zip(table_Ld, costs, strict=True):
-        row_d[: len(cost_d)] = cost_d
-    to_drop = int(sum((curve.most - mean) * STEPS for curve in curves.values()) + 0.5)
-    possible = sum(int(row_d.isfinite().sum()) - 1 for row_d in table_Ld)
-    dropped = allocate(table_Ld, min(to_drop, possible))
-    return {path: curve.most - d / STEPS for (path, curve), d in zip(curves.items(), dropped, strict=True)}
-
-
-def _by_one_threshold(curves: Mapping[str, Curve], mean: float) -> dict[str, float]:
-    gone_N = torch.stack([curve.gone_N / curve.tokens for curve in curves.values()]).mean(0)
-    most = sum(curve.most for curve in curves.values()) / len(curves)
-    number = int((gone_N - (most - mean)).abs().argmin())
-    return {path: curve.most - float(curve.gone_N[number]) / curve.tokens for path, curve in curves.items()}
+    gone_N = torch.stack([curve.gone_N / curve.tokens for curve in curves]).mean(0)
+    # of several bins that reach the same the first: the smallest threshold that does
+    return curves[0].beta_at(max(1, int((gone_N - (most - mean)).abs().argmin())))
 
 
 def uncertainty(curve: Curve, mean: float) -> float:

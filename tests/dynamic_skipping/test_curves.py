@@ -9,7 +9,7 @@ from compressor import CheckpointError, MoEModel, RoutedTokens, SkipRule
 from compressor.moe import RealTokens
 from compressor.testing import answers, tiny_inputs, tiny_model
 from compressor_dynamic_skipping.curves import NUM_BINS, FixedCount, SkipCurves, bins_of, edges, expert_norms
-from compressor_dynamic_skipping.thresholds import Curve, shared_out, uncertainty
+from compressor_dynamic_skipping.thresholds import Curve, beta_for_mean, uncertainty
 
 
 def observed(name, fixed=None, top_k=4, parts=("a", "b"), held_out=(), **changes):
@@ -199,7 +199,7 @@ def test_curve_by_hand():
 @pytest.mark.parametrize("mean", [1.0, 1.3, 1.9])
 def test_threshold_for_a_mean(mean):
     one = curve(TEN)
-    assert one.reached(one.beta_for_mean(mean)).mean_experts == pytest.approx(mean)
+    assert one.reached(beta_for_mean([one], mean)).mean_experts == pytest.approx(mean)
 
 
 def test_threshold_for_a_mass():
@@ -212,40 +212,33 @@ def test_threshold_for_a_mass():
 
 def test_tail_mass_thresholds_skip_what_equals_them_too():
     one = curve([(0.25, 0.1, 1.0), (0.5, 0.1, 1.0)], rule="tail_mass")
-    beta = one.beta_for_mean(1.9)
+    beta = beta_for_mean([one], 1.9)
     assert 0.25 <= beta < 0.5
     rule = SkipRule("tail_mass", True, beta=beta)
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])  # tails of 0.25 and 0.5
     assert rule.kept(torch.zeros(2, 2, dtype=torch.int64), weights).tolist() == [[True, False], [True, True]]
 
 
-def test_experts_are_shared_out_where_they_cost_least():
-    """One layer's errors are ten times the other's: it keeps (nearly) all, the other gives what is asked."""
-    cheap, dear = curve(TEN), curve([(score, share, 10 * error) for score, share, error in TEN])
-    means = shared_out({"dear": dear, "cheap": cheap}, 1.6)
-    assert sum(means.values()) / 2 == pytest.approx(1.6, abs=1 / 32)
-    assert means["dear"] > 1.9
-    assert means["cheap"] < 1.35
-    even = shared_out({"one": cheap, "other": curve(TEN)}, 1.6)
-    assert even["one"] == pytest.approx(even["other"], abs=0.1)
+def test_one_threshold_for_all_layers():
+    """Of the other layer's, all second experts score below 0.5: with 0.5, it uses 1 and this one 1.5."""
+    one, other = curve(TEN), curve([(score / 2, 0.0, 0.0) for score, _, _ in TEN], tokens=10.0)
+    beta = beta_for_mean([one, other], 1.25)
+    assert 0.475 < beta <= 0.55
+    assert one.reached(beta).mean_experts == pytest.approx(1.5)
+    assert other.reached(beta).mean_experts == pytest.approx(1.0)
 
 
-def test_one_threshold_where_outputs_cannot_be_asked():
-    one, other = (
-        curve(TEN, squared_output=None),
-        curve([(score / 2, 0.0, 0.0) for score, _, _ in TEN], squared_output=None),
-    )
-    means = shared_out({"one": one, "other": other}, 1.5)
-    betas = {one.beta_for_mean(means["one"]), other.beta_for_mean(means["other"])}
-    assert sum(means.values()) / 2 == pytest.approx(1.5)
-    assert means["other"] < means["one"]  # its scores are smaller, so more of its experts go
-    assert all(0.2 < beta < 0.5 for beta in betas)
+def test_layers_count_alike_however_many_tokens_come_to_them():
+    """Of one layer's 100 tokens 30 score below 0.5, of the other's 10 tokens 5."""
+    many = curve([(0.25, 0.0, 0.0)] * 30 + [(0.75, 0.0, 0.0)] * 70, tokens=100.0, experts=200.0)
+    beta = beta_for_mean([many, curve(TEN)], 2 - (0.3 + 0.5) / 2)
+    assert 0.45 < beta <= 0.55
 
 
 @pytest.mark.parametrize("mean", [0.9, 2.0, 2.5])
 def test_means_out_of_reach(mean):
     with pytest.raises(ValueError, match="can be brought from 2 down to 1"):
-        shared_out({"one": curve(TEN)}, mean)
+        beta_for_mean([curve(TEN)], mean)
 
 
 def test_uncertainty_by_hand():

@@ -40,6 +40,8 @@ def layers(name="mixtral", **changes):
         ({"threshold": 0.3, "precision": 0.1}, "`precision` would have no effect: nothing is calibrated"),
         ({"rule": "softmax"}, "'ratio', 'tail_mass' or 'contribution'"),
         ({"colour": 3}, "Extra inputs are not permitted"),
+        ({"mean_experts": 1.5, "precision": float("inf")}, "finite number"),
+        ({"mean_experts": 1.5, "precision": 0}, "greater than 0"),
     ],
 )
 def test_options_that_cannot_be(options, message):
@@ -95,6 +97,7 @@ def test_models_that_cannot(name, changes, options, option, message):
         ({"mean_experts": 2.5}, 4, "so that a token uses 2.5 experts on average, now 4"),
         ({"keep_mass": 0.9}, 4, "by tail_mass: the smallest weights of a token, together small"),
         ({"keep_mass": 0.9, "rule": "ratio"}, 4, "by ratio"),
+        ({"mean_experts": 2.5}, 4, "by tail_mass"),
         ({"top_k": 2}, 4, "each token uses the 2 largest of 4 experts, with weights normalised over 4"),
         ({"top_k": 2, "normalise_over": 8}, 4, "normalised over 8"),
     ],
@@ -161,14 +164,16 @@ def test_thresholds_by_layer():
 
 
 def test_a_mean_is_met_over_the_layers_together():
+    """The first layer's scores are half as large: it gives two of three skipped experts, at one threshold."""
     found = layers()
-    dear = [(score, share, 100 * error) for score, share, error in TEN]
-    gathered = Gathered({layer.path: figures(dear if "0" in layer.path else TEN) for layer in found}, ["text"])
-    decision = decided({"mean_experts": 1.6}, gathered)
-    first, second, third = (layer["mean_experts"] for layer in decision["layers"].values())
-    assert decision["mean_experts"] == pytest.approx(1.6, abs=0.04)
-    assert first > 1.85
-    assert second + third < 2.95
+    low = [(score / 2, share, error) for score, share, error in TEN]
+    gathered = Gathered({layer.path: figures(low if "0" in layer.path else TEN) for layer in found}, ["text"])
+    decision = decided({"mean_experts": 1.6, "rule": "ratio"}, gathered)
+    first, second, third = decision["layers"].values()
+    assert first["beta"] == second["beta"] == third["beta"]
+    assert (first["rule"], first["mean_experts"]) == ("ratio", pytest.approx(1.4))
+    assert second["mean_experts"] == third["mean_experts"] == pytest.approx(1.7)
+    assert decision["mean_experts"] == pytest.approx(1.6)
 
 
 def test_a_mass_for_every_token_or_on_average():
@@ -205,6 +210,26 @@ def test_layers_without_a_token_skip_nothing():
     assert decision["layers"][found[1].path]["rule"] == "ratio"
 
 
+def test_a_layer_that_is_named_must_have_been_seen():
+    found = layers()
+    gathered = Gathered({layer.path: figures(TEN) for layer in found[1:]}, ["text"])
+    with pytest.raises(OptionError, match=r"layers\.0\.mlp: no token of the calibration text comes to this layer"):
+        decided({"threshold": {0: 0.3, 1: 0.3}}, gathered)
+    assert decided({"threshold": {1: 0.3}}, gathered)["layers"][found[0].path]["rule"] is None
+
+
+def test_a_fixed_count():
+    """1000 tokens of 4 experts, 2000 of these gone with 300 tokens' weight; √(5 / 100)."""
+    found = layers("mixtral", top_k=4)
+    fixed = {"sums.skip.top_k.2.8": torch.tensor([[2000.0, 300.0, 5.0]], dtype=torch.float64)}
+    gathered = Gathered({layer.path: figures(TEN, top_k=4) | fixed for layer in found}, ["text"])
+    for layer in method(top_k=2, normalise_over=8).decide(found, gathered)["layers"].values():
+        assert (layer["rule"], layer["top_k"], layer["normalise_over"]) == ("top_k", 2, 8)
+        assert layer["mean_experts"] == pytest.approx(2.0)
+        assert layer["kept_mass"] == pytest.approx(0.7)
+        assert layer["relative_loss"] == pytest.approx(0.05**0.5)
+
+
 def test_same_figures_same_decision():
     assert decided({"mean_experts": 1.4}) == decided({"mean_experts": 1.4})
 
@@ -213,7 +238,7 @@ def test_same_figures_same_decision():
     ("options", "tokens", "message"),
     [
         ({}, 50, "50 tokens of calibration text tell how many experts a token uses to ±0.14, and ±0.1 is asked for"),
-        ({"mean_experts": 1.5, "precision": 0.01}, 1000, "Calibrate on about 5,400 tokens, or ask for less precision"),
+        ({"mean_experts": 1.5, "precision": 0.015}, 1000, "Calibrate on about 4,500 tokens, or ask for less precision"),
         ({"keep_mass": 0.95, "rule": "ratio"}, 20, "20 tokens of calibration text"),
     ],
 )
@@ -259,6 +284,7 @@ def test_a_mean_that_the_text_cannot_be_brought_to():
 
 def test_normalising_over_where_the_router_does_not():
     found = layers("mixtral", top_k=4)
-    gathered = Gathered({layer.path: figures(TEN, top_k=4, renormalises=0) for layer in found}, ["text"])
+    fixed = {"sums.skip.top_k.2.4": torch.tensor([[2000.0, 300.0, 5.0]], dtype=torch.float64)}
+    gathered = Gathered({layer.path: figures(TEN, top_k=4, renormalises=0) | fixed for layer in found}, ["text"])
     with pytest.raises(OptionError, match="its router does not renormalise"):
         method(top_k=2, normalise_over=4).decide(found, gathered)
