@@ -134,6 +134,13 @@ def test_layers_that_cannot_be_asked_have_no_errors():
     assert 1 < reached.mean_experts < 2
 
 
+def test_batches_are_let_go_of_once_added_up():
+    _, statistic, _ = observed("mixtral")
+    assert len(statistic._batches) == 2
+    statistic.tensors()
+    assert statistic._batches == []
+
+
 def test_nan_weights_are_named():
     moe = MoEModel(tiny_model("mixtral"))
     layer = moe.layers[0]

@@ -10,9 +10,12 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import MoEModel, RecipeError, SkipRule
+from compressor import MoEModel, OptionError, RecipeError, SkipRule
 from compressor.engine import apply_decision
+from compressor.page import page
+from compressor.report import alone_rows
 from compressor.statistics import load_statistics, merge_statistics
+from compressor_dynamic_skipping import DynamicSkipping
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,24 @@ def test_decided_again_without_the_model(eight, tokens, tmp_path):
         compressor.decide(statistics, "dynamic_skipping")
 
 
+def test_decided_on_a_run_of_another_method(eight, tokens, tmp_path):
+    """Figures gathered for pruning tell nothing of thresholds, and those of a pruned model nothing of the original."""
+    prune, skip = {"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {"mean_experts": 3.0, "precision": 1.0}}
+    compressor.compress(recipe(eight, tokens, prune), output=tmp_path / "pruned")
+    compressor.compress(recipe(eight, tokens, prune, skip), output=tmp_path / "both")
+    compressor.compress(recipe(eight, tokens, skip), output=tmp_path / "skips")
+    one, two, three = (
+        tmp_path / name / "compressor" / "statistics.safetensors" for name in ("pruned", "both", "skips")
+    )
+    with pytest.raises(RecipeError, match="the figures hold nothing to find thresholds of the rule tail_mass by"):
+        compressor.decide(one, "dynamic_skipping", mean_experts=3.0)
+    with pytest.raises(RecipeError, match=r"figures of 1\.dynamic_skipping are of the model as the passes before it"):
+        compressor.decide(two, "dynamic_skipping", mean_experts=3.0)
+    assert compressor.decide(two, "expert_pruning", keep=6)["passes"][0]["method"] == "expert_pruning"
+    with pytest.raises(RecipeError, match="its figures were gathered for another method than expert_pruning"):
+        compressor.decide(three, "expert_pruning", keep=4)
+
+
 def test_figures_of_two_texts_are_added_up(eight, tmp_path):
     files = []
     for number in (1, 2):
@@ -244,9 +265,6 @@ def test_layers_that_text_does_not_reach_are_left_as_they_are(tmp_path):
 
 def test_every_pass_alone(tokens, tmp_path):
     """None, each, both: measured on fresh copies, and the table that shows it."""
-    from compressor.page import page
-    from compressor.report import alone_rows
-
     evaluate = {"each_pass": True, "perplexity": [{"tokens": str(tokens), "samples": 4}], "speed": True}
     settings = recipe(
         tiny_folder("mixtral"), tokens, {"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {}}, evaluate=evaluate
@@ -269,6 +287,49 @@ def test_every_pass_alone(tokens, tmp_path):
     assert drawn == page(json.loads((tmp_path / "out" / "compressor" / "record.json").read_text()))
     assert "Each pass alone" in drawn
     assert drawn.count("<svg") == 3  # losses of both, and experts per token
+
+
+def test_a_pass_that_cannot_work_alone(tokens, tmp_path, monkeypatch):
+    """It is said, and shown as not measured; the run goes on. Two passes of one method are told apart."""
+    decide = DynamicSkipping.decide
+
+    def only_of_pruned(method, layers, statistics):
+        if layers[0].num_experts == 8:
+            raise OptionError("threshold", "eight experts are too many.")
+        return decide(method, layers, statistics)
+
+    monkeypatch.setattr(DynamicSkipping, "decide", only_of_pruned)
+    passes = [{"expert_pruning": {"keep": 7}}, {"dynamic_skipping": {}}, {"expert_pruning": {"keep": 6}}]
+    evaluate = {"each_pass": True, "perplexity": [{"tokens": str(tokens), "samples": 4}]}
+    settings = recipe(tiny_folder("mixtral"), tokens, *passes, evaluate=evaluate)
+    result = compressor.compress(settings, output=tmp_path / "out")
+    first, skip, last = result.record["evaluation"]["alone"]
+    assert "eight experts are too many" in skip["problem"]
+    assert "after" not in skip
+    rows = {row[0]: row[1:] for row in alone_rows(result.record)}
+    assert rows["figure"] == ("none", "1. expert_pruning", "dynamic_skipping", "3. expert_pruning", "all")
+    none, pruned, skipped, more, both = rows["perplexity tokens"]
+    assert skipped == "–"
+    assert len({none, pruned, more, both}) == 4
+    sizes = [one["after"]["size"]["parameters"] for one in (first, last)]
+    assert sizes[0] > sizes[1] == result.record["evaluation"]["after"]["size"]["parameters"]
+    assert (tmp_path / "out" / "compressor" / "report.html").read_text().count("<svg") == 4  # two prune: two each
+
+
+def test_tasks_alone_count_experts_too(tokens):
+    """With no perplexity to measure, what was used is counted on the tasks."""
+    evaluate = {"tasks": ["demo_arithmetic"], "limit": 4}
+    settings = recipe("demo", tokens, {"dynamic_skipping": {"precision": 1.0}}, evaluate=evaluate)
+    used = compressor.compress(settings).record["evaluation"]["after"]["experts_per_token"]
+    assert set(used) == {"tasks"}
+    assert all(1 < number < 2 for number in used["tasks"].values())
+
+
+def test_text_that_is_called_as_held_out_text_is(tokens):
+    settings = recipe(tiny_folder("mixtral"), tokens, {"dynamic_skipping": {}})
+    settings["calibration"]["data"].append({"tokens": str(tokens), "name": "held-out tokens", "samples": 4})
+    with pytest.raises(RecipeError, match="called 'held-out tokens', as the held-out text of 'tokens' is; rename it"):
+        compressor.compress(settings)
 
 
 def test_each_pass_of_one_has_no_effect(tokens):

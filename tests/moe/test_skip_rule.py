@@ -259,3 +259,11 @@ def test_another_threshold_and_fewer_experts():
 def test_rules_that_do_not_fit_a_layer(rule, num_experts, top_k, problem):
     found = rule.problem(num_experts, top_k)
     assert found == problem if problem is None else problem in found
+
+
+def test_the_rule_in_a_decision():
+    """A layer's entry has figures beside the rule; a rule that is none is no rule."""
+    entry = {"rule": "ratio", "renormalise": True, "beta": 0.3, "mean_experts": 1.5, "held_out": {"mean_experts": 1.6}}
+    assert SkipRule.of(entry) == SkipRule("ratio", True, beta=0.3)
+    with pytest.raises(ValueError, match="beta"):
+        SkipRule.of(entry | {"beta": 3})
