@@ -174,7 +174,8 @@ def main() -> None:
             print("|--:|--:|--:|--:|--:|--:|")
             moe = model_of(kind, settings, 1, dtype, implementation)
             for num_tokens in given.tokens:
-                for share in DROPPED:
+                pairs = num_tokens * moe.layers[0].top_k
+                for share in (one for one in DROPPED if not 0 < one * pairs < 1):
                     cells = layer_line(moe, num_tokens, share, given.rounds)
                     print(f"| {num_tokens} | {' | '.join(cells)} |", flush=True)
             del moe

@@ -7,9 +7,9 @@
 Each model is calibrated once, on the training split of three domains, and decided many times from these figures. What
 is shown is measured on the held-out split with all layers skipping: experts that a token used (counted); perplexity.
 
-* ``ratio``, ``tail_mass``, ``contribution``: thresholds for a mean, shared out among the layers (`mean_experts`)
-* ``one threshold``: the ratio rule with the same threshold in every layer, for the same mean
-* ``relative``: the ratio rule, shared out by squared errors relative to each layer's output instead of as they are
+* ``ratio``, ``tail_mass``, ``contribution``: one threshold for all layers, for a mean (`mean_experts`)
+* ``even``: each layer with a threshold of its own, such that all of them use the same number
+* ``squared errors``: the mean shared out among the layers so that their squared errors add up to least
 * ``median``: the paper's rule
 * ``top-k c``: fewer experts for every token, renormalised as the model does (config's number lowered); ``over r``: with
   the weights that they have among the best r (`normalise_over`)
@@ -18,7 +18,6 @@ is shown is measured on the held-out split with all layers skipping: experts tha
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -31,10 +30,11 @@ from compressor import Gathered, MoEModel, SkipRule, checkpoint, evaluate, walk
 from compressor.calibration import Sequences, load_sequences, make_batches
 from compressor.environment import hardware, versions
 from compressor.progress import Progress
+from compressor.selection.budget import allocate
 from compressor.sources import DemoSource
 from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
 from compressor_dynamic_skipping.curves import FixedCount, SkipCurves
-from compressor_dynamic_skipping.thresholds import Curve, _by_one_threshold, shared_out
+from compressor_dynamic_skipping.thresholds import Curve, beta_for_mean
 
 DOMAINS = ("code", "prose", "arithmetic")
 
@@ -54,25 +54,32 @@ def decided(moe: MoEModel, gathered: Gathered, **options: Any) -> dict[str, Skip
 def ways(moe: MoEModel, gathered: Gathered, means: list[float]) -> Iterator[tuple[str, dict[str, SkipRule]]]:
     """Name → rules."""
     yield "median", decided(moe, gathered, threshold="median")
-    curves = {path: Curve.of("ratio", gathered[path], range(len(gathered.domains))) for path in gathered}
-    relative = {
-        path: dataclasses.replace(one, error_N=one.error_N / one.squared_output) for path, one in curves.items()
+    for rule in ("ratio", "tail_mass", "contribution"):
+        curves = {path: Curve.of(rule, gathered[path], range(len(gathered.domains))) for path in gathered}
+        for mean in means:
+            rules = decided(moe, gathered, rule=rule, mean_experts=mean)
+            yield f"{rule}, {mean:g}", rules
+            for name, shares in (
+                ("even", dict.fromkeys(curves, mean)),
+                ("squared errors", by_squared_errors(curves, mean)),
+            ):
+                betas = {path: beta_for_mean([one], shares[path]) for path, one in curves.items()}
+                yield f"{rule}, {mean:g}, {name}", {path: rules[path].at(beta) for path, beta in betas.items()}
+
+
+def by_squared_errors(curves: dict[str, Curve], mean: float, steps: int = 32) -> dict[str, float]:
+    """Layer path → experts per token, in steps of 1/32, such that the layers' squared errors add up to least."""
+    most = round(max(one.most for one in curves.values()))
+    table_Ld = torch.full((len(curves), most * steps + 1), torch.inf, dtype=torch.float64)
+    for row_d, one in zip(table_Ld, curves.values(), strict=True):
+        for dropped in range(int((one.most - one.fewest) * steps) + 1):
+            place = int(torch.searchsorted(one.gone_N, dropped / steps * one.tokens).clamp_max(len(one.gone_N) - 1))
+            row_d[dropped] = one.error_N[place] / one.tokens
+    row_of_layer = allocate(table_Ld, round(sum(one.most - mean for one in curves.values()) * steps))
+    return {
+        path: max(one.fewest, one.most - dropped / steps)
+        for (path, one), dropped in zip(curves.items(), row_of_layer, strict=True)
     }
-    for mean in means:
-        for rule in ("ratio", "tail_mass", "contribution"):
-            yield f"{rule}, {mean:g}", decided(moe, gathered, rule=rule, mean_experts=mean)
-        renormalise = bool(next(iter(gathered.values()))["same.renormalises"])
-        for name, shares in (
-            ("one threshold", _by_one_threshold(curves, mean)),
-            ("relative", shared_out(relative, mean)),
-        ):
-            yield (
-                f"ratio, {mean:g}, {name}",
-                {
-                    path: SkipRule("ratio", renormalise, beta=one.beta_for_mean(shares[path]))
-                    for path, one in curves.items()
-                },
-            )
 
 
 def main() -> None:
