@@ -718,6 +718,7 @@ def _table(*columns: str, wrap: Sequence[str] = ()) -> Table:
             justify="right" if column.startswith(">") else "left",
             no_wrap=not can_wrap,
             overflow="fold",
+            min_width=len(name) if name in wrap else None,  # the name of a column of ranges is never cut
         )
     return table
 
