@@ -280,11 +280,14 @@ def _runnable_parts(config: Any) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), and → bytes."""
+    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), → bytes, and → where
+    in the file its first byte is.
+    """
 
     path: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     sizes: Mapping[str, int]
+    starts: Mapping[str, int]
     header_digest: str
     num_bytes: int
 
@@ -344,6 +347,7 @@ def _read_header(path: Path) -> Shard:
         header.pop("__metadata__", None)
         tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+        starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
@@ -352,7 +356,7 @@ def _read_header(path: Path) -> Shard:
             f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
             f"damaged. Download or copy it again."
         )
-    return Shard(path, tensors, sizes, hashlib.sha256(text).hexdigest(), size)
+    return Shard(path, tensors, sizes, starts, hashlib.sha256(text).hexdigest(), size)
 
 
 def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:
@@ -540,7 +544,8 @@ def load_model(
 
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
     tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
-    config says that it skips experts does. Raises CheckpointError.
+    config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
+    read. Raises CheckpointError.
     """
     config = load_config(checkpoint)
     cls = _class_to_load(checkpoint, config, adapters)
@@ -549,7 +554,7 @@ def load_model(
         for name in ("attn_implementation", "experts_implementation"):
             extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = cls.from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -557,6 +562,7 @@ def load_model(
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
+                device_map={"": "meta"} if device == "meta" else None,
                 **extra,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
@@ -565,9 +571,10 @@ def load_model(
     if uneven_counts(config):
         settle(model)
     _refuse_bad_keys(checkpoint, info)
-    align(model)
+    if device != "meta":
+        align(model)
     try:
-        model = model.eval().to(device)
+        model = model.eval() if device == "meta" else model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
     if "skipping" in read_entry(config):
@@ -658,12 +665,21 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
         raise CheckpointError(f"{checkpoint.reference}: its tokenizer cannot be loaded: {error}") from error
 
 
-def refuse_not_finite(model: Any, reference: str) -> None:
-    """Raise CheckpointError, naming the first tensor that holds a NaN or an infinity. Reads every weight once."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], reference: str) -> None:
+    """Raise CheckpointError, naming the first tensor that holds a NaN or an infinity. Reads every number once."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not _is_finite(tensor):
             num_bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{reference}: tensor {name} holds {num_bad:,} value(s) that are NaN or infinite.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite: the smallest and the largest tell, without a tensor of answers."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # the float8 types know no minimum
+        return bool(torch.isfinite(tensor.float()).all())
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 # Saving ----------------------------------------------------------------------------------------------------
@@ -764,7 +780,7 @@ def save_checkpoint(
     (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
     written. `left_out` is what of the source transformers did not build: config.json announces it no more.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(folder)
     written = read_config(folder)
     raw = read_config(source) if source else dict(written)
@@ -811,7 +827,7 @@ def _carry_over(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars, and no reports on what we look at, and refuse, ourselves."""
     from transformers.utils import logging
 

@@ -564,7 +564,7 @@ class _Run:
         assert subject.checkpoint is not None
         self.progress.say(f"loading {self.recipe.model}")
         model = self._load_model(subject.checkpoint)
-        checkpoints.refuse_not_finite(model, self.recipe.model)
+        checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
         return MoEModel(model, subject.preview.structure)
 
     def _load_model(self, found: Checkpoint) -> Any:

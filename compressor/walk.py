@@ -14,8 +14,11 @@ Layer-wise: every layer sees the activations of the model as it is. Progressive:
 through the layers already edited; a layer then sees these activations, and the original model's output is its target.
 Two attention passes in all, where rerunning the model for each of L layers takes L + 1.
 
-Not covered yet: reading one layer at a time from disk, hidden states that are larger than memory. In a block-diffusion
-model, padding counts towards the sliding window through which the decoder sees its prompt.
+Of a model that is read from disk (`weights`) the streams also stop before each decoder layer: when all are there, the
+layer that they have left goes and the one that they come to is read. So `forward` runs a whole model of which one layer
+is in memory.
+
+In a block-diffusion model, padding counts towards the sliding window through which the decoder sees its prompt.
 """
 
 from __future__ import annotations
@@ -35,9 +38,12 @@ from compressor.errors import CalibrationError, UnsupportedModelError
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
 from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
+from compressor.stream import StreamedWeights
 
 Figures = dict[str, dict[str, Tensor]]
 """Layer path → name → figures."""
+Consume = Callable[[TokenBatch, Any], None]
+"""(batch, the model's output for it)."""
 Edited = Callable[[str, Mapping[str, Tensor]], AbstractContextManager[object]]
 """(a layer's path, its figures) → a context in which the model computes as if the layer had been edited by them."""
 
@@ -51,13 +57,15 @@ def observe(
     *,
     title: str = "observing",
     edited: Edited | None = None,
+    weights: StreamedWeights | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
     A model that skips experts is observed unskipped.
 
     With `edited` the walk is progressive: every layer is observed on the activations that come out of the edited layers
-    before it, with the original model's output as `RoutedTokens.target_TH`.
+    before it, with the original model's output as `RoutedTokens.target_TH`. With `weights` the model is read layer by
+    layer while it runs.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
@@ -69,34 +77,68 @@ def observe(
     model.eval()
     try:
         with moe.unskipped(), progress.task(title) as update:
-            return _Walk(moe, body, dict(statistics), edited, update).run(batches)
+            return _Walk(moe.model, body, update, weights, moe, dict(statistics), edited).run(batches)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def forward(
+    model: Any,
+    batches: Sequence[TokenBatch],
+    consume: Callable[[TokenBatch, Any], None],
+    progress: Progress,
+    *,
+    title: str,
+    weights: StreamedWeights,
+) -> None:
+    """Run a model that is read layer by layer on all batches; `consume` is given each batch and the model's output."""
+    was_training = model.training
+    model.eval()
+    try:
+        with progress.task(title) as update:
+            _Walk(model, model, update, weights, consume=consume).run(batches)
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """A place where streams stop: before a watched block, or before a decoder layer whose weights may not be there."""
+
+    path: str
+    is_unit: bool = False
 
 
 class _Stream:
     """One batch on its way through the model."""
 
-    def __init__(self, body: Any, batch: TokenBatch) -> None:
+    def __init__(self, body: Any, batch: TokenBatch, consume: Consume | None = None) -> None:
         self.batch = batch
-        self.mask_T = batch.attention_mask.flatten().to(next(body.parameters()).device)
-        self.path: str | None = None
-        """The watched block that it stands before; None before the first step and at the end."""
+        self.mask_T = batch.attention_mask.flatten().to(device_of(body))
+        self.stop: _Stop | None = None
+        """What it stands before; None before the first step and at the end."""
         self.call: tuple[Any, Any] = ((), {})
-        """The arguments that this block is about to get."""
+        """The arguments that the block is about to get."""
         self.target_TH: Tensor | None = None
-        self._greenlet = greenlet(lambda: body(**model_inputs(body, batch)))
 
-    def stand(self, path: str, args: Any, kwargs: Any) -> None:
+        def run() -> None:
+            output = body(**model_inputs(body, batch))
+            if consume is not None:
+                consume(batch, output)
+
+        self._greenlet = greenlet(run)
+
+    def stand(self, stop: _Stop, args: Any, kwargs: Any) -> None:
         """Called from within the forward: wait here until told to go on."""
-        self.path, self.call = path, (args, kwargs)
+        self.stop, self.call = stop, (args, kwargs)
         assert self._greenlet.parent is not None
         self._greenlet.parent.switch()
         self.call = ((), {})
 
     def go_on(self) -> None:
-        """Run up to the next watched block, or to the end."""
-        self.path = None
+        """Run up to the next stop, or to the end."""
+        self.stop = None
         self._greenlet.switch()
 
     def leave(self) -> None:
@@ -109,17 +151,22 @@ class _Stream:
 class _Walk:
     """One walk of all batches through all layers."""
 
-    moe: MoEModel
+    model: Any
     body: Any
-    statistics: dict[str, Statistic]
-    edited: Edited | None
     update: Update
+    weights: StreamedWeights | None
+    moe: MoEModel | None = None
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+    edited: Edited | None = None
+    consume: Consume | None = None
     real: RealTokens = field(default_factory=RealTokens)
     stream: _Stream | None = None
     """The stream that is running."""
     take: Callable[[RoutedTokens], None] | None = None
     """What is done with the tokens of the layer that is running."""
     figures: Figures = field(default_factory=dict)
+    unit: str | None = None
+    """The decoder layer whose weights are there."""
     num_streams: int = 0
     num_steps: int = 0
     """Blocks passed by streams, in all."""
@@ -128,40 +175,62 @@ class _Walk:
 
     def run(self, batches: Sequence[TokenBatch]) -> Figures:
         """All batches, layer by layer."""
-        originals = [_Stream(self.body, batch) for batch in batches]
-        others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
-        self.num_streams = len(originals) + len(others)
-        hooks = [self._stop_before(path) for path in self.statistics]  # before the taps' own, which a stop must not cut
-        try:
-            with self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real):
-                for stream in [*originals, *others]:
-                    self._go_on(stream)
-                while path := self._common_path([*originals, *others]):
-                    self._observe_layer(path, originals, others)
-        finally:
-            for stream in [*originals, *others]:
-                stream.leave()
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            if self.weights is not None:
+                stack.enter_context(self.weights.around(self.body))
+            originals = [_Stream(self.body, batch, self.consume) for batch in batches]
+            others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
+            streams = [*originals, *others]
+            self.num_streams = len(streams)
+            for stream in streams:
+                stack.callback(stream.leave)
+            units = self.weights.units if self.weights is not None else ()
+            stops = [*(_Stop(unit, is_unit=True) for unit in units), *map(_Stop, self.statistics)]
+            for place in stops:  # before the taps' own hooks, which a stop must not cut
+                stack.callback(self._stop_before(place).remove)
+            if self.moe is not None:
+                stack.enter_context(self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real))
+            for stream in streams:
+                self._go_on(stream)
+            while stop := self._common_stop(streams):
+                if stop.is_unit:
+                    self._enter(stop.path, streams)
+                else:
+                    self._observe_layer(stop.path, originals, others)
         self._refuse_unseen()
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
-    def _stop_before(self, path: str) -> Any:
-        def stop(module: Any, args: Any, kwargs: Any) -> None:
+    def _stop_before(self, stop: _Stop) -> Any:
+        def stand(module: Any, args: Any, kwargs: Any) -> None:
             if self.stream is not None and getcurrent().parent is not None:
-                self.stream.stand(path, args, kwargs)
+                self.stream.stand(stop, args, kwargs)
 
-        return self.moe.model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
+        return self.model.get_submodule(stop.path).register_forward_pre_hook(stand, with_kwargs=True)
 
-    def _common_path(self, streams: Sequence[_Stream]) -> str | None:
-        paths = {stream.path for stream in streams}
-        if len(paths) > 1:
-            named = " and ".join(sorted(str(path or "the end") for path in paths))
+    def _common_stop(self, streams: Sequence[_Stream]) -> _Stop | None:
+        stops = {stream.stop for stream in streams}
+        if len(stops) > 1:
+            named = " and ".join(sorted(stop.path if stop else "the end" for stop in stops))
             raise UnsupportedModelError(
-                f"{type(self.moe.model).__name__}: some batches come to {named} next: its layers do not run in one "
+                f"{type(self.model).__name__}: some batches come to {named} next: its layers do not run in one "
                 f"order, so they cannot be observed one after another."
             )
-        return paths.pop() if paths else None
+        return stops.pop() if stops else None
+
+    def _enter(self, unit: str, streams: Sequence[_Stream]) -> None:
+        """All streams stand before a decoder layer: let go of the one before it, read this one, go on."""
+        weights = self.weights
+        assert weights is not None
+        if self.unit is not None:
+            weights.free(self.unit)
+        weights.load(unit)
+        self.unit = unit
+        if (number := weights.units.index(unit) + 1) < len(weights.units):
+            weights.prefetch(weights.units[number])
+        for stream in streams:
+            self._go_on(stream)
+        if not self.statistics:
+            self.update(number, len(weights.units))
 
     def _observe_layer(self, path: str, originals: Sequence[_Stream], others: Sequence[_Stream]) -> None:
         if path in self.figures:
@@ -188,7 +257,8 @@ class _Walk:
             return
         self.figures[path] = statistic.tensors()
         if statistic.weight_norms:
-            self.figures[path] |= expert_weight_norms(self.moe.model, self.moe.layer(path))
+            assert self.moe is not None
+            self.figures[path] |= expert_weight_norms(self.model, self.moe.layer(path))
         if self.edited:
             with self.edited(path, self.figures[path]), ExitStack() as stack:
                 self.real.listening = False
@@ -212,13 +282,13 @@ class _Walk:
 
     def _go_on(self, stream: _Stream, take: Callable[[RoutedTokens], None] | None = None) -> None:
         """Let a stream run through the block that it stands before, and up to the next one."""
-        was_standing = stream.path is not None
+        has_passed = stream.stop is not None and not stream.stop.is_unit
         self.stream, self.take, self.real.mask_T = stream, take, stream.mask_T
         try:
             stream.go_on()
         finally:
             self.stream = self.take = None
-        if was_standing:
+        if has_passed:
             self.num_steps += 1
             self.update(self.num_steps, self.num_streams * len(self.statistics))
 
@@ -232,7 +302,7 @@ class _Walk:
             )
         self.take, self.real.mask_T = take, stream.mask_T
         try:
-            self.moe.model.get_submodule(path)(*args, **kwargs)
+            self.model.get_submodule(path)(*args, **kwargs)
         finally:
             self.take = None
 
@@ -257,13 +327,18 @@ def _keep_output(stream: _Stream) -> Callable[[RoutedTokens], None]:
     return keep
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model's weights are, or those of them that are anywhere."""
+    return next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+
+
 def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
     """Arguments of a model's forward, or of its base model's, on its own device.
 
     The mask is left out where there is no padding, which lets fast attention run. A model with an encoder and a
     decoder reads the same ids in both, so every MoE layer sees as many tokens, padding in the same places.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = batch.input_ids.to(device)
     mask = None if batch.attention_mask.all() else batch.attention_mask.to(device, torch.int64)
     inputs: dict[str, Any] = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})

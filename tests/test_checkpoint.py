@@ -80,10 +80,10 @@ def test_tokenizer_files(folder: Path) -> None:
 def test_not_finite_buffers_are_named() -> None:
     module = torch.nn.Linear(2, 2)
     module.register_buffer("ids", torch.tensor([1, 2]))
-    checkpoint.refuse_not_finite(module, "mine")
+    checkpoint.refuse_not_finite([*module.named_parameters(), *module.named_buffers()], "mine")
     module.register_buffer("scale", torch.tensor([1.0, float("-inf")]))
     with pytest.raises(CheckpointError, match=r"mine: tensor scale holds 1 value\(s\) that are NaN or infinite"):
-        checkpoint.refuse_not_finite(module, "mine")
+        checkpoint.refuse_not_finite([*module.named_parameters(), *module.named_buffers()], "mine")
 
 
 # --- which class is built
