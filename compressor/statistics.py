@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.journal import put_in_place, with_own_memory
 from compressor.moe import RankedChunk, RoutedTokens
 
 FORMAT = 2
@@ -136,7 +137,7 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
     Tensors are named `PASS/LAYER/FIGURE`, a pass being `0.expert_pruning`. The same figures give the same bytes.
     """
     tensors = {
-        f"{name}/{layer}/{figure}": _with_own_memory(tensor)
+        f"{name}/{layer}/{figure}": with_own_memory(tensor)
         for name, statistics in sorted(passes.items())
         for layer, figures in sorted(statistics.items())
         for figure, tensor in sorted(figures.items())
@@ -145,13 +146,7 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
     metadata = {"header": json.dumps({"format": FORMAT, "about": about}, sort_keys=True)}
     temporary = path.with_name(path.name + ".partial")
     safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(path)
-
-
-def _with_own_memory(tensor: Tensor) -> Tensor:
-    """The tensor as safetensors takes it: no view that shares its memory with others."""
-    contiguous = tensor.contiguous()
-    return contiguous if contiguous.untyped_storage().nbytes() == contiguous.nbytes else contiguous.clone()
+    put_in_place(temporary, path)
 
 
 def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:

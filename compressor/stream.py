@@ -66,6 +66,11 @@ def units_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def list_of(unit: str) -> str:
+    """The path of the module list that a unit is in."""
+    return unit.rpartition(".")[0]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a safetensors file, which is read when it is indexed, as transformers' loader does."""

@@ -24,8 +24,8 @@ In a block-diffusion model, padding counts towards the sliding window through wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,11 @@ from torch import Tensor
 
 from compressor.calibration import TokenBatch
 from compressor.errors import CalibrationError, UnsupportedModelError
+from compressor.journal import ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
 from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
-from compressor.stream import StreamedWeights
+from compressor.stream import StreamedWeights, list_of, units_of
 
 Figures = dict[str, dict[str, Tensor]]
 """Layer path → name → figures."""
@@ -58,6 +59,7 @@ def observe(
     title: str = "observing",
     edited: Edited | None = None,
     weights: StreamedWeights | None = None,
+    journal: ObservationJournal | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
@@ -65,7 +67,8 @@ def observe(
 
     With `edited` the walk is progressive: every layer is observed on the activations that come out of the edited layers
     before it, with the original model's output as `RoutedTokens.target_TH`. With `weights` the model is read layer by
-    layer while it runs.
+    layer while it runs. With `journal` every layer's figures are kept when it is done, and where the batches stand
+    before each decoder layer; layers that it knows are not observed again.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
@@ -77,7 +80,7 @@ def observe(
     model.eval()
     try:
         with moe.unskipped(), progress.task(title) as update:
-            return _Walk(moe.model, body, update, weights, moe, dict(statistics), edited).run(batches)
+            return _Walk(moe.model, body, update, weights, moe, dict(statistics), edited, journal=journal).run(batches)
     finally:
         model.train(was_training)
 
@@ -121,6 +124,12 @@ class _Stream:
         self.call: tuple[Any, Any] = ((), {})
         """The arguments that the block is about to get."""
         self.target_TH: Tensor | None = None
+        self.passed: list[str] = []
+        """The decoder layers that it has come through; kept with a journal only."""
+        self.outputs: dict[str, Any] = {}
+        """What the last of them has put out, by the path of the list that it is in."""
+        self.recorded: Standing | None = None
+        """What it is to have come through already: see `_Walk._set_on_its_way`."""
 
         def run() -> None:
             output = body(**model_inputs(body, batch))
@@ -159,14 +168,19 @@ class _Walk:
     statistics: dict[str, Statistic] = field(default_factory=dict)
     edited: Edited | None = None
     consume: Consume | None = None
+    journal: ObservationJournal | None = None
     real: RealTokens = field(default_factory=RealTokens)
     stream: _Stream | None = None
     """The stream that is running."""
     take: Callable[[RoutedTokens], None] | None = None
     """What is done with the tokens of the layer that is running."""
     figures: Figures = field(default_factory=dict)
+    observed: set[str] = field(default_factory=set)
+    """Layers that all batches have come through."""
     unit: str | None = None
-    """The decoder layer whose weights are there."""
+    """The decoder layer that the streams are in."""
+    passed_before: frozenset[str] = frozenset()
+    """Decoder layers that answer from the journal, and before which nobody stops."""
     num_streams: int = 0
     num_steps: int = 0
     """Blocks passed by streams, in all."""
@@ -178,31 +192,104 @@ class _Walk:
         with ExitStack() as stack:
             if self.weights is not None:
                 stack.enter_context(self.weights.around(self.body))
+            units = units_of(self.model) if self.weights is not None or self.journal is not None else ()
+            stops = [*(_Stop(unit, is_unit=True) for unit in units), *map(_Stop, self.statistics)]
+            for place in stops:  # before the taps' own hooks, which a stop must not cut
+                stack.callback(self._stop_before(place).remove)
+            if self.journal is not None:
+                for unit in units:
+                    stack.callback(self._keep_output_of(unit).remove)
+            if self.moe is not None:
+                stack.enter_context(self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real))
+            originals, others = self._start(batches, stack)
+            streams = [*originals, *others]
+            while stop := self._common_stop(streams):
+                if stop.is_unit:
+                    self._enter(stop.path, streams)
+                else:
+                    self._observe_layer(stop.path, originals, others)
+        if self.journal is not None:
+            self.journal.forget_streams()
+        self._refuse_unseen()
+        return {path: self.figures[path] for path in self.statistics if path in self.figures}
+
+    def _start(self, batches: Sequence[TokenBatch], stack: ExitStack) -> tuple[list[_Stream], list[_Stream]]:
+        """All streams, at their first stop, or where the journal says that they stood."""
+        snapshot = self.journal.streams() if self.journal is not None else None
+        for known in (snapshot, None) if snapshot else (None,):
             originals = [_Stream(self.body, batch, self.consume) for batch in batches]
             others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
             streams = [*originals, *others]
             self.num_streams = len(streams)
             for stream in streams:
                 stack.callback(stream.leave)
-            units = self.weights.units if self.weights is not None else ()
-            stops = [*(_Stop(unit, is_unit=True) for unit in units), *map(_Stop, self.statistics)]
-            for place in stops:  # before the taps' own hooks, which a stop must not cut
-                stack.callback(self._stop_before(place).remove)
-            if self.moe is not None:
-                stack.enter_context(self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real))
-            for stream in streams:
-                self._go_on(stream)
-            while stop := self._common_stop(streams):
-                if stop.is_unit:
-                    self._enter(stop.path, streams)
-                else:
-                    self._observe_layer(stop.path, originals, others)
-        self._refuse_unseen()
-        return {path: self.figures[path] for path in self.statistics if path in self.figures}
+            if known is not None and self._set_on_their_way(streams, known):
+                break
+            if known is None:
+                for stream in streams:
+                    self._go_on(stream)
+            else:
+                for stream in streams:
+                    stream.leave()
+        return originals, others
+
+    def _set_on_their_way(self, streams: Sequence[_Stream], snapshot: Snapshot) -> bool:
+        """Run the model's own forward with layers passed before answering what they answered then. Returns whether
+        every stream is then given exactly what it was about to be given; if a model carries more from layer to layer
+        than their outputs, it is not, and all layers have to be run again.
+        """
+        if len(streams) != len(snapshot.standing):
+            return False
+        with ExitStack() as stack:
+            for unit in dict.fromkeys(snapshot.passed):
+                stack.enter_context(self._answering_from_record(unit))
+            self.passed_before = frozenset(snapshot.passed)
+            stack.callback(setattr, self, "passed_before", frozenset())
+            for stream, standing in zip(streams, snapshot.standing, strict=True):
+                stream.recorded = standing
+                try:
+                    self._go_on(stream)
+                except Exception:  # whatever the model's own code says of answers that do not fit
+                    return False
+                stream.recorded = None
+                if stream.stop != _Stop(snapshot.unit, is_unit=True) or digest(stream.call) != standing.digest:
+                    return False
+        assert self.journal is not None
+        for path in self.statistics:
+            if f"{path}.".startswith(tuple(f"{unit}." for unit in snapshot.passed)):
+                self.observed.add(path)
+                known = self.journal.figures(path)
+                if known is not None:
+                    self.figures[path] = known
+        return True
+
+    @contextmanager
+    def _answering_from_record(self, unit: str) -> Iterator[None]:
+        module = self.model.get_submodule(unit)
+
+        def answer(*_: Any, **__: Any) -> Any:
+            assert self.stream is not None
+            assert self.stream.recorded is not None
+            return unflatten(*self.stream.recorded.outputs[list_of(unit)])
+
+        module.forward = answer
+        try:
+            yield
+        finally:
+            del module.forward
+
+    def _keep_output_of(self, unit: str) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            if self.stream is not None and getcurrent().parent is not None:
+                self.stream.outputs[list_of(unit)] = output
+                self.stream.passed.append(unit)
+
+        return self.model.get_submodule(unit).register_forward_hook(keep)
 
     def _stop_before(self, stop: _Stop) -> Any:
         def stand(module: Any, args: Any, kwargs: Any) -> None:
-            if self.stream is not None and getcurrent().parent is not None:
+            is_passed = stop.is_unit and stop.path in self.passed_before
+            if self.stream is not None and getcurrent().parent is not None and not is_passed:
                 self.stream.stand(stop, args, kwargs)
 
         return self.model.get_submodule(stop.path).register_forward_pre_hook(stand, with_kwargs=True)
@@ -219,25 +306,48 @@ class _Walk:
 
     def _enter(self, unit: str, streams: Sequence[_Stream]) -> None:
         """All streams stand before a decoder layer: let go of the one before it, read this one, go on."""
-        weights = self.weights
-        assert weights is not None
-        if self.unit is not None:
-            weights.free(self.unit)
-        weights.load(unit)
+        if self.journal is not None and streams[0].passed and unit not in streams[0].passed:
+            self._put_down(unit, streams)
+        if self.weights is not None:
+            units = self.weights.units
+            if self.unit is not None:
+                self.weights.free(self.unit)
+            self.weights.load(unit)
+            if (number := units.index(unit) + 1) < len(units):
+                self.weights.prefetch(units[number])
+            if not self.statistics:
+                self.update(number, len(units))
         self.unit = unit
-        if (number := weights.units.index(unit) + 1) < len(weights.units):
-            weights.prefetch(weights.units[number])
         for stream in streams:
             self._go_on(stream)
-        if not self.statistics:
-            self.update(number, len(weights.units))
+
+    def _put_down(self, unit: str, streams: Sequence[_Stream]) -> None:
+        """Have the journal say where the streams stand, as far as that can be written down."""
+        assert self.journal is not None
+        try:
+            standing = [
+                Standing({path: flatten(output) for path, output in stream.outputs.items()}, digest(stream.call))
+                for stream in streams
+            ]
+        except TypeError:
+            self.journal.forget_streams()
+            return
+        self.journal.put_streams(Snapshot(unit, streams[0].passed, standing))
 
     def _observe_layer(self, path: str, originals: Sequence[_Stream], others: Sequence[_Stream]) -> None:
-        if path in self.figures:
+        if path in self.observed:
             raise UnsupportedModelError(
                 f"{path}: it runs more than once on the same text, so its tokens cannot be told apart; this needs a "
                 f"plugin."
             )
+        self.observed.add(path)
+        known = self.journal.figures(path) if self.journal is not None else None
+        if known is not None:
+            self.figures[path] = known
+            for original in originals:
+                self._go_on(original)
+            self._pass_edited(path, others)
+            return
         statistic, seen = self.statistics[path], self.num_seen
         if not self.edited:
             calls = [(stream, stream.call) for stream in originals]
@@ -259,13 +369,20 @@ class _Walk:
         if statistic.weight_norms:
             assert self.moe is not None
             self.figures[path] |= expert_weight_norms(self.model, self.moe.layer(path))
-        if self.edited:
-            with self.edited(path, self.figures[path]), ExitStack() as stack:
-                self.real.listening = False
-                stack.callback(setattr, self.real, "listening", True)
-                for other in others:
-                    self._go_on(other)
-                    other.target_TH = None
+        if self.journal is not None:
+            self.journal.put(path, self.figures[path])
+        self._pass_edited(path, others)
+
+    def _pass_edited(self, path: str, others: Sequence[_Stream]) -> None:
+        """Let the second streams through a layer as if it had been edited by its figures."""
+        if not self.edited:
+            return
+        with self.edited(path, self.figures[path]), ExitStack() as stack:
+            self.real.listening = False
+            stack.callback(setattr, self.real, "listening", True)
+            for other in others:
+                self._go_on(other)
+                other.target_TH = None
 
     def _give(self, statistic: Statistic, stream: _Stream) -> Callable[[RoutedTokens], None]:
         def give(tokens: RoutedTokens) -> None:

@@ -1,0 +1,268 @@
+"""What a run has done so far, kept so that it can go on after anything: a kill, a power cut, a full disk, Ctrl-C.
+
+    run.json                      what the run is about; compared when it goes on
+    NAME.json                     something measured, by name
+    PASS/LAYER.safetensors        the figures of a layer that is done
+    PASS/streams.safetensors      where the calibration text stands: what the decoder layers before put out last
+
+Every file is written beside its name, forced to the disk and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from compressor.errors import CheckpointError
+
+_ABOUT = "run.json"
+_STREAMS = "streams.safetensors"
+
+
+class Journal:
+    """The journal of a run, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a layer's figures, or anything measured, would be lost with it."""
+        return any(path.name != _ABOUT for path in self.folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Start anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_json(self.folder / _ABOUT, about)
+
+    def go_on(self, about: Mapping[str, Any]) -> None:
+        """Go on where a run stopped. Raises CheckpointError, naming what differs, where it was about something else."""
+        try:
+            before = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: the journal of the run cannot be read: {error}") from error
+        differences = list(_differences(before, json.loads(json.dumps(about))))
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise CheckpointError(
+                f"the run cannot go on: {'; '.join(differences[:3])}{more}. Set it back, or start anew with "
+                f"--overwrite."
+            )
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something measured, as JSON."""
+        write_json(self.folder / f"{name}.json", value)
+
+    def noted(self, name: str) -> Any | None:
+        """What was noted under a name; None if nothing was."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def observation(self, name: str) -> ObservationJournal:
+        """The part for one walk through the layers."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return ObservationJournal(folder)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a batch stands before a decoder layer.
+
+    `outputs` are what the last layer run of each module list has put out, by the list's path: an array of tensors and
+    what they are arranged in (see `flatten`). `digest` is that of the arguments that the next layer is given.
+    """
+
+    outputs: Mapping[str, tuple[Any, Sequence[Tensor]]]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where all batches stand: before `unit`, having come through `passed`."""
+
+    unit: str
+    passed: Sequence[str]
+    standing: Sequence[Standing]
+
+
+class ObservationJournal:
+    """What one walk through the layers has done so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def figures(self, layer: str) -> dict[str, Tensor] | None:
+        """The figures of a layer that is done; None of others."""
+        path = self._layer(layer)
+        return _load(path)[0] if path.exists() else None
+
+    def put(self, layer: str, figures: Mapping[str, Tensor]) -> None:
+        """A layer is done."""
+        _save(self._layer(layer), figures, {})
+
+    def _layer(self, layer: str) -> Path:
+        return self.folder / f"{layer}.safetensors"
+
+    def put_streams(self, snapshot: Snapshot) -> None:
+        """Where the batches stand now, in place of where they stood before."""
+        tensors: dict[str, Tensor] = {}
+        about = []
+        for number, standing in enumerate(snapshot.standing):
+            trees = {}
+            for path, (tree, held) in standing.outputs.items():
+                trees[path] = [tree, len(held)]
+                tensors |= {f"{number}/{path}/{place}": tensor for place, tensor in enumerate(held)}
+            about.append({"outputs": trees, "digest": standing.digest})
+        header = {"unit": snapshot.unit, "passed": list(snapshot.passed), "standing": about}
+        _save(self.folder / _STREAMS, tensors, header)
+
+    def streams(self) -> Snapshot | None:
+        """Where the batches stood last; None if that is not known. Tensors are on the CPU."""
+        path = self.folder / _STREAMS
+        if not path.exists():
+            return None
+        tensors, header = _load(path)
+        standing = [
+            Standing(
+                {
+                    path: (tree, [tensors[f"{number}/{path}/{place}"] for place in range(count)])
+                    for path, (tree, count) in one["outputs"].items()
+                },
+                one["digest"],
+            )
+            for number, one in enumerate(header["standing"])
+        ]
+        return Snapshot(header["unit"], header["passed"], standing)
+
+    def forget_streams(self) -> None:
+        """They are of no use: the walk is done, or its model cannot be set on its way again."""
+        (self.folder / _STREAMS).unlink(missing_ok=True)
+
+
+# Arguments and outputs as tensors and JSON -----------------------------------------------------------------
+
+
+def flatten(value: Any) -> tuple[Any, list[Tensor]]:
+    """(arrangement as JSON, tensors) of tensors in tuples, lists and dictionaries. Raises TypeError for others."""
+    tensors: list[Tensor] = []
+
+    def arranged(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+            return {"tensor": len(tensors) - 1, "device": str(part.device)}
+        if part is None or isinstance(part, bool | int | float | str):
+            return {"value": part}
+        if type(part) in (tuple, list):
+            return {type(part).__name__: [arranged(one) for one in part]}
+        if type(part) is dict and all(isinstance(key, str) for key in part):
+            return {"dict": {key: arranged(one) for key, one in part.items()}}
+        raise TypeError(f"{type(part).__name__} cannot be written down")
+
+    return arranged(value), tensors
+
+
+def unflatten(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `flatten`."""
+    [(kind, inside)] = [(key, one) for key, one in tree.items() if key != "device"]
+    if kind == "tensor":
+        return tensors[inside].to(tree["device"])
+    if kind == "value":
+        return inside
+    if kind == "dict":
+        return {key: unflatten(one, tensors) for key, one in inside.items()}
+    return (tuple if kind == "tuple" else list)(unflatten(one, tensors) for one in inside)
+
+
+def digest(value: Any) -> str:
+    """Tells arguments of a forward apart, by all tensors that can be found in them."""
+    found = 0
+    for tensor in _tensors_in(value, depth=4):
+        held = tensor.detach().cpu().contiguous()
+        found = zlib.crc32(str((tuple(held.shape), held.dtype)).encode(), found)
+        if held.numel():
+            found = zlib.crc32(held.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors_in(one, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors_in(one, depth - 1)
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file that is whole or not there."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    put_in_place(temporary, path)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Force a file to the disk and give it its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    held = {name: with_own_memory(tensor.detach().cpu()) for name, tensor in sorted(tensors.items())}
+    safetensors.torch.save_file(held, temporary, metadata={"header": json.dumps(header)})
+    put_in_place(temporary, path)
+
+
+def with_own_memory(tensor: Tensor) -> Tensor:
+    """The tensor as safetensors takes it: no view that shares its memory with others."""
+    contiguous = tensor.contiguous()
+    return contiguous if contiguous.untyped_storage().nbytes() == contiguous.nbytes else contiguous.clone()
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["header"])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            inside = f"{path}.{key}" if path else key
+            if key not in before or key not in now:
+                yield f"{inside} was {before.get(key, 'not there')}, is {now.get(key, 'not there')}"
+            else:
+                yield from _differences(before[key], now[key], inside)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{path}.{number}")
+    elif before != now:
+        yield f"{path} was {before!r}, is {now!r}"
