@@ -21,12 +21,21 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
-from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.errors import (
+    CalibrationError,
+    CheckpointError,
+    DiskError,
+    PluginError,
+    RecipeError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from compressor.journal import Journal
 from compressor.moe import (
     KEY,
     Adapter,
@@ -65,6 +74,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
+_FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | VerificationError
+"""Errors that the same recipe meets again."""
 _AUTO_FIRST = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -688,20 +699,27 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
-    Work goes into `path`, a hidden folder beside it; `finish` moves it to `target`, and leaving the context without
-    that removes it. An existing target is refused unless `overwrite`, and then replaced at the very end.
+    Work goes into `path`, a hidden folder beside it, which one run at a time may write to; `finish` moves it to
+    `target`. Leaving the context without that removes it, unless the run's `journal` holds work that another run can go
+    on from: then `resume` finds it. An existing target is refused unless `overwrite`, and then replaced at the very
+    end.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.target = target
         self.overwrite = overwrite
-        self.path = target.parent / f".{target.name}.partial-{os.getpid()}"
+        self.resume = resume
+        self.path = target.parent / f".{target.name}.partial"
+        self.journal = Journal(self.path / "journal")
+        self._lock = _Lock(self.path / "lock")
 
     def __enter__(self) -> OutputFolder:
         try:
             self._refuse_existing()
-            self.path.mkdir(parents=True)
-            (self.path / "compressor").mkdir()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.take(self.target)
+            self._take_over()
+            (self.path / "compressor").mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.") from error
         return self
@@ -719,8 +737,31 @@ class OutputFolder:
                 f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
             )
 
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    def _take_over(self) -> None:
+        """What a run before has left: gone on from, or removed where nothing is lost or nothing else is wanted."""
+        if self.journal.has_work and not (self.resume or self.overwrite):
+            self._lock.release()
+            raise CheckpointError(
+                f"{self.target}: a run that was interrupted has left its work in {self.path}. Go on from there with "
+                f"--resume, or start anew with --overwrite."
+            )
+        self.resume = self.resume and self.journal.has_work
+        for path in self.path.iterdir():
+            if path.name == "lock" or (self.resume and path == self.journal.folder):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._lock.is_held and self.path.exists() and not self.keeps_after(error):
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+
+    def keeps_after(self, error: BaseException | None) -> bool:
+        """Whether what was done so far can be gone on from: there is some, and the same recipe may end otherwise."""
+        is_final = isinstance(error, _FINAL) or (
+            isinstance(error, CheckpointError) and not isinstance(error, DiskError)
+        )
+        return self.journal.has_work and error is not None and not is_final
 
     def require_space(self, num_bytes: int) -> None:
         """Raise CheckpointError if the file system has less free."""
@@ -733,6 +774,8 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Give the folder its name."""
+        shutil.rmtree(self.journal.folder, ignore_errors=True)
+        self._lock.remove()
         mask = os.umask(0)
         os.umask(mask)
         for path in self.path.rglob("*"):
@@ -747,6 +790,57 @@ class OutputFolder:
         shutil.rmtree(old)
 
 
+class _Lock:
+    """A file that one process at a time can hold; the system lets go of it when the process ends, however it does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    @property
+    def is_held(self) -> bool:
+        return self._file is not None
+
+    def take(self, target: Path) -> None:
+        """Raises CheckpointError where another process holds it."""
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            _lock_file(file)
+        except OSError as error:
+            file.seek(0)
+            who = file.read().strip()
+            file.close()
+            raise CheckpointError(
+                f"{target}: another run is writing this output{f' (process {who})' if who else ''}. Wait for it, or "
+                f"choose another output."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Release it, and leave no file."""
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+
+def _lock_file(file: IO[str]) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def disk_errors_named(target: Path) -> Iterator[None]:
     """Turn the system's errors about writing into a CheckpointError that says what to do."""
@@ -756,9 +850,7 @@ def disk_errors_named(target: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
-        raise CheckpointError(
-            f"{target}: writing failed: {os.strerror(number)}. Nothing is left under that name."
-        ) from error
+        raise DiskError(f"{target}: writing failed: {os.strerror(number)}. Nothing is left under that name.") from error
 
 
 def _errno_in(message: str) -> int | None:

@@ -45,6 +45,9 @@ WithoutOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 
 
@@ -65,6 +68,7 @@ def run(
     output: OutputOption = None,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -87,6 +91,7 @@ def run(
         model_reference=model,
         output=output,
         overwrite=overwrite,
+        resume=resume,
         without=without,
         progress=Progress.detect(quiet=quiet),
     )

@@ -17,9 +17,10 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from compressor.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from compressor.journal import Journal
 from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
@@ -89,6 +91,7 @@ def compress(
     model_reference: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> CompressionResult:
@@ -97,10 +100,12 @@ def compress(
     `recipe` is a YAML file's path, a mapping with the same keys, or a Recipe. `model` (a live transformers model) and
     `tokenizer` replace what the recipe's `model:` would load; the model given is copied and never changed. Without an
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
-    `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own.
+    `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
+    interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
+    the beginning.
 
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
-    output's name then.
+    output's name then. What was observed until then is kept in a hidden folder beside it.
     """
     plugins = load_plugins(without)
     loaded = load_recipe(
@@ -111,7 +116,7 @@ def compress(
         methods=plugins.methods,
         criteria=plugins.criteria,
     )
-    return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite)
+    return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite, resume=resume)
 
 
 def load(
@@ -449,22 +454,33 @@ class _Run:
     plugins: Plugins
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    journal: Journal | None = None
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    def run(self, model: Any, tokenizer: Any, *, overwrite: bool) -> CompressionResult:
+    def run(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool = False) -> CompressionResult:
         """All steps, within the output's hidden folder if there is an output."""
+        if resume and (model is not None or self.recipe.output is None):
+            raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
         if self.recipe.output is None:
             return self._run(model, tokenizer, None)
         _refuse_output_over_input(self.recipe.output, self.recipe.model)
         if model is not None:
             _refuse_output_over_input(self.recipe.output, model.config._name_or_path or "")
-        with OutputFolder(self.recipe.output, overwrite=overwrite) as folder:
-            with checkpoints.disk_errors_named(folder.target):
-                result = self._run(model, tokenizer, folder)
-                folder.finish()
+        with OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume) as folder:
+            try:
+                with checkpoints.disk_errors_named(folder.target):
+                    result = self._run(model, tokenizer, folder)
+                    folder.finish()
+            except BaseException as error:
+                if folder.keeps_after(error):
+                    self.progress.say(
+                        f"what was done so far is kept in {folder.path}: --resume goes on with it, --overwrite starts "
+                        f"anew"
+                    )
+                raise
             return dataclasses.replace(result, folder=folder.target)
 
     @contextmanager
@@ -485,13 +501,15 @@ class _Run:
             if tokenizer is None and subject.checkpoint is not None:
                 tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
             sources = self._read_sources(tokenizer, subject)
+        about = self._about(subject, sources, tokenizer)
+        if folder:
+            self._open_journal(folder, about, sources)
         with self._timed("load"):
             moe = self._load(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
             check_vocabulary(sequences, _vocabulary(moe.model))
         with self._timed("evaluate before"):
             before = self._evaluate(moe, tokenizer, sources, "before")
-        about = self._about(subject, sources, tokenizer)
         passes = self._apply_passes(moe, sources, about, folder)
         with self._timed("evaluate after"):
             after = self._evaluate(moe, tokenizer, sources, "after")
@@ -523,6 +541,27 @@ class _Run:
             (inside / "report.html").write_text(page(record), encoding="utf-8")
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model, tokenizer)
+
+    def _open_journal(self, folder: OutputFolder, about: Mapping[str, Any], sources: _Sources) -> None:
+        """Begin the journal, or go on with it, if it is about the same."""
+        self.journal = None if about["model"]["fingerprint"] is None else folder.journal
+        if self.journal is None:  # a live model, which could be another one next time
+            return
+        recipe = self.loaded.to_mapping()
+        recipe.pop("output", None)
+        texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
+        identity = {
+            "recipe": recipe,
+            "model": about["model"],
+            "tokenizer": about["tokenizer"],
+            "text": {sequences.name: sequences.fingerprint for sequences in texts},
+            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+        }
+        if folder.resume:
+            self.journal.go_on(identity)
+            self.progress.say(f"going on with what was done in {folder.path}")
+        else:
+            self.journal.begin(identity)
 
     def evaluate_only(self) -> dict[str, Any]:
         """Measure the recipe's model as it is."""
@@ -721,11 +760,12 @@ class _Run:
         done: list[dict[str, Any]] = []
         for resolved, sequences, held_out in zip(self.loaded.passes, sources.by_pass, sources.held_out, strict=True):
             method, started, batches = resolved.method, time.perf_counter(), self._batches(sequences)
+            name = f"{resolved.index}.{resolved.spec.method}"
             with self._timed("observe"):
-                figures = self._observe(moe, resolved, [*batches, *self._batches(held_out, held_out=True)])
-            gathered[f"{resolved.index}.{resolved.spec.method}"] = figures
+                figures = self._observe(moe, resolved, [*batches, *self._batches(held_out, held_out=True)], name)
+            gathered[name] = figures
             if folder:
-                passes_about[f"{resolved.index}.{resolved.spec.method}"] = {
+                passes_about[name] = {
                     "domains": list(figures.domains),
                     **({"held_out": list(figures.held_out)} if figures.held_out else {}),
                     "progressive": method.progressive,
@@ -748,7 +788,8 @@ class _Run:
                 _write_json(folder.path / "compressor" / DECISION, written)
             if self.evaluation is not None and self.evaluation.random and _prunes(decision):
                 with self._timed("random decisions"):
-                    entry["random"] = self._compare_with_random(moe, decision, batches, sources)
+                    compare = partial(self._compare_with_random, moe, decision, batches, sources)
+                    entry["random"] = self._noted(f"random {name}", compare)
             with self._timed("edit"):
                 entry["checks"] = edit_verified(moe, resolved, decision, _check_batch(batches[0]))
             for path, layer in decision["layers"].items():
@@ -757,7 +798,19 @@ class _Run:
             entry["seconds"] = round(time.perf_counter() - started, 3)
         return done
 
-    def _observe(self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch]) -> Gathered:
+    def _noted(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the journal has under a name, else what is made now, which it then has."""
+        found = self.journal.noted(name) if self.journal is not None else None
+        if found is None:
+            found = make()
+            if self.journal is not None:
+                self.journal.note(name, found)
+        return dict(found)
+
+    def _observe(
+        self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
+    ) -> Gathered:
+        """The pass's figures; under a `name` the journal keeps them layer by layer."""
         method = resolved.method
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
@@ -772,7 +825,13 @@ class _Run:
 
         title = f"{resolved.spec.method}: observing"
         figures = walk.observe(
-            moe, batches, wanted, self.progress, title=title, edited=edited if method.progressive else None
+            moe,
+            batches,
+            wanted,
+            self.progress,
+            title=title,
+            edited=edited if method.progressive else None,
+            journal=self.journal.observation(name) if self.journal and name else None,
         )
         return Gathered(figures, domains, held_out)
 
@@ -825,6 +884,8 @@ class _Run:
         evaluation = self.evaluation
         if evaluation is None:
             return None
+        if self.journal is not None and (noted := self.journal.noted(f"evaluation {when}")):
+            return _evaluation_from_json(noted)
         perplexities, used = {}, {}
         for sequences in sources.perplexity:
             with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
@@ -852,13 +913,16 @@ class _Run:
             )
             for layer in moe.layers
         ]
-        return {
+        found = {
             **({"experts_per_token": used} if used else {}),
             "perplexity": perplexities,
             "tasks": tasks,
             "size": measure.size(moe.model, routed),
             "peak_memory": measure.peak_memory(self.recipe.device),
         }
+        if self.journal is not None:
+            self.journal.note(f"evaluation {when}", _evaluation_json(found))
+        return found
 
     def _alone(
         self,
@@ -1024,6 +1088,16 @@ def _evaluation_json(figures: Mapping[str, Any]) -> dict[str, Any]:
         "perplexity": {name: value.to_json() for name, value in figures["perplexity"].items()},
         "tasks": {name: value.to_json() for name, value in figures["tasks"].items()},
         "size": figures["size"].to_json(),
+    }
+
+
+def _evaluation_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_evaluation_json`."""
+    return {
+        **data,
+        "perplexity": {name: measure.Perplexity(**value) for name, value in data["perplexity"].items()},
+        "tasks": {name: measure.TaskResult.from_json(value) for name, value in data["tasks"].items()},
+        "size": measure.Size(**data["size"]),
     }
 
 

@@ -6,6 +6,7 @@
     ├── UnsupportedModelError       the model's architecture or routing is not one we can handle
     ├── CalibrationError            the calibration data cannot be used
     ├── CheckpointError             a checkpoint is missing, damaged, or cannot be written
+    │   └── DiskError               a file could not be written or read for reasons that lie outside of it
     ├── EvaluationError             a task or text cannot be evaluated
     └── VerificationError           our own checks found that the smaller model is not what was decided
 
@@ -38,6 +39,12 @@ class CalibrationError(CompressorError):
 
 class CheckpointError(CompressorError):
     """A checkpoint is missing, damaged, not finite, or cannot be written."""
+
+
+class DiskError(CheckpointError):
+    """A file could not be written or read to its end: no space, no permission, changed meanwhile. What a run has done
+    so far is kept.
+    """
 
 
 class EvaluationError(CompressorError):

@@ -3,6 +3,7 @@
     run.json                      what the run is about; compared when it goes on
     NAME.json                     something measured, by name
     PASS/LAYER.safetensors        the figures of a layer that is done
+    PASS/done.json                all layers are
     PASS/streams.safetensors      where the calibration text stands: what the decoder layers before put out last
 
 Every file is written beside its name, forced to the disk and renamed, so it is whole or not there.
@@ -28,6 +29,7 @@ from compressor.errors import CheckpointError
 
 _ABOUT = "run.json"
 _STREAMS = "streams.safetensors"
+_DONE = "done.json"
 
 
 class Journal:
@@ -150,6 +152,16 @@ class ObservationJournal:
     def forget_streams(self) -> None:
         """They are of no use: the walk is done, or its model cannot be set on its way again."""
         (self.folder / _STREAMS).unlink(missing_ok=True)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the walk has come to its end."""
+        return (self.folder / _DONE).exists()
+
+    def close(self) -> None:
+        """The walk has come to its end."""
+        write_json(self.folder / _DONE, {})
+        self.forget_streams()
 
 
 # Arguments and outputs as tensors and JSON -----------------------------------------------------------------

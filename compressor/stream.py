@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import Shard, quiet_transformers, refuse_not_finite
-from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
 
 _READ_AT_ONCE = 2**24
 _DTYPES = {
@@ -82,7 +82,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def __getitem__(self, _: object) -> Tensor:
-        """The whole tensor, in memory of its own. Raises CheckpointError where the file ends early."""
+        """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensors of type {self.dtype} are not known to this version of torch.")
         held = torch.empty(self.num_bytes, dtype=torch.uint8)
@@ -93,7 +93,7 @@ class StoredTensor:
             while done < self.num_bytes:
                 count = file.readinto(view[done : done + _READ_AT_ONCE])
                 if not count:
-                    raise CheckpointError(f"{self.path}: it ends within a tensor: it was changed while it was read.")
+                    raise DiskError(f"{self.path}: it ends within a tensor: it was changed while it was read.")
                 done += count
         return held.view(_DTYPES[self.dtype]).reshape(self.shape)
 

@@ -74,6 +74,9 @@ def observe(
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
     the layers in the same order.
     """
+    if journal is not None and journal.is_done:
+        kept = {path: journal.figures(path) for path in statistics}
+        return {path: figures for path, figures in kept.items() if figures is not None}
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
     was_training = model.training
@@ -208,9 +211,9 @@ class _Walk:
                     self._enter(stop.path, streams)
                 else:
                     self._observe_layer(stop.path, originals, others)
-        if self.journal is not None:
-            self.journal.forget_streams()
         self._refuse_unseen()
+        if self.journal is not None:
+            self.journal.close()
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
     def _start(self, batches: Sequence[TokenBatch], stack: ExitStack) -> tuple[list[_Stream], list[_Stream]]:
