@@ -67,6 +67,8 @@ RECORD = "record.json"
 DECISION = "decision.json"
 STATISTICS = "statistics.safetensors"
 
+_DECIDED = ("method", "version", "options", "domains", "held_out", "decision")
+"""What decision.json says of a pass; the record says more, such as how long it took."""
 _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TIES_ALLOWED = 0.25
@@ -784,7 +786,8 @@ class _Run:
             }
             done.append(entry)
             if folder:
-                written = {"format": FORMAT, "model": about["model"], "passes": done}
+                decided = [{key: one[key] for key in _DECIDED if key in one} for one in done]
+                written = {"format": FORMAT, "model": about["model"], "passes": decided}
                 _write_json(folder.path / "compressor" / DECISION, written)
             if self.evaluation is not None and self.evaluation.random and _prunes(decision):
                 with self._timed("random decisions"):

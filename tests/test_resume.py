@@ -1,0 +1,331 @@
+"""Runs that are interrupted and go on: the same bytes, nothing twice, and refused where something has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_folder, token_ids, write_token_file
+
+import compressor
+from compressor import CheckpointError, DiskError, RecipeError, Statistic, walk
+from compressor.calibration import TokenBatch
+from compressor.checkpoint import OutputFolder
+from compressor.journal import Journal, ObservationJournal, digest, flatten, unflatten
+from compressor.moe import MoEModel
+from compressor.progress import Progress
+from compressor.testing import tiny
+
+Recipe = dict[str, Any]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Recipe:
+    tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
+    return {
+        "model": str(model),
+        "calibration": {"batch_size": 8, "data": [{"tokens": str(tokens), "samples": 24}]},
+        "passes": [{"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {}}],
+        "evaluate": {"perplexity": [{"tokens": str(tokens), "samples": 8}]},
+        "output": str(tmp_path / "out"),
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What must be alike: all but the record, which says how long things took."""
+    names = (WEIGHTS, "config.json", "compressor/statistics.safetensors", "compressor/decision.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def interrupted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, after: int, **others: Any) -> None:
+    """A run that is stopped after some layers."""
+    kept = ObservationJournal.put
+    done = 0
+
+    def put(self: ObservationJournal, layer: str, figures: Any) -> None:
+        nonlocal done
+        kept(self, layer, figures)
+        done += 1
+        if done == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObservationJournal, "put", put)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe, **others)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+def test_goes_on_and_ends_with_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, progressive: bool
+) -> None:
+    recipe["passes"][0]["expert_pruning"]["progressive"] = progressive
+    whole = compressor.compress(recipe, output=tmp_path / "whole")
+    interrupted(recipe, monkeypatch, after)
+    assert not (tmp_path / "out").exists()
+    seen: list[str] = []
+    put = ObservationJournal.put
+    monkeypatch.setattr(ObservationJournal, "put", lambda self, layer, one: (seen.append(layer), put(self, layer, one)))
+    result = compressor.compress(recipe, resume=True)
+    assert result.folder == tmp_path / "out"
+    assert len(seen) == 6 - after  # two passes of three layers; what was done is not done again
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert result.record["evaluation"]["before"]["perplexity"] == whole.record["evaluation"]["before"]["perplexity"]
+    assert result.record["evaluation"]["after"]["perplexity"] == whole.record["evaluation"]["after"]["perplexity"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_killed_at_thirty_moments(recipe: Recipe, tmp_path: Path) -> None:
+    recipe["passes"][1] = {"expert_pruning": {"keep": 4, "progressive": True}}
+    recipe["calibration"]["data"][0]["samples"] = 12
+    del recipe["evaluate"]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, Path(__file__).with_name("killed.py"), tmp_path / "recipe.json", tmp_path / "runs"]
+    answer = subprocess.run([*map(str, command), "30", "1"], capture_output=True, text=True, check=False, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    kills, with_work, runs = map(int, answer.stdout.split())
+    assert kills >= 30
+    assert with_work >= 5, "the moments were too early to tell anything"
+    assert runs >= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda recipe: recipe["passes"][0].update(expert_pruning={"keep": 5}), "keep was 6, is 5"),
+        (lambda recipe: recipe["calibration"].update(batch_size=4), "recipe.calibration.batch_size was 8, is 4"),
+        (lambda recipe: recipe["evaluate"].update(batch_size=3), "recipe.evaluate.batch_size was 8, is 3"),
+    ],
+)
+def test_another_recipe_is_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: Callable[[Recipe], None], says: str, tmp_path: Path
+) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    change(recipe)
+    with pytest.raises(CheckpointError, match=f"^the run cannot go on: .*{says}"):
+        compressor.compress(recipe, resume=True)
+    assert (tmp_path / ".out.partial" / "journal").is_dir() is False or not (tmp_path / "out").exists()
+
+
+def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    tensors = load_file(model / WEIGHTS)
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"^the run cannot go on: model\.fingerprint was 'sha256:\w+', is 'sha256:"
+    ):
+        compressor.compress(recipe, resume=True)
+
+
+def test_other_text_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    write_token_file(Path(recipe["calibration"]["data"][0]["tokens"]), token_ids(30, 24, seed=5).tolist())
+    with pytest.raises(CheckpointError, match=r"^the run cannot go on: text\.tokens was 'sha256:\w+', is 'sha256:"):
+        compressor.compress(recipe, resume=True)
+
+
+def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    monkeypatch.setattr("compressor.engine.versions", lambda _: {"torch": "1.0"})
+    with pytest.raises(CheckpointError, match=r"^the run cannot go on: .*versions\.torch was '\S+', is '1\.0'"):
+        compressor.compress(recipe, resume=True)
+
+
+def test_what_is_refused_is_still_there(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mistake in the command costs nothing that was done."""
+    compressor.compress(recipe, output=tmp_path / "whole")
+    interrupted(recipe, monkeypatch, 2)
+    recipe["passes"][0]["expert_pruning"]["keep"] = 5
+    with pytest.raises(CheckpointError, match="cannot go on"):
+        compressor.compress(recipe, resume=True)
+    recipe["passes"][0]["expert_pruning"]["keep"] = 6
+    compressor.compress(recipe, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_work_of_another_run_is_not_thrown_away(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    says = rf"^{tmp_path / 'out'}: a run that was interrupted has left its work in \S+\. Go on .* --resume"
+    with pytest.raises(CheckpointError, match=says):
+        compressor.compress(recipe)
+    recipe["passes"][0]["expert_pruning"]["keep"] = 5
+    compressor.compress(recipe, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_to_go_on_from_begins_at_the_beginning(recipe: Recipe, tmp_path: Path) -> None:
+    compressor.compress(recipe, resume=True)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'out'} exists already"):
+        compressor.compress(recipe, resume=True)
+
+
+def test_live_models_do_not_go_on(recipe: Recipe, model: Path) -> None:
+    live, tokenizer = compressor.load(model)
+    with pytest.raises(RecipeError, match=r"^a run goes on .* only where a checkpoint is read"):
+        compressor.compress(recipe, live, tokenizer, resume=True)
+
+
+def test_second_run_on_one_output_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'out'}: another run is writing .* \(process \d+\)"):
+            compressor.compress(recipe)
+        assert (tmp_path / ".out.partial").is_dir()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor.compress(recipe, output=tmp_path / "whole")
+    kept = ObservationJournal.put_streams
+
+    def full(self: ObservationJournal, snapshot: Any) -> None:
+        if snapshot.unit == "model.layers.2":
+            raise OSError(28, "No space left on device")
+        kept(self, snapshot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObservationJournal, "put_streams", full)
+        with pytest.raises(DiskError, match="writing failed: No space left on device"):
+            compressor.compress(recipe)
+    compressor.compress(recipe, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_damaged_journal_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe, monkeypatch, 3)
+    (path,) = (tmp_path / ".out.partial" / "journal" / "0.expert_pruning").glob("*layers.0*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"^{path}: the journal of the run is damaged"):
+        compressor.compress(recipe, resume=True)
+
+
+# --- the walk, whatever the model carries from layer to layer
+
+
+class Recorded(Statistic):
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def update(self, tokens: Any) -> None:
+        self.seen[f"{len(self.seen)}"] = tokens.hidden_TH.clone()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.seen
+
+
+class Stopped(Recorded):
+    def update(self, tokens: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["mixtral", "switch_transformers", "diffusion_gemma", "gemma4", "jetmoe", "openai_privacy_filter", "inkling2_loop"],
+)
+def test_every_kind_of_model_goes_on(model_type: str, tmp_path: Path) -> None:
+    moe = MoEModel(tiny.tiny_model(model_type))
+    inputs = [tiny.tiny_inputs(moe.model, seed=seed)["input_ids"] for seed in range(2)]
+    batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in inputs]
+    paths = [layer.path for layer in moe.layers if layer.watch_problem is None]
+    expected = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress())
+    journal = ObservationJournal(tmp_path)
+    for number in range(len(paths)):
+        statistics = {path: Stopped() if place == number else Recorded() for place, path in enumerate(paths)}
+        with pytest.raises(KeyboardInterrupt):
+            walk.observe(moe, batches, statistics, Progress(), journal=journal)
+    found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
+    assert list(found) == list(expected)
+    for path, figures in expected.items():
+        for name, value in figures.items():
+            assert torch.equal(found[path][name], value), path
+
+
+def test_layers_that_were_passed_are_not_run_again(tmp_path: Path) -> None:
+    moe = MoEModel(tiny.tiny_model("mixtral"))
+    ids = tiny.tiny_inputs(moe.model)["input_ids"]
+    batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))]
+    paths = [layer.path for layer in moe.layers]
+    journal = ObservationJournal(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        walk.observe(moe, batches, {path: Recorded() for path in paths[:-1]} | {paths[-1]: Stopped()}, Progress(),
+                     journal=journal)  # fmt: skip
+    run: list[str] = []
+    for name, module in moe.model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda *_, name=name: run.append(name))
+    walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
+    assert run == [f"model.layers.{len(paths) - 1}.self_attn"]
+
+
+def test_what_cannot_be_answered_from_the_record_is_run_again(tmp_path: Path) -> None:
+    """A journal that does not lead to where the batches stood costs time, not correctness."""
+    moe = MoEModel(tiny.tiny_model("mixtral"))
+    ids = tiny.tiny_inputs(moe.model)["input_ids"]
+    batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))]
+    paths = [layer.path for layer in moe.layers]
+    expected = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress())
+    journal = ObservationJournal(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        walk.observe(moe, batches, {path: Recorded() for path in paths[:-1]} | {paths[-1]: Stopped()}, Progress(),
+                     journal=journal)  # fmt: skip
+    snapshot = journal.streams()
+    assert snapshot is not None
+    [(_, (tree, tensors))] = snapshot.standing[0].outputs.items()
+    changed = type(snapshot.standing[0])({"model.layers": (tree, [tensors[0] + 1])}, snapshot.standing[0].digest)
+    journal.put_streams(type(snapshot)(snapshot.unit, snapshot.passed, [changed]))
+    found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
+    assert all(torch.equal(found[path]["0"], expected[path]["0"]) for path in paths)
+
+
+# --- the journal itself
+
+
+def test_arrangement_of_tensors() -> None:
+    first, second = torch.arange(3), torch.ones(2, 2)
+    value = (first, [None, {"a": second, "b": 3}], "x")
+    tree, tensors = flatten(value)
+    again = unflatten(json.loads(json.dumps(tree)), tensors)
+    assert again[0] is first
+    assert again[1][1]["a"] is second
+    assert (again[1][0], again[1][1]["b"], again[2], type(again), type(again[1])) == (None, 3, "x", tuple, list)
+    with pytest.raises(TypeError, match="set cannot be written down"):
+        flatten((first, {1}))
+
+
+def test_digest_tells_values_shapes_and_types_apart() -> None:
+    values = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.tensor([0, 0, 0, 1.0])]
+    assert len({digest(((value,), {})) for value in values}) == 4
+    assert digest((values[0], {"mask": values[1]})) == digest((values[0].clone(), {"mask": values[1].clone()}))
+
+
+def test_notes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.begin({"model": "a", "versions": {"torch": "2"}})
+    assert not journal.has_work
+    journal.note("evaluation before", {"x": 1.5})
+    assert journal.has_work
+    assert journal.noted("evaluation before") == {"x": 1.5}
+    assert journal.noted("evaluation after") is None
+    journal.go_on({"model": "a", "versions": {"torch": "2"}})
+    with pytest.raises(CheckpointError, match=r"versions\.torch was '2', is '3'\. Set it back"):
+        journal.go_on({"model": "a", "versions": {"torch": "3"}})
+    with pytest.raises(CheckpointError, match=r"versions\.numpy was not there, is 1"):
+        journal.go_on({"model": "a", "versions": {"torch": "2", "numpy": 1}})
