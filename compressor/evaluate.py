@@ -34,12 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.calibration import Sequences, check_vocabulary, make_batches
+from compressor import walk
+from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.errors import CheckpointError, EvaluationError
 from compressor.tasks import LoadedTasks, members, quietly, seeded
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
+Run = Callable[[Sequence[TokenBatch], Callable[[TokenBatch, Any], None]], None]
+"""(batches, what to do with each batch and the model's output for it)"""
 
 CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
 MIN_ROUNDS = 3
@@ -72,7 +75,14 @@ class Perplexity(_Result):
     fingerprint: str
 
 
-def perplexity(model: Any, sequences: Sequences, batch_size: int = 8, progress: Progress | None = None) -> Perplexity:
+def perplexity(
+    model: Any,
+    sequences: Sequences,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    *,
+    run: Run | None = None,
+) -> Perplexity:
     """Next-token perplexity of ``model`` on one source.
 
     In a sequence of n tokens the last n − 1 are predicted, each from those before it in the same sequence.
@@ -83,23 +93,30 @@ def perplexity(model: Any, sequences: Sequences, batch_size: int = 8, progress: 
     predicted tokens n_s of each of R sequences, mean L = Σl_s / Σn_s, it is √( R/(R−1) · Σ(l_s − L·n_s)² ) /
     Σn_s; for sequences of one length that is the standard deviation of the sequences' means over √R.
 
-    ``progress(done, total)`` is called with numbers of sequences. Raises EvaluationError when a loss is not
+    ``progress(done, total)`` is called with numbers of sequences. ``run`` feeds the batches to a model that cannot
+    simply be called, in order; the figures are the same to the bit. Raises EvaluationError when a loss is not
     finite, a sequence is longer than the model's positions or nothing is to be predicted, CalibrationError
     when an id has no embedding.
     """
     _check_sequences(model, sequences)
     losses: list[float] = []
     counts: list[int] = []
+
+    def take(batch: TokenBatch, output: Any) -> None:
+        nonlocal losses, counts
+        losses += next_token_losses(output.logits, batch.input_ids, batch.attention_mask).tolist()
+        counts += batch.attention_mask[:, 1:].sum(1).tolist()
+        _refuse_not_finite(losses, sequences.name)
+        if progress is not None:
+            progress(len(losses), len(sequences.ids))
+
+    batches = make_batches(sequences.ids, batch_size)
     with _undisturbed(model):
-        for batch in make_batches(sequences.ids, batch_size):
-            ids_BS = batch.input_ids.to(model.device)
-            mask_BS = batch.attention_mask.to(model.device)
-            logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits
-            losses += next_token_losses(logits_BSV, ids_BS, mask_BS).tolist()
-            counts += mask_BS[:, 1:].sum(1).tolist()
-            _refuse_not_finite(losses, sequences.name)
-            if progress is not None:
-                progress(len(losses), len(sequences.ids))
+        if run is not None:
+            run(batches, take)
+        else:
+            for batch in batches:
+                take(batch, model(**walk.model_inputs(model, batch)))
     tokens = sum(counts)
     mean_loss = math.fsum(losses) / tokens
     return Perplexity(
