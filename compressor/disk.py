@@ -439,6 +439,9 @@ class _Planner:
                 if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
                     raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
         values = self.new_values.get(name)
+        if fate.gather is not None:
+            gather = fate.gather
+            values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)
         return TensorEdit(
             name, "rewritten" if values else becomes, fate.name, dtype, shape, new_shape, axis, rows, values
         )

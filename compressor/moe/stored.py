@@ -34,6 +34,8 @@ from compressor.moe.structure import ExpertAxis, MoELayer
 
 Shape = tuple[int, ...]
 """Of a tensor on disk."""
+_FEW = 2**22
+"""Numbers in a tensor that are looked at one by one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Fate:
     axis: ExpertAxis | None = None
     target: str | None = None
     """The model's tensor that it is, as it is."""
+    gather: Tensor | None = None
+    """Where the experts of several layers are in one tensor: the new one's shape, int64, each number's place in the old
+    one, which is seen as flat.
+    """
 
 
 @dataclass(frozen=True)
@@ -328,8 +334,10 @@ class _Planner:
     def _of_converted(self, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
         """All experts in one tensor whose shape, order or name a converter changes."""
         layer, axis = self.stacked[hit[0]]
-        if any(self.stacked[name][0] is not layer for name in hit) or axis.stride != 1 or axis.extra:
-            raise UnsupportedModelError(f"{target}: its converter makes several layers' experts, or flattened ones.")
+        if any(self.stacked[name][0] is not layer for name in hit):
+            return self._of_several_layers(target, sources, hit)
+        if axis.stride != 1 or axis.extra:
+            raise UnsupportedModelError(f"{target}: its experts are flattened, and a converter changes their tensor.")
         present = {pattern: self.shapes[name] for pattern, name in sources.items() if name in self.shapes}
         if len(present) < len(sources):  # quantised: what is there are companions, which keep the experts apart or not
             return {name: Fate(name, layer, axis) for name in sources.values()}
@@ -371,6 +379,38 @@ class _Planner:
             if not torch.equal(rows, torch.arange(num_kept)[:, None].expand_as(rows).to(rows.dtype)):
                 return False
         return True
+
+    def _of_several_layers(self, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
+        """One tensor on disk for several layers: its numbers' places are sent through the converter, for the tensor as it
+        is and for a smaller one, and compared where they come out.
+        """
+        (pattern, name), *others = sources.items()
+        shape = self.shapes.get(name)
+        if others or shape is None or prod(shape) > _FEW:
+            raise UnsupportedModelError(f"{target}: {', '.join(sources.values())} holds experts of several layers.")
+        layers = [self.stacked[one][0] for one in hit]
+        for dim, size in enumerate(shape):
+            if size != layers[0].num_experts:
+                continue
+            new_shape = (*shape[:dim], len(self.kept[layers[0].path]), *shape[dim + 1 :])
+            try:
+                old = self.mapping.convert(target, {pattern: [_places(shape)]})
+                new = self.smaller.convert(target, {pattern: [_places(new_shape)]})
+            except Exception:  # with a wrong dimension operations fail in any way
+                continue
+            if any(new[one].shape != self.smaller.tensors[one].shape for one in hit):
+                continue
+            gather = torch.zeros(prod(new_shape), dtype=torch.int64)
+            for one, values in old.items():
+                if one in hit:
+                    layer, axis = self.stacked[one]
+                    values = values.index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
+                gather[new[one].flatten()] = values.flatten()
+            return {name: Fate(name, layers[0], gather=gather.reshape(new_shape))}
+        raise UnsupportedModelError(
+            f"{' and '.join(layer.path for layer in layers)}: their experts are in one tensor on disk ({name}), so they "
+            f"must keep equally many."
+        )
 
     # what goes with a weight
 
@@ -460,6 +500,11 @@ def _has(shape: Shape, dim: int, size: int) -> bool:
 def _row_numbers(shape: Shape, dim: int) -> Tensor:
     """A tensor that holds each row's number along a dimension."""
     return torch.arange(float(shape[dim])).reshape(-1, *[1] * (len(shape) - dim - 1)).expand(shape).contiguous()
+
+
+def _places(shape: Shape) -> Tensor:
+    """A tensor that holds each number's own place in it, seen as flat."""
+    return torch.arange(prod(shape)).reshape(shape)
 
 
 def _under(path: str) -> str:
