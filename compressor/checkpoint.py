@@ -67,14 +67,13 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
-BITS = (
-    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8)
-    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
-    | dict.fromkeys(("U32", "I32", "F32"), 32)
-    | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
-    | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-)
-"""Bits of one number, by the dtype's name in a safetensors header."""
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits of one number, by the dtype's name in a safetensors header; in the reverse of the order in which files hold them.
+"""
 _AUTO_FIRST = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -841,9 +840,9 @@ def write_beside_weights(
     """Write all that a checkpoint holds beside its weights: config.json, and the source's other files.
 
     `config` is that of the smaller model, `written` the same as transformers writes it. `dtype` None leaves that as it
-    is; `changes` replace keys of config.json. For the rest see `save_checkpoint`.
+    is; `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
     """
-    raw = read_config(source) if source else dict(written)
+    raw = (read_config(source) if source else dict(written)) | copy.deepcopy(dict(changes or {}))
     for leaf, value in counts.items():
         _patch_count(raw, leaf, config, value)
     raw.pop(KEY, None)
@@ -854,7 +853,6 @@ def write_beside_weights(
     _patch_rope(raw, written)
     if dtype:
         raw |= {"dtype": dtype, "torch_dtype": dtype}
-    raw |= changes or {}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if source:
         _carry_over(source, folder)

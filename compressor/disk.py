@@ -182,6 +182,10 @@ class Edit:
         """Bytes of the weights' files as they will be."""
         return sum(edit.num_bytes for edit in self.shards)
 
+    def num_bytes_to_write(self, *, hard_link: bool = False) -> int:
+        """Bytes of weights that need room on the disk: files that are linked need none."""
+        return sum(edit.num_bytes for edit in self.shards if not (hard_link and edit.unchanged))
+
     def write(
         self, folder: Path, *, hard_link: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> None:
@@ -317,13 +321,7 @@ class _Planner:
         self.new_values = dict(self._new_values())
         edits = {name: self._tensor_edit(name, fate) for name, fate in found.items()}
         shards = tuple(
-            # the order of safetensors itself: no tensor starts where its numbers would not be aligned
-            ShardEdit(shard, tuple(sorted((edits[name] for name in shard.tensors), key=lambda one: -BITS[one.dtype])))
-            for shard in self.shards
-        )
-        shards = tuple(
-            ShardEdit(edit.shard, tuple(edits[name] for name in edit.shard.tensors)) if edit.unchanged else edit
-            for edit in shards
+            ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards
         )
         self._check_after(edits)
         return Edit(self.found, self.after, shards, self.left_out, _modules(found))
@@ -445,6 +443,19 @@ class _Planner:
         return TensorEdit(
             name, "rewritten" if values else becomes, fate.name, dtype, shape, new_shape, axis, rows, values
         )
+
+
+def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
+    """A file's tensors as safetensors itself puts them, large numbers first, so that none starts where it would not be
+    aligned; and by name, if they are now.
+    """
+    if all(edit.becomes == "copied" for edit in edits):
+        return tuple(edits)
+    size = list(BITS).index
+    by_name = sorted(edits, key=lambda edit: (-size(edit.dtype), edit.name))
+    if by_name == list(edits):
+        return tuple(sorted(edits, key=lambda edit: (-size(edit.dtype), edit.new_name)))
+    return tuple(sorted(edits, key=lambda edit: -BITS[edit.dtype]))
 
 
 def _modules(found: Mapping[str, Fate]) -> dict[str, str | None]:

@@ -289,12 +289,12 @@ class _Planner:
             layer, axis = self.stacked[name]
             others.pop(name)
             found = places[name]
-            if len(found) != layer.num_experts or axis.stride != 1 or axis.extra:
+            if len(found) != axis.size(layer.num_experts) or axis.stride != 1:
                 raise CheckpointError(
-                    f"{layer.path}: by its config it has {layer.num_experts} experts, the checkpoint holds {len(found)} "
-                    f"({first[0]} to {first[-1]})."
+                    f"{layer.path}: by its config it has {layer.num_experts} experts, the checkpoint holds "
+                    f"{len(found) - axis.extra} ({first[0]} to {first[-1]})."
                 )
-            wanted[name] = [found[expert] for expert in self.kept[layer.path]]
+            wanted[name] = [found[row] for row in axis.rows(self.kept[layer.path], layer.num_experts)]
         stay = sorted({place for found in [*wanted.values(), *others.values()] for place in found})
         if self._places(target, sources, stay, self.smaller) != wanted | others:
             layers = " and ".join(dict.fromkeys(self.stacked[name][0].path for name in hit))
