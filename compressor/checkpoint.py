@@ -72,8 +72,7 @@ BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-"""Bits of one number, by the dtype's name in a safetensors header; in the reverse of the order in which files hold them.
-"""
+"""Bits of one number, by the dtype's name in a safetensors header; files hold their tensors in the reverse order."""
 _AUTO_FIRST = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -374,7 +373,9 @@ def _read_header(path: Path) -> Shard:
     for (begin, end), name in places:
         if begin != at:
             what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
-            raise CheckpointError(f"{path}: damaged at its start: {name} {what} (bytes {begin:,} to {end:,}, not {at:,}).")
+            raise CheckpointError(
+                f"{path}: damaged at its start: {name} {what} (bytes {begin:,} to {end:,}, not {at:,})."
+            )
         at = end
     sizes = {name: end - begin for (begin, end), name in places}
     offsets = {name: 8 + length + begin for (begin, _), name in places}

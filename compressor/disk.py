@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -265,9 +266,7 @@ class Edit:
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def _verify(self, folder: Path) -> None:
-        written = {
-            name: about for shard in checkpoints.verify_files(folder) for name, about in shard.tensors.items()
-        }
+        written = {name: about for shard in checkpoints.verify_files(folder) for name, about in shard.tensors.items()}
         planned = {tensor.new_name: (tensor.dtype, tensor.new_shape) for edit in self.shards for tensor in edit.kept}
         if written != planned:
             wrong = min(name for name in written.keys() | planned if written.get(name) != planned.get(name))
@@ -320,9 +319,7 @@ class _Planner:
         self._check_dtypes()
         self.new_values = dict(self._new_values())
         edits = {name: self._tensor_edit(name, fate) for name, fate in found.items()}
-        shards = tuple(
-            ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards
-        )
+        shards = tuple(ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
         self._check_after(edits)
         return Edit(self.found, self.after, shards, self.left_out, _modules(found))
 
@@ -385,11 +382,11 @@ class _Planner:
             if self.kept[layer.path] != list(range(layer.num_experts)):
                 for target in layer.id_tensors:
                     table, rows = self._stored(target), self._stored(layer.router_weights[0])
-                    yield table, lambda layer=layer, table=table, rows=rows: self._relabelled(layer, table, rows)
+                    yield table, partial(self._relabelled, layer, table, rows)
             if off := self.switched_off.get(layer.path):
                 for target in layer.selection_biases:
                     bias, axis = self._stored(target), layer.tensors[target]
-                    yield bias, lambda layer=layer, bias=bias, axis=axis, off=off: self._with_off(layer, bias, axis, off)
+                    yield bias, partial(self._with_off, layer, bias, axis, off)
 
     def _stored(self, target: str) -> str:
         """The name on disk of a tensor that is there as the model has it."""
@@ -476,7 +473,11 @@ def _renamed(value: Any, modules: Mapping[str, str | None], reference: str) -> A
         return {key: _renamed(one, modules, reference) for key, one in pairs if key is not None}
     if isinstance(value, list):
         new = [_renamed_name(one, modules, reference) if isinstance(one, str) else one for one in value]
-        return [_renamed(one, modules, reference) for one, old in zip(new, value, strict=True) if one is not None or old is None]
+        return [
+            _renamed(one, modules, reference)
+            for one, old in zip(new, value, strict=True)
+            if one is not None or old is None
+        ]
     return value
 
 
@@ -494,7 +495,11 @@ def _renamed_name(name: str, modules: Mapping[str, str | None], reference: str) 
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         head = ".".join(parts[:end])
-        for known, prefix in ((head, ""), (head.partition(".")[2], head.partition(".")[0] + "."), ("model." + head, "")):
+        for known, prefix in (
+            (head, ""),
+            (head.partition(".")[2], head.partition(".")[0] + "."),
+            ("model." + head, ""),
+        ):
             if known in modules:
                 new = modules[known]
                 if new is None:
@@ -549,7 +554,7 @@ def _pieces(tensor: TensorEdit, offset: int, reading: int, source: Path) -> Iter
     """The new tensor's bytes in their order: ranges of the source's, or the bytes themselves."""
     if tensor.values is not None:
         new = tensor.values().contiguous()
-        yield memoryview(new.view(-1).view(torch.uint8).numpy()).cast("B")
+        yield memoryview(new.view(-1).view(torch.uint8).numpy().tobytes())
         return
     if tensor.axis is None:
         yield range(offset, offset + tensor.num_bytes)
@@ -567,7 +572,8 @@ def _pieces(tensor: TensorEdit, offset: int, reading: int, source: Path) -> Iter
     for first in range(0, outer, blocks):
         many = min(blocks, outer - first)
         data = _read_range(reading, offset + first * size * row, many * size * row, source)
-        yield memoryview(np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(many, size, row)[:, rows])).cast("B")
+        data_RSB = np.frombuffer(data, np.uint8).reshape(many, size, row)
+        yield memoryview(data_RSB[:, rows].tobytes())
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor import evaluate as measure
 from compressor import disk, plan, walk
+from compressor import evaluate as measure
 from compressor.calibration import (
     Sequences,
     TokenBatch,

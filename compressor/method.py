@@ -91,8 +91,8 @@ class Method(ABC, Generic[OptionsT]):
     """Written into every record; change it when the same figures would lead to another decision."""
     options_type: ClassVar[type[Options]]
     needs_weights: ClassVar[bool] = True
-    """Whether `edit` does more than call `moe.keep` and `moe.skip`. Where no method of a decision does, it is applied to
-    a checkpoint on disk, whose weights are never loaded: `edit` is then given a model on the meta device.
+    """Whether `edit` does more than call `moe.keep` and `moe.skip`. Where no method of a decision does, it is applied
+    to a checkpoint on disk, whose weights are never loaded: `edit` is then given a model on the meta device.
     """
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:

@@ -37,8 +37,8 @@ Kept = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Removal:
-    """What one call of `keep` did: the ids that stayed in each layer, as they were counted before it, and the new ids of
-    those that a bias switches off since (`padded`).
+    """What one call of `keep` did: the ids that stayed in each layer, as they were counted before it, and the new ids
+    of those that a bias switches off since (`padded`).
     """
 
     kept: Kept
@@ -48,9 +48,9 @@ class Removal:
 class MoEModel:
     """A transformers model with its MoE layers found.
 
-    Nothing is changed until `keep` is called; `removals` remembers every call. `structure` is what an adapter found, for a model that the structural one
-    cannot explain. Raises UnsupportedModelError where the structure cannot be understood: a dense model, a quantised
-    one, or one that hangs on its experts in a way that cannot be sliced.
+    Nothing is changed until `keep` is called; `removals` remembers every call. `structure` is what an adapter found,
+    for a model that the structural one cannot explain. Raises UnsupportedModelError where the structure cannot be
+    understood: a dense model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
     """
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:

@@ -3,9 +3,9 @@
 A checkpoint need not hold the tensors that the model has: transformers renames them while it loads, stacks tensors of
 single experts, transposes. So what a name means is asked of transformers' own conversion mapping, and never assumed:
 
-    name on disk ► renamings ► a tensor of the model, or a part of one  ► one of an expert each, in a list: dropped, renamed
-                                                                        ► all experts stacked: sliced along one dimension
-                               nothing in the model, quantised          ► what its weight's fate is (`owner`)
+    name on disk ► renamings ► a tensor of the model, or a part of one ► one expert's, in a list: dropped or renamed
+                                                                       ► all experts stacked: cut along one dimension
+                               nothing in the model, quantised         ► what its weight's fate is
 
 Which place of a list holds which expert is seen by sending the places' numbers through the converter instead of
 weights. Which dimension of a stacked tensor counts experts, where a converter changes its shape, is found by cutting it
@@ -57,8 +57,8 @@ class Fate:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The weight that a tensor on disk is, or goes with: its name on disk, which need not be there, and what the tensor's
-    own name is without `tail`: that name, less `cut` at its end.
+    """The weight that a tensor on disk is, or goes with: by its name on disk, where it need not be. The tensor's own
+    name is that, less `cut` at its end, and then `tail`.
     """
 
     name: str
@@ -150,7 +150,12 @@ def loading_info(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def fates(
-    before: MoEModel, after: MoEModel, kept: Kept, shapes: Mapping[str, Shape], *, quantisation: Mapping[str, Any] | None
+    before: MoEModel,
+    after: MoEModel,
+    kept: Kept,
+    shapes: Mapping[str, Shape],
+    *,
+    quantisation: Mapping[str, Any] | None,
 ) -> dict[str, Fate]:
     """What becomes of every tensor on disk when `before`, on the meta device, becomes `after`: name → Fate.
 
@@ -218,7 +223,9 @@ class _Planner:
         taken: dict[str, str] = {}
         for name, fate in result.items():
             if fate.name is not None and taken.setdefault(fate.name, name) != name:
-                raise UnsupportedModelError(f"{name} and {taken[fate.name]} would both be called {fate.name} afterwards.")
+                raise UnsupportedModelError(
+                    f"{name} and {taken[fate.name]} would both be called {fate.name} afterwards."
+                )
         return {name: result[name] for name in self.shapes}
 
     # names
@@ -270,7 +277,7 @@ class _Planner:
             return {name: Fate(None) for names in by_pattern.values() for name in names}
         place = f"{path}.{children[ids.index(expert)]}.{rest}"
         there = self.groups.get(place, {})
-        result = {}
+        result: dict[str, Fate] = {}
         for pattern, names in by_pattern.items():
             if len(there.get(pattern, ())) != len(names):
                 raise CheckpointError(f"{place} is not in the checkpoint, though {path}.{children[expert]}.{rest} is.")
@@ -301,10 +308,12 @@ class _Planner:
             raise UnsupportedModelError(
                 f"{layers}: their experts are one list on disk ({first[0]} …), so they must keep equally many."
             )
-        result = {}
+        result: dict[str, Fate] = {}
         for names in sources.values():
             result |= {name: Fate(None) for name in names}
-            result |= {names[place]: Fate(new, self.stacked[hit[0]][0]) for place, new in zip(stay, names, strict=False)}
+            result |= {
+                names[place]: Fate(new, self.stacked[hit[0]][0]) for place, new in zip(stay, names, strict=False)
+            }
         return result
 
     def _places(
@@ -321,7 +330,9 @@ class _Planner:
         try:
             made = mapping.convert(target, numbered)
         except Exception as error:  # an operation of transformers may refuse in any way
-            raise UnsupportedModelError(f"{target}: what transformers makes it of cannot be followed: {error}") from error
+            raise UnsupportedModelError(
+                f"{target}: what transformers makes it of cannot be followed: {error}"
+            ) from error
         found = {}
         for name, label in made.items():
             dim = self.stacked[name][1].dim if name in self.stacked else 0
@@ -381,8 +392,8 @@ class _Planner:
         return True
 
     def _of_several_layers(self, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
-        """One tensor on disk for several layers: its numbers' places are sent through the converter, for the tensor as it
-        is and for a smaller one, and compared where they come out.
+        """One tensor on disk for several layers: its numbers' places are sent through the converter, for the tensor as
+        it is and for a smaller one, and compared where they come out.
         """
         (pattern, name), *others = sources.items()
         shape = self.shapes.get(name)
@@ -401,15 +412,16 @@ class _Planner:
             if any(new[one].shape != self.smaller.tensors[one].shape for one in hit):
                 continue
             gather = torch.zeros(prod(new_shape), dtype=torch.int64)
-            for one, values in old.items():
+            for one, places in old.items():
+                stay = places
                 if one in hit:
                     layer, axis = self.stacked[one]
-                    values = values.index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
-                gather[new[one].flatten()] = values.flatten()
+                    stay = places.index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
+                gather[new[one].flatten()] = stay.flatten()
             return {name: Fate(name, layers[0], gather=gather.reshape(new_shape))}
         raise UnsupportedModelError(
-            f"{' and '.join(layer.path for layer in layers)}: their experts are in one tensor on disk ({name}), so they "
-            f"must keep equally many."
+            f"{' and '.join(layer.path for layer in layers)}: their experts are in one tensor on disk ({name}), so "
+            f"they must keep equally many."
         )
 
     # what goes with a weight
@@ -509,4 +521,3 @@ def _places(shape: Shape) -> Tensor:
 
 def _under(path: str) -> str:
     return path + "." if path else ""
-

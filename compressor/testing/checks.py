@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor import checkpoint as checkpoints
+from compressor import disk
 from compressor.checkpoint import Checkpoint
-from compressor.errors import CompressorError, VerificationError
+from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.moe import (
     Counter,
     MoELayer,
@@ -107,6 +108,7 @@ def check_model(
         ("top-k lowered", subject.top_k_lowered),
         ("uneven", subject.uneven),
         ("padded", subject.padded),
+        ("edited on disk", subject.on_disk),
         ("skipping", subject.skipping),
     ]
     if statistics:
@@ -221,6 +223,36 @@ class _Subject:
         yield _close("padded", answers(moe.model, self.inputs), masked)
         with tempfile.TemporaryDirectory() as folder:
             yield from self._saved("padded saved", moe, Path(folder), self.load)
+
+    def on_disk(self) -> Iterator[Check]:
+        """A checkpoint edited on disk holds what is saved after the same edit of the live model, byte by byte."""
+        wanted = {"": kept_evenly(self.moe), " (uneven)": kept_unevenly(self.moe)}
+        with tempfile.TemporaryDirectory() as name:
+            source = Checkpoint(self.model.config.model_type, Path(name) / "source", self.trust_remote_code)
+            self.model.save_pretrained(source.folder)
+            loaded = checkpoints.load_model(source)
+            before = disk.meta_model(source)
+            for suffix, kept in wanted.items():
+                if kept is None:
+                    yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
+                    continue
+                live, edited = Path(name) / f"live{suffix}", Path(name) / f"edited{suffix}"
+                moe, after = MoEModel(copy.deepcopy(loaded)), copy.deepcopy(before)
+                moe.keep(kept)
+                after.keep(kept)
+                try:
+                    edit = disk.plan_edit(source, before, after)
+                except UnsupportedModelError as error:
+                    yield Check(f"edited on disk{suffix}", None, str(error))
+                    continue
+                moe.config._name_or_path = str(source.folder)
+                save(moe, live)
+                edited.mkdir()
+                edit.write(edited)
+                different = _differing_tensors(live, edited)
+                if checkpoints.read_config(live) != checkpoints.read_config(edited):
+                    different.append("config.json")
+                yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
 
     def _load_with_compressor(self, folder: Path) -> Any:
         return checkpoints.load_model(
@@ -501,6 +533,22 @@ def save(moe: MoEModel, folder: Path) -> None:
     name = moe.config._name_or_path
     source = Path(name) if name and (Path(name) / "config.json").exists() else None
     checkpoints.save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+
+
+def _differing_tensors(one: Path, other: Path) -> list[str]:
+    """Names of tensors that are not in both folders, with the same dtype, shape and bytes."""
+
+    def read(folder: Path) -> dict[str, tuple[object, bytes]]:
+        found: dict[str, tuple[object, bytes]] = {}
+        for shard in checkpoints.verify_files(folder):
+            data = shard.path.read_bytes()
+            for name, about in shard.tensors.items():
+                start = shard.offsets[name]
+                found[name] = about, data[start : start + shard.sizes[name]]
+        return found
+
+    first, second = read(one), read(other)
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:
