@@ -336,10 +336,16 @@ class _Planner:
             checkpoints.refuse_bad_keys(self.found, info)
 
     def _check_after(self, edits: Mapping[str, TensorEdit]) -> None:
-        """The same for what will be there, and the smaller model. Of a quantised one: equally many of every kind."""
-        if self.quantisation is not None:
-            return
+        """The same for what will be there, and the smaller model. Transformers' loader would make other modules for a
+        quantised one: there every list must be as long as the smaller model says.
+        """
         new = {edit.new_name: (edit.dtype, edit.new_shape) for edit in edits.values() if edit.becomes != "dropped"}
+        if self.quantisation is not None:
+            whole = {layer.path: range(layer.num_experts) for layer in self.after.layers}
+            shapes = {name: shape for name, (_, shape) in new.items()}
+            again = fates(self.after, self.after, whole, shapes, quantisation=self.quantisation)
+            assert all(fate.name == name for name, fate in again.items())
+            return
         info = self._loading_info(self.after, new)
         for kind, keys in info.items():
             if keys:

@@ -40,7 +40,7 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 
 
 def edited(folder: Path, output: Path, *edits: Callable[[MoEModel], object], **write: Any) -> disk.Edit:
@@ -409,8 +409,8 @@ def odd_one(name: str, tensor: torch.Tensor) -> Tensors:
 @pytest.mark.parametrize(
     ("model", "change", "says"),
     [
-        ("gpt_oss", packed_flat, "model.layers.0.mlp.experts.gate_up_proj [6144, 1]: its 8 experts are packed together, "
-         "so none can be taken out of it. Prune the unquantised checkpoint"),
+        ("gpt_oss", packed_flat, "model.layers.0.mlp.experts.gate_up_proj [6144, 1]: its 8 experts are packed "
+         "together, so none can be taken out of it. Prune the unquantised checkpoint"),
         ("mixtral", packed_router, f"{MOE}gate.qweight [4, 8]: its 8 experts are packed together"),
         ("mixtral", odd_one, f"{MOE}importance: inside a MoE block, and neither the block nor"),
     ],
@@ -477,7 +477,7 @@ def test_an_expert_that_is_not_there(tmp_path: Path) -> None:
         return {} if name.startswith(MOE + "experts.7.") else companions(*FORMATS["gptq"])(name, tensor)
 
     source = write_changed("mixtral", tmp_path / "source", lacking, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match=r"by its config it has 8 experts, the checkpoint holds 7 \(mod"):
+    with pytest.raises(CheckpointError, match=r"by its config it has 8 experts, the checkpoint holds 7 \("):
         edited(source, tmp_path / "out", six)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -249,7 +250,7 @@ class _Subject:
                 save(moe, live)
                 edited.mkdir()
                 edit.write(edited)
-                different = _differing_tensors(live, edited)
+                different = _differing_tensors(edited, live, source.folder)
                 if checkpoints.read_config(live) != checkpoints.read_config(edited):
                     different.append("config.json")
                 yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
@@ -535,20 +536,25 @@ def save(moe: MoEModel, folder: Path) -> None:
     checkpoints.save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
 
 
-def _differing_tensors(one: Path, other: Path) -> list[str]:
-    """Names of tensors that are not in both folders, with the same dtype, shape and bytes."""
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
-    def read(folder: Path) -> dict[str, tuple[object, bytes]]:
-        found: dict[str, tuple[object, bytes]] = {}
-        for shard in checkpoints.verify_files(folder):
-            data = shard.path.read_bytes()
-            for name, about in shard.tensors.items():
-                start = shard.offsets[name]
-                found[name] = about, data[start : start + shard.sizes[name]]
-        return found
 
-    first, second = read(one), read(other)
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+def _differing_tensors(edited: Path, live: Path, source: Path) -> list[str]:
+    """Names of tensors that are not in both folders with the same bytes, in the source's dtype: transformers may load
+    some of them in another one.
+    """
+    first, second, stored = (
+        {name: tensor for shard in checkpoints.verify_files(folder) for name, tensor in load_file(shard.path).items()}
+        for folder in (edited, live, source)
+    )
+
+    def same(name: str) -> bool:
+        one, other = first[name], second[name]
+        is_same = one.shape == other.shape and one.dtype == stored[name].dtype
+        return is_same and torch.equal(_bytes(one), _bytes(other.to(one.dtype)))
+
+    return sorted(name for name in first.keys() | second if name not in first or name not in second or not same(name))
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:
