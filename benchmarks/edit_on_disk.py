@@ -93,12 +93,13 @@ def write_source(folder: Path, gigabytes: float) -> int:
     return total
 
 
-def copied(source: Path, output: Path) -> float:
-    """Seconds that `cp -r` takes, and `sync` after it."""
+def copied(source: Path, output: Path) -> tuple[float, float]:
+    """Seconds that `cp -r` takes, without and with `sync` after it."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, output], check=True)
+    done = time.perf_counter()
     subprocess.run(["sync", "-f", output], check=True)
-    return time.perf_counter() - started
+    return done - started, time.perf_counter() - started
 
 
 def main() -> None:
@@ -115,20 +116,20 @@ def main() -> None:
         copied(source, output)
         shutil.rmtree(output)
         print(f"{size / 1e9:.2f} GB, {LAYERS} layers × {EXPERTS} experts, {SHARDS} files, {options.rounds} rounds")
-        print("kept | written, GB | cp, s | edit (write), s | speed ÷ cp's, per byte written | plan, s | peak, GB")
+        print("kept | written, GB | cp, s | cp and sync, s | edit, s | speed ÷ cp and sync's | plan, s | peak, GB")
         for num_kept in (EXPERTS - 1, EXPERTS // 2):
             figures = []
             for _ in range(options.rounds):
-                by_cp = copied(source, output)
+                bare, by_cp = copied(source, output)
                 shutil.rmtree(output)
                 child = [sys.executable, "-c", CHILD, str(source), str(output), str(num_kept)]
                 answer = subprocess.run(child, check=True, capture_output=True, text=True)
                 _, plan, write, written, peak = json.loads(answer.stdout.splitlines()[-1])
                 shutil.rmtree(output)
-                figures.append((by_cp, write, (written / write) / (size / by_cp), plan, peak, written))
-            by_cp, write, ratio, plan, peak, written = (sorted(column) for column in zip(*figures, strict=True))
+                figures.append((bare, by_cp, write, (written / write) / (size / by_cp), plan, peak, written))
+            bare, by_cp, write, ratio, plan, peak, written = map(sorted, zip(*figures, strict=True))
             print(
-                f"{num_kept} | {written[0] / 1e9:.2f} | {_spread(by_cp)} | {_spread(write)} | {_spread(ratio)} | "
+                f"{num_kept} | {written[0] / 1e9:.2f} | {_spread(bare)} | {_spread(by_cp)} | {_spread(write)} | {_spread(ratio)} | "
                 f"{_spread(plan)} | {peak[-1]:.2f}"
             )
 

@@ -318,10 +318,16 @@ class _Application:
         after = copy.deepcopy(before)
         self._edit(after)
         left_out = self._left_out(type(after.model))
+        is_quantised = disk.quantisation_of(checkpoints.read_config(self.found.folder)) is not None
+        if is_quantised and after.skip_rules:
+            raise UnsupportedModelError(
+                f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
+                f"the pruning passes alone."
+            )
         try:
             edit = disk.plan_edit(self.found, before, after, left_out)
         except UnsupportedModelError as error:
-            if disk.quantisation_of(checkpoints.read_config(self.found.folder)) is not None:
+            if is_quantised:
                 raise
             return self.in_memory(str(error))
         self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link))

@@ -649,6 +649,19 @@ def test_apply_to_a_quantised_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert (raw["num_local_experts"], raw["quantization_config"]) == (6, FP8)
 
 
+def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
+    """It would run unskipped everywhere."""
+    from compressor.engine import apply_decision
+
+    source = write_changed("mixtral", tmp_path / "source", per_expert_fp8, quantization_config=FP8)
+    rule = {"rule": "ratio", "renormalise": True, "beta": 0.5}
+    layers = {f"model.layers.{number}.mlp": rule for number in range(3)}
+    done = {"method": "dynamic_skipping", "version": "1", "options": {}, "decision": {"layers": layers}}
+    (tmp_path / "decision.json").write_text(json.dumps({"format": 1, "passes": [done]}))
+    with pytest.raises(UnsupportedModelError, match="quantised, and nothing reads one that skips experts"):
+        apply_decision(tmp_path / "decision.json", str(source), tmp_path / "out")
+
+
 def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor import engine
 
