@@ -12,6 +12,7 @@ import errno
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, TypeVar
 
 import torch
@@ -50,9 +51,10 @@ from compressor.moe import (
 
 DEMO = "demo"
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard holds which tensor."""
 _SINGLE = "model.safetensors"
-_NOT_CARRIED = {"config.json", _INDEX, "README.md", ".gitattributes"}
+_NOT_CARRIED = {"config.json", INDEX, "README.md", ".gitattributes"}
 _WEIGHT_SUFFIXES = {
     ".safetensors",
     ".bin",
@@ -76,6 +78,12 @@ _TOKENIZER_FILES = (
 _SAMPLE_BYTES = 2**16
 _FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | VerificationError
 """Errors that the same recipe meets again."""
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits of one number, by the dtype's name in a safetensors header; files hold their tensors in the reverse order."""
 _AUTO_FIRST = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -292,13 +300,14 @@ def _runnable_parts(config: Any) -> str:
 @dataclass(frozen=True)
 class Shard:
     """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), → bytes, and → where
-    in the file its first byte is.
+    in the file they start. Tensors stand in the order of their bytes.
     """
 
     path: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     sizes: Mapping[str, int]
-    starts: Mapping[str, int]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
     header_digest: str
     num_bytes: int
 
@@ -318,13 +327,13 @@ def verify_files(folder: Path) -> list[Shard]:
         other = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
         found = f"found {', '.join(other[:3])}" if other else "found no weights at all"
         raise CheckpointError(
-            f"{folder}: expected {_SINGLE} or {_INDEX}, {found}. Only safetensors are read: convert other formats with "
+            f"{folder}: expected {_SINGLE} or {INDEX}, {found}. Only safetensors are read: convert other formats with "
             f"`from_pretrained` and `save_pretrained` of a transformers you trust."
         )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder}: {_INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}."
+            f"{folder}: {INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}."
         )
     shards = [_read_header(folder / name) for name in names]
     if weight_map is not None:
@@ -334,13 +343,16 @@ def verify_files(folder: Path) -> list[Shard]:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name → file, as the index of shards says; None where there is no index."""
-    path = folder / _INDEX
+    path = folder / INDEX
     if not path.exists():
         return None
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_name_once)["weight_map"]
         if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError("`weight_map` does not map names of tensors to names of files")
+        outside = [name for name in weight_map.values() if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
+        if outside:
+            raise ValueError(f"it names {outside[0]}, which is outside the checkpoint's folder")
         return dict(weight_map)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as an index of shards: {error}") from error
@@ -354,12 +366,13 @@ def _read_header(path: Path) -> Shard:
             if length > min(size, 2**30):
                 raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
             text = file.read(length)
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-        starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        header = json.loads(text, object_pairs_hook=_each_name_once)
+        metadata = header.pop("__metadata__", {})
+        places = sorted((entry["data_offsets"], name) for name, entry in header.items())
+        tensors = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for _, name in places}
+        for (begin, end), name in places:
+            _check_entry(name, *tensors[name], begin, end)
+        end = max((end for (_, end), _ in places), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
     if size != 8 + length + end:
@@ -367,16 +380,55 @@ def _read_header(path: Path) -> Shard:
             f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
             f"damaged. Download or copy it again."
         )
-    return Shard(path, tensors, sizes, starts, hashlib.sha256(text).hexdigest(), size)
+    at = 0
+    for (begin, end), name in places:
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise CheckpointError(
+                f"{path}: damaged at its start: {name} {what} (bytes {begin:,} to {end:,}, not {at:,})."
+            )
+        at = end
+    sizes = {name: end - begin for (begin, end), name in places}
+    offsets = {name: 8 + length + begin for (begin, _), name in places}
+    return Shard(path, tensors, sizes, offsets, metadata, hashlib.sha256(text).hexdigest(), size)
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which every name may stand once only."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name} is listed twice")
+    return found
+
+
+def _check_entry(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
+    if dtype not in BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has no proper shape and offsets: {list(shape)}, {begin} to {end}")
+    if BITS[dtype] * math.prod(shape) != 8 * (end - begin):
+        raise ValueError(f"{name} is {dtype} {list(shape)}, and {end - begin:,} bytes long")
 
 
 def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:
-    held = {name: shard.path.name for shard in shards for name in shard.tensors}
+    held: dict[str, str] = {}
+    for shard in shards:
+        file = shard.path.relative_to(folder).as_posix()
+        for name in shard.tensors:
+            if name in held:
+                raise CheckpointError(f"{folder}: {name} is in two shards, {held[name]} and {file}.")
+            if name not in weight_map:
+                raise CheckpointError(
+                    f"{folder}: {file} holds {name}, which {INDEX} does not name: shards and index do not belong "
+                    f"together."
+                )
+            held[name] = file
     for name, file in weight_map.items():
         if held.get(name) != file:
             where = f"is in {held[name]}" if name in held else "is in none of the shards"
             raise CheckpointError(
-                f"{folder}: {_INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong "
+                f"{folder}: {INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong "
                 f"together."
             )
 
@@ -577,11 +629,11 @@ def load_model(
                 **extra,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
-        why = _uneven_experts(verify_files(checkpoint.folder)) or error
+        why = uneven_experts(verify_files(checkpoint.folder)) or error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     if uneven_counts(config):
         settle(model)
-    _refuse_bad_keys(checkpoint, info)
+    refuse_bad_keys(checkpoint, info)
     if device != "meta":
         align(model)
     try:
@@ -619,7 +671,7 @@ def align(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _uneven_experts(shards: list[Shard]) -> str | None:
+def uneven_experts(shards: list[Shard]) -> str | None:
     """Which expert lacks a tensor that the others have, or has another than they; as far as names on disk tell."""
     experts: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for name, (_, shape) in (entry for shard in shards for entry in shard.tensors.items()):
@@ -645,7 +697,8 @@ def _most_common(values: Iterable[_T]) -> _T:
     return value
 
 
-def _refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+def refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming some, if transformers' loading info has keys missing, mismatched or unexpected."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(
         f"{name} ({list(found)}, by its config {list(expected)})" for name, found, expected in info["mismatched_keys"]
@@ -779,7 +832,8 @@ class OutputFolder:
         mask = os.umask(0)
         os.umask(mask)
         for path in self.path.rglob("*"):
-            if path.is_file():  # safetensors writes files that only their owner can read
+            # safetensors writes files that only their owner can read; a hard link is the source's file as well
+            if path.is_file() and path.stat().st_nlink == 1:
                 path.chmod(0o666 & ~mask)
         if not self.target.exists():
             self.path.rename(self.target)
@@ -874,18 +928,36 @@ def save_checkpoint(
     """
     with quiet_transformers():
         model.save_pretrained(folder)
-    written = read_config(folder)
-    raw = read_config(source) if source else dict(written)
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_beside_weights(source, folder, model.config, read_config(folder), dtype, counts, left_out)
+
+
+def write_beside_weights(
+    source: Path | None,
+    folder: Path,
+    config: Any,
+    written: Mapping[str, Any],
+    dtype: str | None,
+    counts: Mapping[ConfigLeaf, int],
+    left_out: LeftOut | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all that a checkpoint holds beside its weights: config.json, and the source's other files.
+
+    `config` is that of the smaller model, `written` the same as transformers writes it. `dtype` None leaves that as it
+    is; `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
+    """
+    raw = (read_config(source) if source else dict(written)) | copy.deepcopy(dict(changes or {}))
     for leaf, value in counts.items():
-        _patch_count(raw, leaf, model.config, value)
+        _patch_count(raw, leaf, config, value)
     raw.pop(KEY, None)
-    if read_entry(model.config):
-        raw[KEY] = getattr(model.config, KEY)
+    if read_entry(config):
+        raw[KEY] = getattr(config, KEY)
     if left_out:
         left_out.patch(raw)
     _patch_rope(raw, written)
-    dtype = str(model.dtype).removeprefix("torch.")
-    raw |= {"dtype": dtype, "torch_dtype": dtype}
+    if dtype:
+        raw |= {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if source:
         _carry_over(source, folder)

@@ -153,9 +153,12 @@ def apply(
     other_model: Annotated[
         bool, typer.Option("--other-model", help="Apply it though it was decided on another model.")
     ] = False,
+    hard_link: Annotated[
+        bool, typer.Option("--hard-link", help="Link files of weights that stay as they are, instead of copying them.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Apply a decision made before to the original model: no calibration, the same experts."""
+    """Apply a decision made before to the original model, on disk: no calibration, the same experts."""
     _calm()
     from compressor import engine
     from compressor.progress import Progress
@@ -167,6 +170,7 @@ def apply(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         other_model=other_model,
+        hard_link=hard_link,
         progress=Progress.detect(quiet=quiet),
     )
     if not quiet:

@@ -7,7 +7,9 @@
            ──► evaluate after ──► save ──► reload, compare bit by bit
            ──► record.json, report.html, README.md ──► the output's name
 
-Not covered yet: resuming an interrupted run, and models larger than memory.
+A decision made before is applied on disk where it can be (`compressor.disk`): then nothing is loaded.
+
+Not covered yet: resuming an interrupted run, and runs on models larger than memory.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
+from compressor import disk, plan, walk
 from compressor import evaluate as measure
-from compressor import plan, walk
 from compressor.calibration import (
     Sequences,
     TokenBatch,
@@ -273,9 +275,14 @@ def apply_decision(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     other_model: bool = False,
+    hard_link: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Apply a decision.json, or a record.json, to the original model: edit, save, load again and compare.
+    """Apply a decision.json, or a record.json, to the original model.
+
+    On disk, without loading the model, where no method of it needs weights (`Method.needs_weights`): then quantised
+    models can be pruned too, and `hard_link` links files of weights that do not change, where the file system can.
+    Otherwise the model is loaded, edited, saved, loaded again and compared.
 
     A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
     meant: a fine-tuned version, say.
@@ -289,27 +296,78 @@ def apply_decision(
         fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         if not other_model:
             _refuse_other_model(decision_file, fingerprint, model_reference)
-        progress.say(f"loading {model_reference}")
-        adapters = load_plugins().adapters
-        model = checkpoints.load_model(found, adapters=adapters)
-        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
-        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
-        for done, method in zip(passes, methods, strict=True):
-            try:
-                method.edit(moe, _in_current_ids(done["decision"], original_ids))
-            except (ValueError, UnsupportedModelError) as error:
-                raise RecipeError(f"{decision_file} does not fit {model_reference}: {error}") from error
-            for path, layer in done["decision"]["layers"].items():
-                original_ids[path] = layer.get("kept", original_ids[path])
-        probe = _random_batch(moe.model)
-        left_out = checkpoints.find_left_out(found.folder, checkpoints.load_config(found), type(moe.model))
-        if left_out:
-            progress.say(plan.left_out_note(left_out))
-        save_verified(moe, found, folder, probe, left_out, adapters)
+        application = _Application(decision_file, passes, methods, found, folder, progress)
+        left_out = application.on_disk(hard_link=hard_link)
         decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
         written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
         _write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out))
         folder.finish()
+
+
+@dataclass(frozen=True)
+class _Application:
+    """A decision that is applied to a checkpoint: its passes, one after another, on disk or in memory."""
+
+    file: Path
+    passes: Sequence[Mapping[str, Any]]
+    methods: Sequence[Method[Any]]
+    found: Checkpoint
+    folder: OutputFolder
+    progress: Progress
+
+    def on_disk(self, *, hard_link: bool) -> LeftOut | None:
+        """Edit the checkpoint on disk, or in memory where that cannot be; returns what of it is left out."""
+        needing = [method.name for method in self.methods if method.needs_weights]
+        if needing:
+            return self.in_memory(f"{needing[0]} needs weights")
+        adapters = load_plugins().adapters
+        before = disk.meta_model(self.found, adapters)
+        after = copy.deepcopy(before)
+        self._edit(after)
+        left_out = self._left_out(type(after.model))
+        is_quantised = disk.quantisation_of(checkpoints.read_config(self.found.folder)) is not None
+        if is_quantised and after.skip_rules:
+            raise UnsupportedModelError(
+                f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
+                f"the pruning passes alone."
+            )
+        try:
+            edit = disk.plan_edit(self.found, before, after, left_out)
+        except UnsupportedModelError as error:
+            if is_quantised:
+                raise
+            return self.in_memory(str(error))
+        self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link))
+        with self.progress.task("editing on disk, without loading the model: bytes") as update:
+            edit.write(self.folder.path, hard_link=hard_link, progress=update)
+        return left_out
+
+    def in_memory(self, why: str) -> LeftOut | None:
+        """Load the model, edit it, save it, and compare."""
+        self.progress.say(f"loading {self.found.reference}: it cannot be edited on disk, because {why}")
+        adapters = load_plugins().adapters
+        model = checkpoints.load_model(self.found, adapters=adapters)
+        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
+        self._edit(moe)
+        left_out = self._left_out(type(model))
+        save_verified(moe, self.found, self.folder, _random_batch(model), left_out, adapters)
+        return left_out
+
+    def _edit(self, moe: MoEModel) -> None:
+        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        for done, method in zip(self.passes, self.methods, strict=True):
+            try:
+                method.edit(moe, _in_current_ids(done["decision"], original_ids))
+            except (ValueError, UnsupportedModelError) as error:
+                raise RecipeError(f"{self.file} does not fit {self.found.reference}: {error}") from error
+            for path, layer in done["decision"]["layers"].items():
+                original_ids[path] = layer.get("kept", original_ids[path])
+
+    def _left_out(self, cls: Any) -> LeftOut | None:
+        left_out = checkpoints.find_left_out(self.found.folder, checkpoints.load_config(self.found), cls)
+        if left_out:
+            self.progress.say(plan.left_out_note(left_out))
+        return left_out
 
 
 def _refuse_output_over_input(output: Path, reference: str) -> None:

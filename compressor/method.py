@@ -90,6 +90,10 @@ class Method(ABC, Generic[OptionsT]):
     version: ClassVar[str]
     """Written into every record; change it when the same figures would lead to another decision."""
     options_type: ClassVar[type[Options]]
+    needs_weights: ClassVar[bool] = True
+    """Whether `edit` does more than call `moe.keep` and `moe.skip`. Where no method of a decision does, it is applied
+    to a checkpoint on disk, whose weights are never loaded: `edit` is then given a model on the meta device.
+    """
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
         """`criteria` are the installed ones, by name (compressor.Criterion), for methods that score experts."""

@@ -252,7 +252,7 @@ def stored_tensors(shards: Sequence[Shard]) -> dict[str, StoredTensor]:
     from transformers.core_model_loading import dot_natural_key
 
     found = {
-        name: StoredTensor(shard.path, shard.starts[name], shard.sizes[name], dtype, shape)
+        name: StoredTensor(shard.path, shard.offsets[name], shard.sizes[name], dtype, shape)
         for shard in shards
         for name, (dtype, shape) in shard.tensors.items()
     }

@@ -355,3 +355,105 @@ def test_space_is_asked_of_the_outputs_file_system(tmp_path: Path) -> None:
 def test_other_errors_of_the_system_are_not_dressed_up(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError), checkpoint.disk_errors_named(tmp_path):
         os.open(tmp_path, os.O_WRONLY)
+
+
+# --- headers that lie
+
+
+def write_file(path: Path, header: Any, num_bytes: int) -> None:
+    """A safetensors file with any header, as JSON or text, and that many bytes behind it."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(num_bytes))
+
+
+def entry(begin: int, end: int, shape: Any = (4,), dtype: str = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "num_bytes", "says"),
+    [
+        ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "b overlaps the tensor before it (bytes 2 to 6, not 4)."),
+        ({"a": entry(0, 4), "b": entry(6, 10)}, 10, "b leaves a gap before it (bytes 6 to 10, not 4)."),
+        ({"a": entry(4, 8)}, 8, "a leaves a gap before it (bytes 4 to 8, not 0)."),
+        ({"a": entry(0, 4), "b": entry(4, 8)}, 6, "the header describes "),
+        ({"a": entry(0, 4)}, 5, "the header describes "),
+        ({"a": entry(4, 0)}, 4, "damaged at its start: a is U8 [4], and -4 bytes long"),
+        ({"a": entry(-4, 0)}, 4, "damaged at its start: a has no proper shape and offsets: [4], -4 to 0"),
+        ({"a": entry(0, 4, [2.0, 2])}, 4, "damaged at its start: a has no proper shape and offsets: [2.0, 2], 0 to 4"),
+        ({"a": entry(0, 4, [-2, -2])}, 4, "damaged at its start: a has no proper shape and offsets: [-2, -2], 0 to 4"),
+        ({"a": entry(0, 4, [2, 3])}, 4, "damaged at its start: a is U8 [2, 3], and 4 bytes long"),
+        ({"a": entry(0, 4, dtype="F32")}, 4, "damaged at its start: a is F32 [4], and 4 bytes long"),
+        ({"a": entry(0, 4, dtype="U7")}, 4, "damaged at its start: a has the unknown dtype 'U7'"),
+        ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)),) * 2), 4, "damaged at its start: a is listed twice"),
+        ({"a": [0, 4]}, 4, "damaged at its start: list indices must be integers"),
+    ],
+)  # fmt: skip
+def test_header_that_lies(header: Any, num_bytes: int, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_file(path, header, num_bytes)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.verify_files(tmp_path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert says in str(refusal.value)
+
+
+def test_header_of_small_numbers_and_of_none(tmp_path: Path) -> None:
+    header = {"b": entry(4, 6, [4], "F4"), "none": entry(4, 4, [0, 7], "F32"), "a": entry(0, 4), "one": entry(6, 7, [])}
+    write_file(tmp_path / "model.safetensors", header | {"__metadata__": {"format": "pt"}}, 7)
+    [shard] = checkpoint.verify_files(tmp_path)
+    assert list(shard.tensors) == ["a", "none", "b", "one"]
+    assert dict(shard.sizes) == {"a": 4, "none": 0, "b": 2, "one": 1}
+    start = (tmp_path / "model.safetensors").stat().st_size - 7
+    assert dict(shard.offsets) == {"a": start, "none": start + 4, "b": start + 4, "one": start + 6}
+    assert dict(shard.metadata) == {"format": "pt"}
+
+
+@pytest.mark.parametrize("name", ["../one.safetensors", "/one.safetensors", "deep/../../one.safetensors"])
+def test_index_that_leaves_the_folder(name: str, folder: Path) -> None:
+    (folder.parent / "one.safetensors").write_bytes((folder / "one.safetensors").read_bytes())
+    index = {"weight_map": {"a": name, "b": name, "c": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.verify_files(folder)
+    assert str(refusal.value) == (
+        f"{folder}/model.safetensors.index.json: cannot be read as an index of shards: it names {name}, which is "
+        f"outside the checkpoint's folder"
+    )
+
+
+def test_index_that_names_a_tensor_twice(folder: Path) -> None:
+    text = '{"weight_map": {"a": "one.safetensors", "b": "one.safetensors", "a": "two.safetensors"}}'
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read as an index of shards: a is listed twice"):
+        checkpoint.verify_files(folder)
+
+
+def test_tensor_in_two_shards(folder: Path) -> None:
+    save_file({"c": torch.ones(4), "a": torch.ones(2)}, folder / "two.safetensors")
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.verify_files(folder)
+    assert str(refusal.value) == f"{folder}: a is in two shards, one.safetensors and two.safetensors."
+
+
+def test_tensor_that_the_index_does_not_name(folder: Path) -> None:
+    save_file({"c": torch.ones(4), "d": torch.ones(2)}, folder / "two.safetensors")
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.verify_files(folder)
+    assert str(refusal.value) == (
+        f"{folder}: two.safetensors holds d, which model.safetensors.index.json does not name: shards and index do not "
+        f"belong together."
+    )
+
+
+def test_links_keep_their_mode(tmp_path: Path) -> None:
+    """A hard link is the other folder's file too: finishing must not change that."""
+    (tmp_path / "source").write_text("x")
+    (tmp_path / "source").chmod(0o600)
+    with OutputFolder(tmp_path / "out") as output:
+        os.link(tmp_path / "source", output.path / "linked")
+        (output.path / "own").write_text("y")
+        (output.path / "own").chmod(0o600)
+        output.finish()
+    assert (tmp_path / "source").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "out" / "own").stat().st_mode & 0o777 != 0o600

@@ -27,6 +27,7 @@ ORDER = (
     "cli",
     "testing",
     "engine",
+    "disk",
     "plan",
     "page",
     "report",

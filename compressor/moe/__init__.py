@@ -15,18 +15,21 @@ skip_layers how each kind of block is made to skip
 skipping    on, off, and counted
 pairs       routers that return lists of (token, expert) pairs
 weights     norms of the experts' weights
+stored      what becomes of a checkpoint's tensors when experts are removed, by names and shapes
 model       MoEModel: layers, masked, watched, keep
 """
 
 from compressor.moe.adapter import Adapter, structure_of
 from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.entry import KEY, read_entry
-from compressor.moe.model import Kept, MoEModel, check_kept, count_problem, refuse_quantised
-from compressor.moe.routing import RoutingRule
+from compressor.moe.model import Kept, MoEModel, Removal, check_kept, count_problem, refuse_quantised
+from compressor.moe.probe import SWITCHED_OFF
+from compressor.moe.routing import RoutingRule, relabelled
 from compressor.moe.skip_layers import is_decorated
 from compressor.moe.skip_rule import SkipRule
 from compressor.moe.skip_state import Counter
 from compressor.moe.skipping import rules_of
+from compressor.moe.stored import Fate, fates, ignored_names, loading_info
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
@@ -34,15 +37,18 @@ from compressor.moe.weights import expert_weight_norms
 
 __all__ = [
     "KEY",
+    "SWITCHED_OFF",
     "Adapter",
     "ConfigLeaf",
     "Counter",
     "ExpertAxis",
+    "Fate",
     "Kept",
     "MoELayer",
     "MoEModel",
     "RankedChunk",
     "RealTokens",
+    "Removal",
     "RoutedTokens",
     "RoutingRule",
     "SkipRule",
@@ -50,10 +56,14 @@ __all__ = [
     "check_kept",
     "count_problem",
     "expert_weight_norms",
+    "fates",
     "find_structure",
+    "ignored_names",
     "is_decorated",
+    "loading_info",
     "read_entry",
     "refuse_quantised",
+    "relabelled",
     "rules_of",
     "settle",
     "structure_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from compressor.moe.counts import slice_layer, uneven_counts, write_counts
 from compressor.moe.entry import write_entry
 from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import (
-    dropped_experts,
     masked_router,
-    redirected,
+    relabelled,
     router_weights,
     selection_biases,
     tensor_at,
@@ -35,17 +35,28 @@ Kept = Mapping[str, Sequence[int]]
 """Layer path → ids of the experts that stay, ascending."""
 
 
+@dataclass(frozen=True)
+class Removal:
+    """What one call of `keep` did: the ids that stayed in each layer, as they were counted before it, and the new ids
+    of those that a bias switches off since (`padded`).
+    """
+
+    kept: Kept
+    switched_off: Kept
+
+
 class MoEModel:
     """A transformers model with its MoE layers found.
 
-    Nothing is changed until `keep` is called. `structure` is what an adapter found, for a model that the structural one
-    cannot explain. Raises UnsupportedModelError where the structure cannot be understood: a dense model, a quantised
-    one, or one that hangs on its experts in a way that cannot be sliced.
+    Nothing is changed until `keep` is called; `removals` remembers every call. `structure` is what an adapter found,
+    for a model that the structural one cannot explain. Raises UnsupportedModelError where the structure cannot be
+    understood: a dense model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
     """
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
         self.model = model
         self.config: Any = model.config
+        self.removals: list[Removal] = []
         refuse_quantised(self.config)
         self.structure = structure or structure_of(type(model), self.config)
         self.structure = self.structure.with_counts(uneven_counts(self.config))
@@ -215,6 +226,7 @@ class MoEModel:
         if skipped:
             wanted = {path: (rule, False) for path, rule in rules.items()}
             skipping.reinstate(self.model, self.structure, wanted, skipped)
+        self.removals.append(Removal(checked, switched_off))
 
     def _rules_after(self, kept: Kept, top_k: int | None) -> dict[str, SkipRule]:
         """The rules by which the layers will skip when they have fewer experts. Raises where they could not."""
@@ -277,14 +289,9 @@ class MoEModel:
     ) -> MoELayer:
         for name in layer.id_tensors:
             table = tensor_at(self.model, name)
-            dropped = dropped_experts(layer, kept, table.device)
-            new_id = torch.zeros(layer.num_experts, dtype=table.dtype, device=table.device)
-            new_id[torch.tensor(kept, device=table.device)] = torch.arange(
-                len(kept), dtype=table.dtype, device=table.device
-            )
             if not table.is_meta:
                 rows = router_weights(self.model, layer)[0][: layer.num_experts]
-                table.copy_(new_id[redirected(table, dropped, rows).long()])
+                table.copy_(relabelled(table, layer, kept, rows))
         return slice_layer(self.model, layer, kept, made)
 
 

@@ -94,6 +94,17 @@ def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
     return new
 
 
+def relabelled(ids: Tensor, layer: MoELayer, kept: Sequence[int], router_EH: Tensor) -> Tensor:
+    """A table of expert ids [N, K] as it is when only `kept` experts stay: dropped ones redirected, ids counted anew.
+
+    `router_EH` are the router's rows of all the layer's experts.
+    """
+    dropped = dropped_experts(layer, kept, ids.device)
+    new_id = torch.zeros(layer.num_experts, dtype=ids.dtype, device=ids.device)
+    new_id[torch.tensor(kept, device=ids.device)] = torch.arange(len(kept), dtype=ids.dtype, device=ids.device)
+    return new_id[redirected(ids, dropped, router_EH).long()]
+
+
 @contextmanager
 def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
     """Within the context the layer's router cannot choose any expert but `kept`: dropped logits and biases are −inf.

@@ -43,6 +43,8 @@ OptionsT = TypeVar("OptionsT", bound=SelectionOptions)
 class ExpertSelection(Method[OptionsT]):
     """Keep, in every MoE layer, the experts that are chosen by a search or by a criterion."""
 
+    needs_weights = False
+
     # check
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor import checkpoint as checkpoints
+from compressor import disk
 from compressor.checkpoint import Checkpoint
-from compressor.errors import CompressorError, VerificationError
+from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.moe import (
     Counter,
     MoELayer,
@@ -107,6 +109,7 @@ def check_model(
         ("top-k lowered", subject.top_k_lowered),
         ("uneven", subject.uneven),
         ("padded", subject.padded),
+        ("edited on disk", subject.on_disk),
         ("skipping", subject.skipping),
     ]
     if statistics:
@@ -221,6 +224,36 @@ class _Subject:
         yield _close("padded", answers(moe.model, self.inputs), masked)
         with tempfile.TemporaryDirectory() as folder:
             yield from self._saved("padded saved", moe, Path(folder), self.load)
+
+    def on_disk(self) -> Iterator[Check]:
+        """A checkpoint edited on disk holds what is saved after the same edit of the live model, byte by byte."""
+        wanted = {"": kept_evenly(self.moe), " (uneven)": kept_unevenly(self.moe)}
+        with tempfile.TemporaryDirectory() as name:
+            source = Checkpoint(self.model.config.model_type, Path(name) / "source", self.trust_remote_code)
+            self.model.save_pretrained(source.folder)
+            loaded = checkpoints.load_model(source)
+            before = disk.meta_model(source)
+            for suffix, kept in wanted.items():
+                if kept is None:
+                    yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
+                    continue
+                live, edited = Path(name) / f"live{suffix}", Path(name) / f"edited{suffix}"
+                moe, after = MoEModel(copy.deepcopy(loaded)), copy.deepcopy(before)
+                moe.keep(kept)
+                after.keep(kept)
+                try:
+                    edit = disk.plan_edit(source, before, after)
+                except UnsupportedModelError as error:
+                    yield Check(f"edited on disk{suffix}", None, str(error))
+                    continue
+                moe.config._name_or_path = str(source.folder)
+                save(moe, live)
+                edited.mkdir()
+                edit.write(edited)
+                different = _differing_tensors(edited, live, source.folder)
+                if checkpoints.read_config(live) != checkpoints.read_config(edited):
+                    different.append("config.json")
+                yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
 
     def _load_with_compressor(self, folder: Path) -> Any:
         return checkpoints.load_model(
@@ -501,6 +534,27 @@ def save(moe: MoEModel, folder: Path) -> None:
     name = moe.config._name_or_path
     source = Path(name) if name and (Path(name) / "config.json").exists() else None
     checkpoints.save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def _differing_tensors(edited: Path, live: Path, source: Path) -> list[str]:
+    """Names of tensors that are not in both folders with the same bytes, in the source's dtype: transformers may load
+    some of them in another one.
+    """
+    first, second, stored = (
+        {name: tensor for shard in checkpoints.verify_files(folder) for name, tensor in load_file(shard.path).items()}
+        for folder in (edited, live, source)
+    )
+
+    def same(name: str) -> bool:
+        one, other = first[name], second[name]
+        is_same = one.shape == other.shape and one.dtype == stored[name].dtype
+        return is_same and torch.equal(_bytes(one), _bytes(other.to(one.dtype)))
+
+    return sorted(name for name in first.keys() | second if name not in first or name not in second or not same(name))
 
 
 def _same_implementations(model: nn.Module, again: nn.Module) -> None:

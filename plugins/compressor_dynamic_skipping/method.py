@@ -163,6 +163,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
     name = "dynamic_skipping"
     version = "1"
     options_type: ClassVar[type[Options]] = DynamicSkippingOptions
+    needs_weights = False
 
     # check
 

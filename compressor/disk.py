@@ -1,0 +1,644 @@
+"""Edit on disk: a smaller checkpoint from a larger one, its tensors copied in pieces, without loading the model.
+
+    config.json ► meta_model ► method.edit ► MoEModel, its removals ─┐
+    headers of the shards ► moe.fates: what becomes of each tensor ◄─┘
+                                │
+                                ▼
+    plan_edit ► Edit: every tensor copied, renamed, dropped, cut or rewritten; sizes ► checked with transformers' loader
+                                │                                                      on the meta device
+                                ▼
+    Edit.write ► shards under their old names, index, config.json, all other files
+
+Bytes are copied as they are, so a quantised checkpoint stays quantised. Memory does not grow with the model: only what
+gets other values is read as a tensor (tables of expert ids, biases that switch experts off), and the headers.
+
+Not covered: methods whose edit changes weights, and experts packed together in one quantised tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor import checkpoint as checkpoints
+from compressor.checkpoint import BITS, INDEX, Checkpoint, LeftOut, Shard
+from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
+from compressor.moe import (
+    SWITCHED_OFF,
+    Adapter,
+    ExpertAxis,
+    Fate,
+    MoELayer,
+    MoEModel,
+    fates,
+    ignored_names,
+    loading_info,
+    read_entry,
+    relabelled,
+    settle,
+    structure_of,
+    uneven_class,
+    uneven_counts,
+)
+
+Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
+
+_CHUNK = 2**23
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
+_TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
+    """The checkpoint's model on the meta device, without weights: what is removed from it can be removed on disk.
+
+    A quantised checkpoint's is the model as it was before, unquantised. Raises UnsupportedModelError where the
+    structure cannot be understood.
+    """
+    config = checkpoints.load_config(found)
+    for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if getattr(holder, "quantization_config", None) is not None:
+            del holder.quantization_config
+    cls = checkpoints.model_class(found, config)
+    structure = structure_of(cls, config, adapters, plain=True)
+    build = uneven_class(cls, config, structure) if uneven_counts(config) else cls
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config))
+    if uneven_counts(config):
+        settle(model)
+    moe = MoEModel(model.eval(), structure)
+    if "skipping" in read_entry(config):
+        moe.restore_skipping()
+    return moe
+
+
+# The plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What becomes of one tensor on disk. `axis` and `rows` say what of it stays where it is `cut`: rows of stride
+    experts; `values` makes the new one where it is `rewritten`.
+    """
+
+    name: str
+    becomes: Becomes
+    new_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+    axis: ExpertAxis | None = None
+    rows: tuple[int, ...] = ()
+    """Indices along the axis that stay, ascending."""
+    values: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes afterwards; 0 if it is dropped."""
+        return 0 if self.becomes == "dropped" else BITS[self.dtype] * prod(self.new_shape) // 8
+
+
+@dataclass(frozen=True)
+class ShardEdit:
+    """One file: its tensors in the order in which they will be written, the dropped ones too."""
+
+    shard: Shard
+    tensors: tuple[TensorEdit, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether no byte of the file changes."""
+        return all(tensor.becomes == "copied" for tensor in self.tensors)
+
+    @property
+    def kept(self) -> list[TensorEdit]:
+        """The tensors that are there afterwards."""
+        return [tensor for tensor in self.tensors if tensor.becomes != "dropped"]
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size afterwards; 0 if nothing is left in it."""
+        if self.unchanged:
+            return self.shard.num_bytes
+        return len(self.header()) + sum(tensor.num_bytes for tensor in self.kept) if self.kept else 0
+
+    def header(self) -> bytes:
+        """The first bytes of the new file: its header's length, and the header."""
+        entries: dict[str, Any] = {"__metadata__": dict(self.shard.metadata)} if self.shard.metadata else {}
+        at = 0
+        for tensor in self.kept:
+            end = at + tensor.num_bytes
+            entries[tensor.new_name] = {
+                "dtype": tensor.dtype, "shape": list(tensor.new_shape), "data_offsets": [at, end],
+            }  # fmt: skip
+            at = end
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a smaller checkpoint will be, known before anything is written: every file and tensor, and their sizes."""
+
+    found: Checkpoint
+    after: MoEModel
+    """The smaller model, on the meta device; its config is what config.json will say."""
+    shards: tuple[ShardEdit, ...]
+    left_out: LeftOut | None = None
+    renamed_modules: Mapping[str, str | None] = field(default_factory=dict)
+    """Modules of single experts by their names on disk → their names afterwards, None where they go."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEdit]:
+        """Every tensor on disk by its name now."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the weights' files as they are."""
+        return sum(edit.shard.num_bytes for edit in self.shards)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the weights' files as they will be."""
+        return sum(edit.num_bytes for edit in self.shards)
+
+    def num_bytes_to_write(self, *, hard_link: bool = False) -> int:
+        """Bytes of weights that need room on the disk: files that are linked need none."""
+        return sum(edit.num_bytes for edit in self.shards if not (hard_link and edit.unchanged))
+
+    def write(
+        self, folder: Path, *, hard_link: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Write the smaller checkpoint into a folder, which must be there and hold no weights.
+
+        Every file appears under its name when it is whole and on the disk. With `hard_link` a file of weights that
+        does not change is not copied but linked, where the file system can; both folders then share it, so neither may
+        be written to in place. `progress` is called with bytes done and in all. Raises CheckpointError where a source
+        file is not what its header said, VerificationError where what was written is not what was planned.
+        """
+        done = 0
+        for edit in self.shards:
+            if edit.kept:
+                path = folder / edit.shard.path.relative_to(self.found.folder)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_shard(edit, path, hard_link=hard_link)
+            done += edit.num_bytes
+            if progress:
+                progress(done, self.bytes_after)
+        self._write_index(folder)
+        self._write_config(folder)
+        _sync_folder(folder)
+        self._verify(folder)
+
+    def _write_index(self, folder: Path) -> None:
+        source = self.found.folder / INDEX
+        if not source.exists():
+            return
+        index = json.loads(source.read_text(encoding="utf-8"))
+        metadata = dict(index.get("metadata") or {})
+        metadata["total_size"] = sum(tensor.num_bytes for edit in self.shards for tensor in edit.kept)
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = self.after.structure.num_parameters
+        weight_map = {
+            tensor.new_name: edit.shard.path.relative_to(self.found.folder).as_posix()
+            for edit in self.shards
+            for tensor in edit.kept
+        }
+        index |= {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_config(self, folder: Path) -> None:
+        """config.json and all other files; lists of modules that are not quantised get the experts' new names."""
+        config, source = self.after.config, self.found.folder
+        leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
+        counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
+        raw = checkpoints.read_config(source)
+        written = json.loads(config.to_json_string())
+        dtype = None if quantisation_of(raw) is not None else self._dtype()
+        checkpoints.write_beside_weights(
+            source, folder, config, written, dtype, counts, self.left_out, self._quantisation_after(raw)
+        )
+        for name in _QUANTISATION_FILES:
+            if (source / name).exists():
+                beside = self._in_new_names(json.loads((source / name).read_text(encoding="utf-8")))
+                (folder / name).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+
+    def _quantisation_after(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of config.json that speak of quantised modules, with the experts' new names."""
+        changes: dict[str, Any] = {}
+        for key, value in raw.items():
+            if key == "quantization_config":
+                changes[key] = self._in_new_names(value)
+            elif isinstance(value, dict) and "quantization_config" in value:
+                changes[key] = value | {"quantization_config": self._in_new_names(value["quantization_config"])}
+        return changes
+
+    def _in_new_names(self, value: Any) -> Any:
+        return _renamed(value, self.renamed_modules, self.found.reference)
+
+    def _dtype(self) -> str | None:
+        """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
+        dtype = getattr(self.after.config, "dtype", None)
+        if dtype is None:
+            known = [_TORCH.get(tensor.dtype) for edit in self.shards for tensor in edit.tensors]
+            dtype = next((one for one in known if one is not None and one.is_floating_point), None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    def _verify(self, folder: Path) -> None:
+        written = {name: about for shard in checkpoints.verify_files(folder) for name, about in shard.tensors.items()}
+        planned = {tensor.new_name: (tensor.dtype, tensor.new_shape) for edit in self.shards for tensor in edit.kept}
+        if written != planned:
+            wrong = min(name for name in written.keys() | planned if written.get(name) != planned.get(name))
+            raise VerificationError(
+                f"{folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
+            )
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says of quantisation, its own or a part's; None for a checkpoint that is not quantised."""
+    for holder in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        if isinstance(found := holder.get("quantization_config"), dict):
+            return found
+    return None
+
+
+def plan_edit(found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None = None) -> Edit:
+    """Say what becomes of every tensor when the model `before` becomes `after`: both on the meta device, the second a
+    copy of the first that a method has edited.
+
+    Reads headers, and tables of expert ids only when written. `left_out` is what of the checkpoint transformers does
+    not build. Raises CheckpointError where the checkpoint does not fit its config, UnsupportedModelError, naming the
+    tensor, where experts cannot be taken out on disk.
+    """
+    return _Planner(found, before, after, left_out).plan()
+
+
+class _Planner:
+    def __init__(self, found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None) -> None:
+        self.found, self.before, self.after, self.left_out = found, before, after, left_out
+        self.shards = checkpoints.verify_files(found.folder)
+        self.on_disk = {name: about for shard in self.shards for name, about in shard.tensors.items()}
+        self.shard_of = {name: shard for shard in self.shards for name in shard.tensors}
+        self.quantisation = quantisation_of(checkpoints.read_config(found.folder))
+        self.kept = {layer.path: list(range(layer.num_experts)) for layer in before.layers}
+        off: dict[str, set[int]] = {}
+        for removal in after.removals:
+            for path, ids in removal.kept.items():
+                self.kept[path] = [self.kept[path][expert] for expert in ids]
+                off.setdefault(path, set()).update(self.kept[path][new] for new in removal.switched_off.get(path, ()))
+        self.switched_off = {
+            path: [new for new, expert in enumerate(self.kept[path]) if expert in gone] for path, gone in off.items()
+        }
+
+    def plan(self) -> Edit:
+        self._check_before()
+        shapes = {name: shape for name, (_, shape) in self.on_disk.items()}
+        found = fates(self.before, self.after, self.kept, shapes, quantisation=self.quantisation)
+        self.at = {fate.target: name for name, fate in found.items() if fate.target is not None}
+        self._check_dtypes()
+        self.new_values = dict(self._new_values())
+        edits = {name: self._tensor_edit(name, fate) for name, fate in found.items()}
+        shards = tuple(ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
+        self._check_after(edits)
+        return Edit(self.found, self.after, shards, self.left_out, _modules(found))
+
+    # against the model
+
+    def _check_before(self) -> None:
+        """What is on disk must be what the config speaks of, by transformers' own loader."""
+        if self.quantisation is not None:
+            return
+        info = self._loading_info(self.before, self.on_disk)
+        if any(info.values()):
+            if why := checkpoints.uneven_experts(self.shards):
+                raise CheckpointError(f"{self.found.reference}: {why}")
+            checkpoints.refuse_bad_keys(self.found, info)
+
+    def _check_after(self, edits: Mapping[str, TensorEdit]) -> None:
+        """The same for what will be there, and the smaller model. Transformers' loader would make other modules for a
+        quantised one: there every list must be as long as the smaller model says.
+        """
+        new = {edit.new_name: (edit.dtype, edit.new_shape) for edit in edits.values() if edit.becomes != "dropped"}
+        if self.quantisation is not None:
+            whole = {layer.path: range(layer.num_experts) for layer in self.after.layers}
+            shapes = {name: shape for name, (_, shape) in new.items()}
+            again = fates(self.after, self.after, whole, shapes, quantisation=self.quantisation)
+            assert all(fate.name == name for name, fate in again.items())
+            return
+        info = self._loading_info(self.after, new)
+        for kind, keys in info.items():
+            if keys:
+                first = min(map(str, keys))
+                raise UnsupportedModelError(
+                    f"{self.found.reference}: cannot be edited on disk: of the smaller checkpoint transformers would "
+                    f"say that {len(keys)} {kind.replace('_', ' ')}, such as {first}."
+                )
+
+    def _loading_info(self, moe: MoEModel, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+        dropped = ignored_names(moe.model, list(tensors))
+        with checkpoints.quiet_transformers():
+            return loading_info(
+                copy.deepcopy(moe.model),
+                {
+                    name: torch.empty(shape, dtype=_TORCH.get(dtype, torch.uint8), device="meta")
+                    for name, (dtype, shape) in tensors.items()
+                    if name not in dropped
+                },
+            )
+
+    def _check_dtypes(self) -> None:
+        """Numbers where the model has numbers, ids where it has ids."""
+        expected = self.before.model.state_dict()
+        for target, name in self.at.items():
+            dtype = _TORCH.get(self.on_disk[name][0])
+            if self.quantisation is None and dtype is not None and target in expected:
+                wanted = expected[target].dtype
+                if wanted.is_floating_point != dtype.is_floating_point:
+                    raise CheckpointError(
+                        f"{self.found.reference}: {name} holds {self.on_disk[name][0]}, where the model has numbers "
+                        f"like {str(wanted).removeprefix('torch.')}."
+                    )
+
+    # values
+
+    def _new_values(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Name on disk → what makes its new values: tables of expert ids, and biases that switch experts off."""
+        for layer in self.before.layers:
+            if self.kept[layer.path] != list(range(layer.num_experts)):
+                for target in layer.id_tensors:
+                    table, rows = self._stored(target), self._stored(layer.router_weights[0])
+                    yield table, partial(self._relabelled, layer, table, rows)
+            if off := self.switched_off.get(layer.path):
+                for target in layer.selection_biases:
+                    bias, axis = self._stored(target), layer.tensors[target]
+                    yield bias, partial(self._with_off, layer, bias, axis, off)
+
+    def _stored(self, target: str) -> str:
+        """The name on disk of a tensor that is there as the model has it."""
+        name = self.at.get(target)
+        if name is None or self.on_disk[name][1] != tuple(self.before.model.state_dict()[target].shape):
+            raise UnsupportedModelError(
+                f"{target}: its values have to change, and on disk it is not stored as the model has it."
+            )
+        return name
+
+    def _relabelled(self, layer: MoELayer, table: str, rows: str) -> Tensor:
+        ids, rows_EH = self._read(table), self._read(rows)[: layer.num_experts]
+        for removal in self.after.removals:
+            kept = list(removal.kept[layer.path])
+            ids = relabelled(ids, dataclasses.replace(layer, num_experts=len(rows_EH)), kept, rows_EH)
+            rows_EH = rows_EH[kept]
+        return ids
+
+    def _with_off(self, layer: MoELayer, bias: str, axis: ExpertAxis, off: Sequence[int]) -> Tensor:
+        kept = self._read(bias).index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
+        return kept.index_fill_(axis.dim, torch.tensor(off), SWITCHED_OFF)
+
+    def _read(self, name: str) -> Tensor:
+        shard, (dtype, shape) = self.shard_of[name], self.on_disk[name]
+        with shard.path.open("rb") as file:
+            file.seek(shard.offsets[name])
+            data = bytearray(file.read(shard.sizes[name]))
+        return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
+
+    # one tensor
+
+    def _tensor_edit(self, name: str, fate: Fate) -> TensorEdit:
+        dtype, shape = self.on_disk[name]
+        if fate.name is None:
+            return TensorEdit(name, "dropped", name, dtype, shape, shape)
+        becomes: Becomes = "copied" if fate.name == name else "renamed"
+        axis, rows, new_shape = fate.axis, (), shape
+        if axis is not None and fate.layer is not None:
+            rows = tuple(axis.rows(self.kept[fate.layer.path], fate.layer.num_experts).tolist())
+            new_shape = (*shape[: axis.dim], len(rows), *shape[axis.dim + 1 :])
+            if len(rows) == shape[axis.dim]:
+                axis, rows = None, ()
+            else:
+                becomes = "cut"
+                if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
+                    raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
+        values = self.new_values.get(name)
+        if fate.gather is not None:
+            gather = fate.gather
+            values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)
+        return TensorEdit(
+            name, "rewritten" if values else becomes, fate.name, dtype, shape, new_shape, axis, rows, values
+        )
+
+
+def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
+    """A file's tensors as safetensors itself puts them, large numbers first, so that none starts where it would not be
+    aligned; and by name, if they are now.
+    """
+    if all(edit.becomes == "copied" for edit in edits):
+        return tuple(edits)
+    size = list(BITS).index
+    by_name = sorted(edits, key=lambda edit: (-size(edit.dtype), edit.name))
+    if by_name == list(edits):
+        return tuple(sorted(edits, key=lambda edit: (-size(edit.dtype), edit.new_name)))
+    return tuple(sorted(edits, key=lambda edit: -BITS[edit.dtype]))
+
+
+def _modules(found: Mapping[str, Fate]) -> dict[str, str | None]:
+    """Modules whose name on disk changes, all of their tensors alike → their new name, None where they go."""
+    seen: dict[str, set[str | None]] = {}
+    for name, fate in found.items():
+        parts, others = name.split("."), None if fate.name is None else fate.name.split(".")
+        for end in range(1, len(parts)):
+            new = None if others is None else ".".join(others[:end])
+            seen.setdefault(".".join(parts[:end]), set()).add(new)
+    return {name: next(iter(new)) for name, new in seen.items() if len(new) == 1 and new != {name}}
+
+
+def _renamed(value: Any, modules: Mapping[str, str | None], reference: str) -> Any:
+    """A value of a JSON file in which names of modules, in lists and as keys, are those that they have afterwards."""
+    if isinstance(value, dict):
+        pairs = [(_renamed_name(key, modules, reference), one) for key, one in value.items()]
+        return {key: _renamed(one, modules, reference) for key, one in pairs if key is not None}
+    if isinstance(value, list):
+        new = [_renamed_name(one, modules, reference) if isinstance(one, str) else one for one in value]
+        return [
+            _renamed(one, modules, reference)
+            for one, old in zip(new, value, strict=True)
+            if one is not None or old is None
+        ]
+    return value
+
+
+def _renamed_name(name: str, modules: Mapping[str, str | None], reference: str) -> str | None:
+    pattern = re.match(r"(re|[+-]):(.*)", name)
+    if pattern:
+        fits = re.compile(pattern[2])
+        for old, new in modules.items():
+            if new is not None and bool(fits.search(old)) != bool(fits.search(new)):
+                raise UnsupportedModelError(
+                    f"{reference}: its quantisation treats single experts apart by the pattern {name!r}, which fits "
+                    f"{old} and not {new}, or the other way round. Name the experts one by one instead."
+                )
+        return name
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        head = ".".join(parts[:end])
+        for known, prefix in (
+            (head, ""),
+            (head.partition(".")[2], head.partition(".")[0] + "."),
+            ("model." + head, ""),
+        ):
+            if known in modules:
+                new = modules[known]
+                if new is None:
+                    return None
+                new = new.removeprefix("model.") if known == "model." + head else new
+                return ".".join([prefix + new, *parts[end:]])
+    return name
+
+
+# Writing ---------------------------------------------------------------------------------------------------
+
+
+def _write_shard(edit: ShardEdit, path: Path, *, hard_link: bool) -> None:
+    """Write one file, under another name until it is whole and on the disk."""
+    source = edit.shard.path.resolve()
+    if edit.unchanged and hard_link:
+        with suppress(OSError):  # another file system, or one without links: then it is copied
+            os.link(source, path)
+            return
+    temporary = path.with_name(path.name + ".partial")
+    reading = os.open(source, os.O_RDONLY)
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            if edit.unchanged:
+                _copy_range(reading, file.fileno(), 0, edit.shard.num_bytes, source)
+            else:
+                file.write(edit.header())
+                _write_tensors(edit, reading, file.fileno(), source)
+            os.fsync(file.fileno())
+    finally:
+        os.close(reading)
+    temporary.replace(path)
+
+
+def _write_tensors(edit: ShardEdit, reading: int, writing: int, source: Path) -> None:
+    start = end = 0  # bytes of the source that are still to be copied: neighbours are copied together
+    for tensor in edit.kept:
+        for data in _pieces(tensor, edit.shard.offsets[tensor.name], reading, source):
+            if isinstance(data, range) and data.start == end:
+                end = data.stop
+                continue
+            _copy_range(reading, writing, start, end - start, source)
+            start = end = 0
+            if isinstance(data, range):
+                start, end = data.start, data.stop
+            else:
+                _write_all(writing, data)
+    _copy_range(reading, writing, start, end - start, source)
+
+
+def _pieces(tensor: TensorEdit, offset: int, reading: int, source: Path) -> Iterator[range | memoryview]:
+    """The new tensor's bytes in their order: ranges of the source's, or the bytes themselves."""
+    if tensor.values is not None:
+        new = tensor.values().contiguous()
+        yield memoryview(new.view(-1).view(torch.uint8).numpy().tobytes())
+        return
+    if tensor.axis is None:
+        yield range(offset, offset + tensor.num_bytes)
+        return
+    dim = tensor.axis.dim
+    outer, size = prod(tensor.shape[:dim]), tensor.shape[dim]
+    row = BITS[tensor.dtype] * prod(tensor.shape[dim + 1 :]) // 8
+    runs = _runs(tensor.rows)
+    if outer == 1 or row * size > _CHUNK:
+        for block in range(outer):
+            at = offset + block * size * row
+            yield from (range(at + first * row, at + last * row) for first, last in runs)
+        return
+    rows, blocks = np.array(tensor.rows), max(1, _CHUNK // (row * size or 1))
+    for first in range(0, outer, blocks):
+        many = min(blocks, outer - first)
+        data = _read_range(reading, offset + first * size * row, many * size * row, source)
+        data_RSB = np.frombuffer(data, np.uint8).reshape(many, size, row)
+        yield memoryview(data_RSB[:, rows].tobytes())
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, behind the last) of each run of consecutive rows."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and found[-1][1] == row:
+            found[-1] = found[-1][0], row + 1
+        else:
+            found.append((row, row + 1))
+    return found
+
+
+def _copy_range(reading: int, writing: int, start: int, length: int, source: Path) -> None:
+    """Append bytes of one file to another, within the kernel where it can."""
+    end = start + length
+    while start < end:
+        try:
+            done = os.copy_file_range(reading, writing, min(end - start, 2**30), offset_src=start)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _CANNOT_COPY:
+                raise
+            break
+        if not done:
+            raise _cut_short(source, start)
+        start += done
+    while start < end:
+        data = _read_range(reading, start, min(_CHUNK, end - start), source)
+        _write_all(writing, memoryview(data))
+        start += len(data)
+
+
+def _read_range(reading: int, start: int, length: int, source: Path) -> bytes:
+    data = os.pread(reading, length, start)
+    while len(data) < length:
+        more = os.pread(reading, length - len(data), start + len(data))
+        if not more:
+            raise _cut_short(source, start + len(data))
+        data += more
+    return data
+
+
+def _write_all(writing: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(writing, data) :]
+
+
+def _cut_short(source: Path, at: int) -> CheckpointError:
+    return CheckpointError(f"{source}: ends at byte {at:,}, its header says later: it was changed meanwhile.")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names of its files on the disk too."""
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
