@@ -31,10 +31,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from compressor.calibration import TokenBatch
-from compressor.errors import CalibrationError, UnsupportedModelError
+from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
+from compressor.processes import Processes
 from compressor.progress import Progress, Update
-from compressor.statistics import Statistic
+from compressor.statistics import RULES, Statistic, joined_figures
 
 Figures = dict[str, dict[str, Tensor]]
 """Layer path → name → figures."""
@@ -51,8 +52,12 @@ def observe(
     *,
     title: str = "observing",
     edited: Edited | None = None,
+    processes: Processes | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
+
+    Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
+    the same figures.
 
     A model that skips experts is observed unskipped.
 
@@ -69,7 +74,7 @@ def observe(
     model.eval()
     try:
         with moe.unskipped(), progress.task(title) as update:
-            return _Walk(moe, body, dict(statistics), edited, update).run(batches)
+            return _Walk(moe, body, dict(statistics), edited, update, processes or Processes()).run(batches)
     finally:
         model.train(was_training)
 
@@ -77,8 +82,8 @@ def observe(
 class _Stream:
     """One batch on its way through the model."""
 
-    def __init__(self, body: Any, batch: TokenBatch) -> None:
-        self.batch = batch
+    def __init__(self, body: Any, batch: TokenBatch, number: int) -> None:
+        self.batch, self.number = batch, number
         self.mask_T = batch.attention_mask.flatten().to(next(body.parameters()).device)
         self.path: str | None = None
         """The watched block that it stands before; None before the first step and at the end."""
@@ -114,6 +119,7 @@ class _Walk:
     statistics: dict[str, Statistic]
     edited: Edited | None
     update: Update
+    processes: Processes
     real: RealTokens = field(default_factory=RealTokens)
     stream: _Stream | None = None
     """The stream that is running."""
@@ -123,14 +129,19 @@ class _Walk:
     num_streams: int = 0
     num_steps: int = 0
     """Blocks passed by streams, in all."""
-    num_seen: int = 0
-    """Batches given to statistics, in all."""
+    seen: list[int] = field(default_factory=list)
+    """Numbers of the batches, among those of all processes, that came to the present layer, as they came."""
+    domains: list[str] = field(default_factory=list)
+    """Of the batches of all processes."""
 
     def run(self, batches: Sequence[TokenBatch]) -> Figures:
         """All batches, layer by layer."""
-        originals = [_Stream(self.body, batch) for batch in batches]
-        others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
+        self.domains, own = [batch.domain for batch in batches], self.processes.own(len(batches))
+        originals = [_Stream(self.body, batches[number], number) for number in own]
+        others = [_Stream(self.body, batches[number], number) for number in own] if self.edited else []
         self.num_streams = len(originals) + len(others)
+        for statistic in self.statistics.values():
+            statistic.share(self.processes)
         hooks = [self._stop_before(path) for path in self.statistics]  # before the taps' own, which a stop must not cut
         try:
             with self.moe.watched(dict.fromkeys(self.statistics, self._visit), self.real):
@@ -154,7 +165,8 @@ class _Walk:
         return self.moe.model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
 
     def _common_path(self, streams: Sequence[_Stream]) -> str | None:
-        paths = {stream.path for stream in streams}
+        own = sorted({stream.path for stream in streams}, key=str)
+        paths = {path for of_one in self.processes.exchange(own) for path in of_one}
         if len(paths) > 1:
             named = " and ".join(sorted(str(path or "the end") for path in paths))
             raise UnsupportedModelError(
@@ -169,7 +181,7 @@ class _Walk:
                 f"{path}: it runs more than once on the same text, so its tokens cannot be told apart; this needs a "
                 f"plugin."
             )
-        statistic, seen = self.statistics[path], self.num_seen
+        statistic, self.seen = self.statistics[path], []
         if not self.edited:
             calls = [(stream, stream.call) for stream in originals]
             for stream in originals:
@@ -179,14 +191,15 @@ class _Walk:
             for original, other in zip(originals, others, strict=True):
                 self._go_on(original, _keep_output(other))
                 self._run_again(path, other, other.call, self._give(statistic, other))
-        while self.num_seen > seen and statistic.again():
+        seen = self.processes.exchange(list(self.seen))
+        while any(seen) and self._wanted_again(path, statistic):
             for stream, call in calls:
                 self._run_again(path, stream, call, self._give(statistic, stream))
-        if self.num_seen == seen:
+        if not any(seen):
             for other in others:
                 self._go_on(other)
             return
-        self.figures[path] = statistic.tensors()
+        self.figures[path] = self._joined(path, statistic, seen)
         if statistic.weight_norms:
             self.figures[path] |= expert_weight_norms(self.moe.model, self.moe.layer(path))
         if self.edited:
@@ -197,11 +210,46 @@ class _Walk:
                     self._go_on(other)
                     other.target_TH = None
 
+    def _wanted_again(self, path: str, statistic: Statistic) -> bool:
+        answers = set(self.processes.exchange(bool(statistic.again())))
+        if len(answers) > 1:
+            raise PluginError(
+                f"{path}: {type(statistic).__name__} wants to see its tokens again in one process and not in another; "
+                f"it should decide by figures of all of them (`self.processes`)."
+            )
+        return answers.pop()
+
+    def _joined(self, path: str, statistic: Statistic, seen: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The figures of all processes' batches; `seen` are the numbers of those that came to the layer in each."""
+        of_each = self.processes.gather(statistic.tensors() if seen[self.processes.rank] else {})
+        parts = [(figures, numbers) for figures, numbers in zip(of_each, seen, strict=True) if numbers]
+        if len(parts) == 1:
+            return dict(parts[0][0])
+        everywhere = self._domains_of(sorted(number for _, numbers in parts for number in numbers))
+        figures, lost = joined_figures(
+            [figures for figures, _ in parts],
+            [[everywhere.index(domain) for domain in self._domains_of(numbers)] for _, numbers in parts],
+            len(everywhere),
+            rules={**RULES, **statistic.own_rules},
+            order_B=torch.tensor([number for _, numbers in parts for number in numbers]).argsort(),
+        )
+        if lost:
+            raise PluginError(
+                f"{path}: what {len(parts)} processes found cannot be joined: {', '.join(lost)} of "
+                f"{type(statistic).__name__}. Figures are joined by their names, such as `sums.` and `batch.`, or as "
+                f"`own_rules` says (docs/processes.md). Run it in one process."
+            )
+        return figures
+
+    def _domains_of(self, numbers: Sequence[int]) -> list[str]:
+        """The domains of these batches, in the order in which they came."""
+        return list(dict.fromkeys(self.domains[number] for number in numbers))
+
     def _give(self, statistic: Statistic, stream: _Stream) -> Callable[[RoutedTokens], None]:
         def give(tokens: RoutedTokens) -> None:
             tokens.domain, tokens.held_out = stream.batch.domain, stream.batch.held_out
             tokens.target_TH = stream.target_TH
-            self.num_seen += 1
+            self.seen.append(stream.number)
             statistic.update(tokens)
 
         return give

@@ -298,7 +298,7 @@ class ExpertSelection(Method[OptionsT]):
         fewest = min(counts)
 
         def protected() -> list[int]:
-            return self._fixed(layer, sums.tensors(), fewest).staying
+            return self._fixed(layer, sums.largest(), fewest).staying
 
         many_go = layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts
         starts = self.options.starts
@@ -313,10 +313,10 @@ class ExpertSelection(Method[OptionsT]):
             num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
         )
 
-    def _fixed(self, layer: MoELayer, figures: Mapping[str, Tensor], num_kept: int) -> Fixed:
+    def _fixed(self, layer: MoELayer, largest_E: Tensor, num_kept: int) -> Fixed:
         return choice.fixed_experts(
             layer,
-            figures["sums.largest"].amax(0),
+            largest_E,
             num_kept,
             protected=ids_for(layer, self.options.protect),
             forbidden=ids_for(layer, self.options.forbid),
@@ -370,7 +370,7 @@ class ExpertSelection(Method[OptionsT]):
         figures, options = statistics[layer.path], self.options
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
-        fixed = self._fixed(layer, figures, num_kept)
+        fixed = self._fixed(layer, figures["sums.largest"].amax(0), num_kept)
         notes = choice.notes(figures, fixed)
         if options.criterion is not None:
             criterion = self.criteria[options.criterion]
