@@ -52,6 +52,7 @@ from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
+from compressor.processes import Processes
 from compressor.progress import Progress
 from compressor.recipe import Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
@@ -91,6 +92,7 @@ def compress(
     overwrite: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> CompressionResult:
     """Run a recipe.
 
@@ -98,6 +100,9 @@ def compress(
     `tokenizer` replace what the recipe's `model:` would load; the model given is copied and never changed. Without an
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own.
+
+    Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
+    first one writes and speaks, and all return when the output is there.
 
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
     output's name then.
@@ -111,7 +116,8 @@ def compress(
         methods=plugins.methods,
         criteria=plugins.criteria,
     )
-    return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite)
+    run = _Run.of(loaded, plugins, progress, processes)
+    return run.run(model, tokenizer, overwrite=overwrite)
 
 
 def load(
@@ -155,6 +161,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only."""
     plugins = load_plugins(without)
@@ -163,7 +170,7 @@ def evaluate(
     )
     if loaded.recipe.evaluate is None:
         raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
-    return _Run(loaded, plugins, progress or Progress()).evaluate_only()
+    return _Run.of(loaded, plugins, progress, processes).evaluate_only()
 
 
 def decide(
@@ -448,15 +455,44 @@ class _Run:
     loaded: LoadedRecipe
     plugins: Plugins
     progress: Progress
+    processes: Processes
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None
+    ) -> _Run:
+        """A run of this process; only the first one speaks."""
+        processes = processes or Processes()
+        if progress is None or not processes.is_first:
+            progress = Progress()
+        return cls(loaded, plugins, progress, processes)
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
+    @property
+    def device(self) -> str:
+        """Where this process's model goes: of several processes on a machine each takes a GPU of its own."""
+        device, place = self.recipe.device, self.processes.local_rank
+        if self.processes.size == 1 or device != "cuda":
+            return device
+        if place >= torch.cuda.device_count():
+            raise RecipeError(
+                f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
+                f"{torch.cuda.device_count()} GPU(s), numbered from 0. Start as many processes as there are GPUs."
+            )
+        return f"cuda:{place}"
+
     def run(self, model: Any, tokenizer: Any, *, overwrite: bool) -> CompressionResult:
-        """All steps, within the output's hidden folder if there is an output."""
-        if self.recipe.output is None:
+        """All steps; in the first process within the output's hidden folder, if there is an output."""
+        result = self._run_in_folder(model, tokenizer, overwrite=overwrite)
+        self.processes.wait()
+        return dataclasses.replace(result, folder=self.recipe.output)
+
+    def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool) -> CompressionResult:
+        if self.recipe.output is None or not self.processes.is_first:
             return self._run(model, tokenizer, None)
         _refuse_output_over_input(self.recipe.output, self.recipe.model)
         if model is not None:
@@ -465,7 +501,7 @@ class _Run:
             with checkpoints.disk_errors_named(folder.target):
                 result = self._run(model, tokenizer, folder)
                 folder.finish()
-            return dataclasses.replace(result, folder=folder.target)
+            return result
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -569,7 +605,7 @@ class _Run:
 
     def _load_model(self, found: Checkpoint) -> Any:
         return checkpoints.load_model(
-            found, dtype=self.recipe.dtype, device=self.recipe.device, adapters=self.plugins.adapters
+            found, dtype=self.recipe.dtype, device=self.device, adapters=self.plugins.adapters
         )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
@@ -682,7 +718,8 @@ class _Run:
     def _circumstances(self) -> dict[str, Any]:
         return {
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
-            "hardware": hardware(self.recipe.device),
+            "hardware": hardware(self.device),
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
             "output": str(self.recipe.output) if self.recipe.output else None,
         }
@@ -706,7 +743,9 @@ class _Run:
         }
         if self.evaluation is not None and self.evaluation.speed:
             with self._timed("speed"):
-                compared["speed"] = self._speed(subject, moe, sources)
+                self.processes.wait()  # whoever is at work would disturb it
+                speed = self._speed(subject, moe, sources) if self.processes.is_first else None
+                compared["speed"] = self.processes.exchange(speed)[0]
         return compared
 
     # observe, decide, edit
@@ -772,13 +811,20 @@ class _Run:
 
         title = f"{resolved.spec.method}: observing"
         figures = walk.observe(
-            moe, batches, wanted, self.progress, title=title, edited=edited if method.progressive else None
+            moe,
+            batches,
+            wanted,
+            self.progress,
+            title=title,
+            edited=edited if method.progressive else None,
+            processes=self.processes,
         )
         return Gathered(figures, domains, held_out)
 
     def _decide(self, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
         try:
-            return resolved.method.decide(layers, figures)
+            decision = resolved.method.decide(layers, figures)
+            return self.processes.exchange(decision)[0]  # type: ignore[no-any-return]
         except OptionError as error:
             raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
@@ -799,7 +845,10 @@ class _Run:
             with self.progress.task(f"random decisions: perplexity {sequences.name}") as update:
                 for number, kept in enumerate([ours, *others]):
                     with moe.masked(kept, top_k=top_k):
-                        values.append(measure.perplexity(moe.model, sequences, evaluation.batch_size).perplexity)
+                        found = measure.perplexity(
+                            moe.model, sequences, evaluation.batch_size, processes=self.processes
+                        )
+                        values.append(found.perplexity)
                     update(number + 1, 1 + len(others))
             perplexity[sequences.name] = {"ours": values[0], "random": values[1:]}
         return {"seeds": seeds, "relative_loss": losses, "perplexity": perplexity}
@@ -813,7 +862,9 @@ class _Run:
             for layer in moe.layers
             if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
         }
-        figures = walk.observe(moe, batches, statistics, self.progress, title="random decisions: loss")
+        figures = walk.observe(
+            moe, batches, statistics, self.progress, title="random decisions: loss", processes=self.processes
+        )
         relative_LS = torch.stack([relative_losses(one) for one in figures.values()])
         mean_S = relative_LS.mean(0).tolist()
         return {"ours": mean_S[0], "random": mean_S[1:]}
@@ -828,8 +879,10 @@ class _Run:
         perplexities, used = {}, {}
         for sequences in sources.perplexity:
             with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
-                perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
-            used[sequences.name] = _used(moe, counter)
+                perplexities[sequences.name] = measure.perplexity(
+                    moe.model, sequences, evaluation.batch_size, update, self.processes
+                )
+            used[sequences.name] = _used(moe, counter, self.processes)
         tasks = {}
         if sources.tasks is not None:
             with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update, moe.counted() as counter:
@@ -841,9 +894,10 @@ class _Run:
                     batch_size=evaluation.batch_size,
                     seed=self.recipe.seed,
                     progress=update,
+                    processes=self.processes,
                 )
             if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
-                used["tasks"] = _used(moe, counter)
+                used["tasks"] = _used(moe, counter, self.processes)
         routed = [
             measure.RoutedSize(
                 layer.num_experts,
@@ -857,7 +911,7 @@ class _Run:
             "perplexity": perplexities,
             "tasks": tasks,
             "size": measure.size(moe.model, routed),
-            "peak_memory": measure.peak_memory(self.recipe.device),
+            "peak_memory": measure.peak_memory(self.device),
         }
 
     def _alone(
@@ -874,7 +928,9 @@ class _Run:
             entry = {"pass": resolved.index, "method": resolved.spec.method}
             try:
                 entry |= self._measured_alone(resolved, done["decision"], subject, tokenizer, sources, before)
+                self.processes.wait()
             except CompressorError as error:  # what works behind other passes need not work alone
+                self.processes.tell(error)
                 self.progress.say(f"{resolved.spec.method} alone cannot be measured: {error}")
                 entry["problem"] = str(error)
             found.append(entry)
@@ -930,9 +986,12 @@ class _Sources:
         return [one for of_pass in self.held_out for one in of_pass]
 
 
-def _used(moe: MoEModel, counter: Counter) -> dict[str, float]:
+def _used(moe: MoEModel, counter: Counter, processes: Processes) -> dict[str, float]:
     """Layer path → experts that a token used: as counted where it skips some, else as many as it chooses."""
-    return {layer.path: float(layer.top_k) for layer in moe.layers} | counter.experts_per_token
+    whole = Counter()
+    for sums in processes.exchange(counter.sums):
+        whole.add_sums(sums)
+    return {layer.path: float(layer.top_k) for layer in moe.layers} | whole.experts_per_token
 
 
 def _prunes(decision: Decision) -> bool:

@@ -201,7 +201,8 @@ class SkipCurves(Statistic):
             prefix = "skip" if name == "contribution" else "sums.skip"  # norms of other text are others
             found[f"{prefix}.{name}"] = curve_DNX
             all_scores = torch.cat(scores).double() if scores else torch.zeros(0, dtype=torch.float64)
-            total, number = self.processes.sum(torch.stack([all_scores.sum(), torch.tensor(float(len(all_scores)))]))
+            count = torch.tensor(len(all_scores), dtype=torch.float64)
+            total, number = self.processes.sum(torch.stack([all_scores.sum(), count]))
             if number:
                 found |= {f"skip.{name}.median": median(all_scores, self.processes), f"skip.{name}.mean": total / number}
         for domain, row in self._fixed_sums.items():
