@@ -459,9 +459,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None
-    ) -> _Run:
+    def of(cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None) -> _Run:
         """A run of this process; only the first one speaks."""
         processes = processes or Processes()
         if progress is None or not processes.is_first:

@@ -105,9 +105,9 @@ def perplexity(
             ids_BS = batches[number].input_ids.to(model.device)
             mask_BS = batches[number].attention_mask.to(model.device)
             logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits
-            losses = next_token_losses(logits_BSV, ids_BS, mask_BS).tolist()
-            _refuse_not_finite(losses, sequences.name, first=number * batch_size)
-            found.append(list(zip(losses, mask_BS[:, 1:].sum(1).tolist(), strict=True)))
+            losses_B = next_token_losses(logits_BSV, ids_BS, mask_BS).tolist()
+            _refuse_not_finite(losses_B, sequences.name, first=number * batch_size)
+            found.append(list(zip(losses_B, mask_BS[:, 1:].sum(1).tolist(), strict=True)))
             if progress is not None:
                 progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
     losses, counts = zip(*(pair for of_batch in processes.in_order(found) for pair in of_batch), strict=True)

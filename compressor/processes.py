@@ -10,9 +10,9 @@
 several. Every exchange is one step that all processes take together. What they exchange are figures on the CPU, float64
 at the end, so gloo carries them whatever device the model is on, and nothing is pickled.
 
-When a process fails, the first to do so says so in the store, shows its error and ends; the others' next exchange with
-it is cut off, they find there that it has been told, and end quietly. One that is killed says nothing: then the first to
-notice does.
+When a process fails, the first to do so says so in the store, shows its error and ends. The others' next exchange with
+it is cut off; they find there that it has been told, and end quietly. One that is killed says nothing: then the first
+to notice does.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ class _Joined(SeveralProcesses):
             if failed is not None:
                 return ProcessError(failed, ended=True, told=True)
             time.sleep(0.05)
-        return ProcessError("another process of this run has ended without a word: killed, or out of memory.", ended=True)
+        return ProcessError(
+            "another process of this run has ended without a word: killed, or out of memory.", ended=True
+        )
 
     def _failed(self) -> str | None:
         """What the first process to fail has said, None if none has."""
@@ -223,12 +225,13 @@ class _Joined(SeveralProcesses):
 @contextmanager
 def _connected() -> Iterator[_Joined]:
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     is_ours = not distributed.is_initialized()
     if is_ours:
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(minutes=10))))
-        own = distributed.PrefixStore("compressor", store)
+        own = PrefixStore("compressor", store)
         distributed.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
         group = None
     else:  # the caller's own program runs on several processes

@@ -211,13 +211,13 @@ class _Walk:
                     other.target_TH = None
 
     def _wanted_again(self, path: str, statistic: Statistic) -> bool:
-        answers = set(self.processes.exchange(bool(statistic.again())))
-        if len(answers) > 1:
+        wanted = statistic.again()
+        if self.processes.any(wanted) and not self.processes.all(wanted):
             raise PluginError(
                 f"{path}: {type(statistic).__name__} wants to see its tokens again in one process and not in another; "
                 f"it should decide by figures of all of them (`self.processes`)."
             )
-        return answers.pop()
+        return wanted
 
     def _joined(self, path: str, statistic: Statistic, seen: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The figures of all processes' batches; `seen` are the numbers of those that came to the layer in each."""

@@ -106,8 +106,8 @@ class Search:
         """Share of the tokens, in all processes, with fewer known ranks left than they choose."""
         short = sum(int(state.short().sum()) for state in self.states)
         total = sum(state.grams.num_tokens for state in self.states)
-        by_process = self.processes.exchange([short, total])
-        return sum(one[0] for one in by_process) / max(1, sum(one[1] for one in by_process))
+        short, total = self.processes.sum(torch.tensor([short, total])).tolist()
+        return float(short / max(1, total))
 
     # Greedy removal
 
@@ -199,7 +199,7 @@ class GreedySearch(RankedStatistic):
     `protected` is asked when the search begins, so that it may depend on figures of the same layer. Besides the greedy
     start, swaps begin from `num_starts` sets of the experts whose outputs are largest (weighted, and not).
 
-    In several processes each keeps the matrices of its own tokens; only losses are added up, so that all go the same way.
+    In several processes each keeps the matrices of its own tokens; only losses are added up, so all go the same way.
     """
 
     own_rules: Mapping[str, Rule] = {

@@ -166,16 +166,15 @@ class ExpertSelection(Method[OptionsT]):
         multiple = self.options.multiple_of
         if multiple is None:
             return []
-        notes = {}
+        notes: list[str] = []
         if self.options.budget:
             asked, total = self.options.budget.total([layer.num_experts for layer in layers]), self._total(layers)
-            if asked != total:
-                notes[f"{total:,} experts stay in all instead of {asked:,}"] = None
+            notes += [f"{total:,} experts stay in all instead of {asked:,}"] if asked != total else []
         for layer in layers:
-            num_kept, [first, *_] = self.options.num_kept(layer), self._counts(layer)
-            if num_kept is not None and num_kept != first:
-                notes[f"{first} of {layer.num_experts} experts stay instead of {num_kept}"] = None
-        return [f"multiple_of {multiple}: {note}" for note in notes]
+            num_kept, count = self.options.num_kept(layer), self._counts(layer)[0]
+            if num_kept not in (None, count):
+                notes.append(f"{count} of {layer.num_experts} experts stay instead of {num_kept}")
+        return [f"multiple_of {multiple}: {note}" for note in dict.fromkeys(notes)]
 
     def _check_count(self, layer: MoELayer) -> None:
         [num_kept] = self._counts(layer)

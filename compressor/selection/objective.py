@@ -18,7 +18,7 @@ Dimensions: B batches, D domains, and any dimensions before them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -39,7 +39,7 @@ class Objective:
     norm_D: Tensor
     """float64: Σ over the domain's batches of the norm of the layer's output."""
     blend: Blend = "mean"
-    processes: Processes = Processes()
+    processes: Processes = field(default_factory=Processes)
     """Where several share the batches, those of `domain_B` are this one's and everything else is of all."""
 
     @classmethod

@@ -204,7 +204,10 @@ class SkipCurves(Statistic):
             count = torch.tensor(len(all_scores), dtype=torch.float64)
             total, number = self.processes.sum(torch.stack([all_scores.sum(), count]))
             if number:
-                found |= {f"skip.{name}.median": median(all_scores, self.processes), f"skip.{name}.mean": total / number}
+                found |= {
+                    f"skip.{name}.median": median(all_scores, self.processes),
+                    f"skip.{name}.mean": total / number,
+                }
         for domain, row in self._fixed_sums.items():
             assert self.fixed is not None
             found.setdefault(self.fixed.figure, torch.zeros(len(self._domains), 3, dtype=torch.float64))[domain] = row
@@ -306,5 +309,5 @@ def median(scores: Tensor, processes: Processes) -> Tensor:
     low, high = torch.searchsorted(upto_N, middle, right=True).tolist()
     inside = processes.gather({"scores": scores[(bins >= low) & (bins <= high)]})
     ordered = torch.cat([figures["scores"] for figures in inside]).sort().values
-    first, second = ordered[middle - (upto_N[low] - count_N[low])]
-    return (first + second) / 2
+    before = upto_N[low] - count_N[low]
+    return ordered[middle - before].mean()
