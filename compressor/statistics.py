@@ -30,11 +30,12 @@ Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
 """(pass → layer path → name → figures, what they are about)"""
 
 
-Rule = Literal["summed", "largest", "batches", "columns", "same"]
+Rule = Literal["summed", "largest", "total", "batches", "columns", "same"]
 """How figures of several runs, or of several processes of one run, become one:
 
     summed      [D, …]  added, domain by domain
     largest     [D, …]  the largest of them, domain by domain
+    total       […]     added, where domains are not kept apart
     batches     [B, …]  one batch after another
     columns     […, B]  the same, with the batches in the last dimension
     same                alike in all of them, or else they do not belong together
@@ -337,6 +338,8 @@ def joined_figures(
             lost.append(name)  # also the path of a search, or losses of other sets
         elif rule in ("summed", "largest"):
             found[name] = _over_domains(given, places, num_domains, rule)
+        elif rule == "total":
+            found[name] = torch.stack(given).sum(0)
         elif rule == "same":
             if _alike_in_all(given):
                 found[name] = given[0]

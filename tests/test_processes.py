@@ -196,6 +196,7 @@ def test_figures_by_their_rules() -> None:
         "batch.squared_output": torch.tensor([0.0, 2.0, 4.0]),
         "path": torch.tensor([[0.0, 2.0, 4.0], [10.0, 12.0, 14.0]]),
         "own": torch.tensor([[1.0], [2.0], [3.0]]),
+        "counts": torch.tensor([1.0, 2.0]),
         "same.answer": torch.tensor(1),
         "weights.l1": torch.tensor([1.0, 2.0]),
         "unknown": torch.tensor(1),
@@ -207,11 +208,19 @@ def test_figures_by_their_rules() -> None:
         "batch.squared_output": torch.tensor([1.0, 3.0]),
         "path": torch.tensor([[1.0, 3.0], [11.0, 13.0]]),
         "own": torch.tensor([[10.0], [20.0]]),
+        "counts": torch.tensor([10.0, 20.0]),
         "same.answer": torch.tensor(1),
         "weights.l1": torch.tensor([1.0, 2.5]),
         "sums.only_here": torch.zeros(2, 1),
     }
-    rules = {"sums.": "summed", "sums.largest": "largest", "batch.": "batches", "path": "columns", "own": "summed"}
+    rules = {
+        "sums.": "summed",
+        "sums.largest": "largest",
+        "batch.": "batches",
+        "path": "columns",
+        "own": "summed",
+        "counts": "total",
+    }
     figures, lost = joined_figures(
         [one, other],
         [[0, 1, 2], [1, 0]],
@@ -227,6 +236,7 @@ def test_figures_by_their_rules() -> None:
         "batch.squared_output": [0.0, 1.0, 2.0, 3.0, 4.0],
         "path": [[0.0, 1.0, 2.0, 3.0, 4.0], [10.0, 11.0, 12.0, 13.0, 14.0]],
         "own": [[21.0], [12.0], [3.0]],
+        "counts": [11.0, 22.0],
         "same.answer": 1,
     }
 
