@@ -4,8 +4,8 @@
 
 Qwen3-MoE blocks of 64 experts with random weights, all of calibration's batches through all layers, twice: sums for a
 criterion, and the greedy search. Both kinds of run are started by torchrun; only observing is timed, from when all
-processes have the model until all have the figures, which are compared. Where other work shares the cores, processor time
-tells more: that of one over that of the busier of two is what idle cores would give.
+processes have the model until all have the figures, which are compared. Where other work shares the cores, processor
+time tells more: that of one over that of the busier of two is what idle cores would give.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from compressor.walk import observe
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 3, 64, 512, 256, 8
 KINDS = {
-    "sums": lambda layer: ExpertSums(layer),
+    "sums": ExpertSums,
     "greedy search": lambda layer: JoinedStatistic([ExpertSums(layer), GreedySearch(layer, [EXPERTS // 2])]),
 }
 

@@ -795,7 +795,9 @@ class _Run:
         return done
 
     def _observe(self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch]) -> Gathered:
-        method = resolved.method
+        method, num_idle = resolved.method, self.processes.size - len(batches)
+        if num_idle > 0:
+            self.progress.say(f"{len(batches)} calibration batches: {num_idle} process(es) have nothing to observe")
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
         domains = list(dict.fromkeys(batch.domain for batch in batches))
