@@ -24,14 +24,18 @@ from compressor import (
     ProcessError,
     Processes,
     RankedStatistic,
+    RecipeError,
     Statistic,
     compress,
 )
 from compressor.calibration import Sequences, TokenBatch, make_batches
+from compressor.engine import _Run
 from compressor.evaluate import perplexity
 from compressor.moe import find_structure
+from compressor.plugins import load_plugins
 from compressor.processes import SeveralProcesses
 from compressor.progress import Progress
+from compressor.recipe import load_recipe
 from compressor.selection.greedy import GreedySearch
 from compressor.selection.losses import SetLosses
 from compressor.selection.objective import Objective
@@ -390,6 +394,24 @@ def test_perplexity_is_that_of_one_process() -> None:
     work = lambda p: perplexity(tiny_model("mixtral"), Sequences("text", ids, "sha256:0"), 2, processes=p)  # noqa: E731
     assert together(2, work) == [alone] * 2
     assert together(4, work) == [alone] * 4  # one without a batch
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"model": "demo", "calibration": {"data": [{"demo": "mix"}]}, "passes": [{"expert_pruning": {"keep": 6}}]}
+    plugins = load_plugins()
+    third = Threads(6, 8, threading.Barrier(8), [b""] * 8)
+    third.local_rank = 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+
+    def device(name: str, processes: Processes) -> str:
+        loaded = load_recipe({**asked, "device": name}, methods=plugins.methods, criteria=plugins.criteria)
+        return _Run.of(loaded, plugins, None, processes).device
+
+    assert [device(name, third) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:2", "cuda:1"]
+    assert device("cuda", Processes()) == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"device cuda: process 6 is number 2 on its machine, which has 2 GPU\(s\)"):
+        device("cuda", third)
 
 
 # Whole runs ------------------------------------------------------------------------------------------------
