@@ -21,6 +21,7 @@ from compressor.errors import (
     DiskError,
     EvaluationError,
     PluginError,
+    ProcessError,
     RecipeError,
     UnsupportedModelError,
     VerificationError,
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
         count_problem,
         find_structure,
     )
+    from compressor.processes import Processes
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.method import ExpertSelection
     from compressor.selection.options import SelectionOptions
     from compressor.selection.pairs import fewest_losses
     from compressor.sources import TaskSource
-    from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Statistic
+    from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Rule, Statistic
 
 _HOME = {
     "Adapter": "moe",
@@ -66,10 +68,12 @@ _HOME = {
     "OptionError": "method",
     "Options": "method",
     "Plan": "method",
+    "Processes": "processes",
     "RankedChunk": "moe",
     "RankedStatistic": "statistics",
     "RoutedTokens": "moe",
     "RoutingRule": "moe",
+    "Rule": "statistics",
     "SelectionOptions": "selection.options",
     "SkipRule": "moe",
     "Statistic": "statistics",
@@ -107,11 +111,14 @@ __all__ = [
     "Options",
     "Plan",
     "PluginError",
+    "ProcessError",
+    "Processes",
     "RankedChunk",
     "RankedStatistic",
     "RecipeError",
     "RoutedTokens",
     "RoutingRule",
+    "Rule",
     "SelectionOptions",
     "SkipRule",
     "Statistic",

@@ -749,6 +749,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 # Saving ----------------------------------------------------------------------------------------------------
 
 
+def journal_folder(target: Path) -> Path:
+    """Where a run on this output keeps what it has done."""
+    return target.parent / f".{target.name}.partial" / "journal"
+
+
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
@@ -762,8 +767,8 @@ class OutputFolder:
         self.target = target
         self.overwrite = overwrite
         self.resume = resume
-        self.path = target.parent / f".{target.name}.partial"
-        self.journal = Journal(self.path / "journal")
+        self.path = journal_folder(target).parent
+        self.journal = Journal(journal_folder(target))
         self._lock = _Lock(self.path / "lock")
 
     def __enter__(self) -> OutputFolder:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, RecipeError
+from compressor.errors import CompressorError, ProcessError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from compressor.processes import Processes
 
 app = typer.Typer(
     name="compressor",
@@ -72,8 +74,29 @@ def run(
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a recipe: prune, measure before and after, and save the smaller model."""
+    """Run a recipe: prune, measure before and after, and save the smaller model.
+
+    `torchrun --nproc-per-node 2 -m compressor run RECIPE` does so in two processes.
+    """
     _calm()
+    from compressor.processes import Processes
+
+    with Processes.joined() as processes:
+        _run(processes, recipe, model, output, set_, overwrite=overwrite, resume=resume, without=without, quiet=quiet)
+
+
+def _run(
+    processes: Processes,
+    recipe: Path,
+    model: str | None,
+    output: Path | None,
+    set_: list[str] | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+    without: list[str] | None,
+    quiet: bool,
+) -> None:
     from compressor import engine, report
     from compressor.plugins import load_plugins
     from compressor.progress import Progress
@@ -94,8 +117,9 @@ def run(
         resume=resume,
         without=without,
         progress=Progress.detect(quiet=quiet),
+        processes=processes,
     )
-    if not quiet:
+    if not quiet and processes.is_first:
         report.print_summary(result.record, _console())
         others = "" if "uneven" in result.record else " or plain transformers"
         others += ", which runs it unskipped" if others and "skipping" in result.record else ""
@@ -230,12 +254,20 @@ def evaluate(
     """Measure a model as a recipe's `evaluate:` says, without changing anything."""
     _calm()
     from compressor import engine, report
+    from compressor.processes import Processes
     from compressor.progress import Progress
 
-    record = engine.evaluate(
-        recipe, model, overrides=set_ or [], without=without or [], progress=Progress.detect(quiet=quiet)
-    )
-    report.print_summary(record, _console())
+    with Processes.joined() as processes:
+        record = engine.evaluate(
+            recipe,
+            model,
+            overrides=set_ or [],
+            without=without or [],
+            progress=Progress.detect(quiet=quiet),
+            processes=processes,
+        )
+        if processes.is_first:
+            report.print_summary(record, _console())
 
 
 def _calm() -> None:
@@ -259,6 +291,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _exit_status(arguments: list[str] | None) -> int:
     try:
         status: Any = app(arguments, standalone_mode=False)
+    except ProcessError as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     except CompressorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -267,7 +303,8 @@ def _exit_status(arguments: list[str] | None) -> int:
     except Exception as error:
         # wrong usage: click's own class, which lives in another place from one typer to the next
         if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
+            if os.environ.get("RANK", "0") == "0":  # of several processes all are asked the same
+                error.show()
             return 2
         raise
     if status == 130:  # some typers raise at Ctrl-C, others answer with this status

@@ -56,6 +56,7 @@ from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
+from compressor.processes import Processes
 from compressor.progress import Progress
 from compressor.recipe import Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
@@ -98,6 +99,7 @@ def compress(
     resume: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> CompressionResult:
     """Run a recipe.
 
@@ -107,6 +109,9 @@ def compress(
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
     interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
     the beginning.
+
+    Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
+    first one writes and speaks, and all return when the output is there.
 
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
     output's name then. What was observed until then is kept in a hidden folder beside it.
@@ -120,7 +125,8 @@ def compress(
         methods=plugins.methods,
         criteria=plugins.criteria,
     )
-    return _Run(loaded, plugins, progress or Progress()).run(model, tokenizer, overwrite=overwrite, resume=resume)
+    run = _Run.of(loaded, plugins, progress, processes)
+    return run.run(model, tokenizer, overwrite=overwrite, resume=resume)
 
 
 def load(
@@ -164,6 +170,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only."""
     plugins = load_plugins(without)
@@ -172,7 +179,7 @@ def evaluate(
     )
     if loaded.recipe.evaluate is None:
         raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
-    return _Run(loaded, plugins, progress or Progress()).evaluate_only()
+    return _Run.of(loaded, plugins, progress, processes).evaluate_only()
 
 
 def decide(
@@ -513,18 +520,45 @@ class _Run:
     loaded: LoadedRecipe
     plugins: Plugins
     progress: Progress
+    processes: Processes
     seconds: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
+
+    @classmethod
+    def of(cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None) -> _Run:
+        """A run of this process; only the first one speaks."""
+        processes = processes or Processes()
+        if progress is None or not processes.is_first:
+            progress = Progress()
+        return cls(loaded, plugins, progress, processes)
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
+    @property
+    def device(self) -> str:
+        """Where this process's model goes: of several processes on a machine each takes a GPU of its own."""
+        device, place = self.recipe.device, self.processes.local_rank
+        if self.processes.size == 1 or device != "cuda":
+            return device
+        if place >= torch.cuda.device_count():
+            raise RecipeError(
+                f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
+                f"{torch.cuda.device_count()} GPU(s), numbered from 0. Start as many processes as there are GPUs."
+            )
+        return f"cuda:{place}"
+
     def run(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool = False) -> CompressionResult:
-        """All steps, within the output's hidden folder if there is an output."""
+        """All steps; in the first process within the output's hidden folder, if there is an output."""
         if resume and (model is not None or self.recipe.output is None):
             raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
-        if self.recipe.output is None:
+        result = self._run_in_folder(model, tokenizer, overwrite=overwrite, resume=resume)
+        self.processes.wait()
+        return dataclasses.replace(result, folder=self.recipe.output)
+
+    def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool) -> CompressionResult:
+        if self.recipe.output is None or not self.processes.is_first:
             return self._run(model, tokenizer, None)
         _refuse_output_over_input(self.recipe.output, self.recipe.model)
         if model is not None:
@@ -541,7 +575,7 @@ class _Run:
                         f"anew"
                     )
                 raise
-            return dataclasses.replace(result, folder=folder.target)
+            return result
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -562,8 +596,7 @@ class _Run:
                 tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
             sources = self._read_sources(tokenizer, subject)
         about = self._about(subject, sources, tokenizer)
-        if folder:
-            self._open_journal(folder, about, sources)
+        self._open_journal(folder, about, sources)
         with self._timed("load"):
             moe = self._load(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
@@ -602,11 +635,10 @@ class _Run:
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model, tokenizer)
 
-    def _open_journal(self, folder: OutputFolder, about: Mapping[str, Any], sources: _Sources) -> None:
+    def _open_journal(self, folder: OutputFolder | None, about: Mapping[str, Any], sources: _Sources) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
-        self.journal = None if about["model"]["fingerprint"] is None else folder.journal
-        if self.journal is None:  # a live model, which could be another one next time
-            return
+        if self.recipe.output is None or about["model"]["fingerprint"] is None:
+            return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
         recipe.pop("output", None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
@@ -615,13 +647,16 @@ class _Run:
             "model": about["model"],
             "tokenizer": about["tokenizer"],
             "text": {sequences.name: sequences.fingerprint for sequences in texts},
+            "processes": self.processes.size,
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
         }
-        if folder.resume:
-            self.journal.go_on(identity)
+        self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity)
+        if folder and folder.resume:
+            self.journal.go_on()
             self.progress.say(f"going on with what was done in {folder.path}")
-        else:
-            self.journal.begin(identity)
+        elif folder:
+            self.journal.begin()
+        self.processes.wait()
 
     def evaluate_only(self) -> dict[str, Any]:
         """Measure the recipe's model as it is."""
@@ -668,7 +703,7 @@ class _Run:
 
     def _load_model(self, found: Checkpoint) -> Any:
         return checkpoints.load_model(
-            found, dtype=self.recipe.dtype, device=self.recipe.device, adapters=self.plugins.adapters
+            found, dtype=self.recipe.dtype, device=self.device, adapters=self.plugins.adapters
         )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
@@ -781,7 +816,8 @@ class _Run:
     def _circumstances(self) -> dict[str, Any]:
         return {
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
-            "hardware": hardware(self.recipe.device),
+            "hardware": hardware(self.device),
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
             "output": str(self.recipe.output) if self.recipe.output else None,
         }
@@ -805,7 +841,9 @@ class _Run:
         }
         if self.evaluation is not None and self.evaluation.speed:
             with self._timed("speed"):
-                compared["speed"] = self._speed(subject, moe, sources)
+                self.processes.wait()  # whoever is at work would disturb it
+                speed = self._speed(subject, moe, sources) if self.processes.is_first else None
+                compared["speed"] = self.processes.exchange(speed)[0]
         return compared
 
     # observe, decide, edit
@@ -861,10 +899,10 @@ class _Run:
 
     def _noted(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the journal has under a name, else what is made now, which it then has."""
-        found = self.journal.noted(name) if self.journal is not None else None
+        found = self.processes.exchange(self.journal.noted(name) if self.journal is not None else None)[0]
         if found is None:
             found = make()
-            if self.journal is not None:
+            if self.journal is not None and self.processes.is_first:
                 self.journal.note(name, found)
         return dict(found)
 
@@ -872,7 +910,9 @@ class _Run:
         self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
     ) -> Gathered:
         """The pass's figures; under a `name` the journal keeps them layer by layer."""
-        method = resolved.method
+        method, num_idle = resolved.method, self.processes.size - len(batches)
+        if num_idle > 0:
+            self.progress.say(f"{len(batches)} calibration batches: {num_idle} process(es) have nothing to observe")
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
         domains = list(dict.fromkeys(batch.domain for batch in batches))
@@ -892,13 +932,15 @@ class _Run:
             self.progress,
             title=title,
             edited=edited if method.progressive else None,
-            journal=self.journal.observation(name) if self.journal and name else None,
+            journal=self.journal.observation(name, self.processes.rank) if self.journal and name else None,
+            processes=self.processes,
         )
         return Gathered(figures, domains, held_out)
 
     def _decide(self, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
         try:
-            return resolved.method.decide(layers, figures)
+            decision = resolved.method.decide(layers, figures)
+            return self.processes.exchange(decision)[0]  # type: ignore[no-any-return]
         except OptionError as error:
             raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
@@ -919,7 +961,10 @@ class _Run:
             with self.progress.task(f"random decisions: perplexity {sequences.name}") as update:
                 for number, kept in enumerate([ours, *others]):
                     with moe.masked(kept, top_k=top_k):
-                        values.append(measure.perplexity(moe.model, sequences, evaluation.batch_size).perplexity)
+                        found = measure.perplexity(
+                            moe.model, sequences, evaluation.batch_size, processes=self.processes
+                        )
+                        values.append(found.perplexity)
                     update(number + 1, 1 + len(others))
             perplexity[sequences.name] = {"ours": values[0], "random": values[1:]}
         return {"seeds": seeds, "relative_loss": losses, "perplexity": perplexity}
@@ -933,7 +978,9 @@ class _Run:
             for layer in moe.layers
             if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
         }
-        figures = walk.observe(moe, batches, statistics, self.progress, title="random decisions: loss")
+        figures = walk.observe(
+            moe, batches, statistics, self.progress, title="random decisions: loss", processes=self.processes
+        )
         relative_LS = torch.stack([relative_losses(one) for one in figures.values()])
         mean_S = relative_LS.mean(0).tolist()
         return {"ours": mean_S[0], "random": mean_S[1:]}
@@ -945,13 +992,19 @@ class _Run:
         evaluation = self.evaluation
         if evaluation is None:
             return None
-        if self.journal is not None and (noted := self.journal.noted(f"evaluation {when}")):
-            return _evaluation_from_json(noted)
+        measured = self._noted(f"evaluation {when}", lambda: self._measure(moe, tokenizer, sources, when))
+        return _evaluation_from_json(measured)
+
+    def _measure(self, moe: MoEModel, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
+        evaluation = self.evaluation
+        assert evaluation is not None
         perplexities, used = {}, {}
         for sequences in sources.perplexity:
             with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
-                perplexities[sequences.name] = measure.perplexity(moe.model, sequences, evaluation.batch_size, update)
-            used[sequences.name] = _used(moe, counter)
+                perplexities[sequences.name] = measure.perplexity(
+                    moe.model, sequences, evaluation.batch_size, update, self.processes
+                )
+            used[sequences.name] = _used(moe, counter, self.processes)
         tasks = {}
         if sources.tasks is not None:
             with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update, moe.counted() as counter:
@@ -963,9 +1016,10 @@ class _Run:
                     batch_size=evaluation.batch_size,
                     seed=self.recipe.seed,
                     progress=update,
+                    processes=self.processes,
                 )
             if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
-                used["tasks"] = _used(moe, counter)
+                used["tasks"] = _used(moe, counter, self.processes)
         routed = [
             measure.RoutedSize(
                 layer.num_experts,
@@ -979,11 +1033,9 @@ class _Run:
             "perplexity": perplexities,
             "tasks": tasks,
             "size": measure.size(moe.model, routed),
-            "peak_memory": measure.peak_memory(self.recipe.device),
+            "peak_memory": measure.peak_memory(self.device),
         }
-        if self.journal is not None:
-            self.journal.note(f"evaluation {when}", _evaluation_json(found))
-        return found
+        return _evaluation_json(found)
 
     def _alone(
         self,
@@ -999,7 +1051,9 @@ class _Run:
             entry = {"pass": resolved.index, "method": resolved.spec.method}
             try:
                 entry |= self._measured_alone(resolved, done["decision"], subject, tokenizer, sources, before)
+                self.processes.wait()
             except CompressorError as error:  # what works behind other passes need not work alone
+                self.processes.tell(error)
                 self.progress.say(f"{resolved.spec.method} alone cannot be measured: {error}")
                 entry["problem"] = str(error)
             found.append(entry)
@@ -1055,9 +1109,12 @@ class _Sources:
         return [one for of_pass in self.held_out for one in of_pass]
 
 
-def _used(moe: MoEModel, counter: Counter) -> dict[str, float]:
+def _used(moe: MoEModel, counter: Counter, processes: Processes) -> dict[str, float]:
     """Layer path → experts that a token used: as counted where it skips some, else as many as it chooses."""
-    return {layer.path: float(layer.top_k) for layer in moe.layers} | counter.experts_per_token
+    whole = Counter()
+    for sums in processes.exchange(counter.sums):
+        whole.add_sums(sums)
+    return {layer.path: float(layer.top_k) for layer in moe.layers} | whole.experts_per_token
 
 
 def _prunes(decision: Decision) -> bool:

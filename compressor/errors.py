@@ -8,7 +8,8 @@
     ├── CheckpointError             a checkpoint is missing, damaged, or cannot be written
     │   └── DiskError               a file could not be written or read for reasons that lie outside of it
     ├── EvaluationError             a task or text cannot be evaluated
-    └── VerificationError           our own checks found that the smaller model is not what was decided
+    ├── VerificationError           our own checks found that the smaller model is not what was decided
+    └── ProcessError                another process of the same run has failed, or ended
 
 The command line prints these without a traceback and exits with status 2. Any other exception is a bug of ours:
 it is shown with its traceback and exits with status 1.
@@ -53,3 +54,13 @@ class EvaluationError(CompressorError):
 
 class VerificationError(CompressorError):
     """The edited or saved model does not compute what was decided; nothing is put under the output's name."""
+
+
+class ProcessError(CompressorError):
+    """Another process of the same run has failed or, with `ended`, is not there any more. `told`: it has told the user
+    itself, so there is nothing to show here.
+    """
+
+    def __init__(self, message: str, *, ended: bool = False, told: bool = False) -> None:
+        super().__init__(message)
+        self.ended, self.told = ended, told

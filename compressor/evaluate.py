@@ -8,8 +8,9 @@ Every result is a frozen dataclass; ``to_json()`` gives what the record holds. N
 its parameters, configuration, device and training mode are as before, also after an error. No answer is kept
 from one model for the next.
 
-Not covered here: chat templates, tasks that run code which the model wrote, tasks with images or sound,
-several processes (data-parallel evaluation).
+Several processes with the same model share the batches of a text and the requests of tasks, and all get the results.
+
+Not covered here: chat templates, tasks that run code which the model wrote, tasks with images or sound.
 
 Dimensions: B sequences of a batch, S positions, C positions of a chunk, V vocabulary.
 """
@@ -37,6 +38,7 @@ from torch import Tensor
 from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.errors import CheckpointError, EvaluationError
+from compressor.processes import Processes
 from compressor.tasks import LoadedTasks, members, quietly, seeded
 
 Json = dict[str, Any]
@@ -80,6 +82,7 @@ def perplexity(
     sequences: Sequences,
     batch_size: int = 8,
     progress: Progress | None = None,
+    processes: Processes | None = None,
     *,
     run: Run | None = None,
 ) -> Perplexity:
@@ -99,24 +102,26 @@ def perplexity(
     when an id has no embedding.
     """
     _check_sequences(model, sequences)
-    losses: list[float] = []
-    counts: list[int] = []
+    processes = processes or Processes()
+    batches = make_batches(sequences.ids, batch_size)
+    own = processes.own(len(batches))
+    found: list[list[tuple[float, int]]] = []  # batch by batch
 
     def take(batch: TokenBatch, output: Any) -> None:
-        nonlocal losses, counts
-        losses += next_token_losses(output.logits, batch.input_ids, batch.attention_mask).tolist()
-        counts += batch.attention_mask[:, 1:].sum(1).tolist()
-        _refuse_not_finite(losses, sequences.name)
+        number = own[len(found)]
+        losses_B = next_token_losses(output.logits, batch.input_ids, batch.attention_mask).tolist()
+        _refuse_not_finite(losses_B, sequences.name, first=number * batch_size)
+        found.append(list(zip(losses_B, batch.attention_mask[:, 1:].sum(1).tolist(), strict=True)))
         if progress is not None:
-            progress(len(losses), len(sequences.ids))
+            progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
 
-    batches = make_batches(sequences.ids, batch_size)
     with _undisturbed(model):
         if run is not None:
-            run(batches, take)
+            run([batches[number] for number in own], take)
         else:
-            for batch in batches:
-                take(batch, model(**walk.model_inputs(model, batch)))
+            for number in own:
+                take(batches[number], model(**walk.model_inputs(model, batches[number])))
+    losses, counts = zip(*(pair for of_batch in processes.in_order(found) for pair in of_batch), strict=True)
     tokens = sum(counts)
     mean_loss = math.fsum(losses) / tokens
     return Perplexity(
@@ -161,11 +166,11 @@ def _check_sequences(model: Any, sequences: Sequences) -> None:
         )
 
 
-def _refuse_not_finite(losses: Sequence[float], name: str) -> None:
+def _refuse_not_finite(losses: Sequence[float], name: str, first: int) -> None:
     bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is not None:
         raise EvaluationError(
-            f"source {name!r}: the model's loss on sequence {bad} is {losses[bad]}, not a finite number: its "
+            f"source {name!r}: the model's loss on sequence {first + bad} is {losses[bad]}, not a finite number: its "
             f"weights or activations overflow in this dtype, or are damaged."
         )
 
@@ -262,6 +267,7 @@ def run_tasks(
     seed: int = 0,
     quiet: bool = True,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, TaskResult]:
     """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
 
@@ -274,6 +280,10 @@ def run_tasks(
 
     ``progress(done, total)`` is called with numbers of requests, a multiple-choice question being one for each
     choice; equal ones are asked once, so it may end early.
+
+    Each of several `processes` prepares all requests, as one would, and asks its share of them; answers are then put
+    together, so every figure is lm-eval's own. Other requests share a batch than in one process: answers agree up to
+    rounding. What a task samples at random is drawn anew in each.
 
     The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer.
     """
@@ -289,7 +299,7 @@ def run_tasks(
     with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model):
         try:
             raw = evaluate(
-                lm=_language_model(model, tokenizer, batch_size, progress),
+                lm=_language_model(model, tokenizer, batch_size, progress, processes or Processes()),
                 task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
                 limit=limit,
                 bootstrap_iters=0,
@@ -303,8 +313,14 @@ def run_tasks(
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
-    """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy."""
+def _language_model(
+    model: Any, tokenizer: Any, batch_size: int, progress: Progress | None, processes: Processes
+) -> Any:
+    """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy.
+
+    lm-eval's own way to use several processes shares out the documents and draws few-shot examples for the share only:
+    other prompts than in one process. So to lm-eval each process is alone, and the requests are shared out here.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class CountedHFLM(HFLM):  # type: ignore[misc]
@@ -318,12 +334,15 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Progr
                 progress(self.done, self.total)
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.total += len(requests)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            own = [requests[number] for number in processes.own(len(requests))]
+            self.total += len(own)
+            answers = super()._loglikelihood_tokens(own, *args, **kwargs) if own else []
+            return [tuple(answer) for answer in processes.in_order(answers)]
 
         def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.total += len(requests)
-            return super().generate_until(requests, *args, **kwargs)
+            own = [requests[number] for number in processes.own(len(requests))]
+            self.total += len(own)
+            return processes.in_order(super().generate_until(own, *args, **kwargs) if own else [])
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)

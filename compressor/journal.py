@@ -4,7 +4,8 @@
     NAME.json                     something measured, by name
     PASS/LAYER.safetensors        the figures of a layer that is done
     PASS/done.json                all layers are
-    PASS/streams.safetensors      where the calibration text stands: what the decoder layers before put out last
+    PASS/streams-RANK-UNIT.safetensors
+                                  where the calibration text stands: what the decoder layers before put out last
 
 Every file is written beside its name, forced to the disk and renamed, so it is whole or not there.
 """
@@ -28,34 +29,34 @@ from torch import Tensor
 from compressor.errors import CheckpointError
 
 _ABOUT = "run.json"
-_STREAMS = "streams.safetensors"
 _DONE = "done.json"
 
 
 class Journal:
-    """The journal of a run, in a folder of its own."""
+    """The journal of a run, in a folder of its own. `about` is what the run is about, as JSON."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
+        self.about: Any = json.loads(json.dumps(about or {}))
 
     @property
     def has_work(self) -> bool:
         """Whether a layer's figures, or anything measured, would be lost with it."""
         return any(path.name != _ABOUT for path in self.folder.rglob("*") if path.suffix in (".json", ".safetensors"))
 
-    def begin(self, about: Mapping[str, Any]) -> None:
+    def begin(self) -> None:
         """Start anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        write_json(self.folder / _ABOUT, about)
+        write_json(self.folder / _ABOUT, self.about)
 
-    def go_on(self, about: Mapping[str, Any]) -> None:
+    def go_on(self) -> None:
         """Go on where a run stopped. Raises CheckpointError, naming what differs, where it was about something else."""
         try:
             before = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder}: the journal of the run cannot be read: {error}") from error
-        differences = list(_differences(before, json.loads(json.dumps(about))))
+        differences = list(_differences(before, self.about))
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise CheckpointError(
@@ -72,11 +73,11 @@ class Journal:
         path = self.folder / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def observation(self, name: str) -> ObservationJournal:
-        """The part for one walk through the layers."""
+    def observation(self, name: str, rank: int = 0) -> ObservationJournal:
+        """The part for one walk through the layers, for one of several processes."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        return ObservationJournal(folder)
+        return ObservationJournal(folder, rank, json.dumps(self.about, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,13 @@ class Snapshot:
 
 
 class ObservationJournal:
-    """What one walk through the layers has done so far."""
+    """What one walk through the layers has done so far. Of several processes the first one keeps the figures, and each
+    where its own batches stand.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, rank: int = 0, about: str = "") -> None:
+        self.folder, self.rank = folder, rank
+        self.run = f"{zlib.crc32(about.encode()):08x}"
 
     def figures(self, layer: str) -> dict[str, Tensor] | None:
         """The figures of a layer that is done; None of others."""
@@ -119,7 +123,7 @@ class ObservationJournal:
         return self.folder / f"{layer}.safetensors"
 
     def put_streams(self, snapshot: Snapshot) -> None:
-        """Where the batches stand now, in place of where they stood before."""
+        """Where the batches stand now."""
         tensors: dict[str, Tensor] = {}
         about = []
         for number, standing in enumerate(snapshot.standing):
@@ -128,15 +132,24 @@ class ObservationJournal:
                 trees[path] = [tree, len(held)]
                 tensors |= {f"{number}/{path}/{place}": tensor for place, tensor in enumerate(held)}
             about.append({"outputs": trees, "digest": standing.digest})
-        header = {"unit": snapshot.unit, "passed": list(snapshot.passed), "standing": about}
-        _save(self.folder / _STREAMS, tensors, header)
+        header = {"run": self.run, "unit": snapshot.unit, "passed": list(snapshot.passed), "standing": about}
+        _save(self._streams(snapshot.unit), tensors, header)
 
-    def streams(self) -> Snapshot | None:
-        """Where the batches stood last; None if that is not known. Tensors are on the CPU."""
-        path = self.folder / _STREAMS
-        if not path.exists():
-            return None
-        tensors, header = _load(path)
+    def _streams(self, unit: str) -> Path:
+        return self.folder / f"streams-{self.rank}-{unit}.safetensors"
+
+    def stored_units(self) -> list[str]:
+        """The decoder layers before which the batches are known to have stood, the last one last."""
+        found = []
+        for path in self.folder.glob(f"streams-{self.rank}-*.safetensors"):
+            header = _load_header(path)
+            if header["run"] == self.run:  # each machine may have a disk of its own, and on it the work of other runs
+                found.append((len(header["passed"]), header["unit"]))
+        return [unit for _, unit in sorted(found)]
+
+    def streams(self, unit: str) -> Snapshot:
+        """Where the batches stood before a layer. Tensors are on the CPU."""
+        tensors, header = _load(self._streams(unit))
         standing = [
             Standing(
                 {
@@ -149,18 +162,21 @@ class ObservationJournal:
         ]
         return Snapshot(header["unit"], header["passed"], standing)
 
-    def forget_streams(self) -> None:
-        """They are of no use: the walk is done, or its model cannot be set on its way again."""
-        (self.folder / _STREAMS).unlink(missing_ok=True)
+    def forget_streams(self, *, but: str | None = None) -> None:
+        """Where the batches stood is of no use any more, but for one layer."""
+        for path in self.folder.glob(f"streams-{self.rank}-*.safetensors"):
+            if but is None or path != self._streams(but):
+                path.unlink(missing_ok=True)
 
     @property
     def is_done(self) -> bool:
         """Whether the walk has come to its end."""
         return (self.folder / _DONE).exists()
 
-    def close(self) -> None:
-        """The walk has come to its end."""
-        write_json(self.folder / _DONE, {})
+    def close(self, *, first: bool = True) -> None:
+        """The walk has come to its end; the first process says so."""
+        if first:
+            write_json(self.folder / _DONE, {})
         self.forget_streams()
 
 
@@ -261,6 +277,14 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["header"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
+
+
+def _load_header(path: Path) -> Any:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["header"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
 

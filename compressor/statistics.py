@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from compressor.errors import CheckpointError
 from compressor.journal import put_in_place, with_own_memory
 from compressor.moe import RankedChunk, RoutedTokens
+from compressor.processes import Processes
 
 FORMAT = 2
 
@@ -28,6 +29,31 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 
 Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
 """(pass → layer path → name → figures, what they are about)"""
+
+
+Rule = Literal["summed", "largest", "total", "batches", "columns", "same"]
+"""How figures of several runs, or of several processes of one run, become one:
+
+    summed      [D, …]  added, domain by domain
+    largest     [D, …]  the largest of them, domain by domain
+    total       […]     added, where domains are not kept apart
+    batches     [B, …]  one batch after another
+    columns     […, B]  the same, with the batches in the last dimension
+    same                alike in all of them, or else they do not belong together
+"""
+
+RULES: Mapping[str, Rule] = {
+    "sums.": "summed",
+    "sums.largest": "largest",
+    "pairs.loss": "summed",
+    "batch.": "batches",
+    "single.squared_error": "batches",
+    "subsets.squared_error": "batches",
+    "subsets.": "same",
+    "weights.": "same",
+    "same.": "same",
+}
+"""Name of a figure, or how it begins → its rule. A statistic whose figures are named so can be joined as it is."""
 
 
 class Gathered(dict[str, Mapping[str, Tensor]]):
@@ -53,18 +79,32 @@ class Statistic(ABC):
     optional: bool = False
     """Whether it is no error if no token comes to the layer: there are no figures of it then."""
 
+    own_rules: Mapping[str, Rule] = {}
+    """How figures that belong to one run are joined over its processes, where their names do not follow `RULES`. In
+    several processes any other figure is refused.
+    """
+    processes: Processes = Processes()
+
+    def share(self, processes: Processes) -> None:
+        """Told before the first batch which processes share the batches: each sees some of them."""
+        self.processes = processes
+
     @abstractmethod
     def update(self, tokens: RoutedTokens) -> None:
         """Add one batch. Padding tokens are not among `tokens`."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The figures so far, on the CPU; sums in float64."""
+        """The figures of this process's batches so far, on the CPU; sums in float64. The core joins them with those of
+        other processes, by `RULES` and `own_rules`; a process that no token came to is not asked.
+        """
 
     def again(self) -> bool:
         """Whether every batch has to be seen once more, in the same order, before the figures are whole.
 
-        Asked when all batches have been seen. A statistic that says True gets them all again through `update`.
+        Asked when all batches have been seen. A statistic that says True gets them all again through `update`. Asked in
+        every process, also where no token came to the layer; so this is the place to exchange what `tensors` needs,
+        and the answers must be the same.
         """
         return False
 
@@ -97,6 +137,12 @@ class JoinedStatistic(RankedStatistic):
     def __init__(self, parts: Sequence[RankedStatistic]) -> None:
         self.parts = parts
         self.weight_norms = any(part.weight_norms for part in parts)
+        self.own_rules = {name: rule for part in parts for name, rule in part.own_rules.items()}
+
+    def share(self, processes: Processes) -> None:
+        """Tell all of them."""
+        for part in self.parts:
+            part.share(processes)
 
     def update(self, tokens: RoutedTokens) -> None:
         """Add one batch to all of them; a second time only to those that asked for it, each in its own way."""
@@ -197,11 +243,11 @@ def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict
             ours, theirs = result["passes"][name]["domains"], other["passes"][name]["domains"]
             domains = list(dict.fromkeys([*ours, *theirs]))
             places = [[domains.index(domain) for domain in one] for one in (ours, theirs)]
-            together[name] = {
-                layer: _added(merged[name][layer], other_passes[name][layer], places, len(domains), dropped)
-                for layer in merged[name]
-                if layer in other_passes[name]
-            }
+            together[name] = {}
+            for layer in (one for one in merged[name] if one in other_passes[name]):
+                both = (merged[name][layer], other_passes[name][layer])
+                together[name][layer], lost = joined_figures(both, places, len(domains))
+                dropped |= set(lost)
             passes_about[name] = {**result["passes"][name], "domains": domains}
             held_out = {one: None for of in (result, other) for one in of["passes"][name].get("held_out", ())}
             if held_out:
@@ -260,40 +306,62 @@ def _joined_domains(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[
     return list(found.values())
 
 
-def _added(
-    ours: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
+def joined_figures(
+    parts: Sequence[Mapping[str, Tensor]],
     places: Sequence[Sequence[int]],
     num_domains: int,
-    dropped: set[str],
-) -> dict[str, Tensor]:
-    """One layer's figures of two runs; `places` says where each run's domains stand in the result."""
+    *,
+    rules: Mapping[str, Rule] = RULES,
+    order_B: Tensor | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """One layer's figures from several parts of the text: (figures, names of those that cannot be joined).
+
+    `places` says where each part's domains stand in the result; `order_B` puts all batches, which come one part after
+    another, into another order.
+    """
     found: dict[str, Tensor] = {}
-    both = (ours, theirs)
+    lost: list[str] = []
     sets = [
         torch.cat([figures.get(name, torch.empty(0)).reshape(-1) for name in ("subsets.counts", "subsets.top_k")])
-        for figures in both
+        for figures in parts
     ]
-    for name in sorted({*ours, *theirs}):
-        if name not in ours or name not in theirs:
-            dropped.add(name)
-        elif name.startswith("sums.") or name == "pairs.loss":
-            whole = ours[name].new_zeros(num_domains, *ours[name].shape[1:])
-            for figures, at in zip(both, places, strict=True):
-                present = whole[list(at)]
-                is_sum = name != "sums.largest"
-                whole[list(at)] = present + figures[name] if is_sum else torch.maximum(present, figures[name])
-            found[name] = whole
-        elif name == "batch.domain":
-            found[name] = torch.cat([torch.tensor(at)[figures[name]] for figures, at in zip(both, places, strict=True)])
-        elif name.startswith("batch.") or name == "single.squared_error":
-            found[name] = torch.cat([figures[name] for figures in both])
-        elif name.startswith("subsets.") and torch.equal(*sets):
-            found[name] = (
-                ours[name] if name != "subsets.squared_error" else torch.cat([figures[name] for figures in both])
-            )
-        elif name.startswith(("weights.", "same.")) and torch.allclose(ours[name], theirs[name]):
-            found[name] = ours[name]
-        else:  # the path of a search, or losses of other sets
-            dropped.add(name)
-    return found
+    has_same_sets = _alike_in_all(sets)
+    for name in sorted({name for figures in parts for name in figures}):
+        rule = _rule_of(name, rules)
+        given = [figures[name] for figures in parts if name in figures]
+        if len(given) < len(parts) or rule is None or (name.startswith("subsets.") and not has_same_sets):
+            lost.append(name)  # also the path of a search, or losses of other sets
+        elif rule in ("summed", "largest"):
+            found[name] = _over_domains(given, places, num_domains, rule)
+        elif rule == "total":
+            found[name] = torch.stack(given).sum(0)
+        elif rule == "same":
+            if _alike_in_all(given):
+                found[name] = given[0]
+            else:
+                lost.append(name)
+        else:
+            if name == "batch.domain":
+                given = [torch.tensor(at)[domain_B] for domain_B, at in zip(given, places, strict=True)]
+            dim = 0 if rule == "batches" else -1
+            whole = torch.cat(given, dim)
+            found[name] = whole if order_B is None else whole.index_select(dim, order_B)
+    return found, lost
+
+
+def _rule_of(name: str, rules: Mapping[str, Rule]) -> Rule | None:
+    """That of the name itself, or else of the longest beginning, `sums.skip.` before `sums.`."""
+    beginnings = [one for one in rules if one == name or (one.endswith(".") and name.startswith(one))]
+    return rules[max(beginnings, key=len)] if beginnings else None
+
+
+def _over_domains(given: Sequence[Tensor], places: Sequence[Sequence[int]], num_domains: int, rule: Rule) -> Tensor:
+    whole = given[0].new_zeros(num_domains, *given[0].shape[1:])
+    for figures, at in zip(given, places, strict=True):
+        present = whole[list(at)]
+        whole[list(at)] = present + figures if rule == "summed" else torch.maximum(present, figures)
+    return whole
+
+
+def _alike_in_all(given: Sequence[Tensor]) -> bool:
+    return all(one.shape == given[0].shape and torch.allclose(one.double(), given[0].double()) for one in given[1:])

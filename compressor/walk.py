@@ -34,11 +34,12 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from compressor.calibration import TokenBatch
-from compressor.errors import CalibrationError, UnsupportedModelError
+from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
 from compressor.journal import ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
+from compressor.processes import Processes
 from compressor.progress import Progress, Update
-from compressor.statistics import Statistic
+from compressor.statistics import RULES, Statistic, joined_figures
 from compressor.stream import StreamedWeights, list_of, units_of
 
 Figures = dict[str, dict[str, Tensor]]
@@ -60,6 +61,7 @@ def observe(
     edited: Edited | None = None,
     weights: StreamedWeights | None = None,
     journal: ObservationJournal | None = None,
+    processes: Processes | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
@@ -70,20 +72,27 @@ def observe(
     layer while it runs. With `journal` every layer's figures are kept when it is done, and where the batches stand
     before each decoder layer; layers that it knows are not observed again.
 
+    Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
+    the same figures.
+
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
     the layers in the same order.
     """
-    if journal is not None and journal.is_done:
-        kept = {path: journal.figures(path) for path in statistics}
-        return {path: figures for path, figures in kept.items() if figures is not None}
+    processes = processes or Processes()
+    if processes.exchange(journal is not None and journal.is_done)[0]:
+        assert journal is not None
+        kept = {path: processes.gather(journal.figures(path) or {})[0] for path in statistics}
+        return {path: dict(figures) for path, figures in kept.items() if figures}
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
     was_training = model.training
     model.eval()
     try:
         with moe.unskipped(), progress.task(title) as update:
-            return _Walk(moe.model, body, update, weights, moe, dict(statistics), edited, journal=journal).run(batches)
+            return _Walk(
+                moe.model, body, update, processes, weights, moe, dict(statistics), edited, journal=journal
+            ).run(batches)
     finally:
         model.train(was_training)
 
@@ -103,7 +112,7 @@ def forward(
     model.eval()
     try:
         with progress.task(title) as update:
-            _Walk(model, model, update, weights, consume=consume).run(batches)
+            _Walk(model, model, update, Processes(), weights, consume=consume).run(batches)
     finally:
         model.train(was_training)
 
@@ -119,8 +128,8 @@ class _Stop:
 class _Stream:
     """One batch on its way through the model."""
 
-    def __init__(self, body: Any, batch: TokenBatch, consume: Consume | None = None) -> None:
-        self.batch = batch
+    def __init__(self, body: Any, batch: TokenBatch, number: int, consume: Consume | None = None) -> None:
+        self.batch, self.number = batch, number
         self.mask_T = batch.attention_mask.flatten().to(device_of(body))
         self.stop: _Stop | None = None
         """What it stands before; None before the first step and at the end."""
@@ -166,6 +175,7 @@ class _Walk:
     model: Any
     body: Any
     update: Update
+    processes: Processes
     weights: StreamedWeights | None
     moe: MoEModel | None = None
     statistics: dict[str, Statistic] = field(default_factory=dict)
@@ -187,11 +197,16 @@ class _Walk:
     num_streams: int = 0
     num_steps: int = 0
     """Blocks passed by streams, in all."""
-    num_seen: int = 0
-    """Batches given to statistics, in all."""
+    seen: list[int] = field(default_factory=list)
+    """Numbers of the batches, among those of all processes, that came to the present layer, as they came."""
+    domains: list[str] = field(default_factory=list)
+    """Of the batches of all processes."""
 
     def run(self, batches: Sequence[TokenBatch]) -> Figures:
         """All batches, layer by layer."""
+        self.domains = [batch.domain for batch in batches]
+        for statistic in self.statistics.values():
+            statistic.share(self.processes)
         with ExitStack() as stack:
             if self.weights is not None:
                 stack.enter_context(self.weights.around(self.body))
@@ -213,20 +228,22 @@ class _Walk:
                     self._observe_layer(stop.path, originals, others)
         self._refuse_unseen()
         if self.journal is not None:
-            self.journal.close()
+            self.processes.wait()
+            self.journal.close(first=self.processes.is_first)
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
     def _start(self, batches: Sequence[TokenBatch], stack: ExitStack) -> tuple[list[_Stream], list[_Stream]]:
         """All streams, at their first stop, or where the journal says that they stood."""
-        snapshot = self.journal.streams() if self.journal is not None else None
+        own, snapshot = self.processes.own(len(batches)), self._common_snapshot(bool(batches))
         for known in (snapshot, None) if snapshot else (None,):
-            originals = [_Stream(self.body, batch, self.consume) for batch in batches]
-            others = [_Stream(self.body, batch) for batch in batches] if self.edited else []
+            originals = [_Stream(self.body, batches[number], number, self.consume) for number in own]
+            others = [_Stream(self.body, batches[number], number) for number in own] if self.edited else []
             streams = [*originals, *others]
             self.num_streams = len(streams)
             for stream in streams:
                 stack.callback(stream.leave)
-            if known is not None and self._set_on_their_way(streams, known):
+            if known is not None and self.processes.all(self._set_on_their_way(streams, known)):
+                self._take_over_figures(known)
                 break
             if known is None:
                 for stream in streams:
@@ -235,6 +252,14 @@ class _Walk:
                 for stream in streams:
                     stream.leave()
         return originals, others
+
+    def _common_snapshot(self, has_batches: bool) -> Snapshot | None:
+        """Where the streams of all processes stood together last; None if that is not known."""
+        if self.journal is None:
+            return None
+        units = self.processes.exchange(self.journal.stored_units() if has_batches else None)
+        common = [unit for unit in units[0] or () if all(unit in found for found in units if found is not None)]
+        return self.journal.streams(common[-1]) if common else None
 
     def _set_on_their_way(self, streams: Sequence[_Stream], snapshot: Snapshot) -> bool:
         """Run the model's own forward with layers passed before answering what they answered then. Returns whether
@@ -257,14 +282,22 @@ class _Walk:
                 stream.recorded = None
                 if stream.stop != _Stop(snapshot.unit, is_unit=True) or digest(stream.call) != standing.digest:
                     return False
-        assert self.journal is not None
+        return True
+
+    def _take_over_figures(self, snapshot: Snapshot) -> None:
+        """Those of the layers that were passed."""
         for path in self.statistics:
             if f"{path}.".startswith(tuple(f"{unit}." for unit in snapshot.passed)):
                 self.observed.add(path)
-                known = self.journal.figures(path)
+                known = self._known(path)
                 if known is not None:
                     self.figures[path] = known
-        return True
+
+    def _known(self, path: str) -> dict[str, Tensor] | None:
+        """The figures of a layer that the first process's journal has."""
+        if self.journal is None:
+            return None
+        return dict(self.processes.gather(self.journal.figures(path) or {})[0]) or None
 
     @contextmanager
     def _answering_from_record(self, unit: str) -> Iterator[None]:
@@ -298,7 +331,8 @@ class _Walk:
         return self.model.get_submodule(stop.path).register_forward_pre_hook(stand, with_kwargs=True)
 
     def _common_stop(self, streams: Sequence[_Stream]) -> _Stop | None:
-        stops = {stream.stop for stream in streams}
+        own = [[stop.path, stop.is_unit] if stop else None for stop in {stream.stop for stream in streams}]
+        stops = {_Stop(*stop) if stop else None for of_one in self.processes.exchange(own) for stop in of_one}
         if len(stops) > 1:
             named = " and ".join(sorted(stop.path if stop else "the end" for stop in stops))
             raise UnsupportedModelError(
@@ -309,7 +343,7 @@ class _Walk:
 
     def _enter(self, unit: str, streams: Sequence[_Stream]) -> None:
         """All streams stand before a decoder layer: let go of the one before it, read this one, go on."""
-        if self.journal is not None and streams[0].passed and unit not in streams[0].passed:
+        if self.journal is not None and self.unit is not None:
             self._put_down(unit, streams)
         if self.weights is not None:
             units = self.weights.units
@@ -327,15 +361,18 @@ class _Walk:
     def _put_down(self, unit: str, streams: Sequence[_Stream]) -> None:
         """Have the journal say where the streams stand, as far as that can be written down."""
         assert self.journal is not None
+        passed = streams[0].passed if streams else []
         try:
             standing = [
                 Standing({path: flatten(output) for path, output in stream.outputs.items()}, digest(stream.call))
                 for stream in streams
             ]
         except TypeError:
-            self.journal.forget_streams()
-            return
-        self.journal.put_streams(Snapshot(unit, streams[0].passed, standing))
+            standing = []
+        if standing and passed and unit not in passed:
+            self.journal.put_streams(Snapshot(unit, passed, standing))
+        self.processes.wait()  # where all stand is known of all before where they stood is forgotten
+        self.journal.forget_streams(but=unit)
 
     def _observe_layer(self, path: str, originals: Sequence[_Stream], others: Sequence[_Stream]) -> None:
         if path in self.observed:
@@ -344,14 +381,14 @@ class _Walk:
                 f"plugin."
             )
         self.observed.add(path)
-        known = self.journal.figures(path) if self.journal is not None else None
+        known = self._known(path)
         if known is not None:
             self.figures[path] = known
             for original in originals:
                 self._go_on(original)
             self._pass_edited(path, others)
             return
-        statistic, seen = self.statistics[path], self.num_seen
+        statistic, self.seen = self.statistics[path], []
         if not self.edited:
             calls = [(stream, stream.call) for stream in originals]
             for stream in originals:
@@ -361,18 +398,19 @@ class _Walk:
             for original, other in zip(originals, others, strict=True):
                 self._go_on(original, _keep_output(other))
                 self._run_again(path, other, other.call, self._give(statistic, other))
-        while self.num_seen > seen and statistic.again():
+        seen = self.processes.exchange(list(self.seen))
+        while any(seen) and self._wanted_again(path, statistic):
             for stream, call in calls:
                 self._run_again(path, stream, call, self._give(statistic, stream))
-        if self.num_seen == seen:
+        if not any(seen):
             for other in others:
                 self._go_on(other)
             return
-        self.figures[path] = statistic.tensors()
+        self.figures[path] = self._joined(path, statistic, seen)
         if statistic.weight_norms:
             assert self.moe is not None
             self.figures[path] |= expert_weight_norms(self.model, self.moe.layer(path))
-        if self.journal is not None:
+        if self.journal is not None and self.processes.is_first:
             self.journal.put(path, self.figures[path])
         self._pass_edited(path, others)
 
@@ -387,11 +425,46 @@ class _Walk:
                 self._go_on(other)
                 other.target_TH = None
 
+    def _wanted_again(self, path: str, statistic: Statistic) -> bool:
+        wanted = statistic.again()
+        if self.processes.any(wanted) and not self.processes.all(wanted):
+            raise PluginError(
+                f"{path}: {type(statistic).__name__} wants to see its tokens again in one process and not in another; "
+                f"it should decide by figures of all of them (`self.processes`)."
+            )
+        return wanted
+
+    def _joined(self, path: str, statistic: Statistic, seen: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The figures of all processes' batches; `seen` are the numbers of those that came to the layer in each."""
+        of_each = self.processes.gather(statistic.tensors() if seen[self.processes.rank] else {})
+        parts = [(figures, numbers) for figures, numbers in zip(of_each, seen, strict=True) if numbers]
+        if len(parts) == 1:
+            return dict(parts[0][0])
+        everywhere = self._domains_of(sorted(number for _, numbers in parts for number in numbers))
+        figures, lost = joined_figures(
+            [figures for figures, _ in parts],
+            [[everywhere.index(domain) for domain in self._domains_of(numbers)] for _, numbers in parts],
+            len(everywhere),
+            rules={**RULES, **statistic.own_rules},
+            order_B=torch.tensor([number for _, numbers in parts for number in numbers]).argsort(),
+        )
+        if lost:
+            raise PluginError(
+                f"{path}: what {len(parts)} processes found cannot be joined: {', '.join(lost)} of "
+                f"{type(statistic).__name__}. Figures are joined by their names, such as `sums.` and `batch.`, or as "
+                f"`own_rules` says (docs/processes.md). Run it in one process."
+            )
+        return figures
+
+    def _domains_of(self, numbers: Sequence[int]) -> list[str]:
+        """The domains of these batches, in the order in which they came."""
+        return list(dict.fromkeys(self.domains[number] for number in numbers))
+
     def _give(self, statistic: Statistic, stream: _Stream) -> Callable[[RoutedTokens], None]:
         def give(tokens: RoutedTokens) -> None:
             tokens.domain, tokens.held_out = stream.batch.domain, stream.batch.held_out
             tokens.target_TH = stream.target_TH
-            self.num_seen += 1
+            self.seen.append(stream.number)
             statistic.update(tokens)
 
         return give

@@ -24,6 +24,7 @@ CORE = ROOT / "compressor"
 PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "__init__.py").exists())
 
 ORDER = (
+    "__main__",
     "cli",
     "testing",
     "engine",
@@ -47,6 +48,7 @@ ORDER = (
     "tasks",
     "demo",
     "environment",
+    "processes",
     "progress",
     "_version",
     "errors",
@@ -75,11 +77,14 @@ PUBLIC = [
     "Options",
     "Plan",
     "PluginError",
+    "ProcessError",
+    "Processes",
     "RankedChunk",
     "RankedStatistic",
     "RecipeError",
     "RoutedTokens",
     "RoutingRule",
+    "Rule",
     "SelectionOptions",
     "SkipRule",
     "Statistic",

@@ -286,8 +286,7 @@ def test_what_cannot_be_answered_from_the_record_is_run_again(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         walk.observe(moe, batches, {path: Recorded() for path in paths[:-1]} | {paths[-1]: Stopped()}, Progress(),
                      journal=journal)  # fmt: skip
-    snapshot = journal.streams()
-    assert snapshot is not None
+    snapshot = journal.streams(journal.stored_units()[-1])
     [(_, (tree, tensors))] = snapshot.standing[0].outputs.items()
     changed = type(snapshot.standing[0])({"model.layers": (tree, [tensors[0] + 1])}, snapshot.standing[0].digest)
     journal.put_streams(type(snapshot)(snapshot.unit, snapshot.passed, [changed]))
@@ -317,15 +316,16 @@ def test_digest_tells_values_shapes_and_types_apart() -> None:
 
 
 def test_notes(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
-    journal.begin({"model": "a", "versions": {"torch": "2"}})
+    about = {"model": "a", "versions": {"torch": "2"}}
+    journal = Journal(tmp_path / "journal", about)
+    journal.begin()
     assert not journal.has_work
     journal.note("evaluation before", {"x": 1.5})
     assert journal.has_work
     assert journal.noted("evaluation before") == {"x": 1.5}
     assert journal.noted("evaluation after") is None
-    journal.go_on({"model": "a", "versions": {"torch": "2"}})
+    Journal(tmp_path / "journal", about).go_on()
     with pytest.raises(CheckpointError, match=r"versions\.torch was '2', is '3'\. Set it back"):
-        journal.go_on({"model": "a", "versions": {"torch": "3"}})
+        Journal(tmp_path / "journal", {"model": "a", "versions": {"torch": "3"}}).go_on()
     with pytest.raises(CheckpointError, match=r"versions\.numpy was not there, is 1"):
-        journal.go_on({"model": "a", "versions": {"torch": "2", "numpy": 1}})
+        Journal(tmp_path / "journal", {"model": "a", "versions": {"torch": "2", "numpy": 1}}).go_on()

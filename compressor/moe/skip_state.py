@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,17 @@ class Counter:
             used_TK, num_tokens = used_TK & mask_T[:, None], mask_T.sum()
         self._experts[path] = self._experts.get(path, 0) + used_TK.sum()
         self._tokens[path] = self._tokens.get(path, 0) + num_tokens
+
+    @property
+    def sums(self) -> dict[str, list[int]]:
+        """Layer path → experts used and tokens, in all, for `add_sums` of another counter."""
+        return {path: [int(total), int(self._tokens[path])] for path, total in self._experts.items()}
+
+    def add_sums(self, sums: Mapping[str, Sequence[int]]) -> None:
+        """Count what another counter has counted."""
+        for path, (experts, tokens) in sums.items():
+            self._experts[path] = self._experts.get(path, 0) + torch.tensor(experts)
+            self._tokens[path] = self._tokens.get(path, 0) + torch.tensor(tokens)
 
     @property
     def experts_per_token(self) -> dict[str, float]:

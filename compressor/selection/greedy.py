@@ -18,7 +18,7 @@ T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
 from compressor.selection.gram import TokenGrams, joined, num_ranks, search_rule, token_grams
 from compressor.selection.objective import Blend, Objective
 from compressor.selection.state import TokenState
-from compressor.statistics import RankedStatistic
+from compressor.statistics import RankedStatistic, Rule
 
 MOST_UNCOVERED = 0.005
 """Share of tokens that may be left with fewer known ranks than they choose before more ranks are computed for them."""
@@ -68,19 +68,20 @@ class Search:
     ) -> None:
         self.layer, self.states, self.objective = layer, states, objective
         self.protected, self.forbidden = set(protected), set(forbidden)
-        self.is_exact = all(state.rule.groups is None and not state.rule.rescales_all for state in states)
+        self.processes = objective.processes
+        is_exact = all(state.rule.groups is None and not state.rule.rescales_all for state in states)
+        self.is_exact = self.processes.all(is_exact)
         size = layer.num_experts // layer.num_groups
         self.group_E = torch.arange(layer.num_experts) // size
         self.keep(range(layer.num_experts))
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go to this set."""
-        device = self.states[0].loss_T.device
         self.is_left_N = torch.ones(self.layer.num_choices, dtype=torch.bool)
         self.is_left_N[: self.layer.num_experts] = False
         self.is_left_N[list(kept)] = True
         for state in self.states:
-            state.keep(self.is_left_N.to(device))
+            state.keep(self.is_left_N.to(state.loss_T.device))
 
     def _set_left(self, expert: int, *, left: bool) -> None:
         self.is_left_N[expert] = left
@@ -93,20 +94,27 @@ class Search:
         return tuple(self.is_left_N[: self.layer.num_experts].nonzero()[:, 0].tolist())
 
     def losses(self) -> Tensor:
-        """[B] float64: each batch's squared error, on the CPU."""
-        return sum((state.losses() for state in self.states), torch.zeros(())).cpu()
+        """[B] float64: the squared error of each of this process's batches, on the CPU."""
+        return self._summed([state.losses() for state in self.states])
+
+    def _summed(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
+        """[B, …] on the CPU: the sum of what the states say of each batch; B = 0 where no token came to the layer."""
+        total_B = torch.zeros(len(self.objective.domain_B), *shape, dtype=torch.float64)
+        return sum((part.cpu() for part in parts), total_B)
 
     def uncovered(self) -> float:
-        """Share of tokens with fewer known ranks left than they choose."""
+        """Share of the tokens, in all processes, with fewer known ranks left than they choose."""
+        short = sum(int(state.short().sum()) for state in self.states)
         total = sum(state.grams.num_tokens for state in self.states)
-        return sum(int(state.short().sum()) for state in self.states) / max(1, total)
+        short, total = self.processes.sum(torch.tensor([short, total])).tolist()
+        return float(short / max(1, total))
 
     # Greedy removal
 
     def removals(self) -> Tensor:
         """[E] float64: the objective if one more expert goes; ∞ where it may not."""
-        removal_BE = sum((state.removal_BE for state in self.states), torch.zeros(())).cpu()
-        removal_BE = removal_BE[:, : self.layer.num_experts] + self.losses()[:, None]
+        removal_BN = self._summed([state.removal_BE for state in self.states], self.layer.num_choices)
+        removal_BE = removal_BN[:, : self.layer.num_experts] + self.losses()[:, None]
         value_E = self.objective(removal_BE.T)
         return value_E.masked_fill(~self._may_go(), torch.inf)
 
@@ -168,13 +176,15 @@ class Search:
         """[E, E] float64: the objective if a row's expert goes and a column's comes back; ∞ where that may not be."""
         num_experts, num_batches = self.layer.num_experts, len(self.objective.domain_B)
         losses_B = self.losses()
-        value_EE = torch.full((num_experts, num_experts), torch.inf, dtype=torch.float64)
-        step = max(1, min(num_experts, _TABLE_CELLS // (num_batches * num_experts)))
+        losses_EED = torch.zeros(num_experts, num_experts, len(self.objective.domains), dtype=torch.float64)
+        step = max(1, min(num_experts, _TABLE_CELLS // max(1, num_batches * num_experts)))
         for first in range(0, num_experts, step):
             last = min(first + step, num_experts)
-            change_BEY = sum((state.swaps(first, last) for state in self.states), torch.zeros(())).cpu()
-            change_BEY = change_BEY[:, :num_experts]
-            value_EE[:, first:last] = self.objective((change_BEY + losses_B[:, None, None]).permute(1, 2, 0))
+            changes = [state.swaps(first, last) for state in self.states]
+            change_BEY = self._summed(changes, self.layer.num_choices, last - first)[:, :num_experts]
+            squared_EYB = (change_BEY + losses_B[:, None, None]).permute(1, 2, 0)
+            losses_EED[:, first:last] = self.objective.losses(squared_EYB)
+        value_EE = self.objective.of_losses(self.processes.sum(losses_EED))
         left_E = self.is_left_N[:num_experts]
         may_go_E, may_come_E = left_E.clone(), ~left_E
         may_go_E[list(self.protected)] = False
@@ -188,7 +198,16 @@ class GreedySearch(RankedStatistic):
 
     `protected` is asked when the search begins, so that it may depend on figures of the same layer. Besides the greedy
     start, swaps begin from `num_starts` sets of the experts whose outputs are largest (weighted, and not).
+
+    In several processes each keeps the matrices of its own tokens; only losses are added up, so all go the same way.
     """
+
+    own_rules: Mapping[str, Rule] = {
+        "greedy.": "same",
+        "greedy.squared_error": "columns",
+        "greedy.before_swaps": "columns",
+        "greedy.path_squared_error": "columns",
+    }
 
     def __init__(
         self,
@@ -220,6 +239,8 @@ class GreedySearch(RankedStatistic):
         """All tokens, in the order in which they were seen: those that get more ranks on this look."""
         self._seen_again = 0
         self._found: list[Found] | None = None
+        self._ranks: list[int] = []
+        self._bytes_per_token = 0.0
         self._path: list[tuple[int, Tensor]] = []
 
     # Observe
@@ -265,12 +286,20 @@ class GreedySearch(RankedStatistic):
         at most, since another set leaves other tokens short.
         """
         self._search()
-        found, state = self._found, self._states[0]
+        found = self._found
         assert found is not None
         uncovered = max(one.uncovered for one in found)
-        if self._looks == _MOST_LOOKS or uncovered <= MOST_UNCOVERED or state.num_ranks == self.layer.num_choices:
+        has_more = self.processes.any(any(state.num_ranks < self.layer.num_choices for state in self._states[:1]))
+        if self._looks == _MOST_LOOKS or uncovered <= MOST_UNCOVERED or not has_more:
             return False
         self._looks += 1
+        for state in self._states[:1]:
+            self._look_again(state, found)
+        self._num_batches, self._seen_again, self._found, self._path = 0, 0, None, []
+        return True
+
+    def _look_again(self, state: TokenState, found: Sequence[Found]) -> None:
+        """Choose the tokens that get more ranks, and leave them out of the first state."""
         is_short_T = self._short_anywhere(state, found)
         if self._place_T is None:
             self._place_T = torch.arange(len(is_short_T), device=is_short_T.device)
@@ -279,8 +308,6 @@ class GreedySearch(RankedStatistic):
         self._again_T[self._place_T[is_short_T]] = True
         self._place_T = self._place_T[~is_short_T]
         self._states[0] = self._state(state.grams.without(is_short_T))
-        self._num_batches, self._seen_again, self._found, self._path = 0, 0, None, []
-        return True
 
     def _short_anywhere(self, state: TokenState, found: Sequence[Found]) -> Tensor:
         """[T] bool: tokens that have no rank to spare for one of the sets found."""
@@ -308,10 +335,11 @@ class GreedySearch(RankedStatistic):
     def _search(self) -> None:
         if self._found is not None:
             return
-        if any(part.num_tokens for part in self._parts) or not self._states:
+        if self._parts and (any(part.num_tokens for part in self._parts) or not self._states):
             self._states.append(self._state(joined(self._parts)))
         self._parts = []
-        objective = Objective.of_batches(self._domains, torch.stack(self._squared_output_B), self.blend)
+        squared_output_B = torch.tensor(self._squared_output_B, dtype=torch.float64)
+        objective = Objective.of_batches(self._domains, squared_output_B, self.blend, self.processes)
         search = Search(self.layer, self._states, objective, protected=self.protected(), forbidden=self.forbidden)
         on_path: list[Found] = []
         for count in self.counts:
@@ -319,6 +347,10 @@ class GreedySearch(RankedStatistic):
             losses_B = search.losses()
             on_path.append(Found(search.kept, losses_B, losses_B, 0, search.uncovered()))
         self._found = [self._improved(search, one) for one in on_path]
+        size = max((state.bytes_per_token for state in self._states), default=0.0)
+        by_process = self.processes.exchange([[state.num_ranks for state in self._states], size])
+        self._ranks = max((ranks for ranks, _ in by_process), key=len)
+        self._bytes_per_token = max(size for _, size in by_process)
 
     def _improved(self, search: Search, start: Found) -> Found:
         """After swaps, from the path and from the other starts; the best of them."""
@@ -336,8 +368,9 @@ class GreedySearch(RankedStatistic):
         """Sets to begin from: the experts with the largest outputs, summed over tokens, weighted and not."""
         starts = []
         for power in (1.0, 0.0)[: self.num_starts]:
-            score_N = sum((_size_of_outputs(state, power) for state in self._states), torch.zeros(()))
-            score_E = score_N[: self.layer.num_experts].cpu()
+            score_N = torch.zeros(self.layer.num_choices, dtype=torch.float64)
+            score_N = sum((_size_of_outputs(state, power).cpu() for state in self._states), score_N)
+            score_E = self.processes.sum(score_N)[: self.layer.num_experts]
             score_E[list(search.protected)] = torch.inf
             score_E[list(search.forbidden)] = -torch.inf
             by_group = score_E.view(self.layer.num_groups, -1)
@@ -361,8 +394,6 @@ class GreedySearch(RankedStatistic):
         for row, one in enumerate(found):
             kept_CE[row, list(one.kept)] = True
         path_SB = torch.stack([losses_B for _, losses_B in self._path]) if self._path else torch.zeros(0, 0)
-        ranks = torch.tensor([state.num_ranks for state in self._states])
-        size = max((state.bytes_per_token for state in self._states), default=0.0)
         self._states = []
         return {
             "greedy.counts": torch.tensor(self.counts),
@@ -373,9 +404,9 @@ class GreedySearch(RankedStatistic):
             "greedy.coverage": torch.tensor([one.uncovered for one in found], dtype=torch.float64),
             "greedy.order": torch.tensor([expert for expert, _ in self._path], dtype=torch.int64),
             "greedy.path_squared_error": path_SB,
-            "greedy.ranks": ranks,
+            "greedy.ranks": torch.tensor(self._ranks),
             "greedy.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
-            "greedy.bytes_per_token": torch.tensor(size, dtype=torch.float64),
+            "greedy.bytes_per_token": torch.tensor(self._bytes_per_token, dtype=torch.float64),
         }
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from compressor.moe import MoELayer, RankedChunk, RoutedTokens
-from compressor.statistics import RankedStatistic
+from compressor.statistics import RankedStatistic, Rule
 
 _TOKENS_AT_ONCE = 4096
 
 
 class SetLosses(RankedStatistic):
     """Squared errors of the layer's output for given sets of kept experts, per batch."""
+
+    own_rules: Mapping[str, Rule] = {"squared_error": "batches", "squared_output": "batches"}
 
     def __init__(self, layer: MoELayer, sets: Sequence[Sequence[int]], top_k: int | None = None) -> None:
         self.layer = layer

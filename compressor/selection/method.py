@@ -54,6 +54,7 @@ class ExpertSelection(Method[OptionsT]):
         for option, by_layer in self._by_layer().items():
             check_layer_names(layers, option, by_layer)
         for layer in layers:
+            self._check_multiple(layer)
             if not self.options.budget:
                 self._check_count(layer)
             self._check_fixed(layer)
@@ -62,8 +63,11 @@ class ExpertSelection(Method[OptionsT]):
         planned = self._planned(layers)
         if self.options.top_k is None and sum(planned.values()) == sum(layer.num_experts for layer in layers):
             where = f"{layers[0].path}: all {layers[0].num_experts} experts would stay"
+            if self.options.multiple_of is not None:
+                where += f" (`multiple_of: {self.options.multiple_of}`)"
             raise self._refused(f"{where}: nothing to prune.")
         notes = sorted({note for layer in layers for note in self._search_notes(layer)})
+        notes += self._rounding_notes(layers)
         if self.options.budget:
             notes.append(
                 f"{sum(planned.values()):,} experts stay in {len(layers)} layers; how many in which is found on the "
@@ -139,9 +143,43 @@ class ExpertSelection(Method[OptionsT]):
             if go > size - per_group:
                 yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
 
+    def _check_multiple(self, layer: MoELayer) -> None:
+        """There is a multiple that the layer can keep, and a count that was given is one."""
+        multiple, asked = self.options.multiple_of, self.options.asked(layer)
+        if multiple is None:
+            return
+        possible = self._possible(layer)
+        if not possible:
+            raise OptionError(
+                "multiple_of",
+                f"{layer.path}: none of the counts that it can keep is a multiple of {multiple}; it has "
+                f"{layer.num_experts} experts.",
+            )
+        if isinstance(asked, int) and asked % multiple:
+            below, above = (asked // multiple * multiple, (asked // multiple + 1) * multiple)
+            near = " and ".join(str(count) for count in (below, above) if count in possible) or str(possible[-1])
+            raise self._refused(
+                f"{layer.path}: {asked} is not a multiple of {multiple} (`multiple_of`). The nearest that it can keep: "
+                f"{near}."
+            )
+
+    def _rounding_notes(self, layers: Sequence[MoELayer]) -> list[str]:
+        """What `multiple_of` has changed."""
+        multiple = self.options.multiple_of
+        if multiple is None:
+            return []
+        notes: list[str] = []
+        if self.options.budget:
+            asked, total = self.options.budget.total([layer.num_experts for layer in layers]), self._total(layers)
+            notes += [f"{total:,} experts stay in all instead of {asked:,}"] if asked != total else []
+        for layer in layers:
+            num_kept, count = self.options.num_kept(layer), self._counts(layer)[0]
+            if num_kept not in (None, count):
+                notes.append(f"{count} of {layer.num_experts} experts stay instead of {num_kept}")
+        return [f"multiple_of {multiple}: {note}" for note in dict.fromkeys(notes)]
+
     def _check_count(self, layer: MoELayer) -> None:
-        num_kept = self.options.num_kept(layer)
-        assert num_kept is not None
+        [num_kept] = self._counts(layer)
         if num_kept < 1:
             raise self._refused(
                 f"{layer.path}: it has {layer.num_experts} experts, so dropping {self.options.drop} would leave none."
@@ -208,11 +246,18 @@ class ExpertSelection(Method[OptionsT]):
 
     def _counts(self, layer: MoELayer) -> list[int]:
         """The counts among whose sets is searched, ascending: one, or with a mean all that the layer could keep."""
-        num_kept = self.options.num_kept(layer)
-        if num_kept is not None:
+        num_kept, asked = self.options.num_kept(layer), self.options.asked(layer)
+        if num_kept is None or asked is None:
+            return self._possible(layer)
+        if self.options.multiple_of is None or isinstance(asked, int):
             return [num_kept]
-        smaller = self._smaller(layer)
-        return [count for count in range(1, layer.num_experts + 1) if count_problem(smaller, count) is None]
+        return [min(self._possible(layer), key=lambda count: (abs(count - asked), -count), default=num_kept)]
+
+    def _possible(self, layer: MoELayer) -> list[int]:
+        """All counts that the layer could keep, ascending."""
+        smaller, multiple = self._smaller(layer), self.options.multiple_of or 1
+        counts = range(multiple, layer.num_experts + 1, multiple)
+        return [count for count in counts if count_problem(smaller, count) is None]
 
     def _num_sets(self, layer: MoELayer) -> int:
         return sum(num_subsets(layer, count) for count in self._counts(layer))
@@ -241,6 +286,8 @@ class ExpertSelection(Method[OptionsT]):
         possible = possible_totals([self._counts(layer) for layer in layers])
         if total in possible:
             return total
+        if self.options.multiple_of is not None and possible[0] <= total <= possible[-1]:
+            return min(possible, key=lambda one: (abs(one - total), -one))
         nearest = min(possible, key=lambda one: (abs(one - total), one))
         raise self._refused(
             f"a mean of {self.options.budget.mean} is {total} experts in {len(layers)} layers, which cannot be: what "
@@ -300,7 +347,7 @@ class ExpertSelection(Method[OptionsT]):
         fewest = min(counts)
 
         def protected() -> list[int]:
-            return self._fixed(layer, sums.tensors(), fewest).staying
+            return self._fixed(layer, sums.largest(), fewest).staying
 
         many_go = layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts
         starts = self.options.starts
@@ -315,10 +362,10 @@ class ExpertSelection(Method[OptionsT]):
             num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
         )
 
-    def _fixed(self, layer: MoELayer, figures: Mapping[str, Tensor], num_kept: int) -> Fixed:
+    def _fixed(self, layer: MoELayer, largest_E: Tensor, num_kept: int) -> Fixed:
         return choice.fixed_experts(
             layer,
-            figures["sums.largest"].amax(0),
+            largest_E,
             num_kept,
             protected=ids_for(layer, self.options.protect),
             forbidden=ids_for(layer, self.options.forbid),
@@ -372,7 +419,7 @@ class ExpertSelection(Method[OptionsT]):
         figures, options = statistics[layer.path], self.options
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
-        fixed = self._fixed(layer, figures, num_kept)
+        fixed = self._fixed(layer, figures["sums.largest"].amax(0), num_kept)
         notes = choice.notes(figures, fixed)
         if options.criterion is not None:
             criterion = self.criteria[options.criterion]

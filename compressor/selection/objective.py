@@ -18,11 +18,13 @@ Dimensions: B batches, D domains, and any dimensions before them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from compressor.processes import Processes
 
 Blend = Literal["mean", "worst", "pooled"] | Mapping[str, float]
 
@@ -37,15 +39,24 @@ class Objective:
     norm_D: Tensor
     """float64: Σ over the domain's batches of the norm of the layer's output."""
     blend: Blend = "mean"
+    processes: Processes = field(default_factory=Processes)
+    """Where several share the batches, those of `domain_B` are this one's and everything else is of all."""
 
     @classmethod
-    def of_batches(cls, batch_domains: Sequence[str], squared_output_B: Tensor, blend: Blend = "mean") -> Objective:
+    def of_batches(
+        cls,
+        batch_domains: Sequence[str],
+        squared_output_B: Tensor,
+        blend: Blend = "mean",
+        processes: Processes | None = None,
+    ) -> Objective:
         """From each batch's domain, and the squared norm of the output that the layer should have on it."""
-        domains = tuple(dict.fromkeys(batch_domains))
+        processes = processes or Processes()
+        domains = tuple(dict.fromkeys(name for names in processes.exchange(list(batch_domains)) for name in names))
         domain_B = torch.tensor([domains.index(domain) for domain in batch_domains], dtype=torch.int64)
         norms_B = squared_output_B.double().sqrt()
         norm_D = torch.zeros(len(domains), dtype=torch.float64).index_add_(0, domain_B, norms_B)
-        return cls(domains, domain_B, norm_D, blend)
+        return cls(domains, domain_B, processes.sum(norm_D), blend, processes)
 
     @property
     def is_relative(self) -> bool:
@@ -53,7 +64,7 @@ class Objective:
         return len(self.domains) > 1 and self.blend != "pooled"
 
     def losses(self, squared_B: Tensor) -> Tensor:
-        """[..., B] squared errors → [..., D] losses, in the output's units."""
+        """[..., B] squared errors → [..., D] losses, in the output's units; of this process's batches."""
         roots_B = squared_B.double().clamp_min(0.0).sqrt()
         empty_D = roots_B.new_zeros(*roots_B.shape[:-1], len(self.domains))
         return empty_D.index_add_(-1, self.domain_B.to(roots_B.device), roots_B)
@@ -73,8 +84,8 @@ class Objective:
         return relative_D @ blend_weights(self.blend, self.domains).to(relative_D.device)
 
     def __call__(self, squared_B: Tensor) -> Tensor:
-        """[..., B] squared errors → [...]: the number that is minimised."""
-        return self.of_losses(self.losses(squared_B))
+        """[..., B] squared errors → [...]: the number that is minimised; over the batches of all processes."""
+        return self.of_losses(self.processes.sum(self.losses(squared_B)))
 
 
 def blend_weights(blend: Blend, domains: Sequence[str]) -> Tensor:

@@ -118,6 +118,12 @@ class SelectionOptions(Options):
         "({mean: 6}: shared out among the layers so that their squared losses add up to least)",
     )
     drop: StrictInt | None = Field(default=None, ge=1, description="experts to drop from every layer: a count")
+    multiple_of: StrictInt | None = Field(
+        default=None,
+        ge=2,
+        description="let every layer keep a multiple of this number, such as 8, for serving on so many devices: "
+        "fractions, `drop` and means go to the nearest multiple, halves upwards; a count has to be one",
+    )
     search: Literal["auto", "exact", "greedy"] = Field(
         default="auto",
         description="how the experts that change the layer's output least are found: exact looks at every set, greedy "
@@ -223,17 +229,24 @@ class SelectionOptions(Options):
         """The counts of the layers named; empty if the count is not given by layer."""
         return self.keep if isinstance(self.keep, dict) else {}
 
-    def num_kept(self, layer: MoELayer) -> int | None:
-        """The count of a layer, None if the figures have to say; fractions go to the nearest count, halves upwards."""
+    def asked(self, layer: MoELayer) -> int | float | None:
+        """What was asked for of a layer: a count as it was given, a number of experts that need not be whole (float),
+        None if the figures have to say.
+        """
         if self.budget:
             return None
         if self.drop is not None:
-            return layer.num_experts - self.drop
+            return float(layer.num_experts - self.drop)
         amount = self.keep
         if isinstance(amount, dict):
             amount = next((amount[name] for name in layer.names if name in amount), layer.num_experts)
         assert isinstance(amount, int | float)
-        return amount if isinstance(amount, int) else int(amount * layer.num_experts + 0.5)
+        return amount if isinstance(amount, int) else amount * layer.num_experts
+
+    def num_kept(self, layer: MoELayer) -> int | None:
+        """The count of a layer, None if the figures have to say; fractions go to the nearest count, halves upwards."""
+        asked = self.asked(layer)
+        return None if asked is None else int(asked + 0.5)
 
 
 def ids_for(layer: MoELayer, experts: Mapping[str, list[int]]) -> list[int]:

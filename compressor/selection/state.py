@@ -221,6 +221,8 @@ class TokenState:
     def _price_again(self) -> None:
         """The same for all tokens, where every expert that goes or comes back changes what all are divided by."""
         self.removal_BE.zero_()
+        if not self.grams.num_tokens:
+            return
         everything = torch.arange(self.grams.num_tokens, device=self.loss_T.device)
         for tokens_t in everything.split(4 * _TOKENS_AT_ONCE):  # type: ignore[no-untyped-call]
             part = slice(int(tokens_t[0]), int(tokens_t[-1]) + 1)

@@ -94,6 +94,13 @@ class ExpertSums(RankedStatistic):
         self._num_tokens_B.append(tokens.num_tokens)
         self._domain_B.append(self._domain(tokens))
 
+    def largest(self) -> Tensor:
+        """[E] float64: the largest magnitude of a number in each expert's outputs, over all tokens of all processes."""
+        largest_N = torch.zeros(self.layer.num_choices, dtype=torch.float64)
+        for of_domain_N in self._largest:
+            largest_N = largest_N.maximum(of_domain_N.double().cpu())
+        return self.processes.largest(largest_N)[: self.layer.num_experts]
+
     def tensors(self) -> dict[str, Tensor]:
         """sums.NAME [D, E] float64 for each of SUMS, sums.largest [D, E], sums.output [D, E, H] float32 if asked for;
         batch.squared_output [B] float64, batch.num_tokens and batch.domain [B] int64.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor import CheckpointError, MoELayer, RoutedTokens, SkipRule, Statistic
+from compressor import CheckpointError, MoELayer, Processes, RoutedTokens, Rule, SkipRule, Statistic
 
 RULES = ("ratio", "tail_mass", "contribution")
 
@@ -74,6 +74,7 @@ class SkipCurves(Statistic):
     """
 
     optional = True
+    own_rules: Mapping[str, Rule] = {"skip.contribution": "summed", "skip.": "same"}
 
     def __init__(self, layer: MoELayer, fixed: FixedCount | None = None) -> None:
         self.layer = layer
@@ -82,6 +83,7 @@ class SkipCurves(Statistic):
         self._domains: list[str] = []
         self._batches: list[_Batch] = []
         self._fixed_sums: dict[int, Tensor] = {}
+        self._figures: dict[str, Tensor] | None = None
 
     def update(self, tokens: RoutedTokens) -> None:
         """Keep what a batch's tokens chose, and the inner products of what the chosen experts answered."""
@@ -135,6 +137,12 @@ class SkipCurves(Statistic):
                 error += (found_cH - tokens.output_TH[part].float()).square().sum(dtype=torch.float64).cpu()
         return torch.stack([num_gone.double().cpu(), share.sum().cpu(), error])
 
+    def again(self) -> bool:
+        """Never; but norms and medians are of the tokens of all processes, and agreed on here."""
+        self._figures = self._measured()
+        self._batches = []  # another layer's are next
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """For D domains, float64:
 
@@ -144,6 +152,12 @@ class SkipCurves(Statistic):
         scores of all experts that may be skipped, held-out text aside; same.renormalises, 0 or 1; sums.skip.top_k.C.R
         [D, 3] where C experts normalised over R were measured.
         """
+        if self._figures is None:
+            self.again()
+        assert self._figures is not None
+        return self._figures
+
+    def _measured(self) -> dict[str, Tensor]:
         num_experts = self.layer.num_experts
         sums = torch.zeros(len(self._domains), 3, dtype=torch.float64)
         norms = torch.zeros(len(self._domains), 2, num_experts, dtype=torch.float64)
@@ -158,22 +172,25 @@ class SkipCurves(Statistic):
                 index_P = batch.index_TK[is_expert_TK]
                 norms[batch.domain, 0].index_add_(0, index_P, norm_P)
                 norms[batch.domain, 1].index_add_(0, index_P, torch.ones_like(norm_P))
+        self._renormalises = self.processes.all(self._renormalises)
         calibration = [d for d in range(len(self._domains)) if not any(b.held_out for b in self._of(d))]
         found = {
             "same.renormalises": torch.tensor(int(self._renormalises)),
             "sums.skip.tokens": sums[:, 0].contiguous(),
             "sums.skip.experts": sums[:, 1].contiguous(),
         }
-        if all(batch.gram_TKK is not None for batch in self._batches):
+        norms_E = None
+        if self.processes.all(all(batch.gram_TKK is not None for batch in self._batches)):
+            norms_E = mean_norms(*self.processes.sum(norms[calibration].sum(0)))
             found |= {
                 "sums.skip.squared_output": sums[:, 2].contiguous(),
                 "sums.skip.norm": norms[:, 0].contiguous(),
                 "sums.skip.chosen": norms[:, 1].contiguous(),
             }
         for name in RULES:
-            rule = _any_rule(name, self._renormalises, found, calibration)
-            if rule is None:
+            if name == "contribution" and norms_E is None:
                 continue
+            rule = _any_rule(name, self._renormalises, norms_E)
             curve_DNX = torch.zeros(len(self._domains), NUM_BINS, 3, dtype=torch.float64)
             scores = []
             for batch in self._batches:
@@ -184,12 +201,16 @@ class SkipCurves(Statistic):
             prefix = "skip" if name == "contribution" else "sums.skip"  # norms of other text are others
             found[f"{prefix}.{name}"] = curve_DNX
             all_scores = torch.cat(scores).double() if scores else torch.zeros(0, dtype=torch.float64)
-            if len(all_scores):
-                found |= {f"skip.{name}.median": _median(all_scores), f"skip.{name}.mean": all_scores.mean()}
+            count = torch.tensor(len(all_scores), dtype=torch.float64)
+            total, number = self.processes.sum(torch.stack([all_scores.sum(), count]))
+            if number:
+                found |= {
+                    f"skip.{name}.median": median(all_scores, self.processes),
+                    f"skip.{name}.mean": total / number,
+                }
         for domain, row in self._fixed_sums.items():
             assert self.fixed is not None
             found.setdefault(self.fixed.figure, torch.zeros(len(self._domains), 3, dtype=torch.float64))[domain] = row
-        self._batches = []  # another layer's are next
         return found
 
     def _of(self, domain: int) -> list[_Batch]:
@@ -255,26 +276,38 @@ def steps_of(rule: SkipRule, batch: _Batch, num_experts: int) -> Steps:
 
 
 def expert_norms(figures: Mapping[str, Tensor], domains: Sequence[int]) -> Tensor:
-    """[E] float64: the mean norm of each expert's output; that of all experts together for one that no token chose."""
-    total_E, chosen_E = (figures[f"sums.skip.{name}"][list(domains)].sum(0) for name in ("norm", "chosen"))
+    """[E] float64: the mean norm of each expert's output on some of the domains."""
+    return mean_norms(*(figures[f"sums.skip.{name}"][list(domains)].sum(0) for name in ("norm", "chosen")))
+
+
+def mean_norms(total_E: Tensor, chosen_E: Tensor) -> Tensor:
+    """[E] float64: norms summed over so many tokens → their mean; that of all experts together for one that no token
+    chose.
+    """
     overall = total_E.sum() / chosen_E.sum().clamp_min(1)
     return torch.where(chosen_E > 0, total_E / chosen_E.clamp_min(1), overall)
 
 
-def _any_rule(
-    name: str, renormalises: bool, figures: Mapping[str, Tensor], calibration: Sequence[int]
-) -> SkipRule | None:
-    """The rule with any threshold, to compute scores and weights by; None where its norms are not known."""
+def _any_rule(name: str, renormalises: bool, norms_E: Tensor | None) -> SkipRule:
+    """The rule with any threshold, to compute scores and weights by."""
     if name != "contribution":
         return SkipRule(name, renormalises, beta=1.0)  # type: ignore[arg-type]
-    if "sums.skip.norm" not in figures:
-        return None
-    return SkipRule(
-        "contribution", renormalises, beta=1.0, expert_norms=tuple(expert_norms(figures, calibration).tolist())
-    )
+    assert norms_E is not None
+    return SkipRule("contribution", renormalises, beta=1.0, expert_norms=tuple(norms_E.tolist()))
 
 
-def _median(values: Tensor) -> Tensor:
-    """The mean of the two in the middle."""
-    ordered = values.sort().values
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+def median(scores: Tensor, processes: Processes) -> Tensor:
+    """The median of the scores of all processes: the mean of the two in the middle.
+
+    Exact: the bins tell in which of them these two are, and only the scores in there are brought together.
+    """
+    bins = bins_of(scores)
+    count_N = processes.sum(torch.bincount(bins, minlength=NUM_BINS))
+    upto_N = count_N.cumsum(0)
+    number = int(upto_N[-1])
+    middle = torch.tensor([(number - 1) // 2, number // 2])
+    low, high = torch.searchsorted(upto_N, middle, right=True).tolist()
+    inside = processes.gather({"scores": scores[(bins >= low) & (bins <= high)]})
+    ordered = torch.cat([figures["scores"] for figures in inside]).sort().values
+    before = upto_N[low] - count_N[low]
+    return ordered[middle - before].mean()

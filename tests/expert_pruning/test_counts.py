@@ -324,6 +324,78 @@ def test_layers_without_figures_keep_all(layers):
     assert dropped_subsets(layers[2], 7)[0] == (0,)
 
 
+# Multiples -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "options", "count"),
+    [
+        (60, {"keep": 0.75, "multiple_of": 8}, 48),  # 45 lies between 40 and 48
+        (60, {"keep": 0.7, "multiple_of": 8}, 40),  # 42
+        (60, {"drop": 16, "multiple_of": 8}, 48),  # 44: halves upwards
+        (64, {"keep": 0.75, "multiple_of": 8}, 48),
+        (64, {"keep": 40, "multiple_of": 8}, 40),
+        (8, {"keep": 0.1, "multiple_of": 3}, 3),  # a token chooses 2
+    ],
+)
+def test_the_nearest_multiple(make_layer, num_experts, options, count):
+    plan = method(search="greedy", **options).check([make_layer(num_experts, 2)])
+    assert list(plan.num_kept.values()) == [count]
+
+
+def test_what_a_multiple_changes_is_said(make_layer):
+    layer = make_layer(60, 2)
+    plan = method(keep=0.75, multiple_of=8).check([layer])
+    assert plan.notes[-1] == "multiple_of 8: 48 of 60 experts stay instead of 45"
+    assert not any("multiple" in note for note in method(keep=0.8, multiple_of=8).check([layer]).notes)  # 48 anyway
+
+
+def test_groups_keep_multiples_together(make_layer):
+    """As many stay of each of 4 groups, so the count is a multiple of 4 and of 6: 12, 24, 36, …"""
+    layer = make_layer(64, 4, num_groups=4, num_chosen_groups=2)
+    assert planned([layer], keep=0.4, multiple_of=6, search="greedy") == [24]  # 25.6
+    assert planned([layer], keep=0.5, multiple_of=6, search="greedy") == [36]  # 32
+
+
+def test_a_count_must_be_a_multiple(make_layer, layers):
+    said = "layers.0.mlp: 50 is not a multiple of 8 (`multiple_of`). The nearest that it can keep: 48 and 56."
+    assert refusal([make_layer(64, 2)], keep=50, multiple_of=8) == ("keep", said)
+    option, said = refusal(layers, keep={0: 4, 1: 0.6}, multiple_of=3)
+    assert option == "keep"
+    assert said.startswith(
+        "model.layers.0.mlp: 4 is not a multiple of 3 (`multiple_of`). The nearest that it can keep: 3"
+    )
+    said = "model.layers.3.mlp: 8 is not a multiple of 3 (`multiple_of`). The nearest that it can keep: 6."
+    assert refusal(layers, keep={0: 6, 1: 0.6}, multiple_of=3) == ("keep", said)  # all of it would stay
+
+
+def test_multiples_that_cannot_be(layers):
+    said = "model.layers.0.mlp: none of the counts that it can keep is a multiple of 9; it has 8 experts."
+    assert refusal(layers, keep=0.5, multiple_of=9) == ("multiple_of", said)
+    said = "model.layers.0.mlp: all 8 experts would stay (`multiple_of: 8`): nothing to prune."
+    assert refusal(layers, keep=0.5, multiple_of=8) == ("keep", said)
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        method(keep=4, multiple_of=1)
+
+
+def test_a_mean_is_shared_out_among_multiples(make_layer):
+    layers = [make_layer(4, 2, path=f"layers.{number}.mlp") for number in (0, 1)]
+    # squares 9, 0 and 36, 0: a mean of 2.5 is 5 experts, of which 4 and 6 can be; 2 + 4 costs 9, 4 + 2 costs 36
+    found = {
+        "layers.0.mlp": figures(layers[0], [2, 4], {2: 3.0, 4: 0.0}.get),
+        "layers.1.mlp": figures(layers[1], [2, 4], {2: 6.0, 4: 0.0}.get),
+    }
+    shared = method(keep={"mean": 2.5}, multiple_of=2)
+    plan = shared.check(layers)
+    assert list(plan.num_kept.values()) == [2, 4]
+    assert "multiple_of 2: 6 experts stay in all instead of 5" in plan.notes
+    assert plan.notes[0] == "7 sets of 2 to 4 experts per layer, all of them looked at"
+    decision = shared.decide(layers, Gathered(found))
+    assert [len(layer["kept"]) for layer in decision["layers"].values()] == [2, 4]
+    assert (decision["budget"]["asked_mean"], decision["budget"]["num_kept"]) == (2.5, 6)
+    assert decision["budget"]["summed_squared_loss"] == pytest.approx(9.0)
+
+
 # Fewer experts per token -----------------------------------------------------------------------------------
 
 
