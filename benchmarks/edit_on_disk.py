@@ -129,8 +129,8 @@ def main() -> None:
                 figures.append((bare, by_cp, write, (written / write) / (size / by_cp), plan, peak, written))
             bare, by_cp, write, ratio, plan, peak, written = map(sorted, zip(*figures, strict=True))
             print(
-                f"{num_kept} | {written[0] / 1e9:.2f} | {_spread(bare)} | {_spread(by_cp)} | {_spread(write)} | {_spread(ratio)} | "
-                f"{_spread(plan)} | {peak[-1]:.2f}"
+                f"{num_kept} | {written[0] / 1e9:.2f} | {_spread(bare)} | {_spread(by_cp)} | {_spread(write)} | "
+                f"{_spread(ratio)} | {_spread(plan)} | {peak[-1]:.2f}"
             )
 
 

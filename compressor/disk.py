@@ -24,6 +24,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,14 +199,19 @@ class Edit:
         file is not what its header said, VerificationError where what was written is not what was planned.
         """
         done = 0
-        for edit in self.shards:
-            if edit.kept:
-                path = folder / edit.shard.path.relative_to(self.found.folder)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write_shard(edit, path, hard_link=hard_link)
-            done += edit.num_bytes
-            if progress:
-                progress(done, self.bytes_after)
+        with ThreadPoolExecutor(1) as beside:  # one file goes to the disk while the next is copied
+            waiting: list[Future[None]] = []
+            for edit in self.shards:
+                if edit.kept:
+                    path = folder / edit.shard.path.relative_to(self.found.folder)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if temporary := _write_shard(edit, path, hard_link=hard_link):
+                        waiting.append(beside.submit(_finish, temporary, path))
+                done += edit.num_bytes
+                if progress:
+                    progress(done, self.bytes_after)
+        for finished in waiting:
+            finished.result()
         self._write_index(folder)
         self._write_config(folder)
         _sync_folder(folder)
@@ -518,13 +524,13 @@ def _renamed_name(name: str, modules: Mapping[str, str | None], reference: str) 
 # Writing ---------------------------------------------------------------------------------------------------
 
 
-def _write_shard(edit: ShardEdit, path: Path, *, hard_link: bool) -> None:
-    """Write one file, under another name until it is whole and on the disk."""
+def _write_shard(edit: ShardEdit, path: Path, *, hard_link: bool) -> Path | None:
+    """Write one file under another name, which is returned; None if it is linked and there already."""
     source = edit.shard.path.resolve()
     if edit.unchanged and hard_link:
         with suppress(OSError):  # another file system, or one without links: then it is copied
             os.link(source, path)
-            return
+            return None
     temporary = path.with_name(path.name + ".partial")
     reading = os.open(source, os.O_RDONLY)
     try:
@@ -534,9 +540,15 @@ def _write_shard(edit: ShardEdit, path: Path, *, hard_link: bool) -> None:
             else:
                 file.write(edit.header())
                 _write_tensors(edit, reading, file.fileno(), source)
-            os.fsync(file.fileno())
     finally:
         os.close(reading)
+    return temporary
+
+
+def _finish(temporary: Path, path: Path) -> None:
+    """Have a file on the disk, and then give it its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
