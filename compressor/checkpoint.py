@@ -754,6 +754,11 @@ def journal_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.partial" / "journal"
 
 
+def stages_folder(target: Path) -> Path:
+    """Where a run on this output keeps the checkpoints between its passes."""
+    return journal_folder(target).with_name("stages")
+
+
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
@@ -805,7 +810,7 @@ class OutputFolder:
             )
         self.resume = self.resume and self.journal.has_work
         for path in self.path.iterdir():
-            if path.name == "lock" or (self.resume and path == self.journal.folder):
+            if path.name == "lock" or (self.resume and path in (self.journal.folder, stages_folder(self.target))):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

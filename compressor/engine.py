@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor import disk, plan, walk
+from compressor import disk, plan
 from compressor import evaluate as measure
 from compressor.calibration import (
     Sequences,
@@ -45,25 +45,24 @@ from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import hardware, versions
 from compressor.errors import (
     CalibrationError,
-    CheckpointError,
     CompressorError,
     RecipeError,
     UnsupportedModelError,
-    VerificationError,
 )
 from compressor.journal import Journal
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.moe import Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
-from compressor.recipe import Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.recipe import BUDGETS, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.tasks import LoadedTasks, load_tasks
+from compressor.workpiece import InMemory, OnDisk, save_verified
 
 FORMAT = 1
 RECORD = "record.json"
@@ -73,8 +72,6 @@ STATISTICS = "statistics.safetensors"
 _DECIDED = ("method", "version", "options", "domains", "held_out", "decision")
 """What decision.json says of a pass; the record says more, such as how long it took."""
 _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_TIES_ALLOWED = 0.25
 
 
 @dataclass(frozen=True)
@@ -446,44 +443,6 @@ def _random_batch(model: Any) -> TokenBatch:
     return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def save_verified(
-    moe: MoEModel,
-    found: Checkpoint | None,
-    folder: OutputFolder,
-    probe: TokenBatch,
-    left_out: LeftOut | None = None,
-    adapters: Sequence[Adapter] = (),
-) -> None:
-    """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
-
-    Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
-    """
-    folder.require_space(measure.size(moe.model).bytes)
-    leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
-    counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
-    checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
-    checkpoints.verify_files(folder.path)
-    trust = found.trust_remote_code if found else False
-    device = str(next(moe.model.parameters()).device)
-    again = checkpoints.load_model(
-        Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model, adapters=adapters
-    )
-    live, loaded = moe.model.state_dict(), again.state_dict()
-    different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
-    if different or len(live) != len(loaded):
-        raise VerificationError(
-            f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
-            f"({', '.join(different[:3])}). Nothing was kept."
-        )
-    expected, answered = walk.logits(moe.model, probe), walk.logits(again, probe)
-    if not torch.equal(expected, answered):
-        difference = float((expected.float() - answered.float()).abs().max())
-        raise VerificationError(
-            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
-            f"difference of a logit: {difference:.3g}). Nothing was kept."
-        )
-
-
 # The run ---------------------------------------------------------------------------------------------------
 
 
@@ -598,20 +557,18 @@ class _Run:
         about = self._about(subject, sources, tokenizer)
         self._open_journal(folder, about, sources)
         with self._timed("load"):
-            moe = self._load(subject)
+            piece = self._workpiece(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
-            check_vocabulary(sequences, _vocabulary(moe.model))
+            check_vocabulary(sequences, _vocabulary(piece.moe.model))
         with self._timed("evaluate before"):
-            before = self._evaluate(moe, tokenizer, sources, "before")
-        passes = self._apply_passes(moe, sources, about, folder)
+            before = self._evaluate(piece, tokenizer, sources, "before")
+        passes = self._apply_passes(piece, sources, about, folder)
         with self._timed("evaluate after"):
-            after = self._evaluate(moe, tokenizer, sources, "after")
+            after = self._evaluate(piece, tokenizer, sources, "after")
         if folder:
             with self._timed("save"):
-                self.progress.say("saving, and loading again to compare")
-                probe = _check_batch(self._batches(sources.by_pass[0])[0])
-                left_out = subject.preview.left_out
-                save_verified(moe, subject.checkpoint, folder, probe, left_out, self.plugins.adapters)
+                piece.save(folder, _check_batch(self._batches(sources.by_pass[0])[0]))
+        moe = piece.moe
         record = self._record(subject, sources, passes, about)
         if before is not None and after is not None:
             if subject.checkpoint:
@@ -633,14 +590,15 @@ class _Run:
             _write_json(inside / RECORD, record)
             (inside / "report.html").write_text(page(record), encoding="utf-8")
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
-        return CompressionResult(record, None, moe.model, tokenizer)
+        return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
 
     def _open_journal(self, folder: OutputFolder | None, about: Mapping[str, Any], sources: _Sources) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
         if self.recipe.output is None or about["model"]["fingerprint"] is None:
             return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
-        recipe.pop("output", None)
+        for key in ("output", *BUDGETS):
+            recipe.pop(key, None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
         identity = {
             "recipe": recipe,
@@ -664,7 +622,7 @@ class _Run:
         assert subject.checkpoint is not None
         tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
         sources = self._read_sources(tokenizer, subject, calibrate=False)
-        figures = self._evaluate(self._load(subject), tokenizer, sources, "measuring")
+        figures = self._evaluate(self._in_memory(self._load(subject)), tokenizer, sources, "measuring")
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
@@ -686,8 +644,29 @@ class _Run:
         origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
         has_folder = bool(config._name_or_path) and (source / "config.json").exists()
         left_out = checkpoints.find_left_out(source, config, type(given_model)) if has_folder else None
-        preview = plan.preview(loaded, origin, config, type(given_model), left_out, self.plugins.adapters)
+        preview = plan.preview(loaded, origin, config, type(given_model), left_out, self.plugins.adapters, is_live=True)
         return _Subject(origin if has_folder else None, given_model, config, preview, None)
+
+    def _workpiece(self, subject: _Subject) -> InMemory:
+        """The model that the passes work on."""
+        shared: dict[str, Any] = {
+            "left_out": subject.preview.left_out,
+            "adapters": self.plugins.adapters,
+            "progress": self.progress,
+            "processes": self.processes,
+        }
+        if not subject.preview.on_disk:
+            return InMemory(self._load(subject), subject.checkpoint, **shared)
+        assert subject.checkpoint is not None
+        assert self.recipe.output is not None
+        self.progress.say(f"reading {self.recipe.model} one decoder layer at a time")
+        work = checkpoints.stages_folder(self.recipe.output)
+        return OnDisk(subject.checkpoint, work, device=self.device, journal=self.journal, **shared)
+
+    def _in_memory(self, moe: MoEModel) -> InMemory:
+        """A model beside the one that passes work on: measured, not saved."""
+        adapters = self.plugins.adapters
+        return InMemory(moe, None, adapters=adapters, progress=self.progress, processes=self.processes)
 
     def _load(self, subject: _Subject) -> MoEModel:
         if subject.live is not None:
@@ -849,10 +828,10 @@ class _Run:
     # observe, decide, edit
 
     def _apply_passes(
-        self, moe: MoEModel, sources: _Sources, about: Mapping[str, Any], folder: OutputFolder | None
+        self, piece: InMemory, sources: _Sources, about: Mapping[str, Any], folder: OutputFolder | None
     ) -> list[dict[str, Any]]:
         """Observe, decide and edit for every pass; each step leaves its file in the output's folder."""
-        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        original_ids = {layer.path: list(range(layer.num_experts)) for layer in piece.moe.layers}
         gathered: dict[str, Gathered] = {}
         passes_about: dict[str, Any] = {}
         done: list[dict[str, Any]] = []
@@ -860,18 +839,18 @@ class _Run:
             method, started, batches = resolved.method, time.perf_counter(), self._batches(sequences)
             name = f"{resolved.index}.{resolved.spec.method}"
             with self._timed("observe"):
-                figures = self._observe(moe, resolved, [*batches, *self._batches(held_out, held_out=True)], name)
+                figures = self._observe(piece, resolved, [*batches, *self._batches(held_out, held_out=True)], name)
             gathered[name] = figures
             if folder:
                 passes_about[name] = {
                     "domains": list(figures.domains),
                     **({"held_out": list(figures.held_out)} if figures.held_out else {}),
                     "progressive": method.progressive,
-                    "layers": [layer.description() for layer in moe.layers],
+                    "layers": [layer.description() for layer in piece.moe.layers],
                 }
                 save_statistics(folder.path / "compressor" / STATISTICS, gathered, {**about, "passes": passes_about})
             with self._timed("decide"):
-                decision = self._decide(resolved, moe.layers, figures)
+                decision = self._decide(resolved, piece.moe.layers, figures)
             entry = {
                 "method": resolved.spec.method,
                 "version": method.version,
@@ -887,10 +866,10 @@ class _Run:
                 _write_json(folder.path / "compressor" / DECISION, written)
             if self.evaluation is not None and self.evaluation.random and _prunes(decision):
                 with self._timed("random decisions"):
-                    compare = partial(self._compare_with_random, moe, decision, batches, sources)
+                    compare = partial(self._compare_with_random, piece, decision, batches, sources)
                     entry["random"] = self._noted(f"random {name}", compare)
             with self._timed("edit"):
-                entry["checks"] = edit_verified(moe, resolved, decision, _check_batch(batches[0]))
+                entry["checks"] = piece.edit(method, decision, _check_batch(batches[0]), name)
             for path, layer in decision["layers"].items():
                 if "kept" in layer:
                     original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
@@ -907,9 +886,10 @@ class _Run:
         return dict(found)
 
     def _observe(
-        self, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
+        self, piece: InMemory, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
     ) -> Gathered:
         """The pass's figures; under a `name` the journal keeps them layer by layer."""
+        moe = piece.moe
         method, num_idle = resolved.method, self.processes.size - len(batches)
         if num_idle > 0:
             self.progress.say(f"{len(batches)} calibration batches: {num_idle} process(es) have nothing to observe")
@@ -924,16 +904,12 @@ class _Run:
             assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
             return context
 
-        title = f"{resolved.spec.method}: observing"
-        figures = walk.observe(
-            moe,
+        figures = piece.observe(
             batches,
             wanted,
-            self.progress,
-            title=title,
+            title=f"{resolved.spec.method}: observing",
             edited=edited if method.progressive else None,
             journal=self.journal.observation(name, self.processes.rank) if self.journal and name else None,
-            processes=self.processes,
         )
         return Gathered(figures, domains, held_out)
 
@@ -945,65 +921,61 @@ class _Run:
             raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
     def _compare_with_random(
-        self, moe: MoEModel, decision: Decision, batches: Sequence[TokenBatch], sources: _Sources
+        self, piece: InMemory, decision: Decision, batches: Sequence[TokenBatch], sources: _Sources
     ) -> dict[str, Any]:
         """The decision beside random ones of the same size: loss on the calibration text, and perplexities."""
-        evaluation = self.evaluation
+        moe, evaluation = piece.moe, self.evaluation
         assert evaluation is not None
         seeds = [self.recipe.seed + number for number in range(evaluation.random)]
         ours = {path: layer["kept"] for path, layer in decision["layers"].items()}
         others = [random_kept(moe.layers, {path: len(kept) for path, kept in ours.items()}, seed) for seed in seeds]
         top_k = decision.get("top_k")
-        losses = self._losses(moe, [ours, *others], batches, top_k)
+        losses = self._losses(piece, [ours, *others], batches, top_k)
         perplexity: dict[str, Any] = {}
         for sequences in sources.perplexity:
             values = []
             with self.progress.task(f"random decisions: perplexity {sequences.name}") as update:
                 for number, kept in enumerate([ours, *others]):
-                    with moe.masked(kept, top_k=top_k):
-                        found = measure.perplexity(
-                            moe.model, sequences, evaluation.batch_size, processes=self.processes
-                        )
-                        values.append(found.perplexity)
+                    with piece.masked(kept, top_k=top_k):
+                        values.append(piece.perplexity(sequences, evaluation.batch_size).perplexity)
                     update(number + 1, 1 + len(others))
             perplexity[sequences.name] = {"ours": values[0], "random": values[1:]}
         return {"seeds": seeds, "relative_loss": losses, "perplexity": perplexity}
 
     def _losses(
-        self, moe: MoEModel, sets: Sequence[Kept], batches: Sequence[TokenBatch], top_k: int | None
+        self, piece: InMemory, sets: Sequence[Kept], batches: Sequence[TokenBatch], top_k: int | None
     ) -> dict[str, Any]:
         """Mean over the layers of the loss as a fraction of the layer's output; the first set is ours."""
         statistics = {
             layer.path: SetLosses(layer, [kept[layer.path] for kept in sets], top_k)
-            for layer in moe.layers
+            for layer in piece.moe.layers
             if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
         }
-        figures = walk.observe(
-            moe, batches, statistics, self.progress, title="random decisions: loss", processes=self.processes
-        )
+        figures = piece.observe(batches, statistics, title="random decisions: loss")
         relative_LS = torch.stack([relative_losses(one) for one in figures.values()])
         mean_S = relative_LS.mean(0).tolist()
         return {"ours": mean_S[0], "random": mean_S[1:]}
 
     # evaluate
 
-    def _evaluate(self, moe: MoEModel, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any] | None:
-        """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation."""
-        evaluation = self.evaluation
-        if evaluation is None:
+    def _evaluate(
+        self, piece: InMemory, tokenizer: Any, sources: _Sources, when: str, *, name: str | None = None
+    ) -> dict[str, Any] | None:
+        """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation. The journal keeps them
+        under a `name`, by default `when`.
+        """
+        if self.evaluation is None:
             return None
-        measured = self._noted(f"evaluation {when}", lambda: self._measure(moe, tokenizer, sources, when))
+        measured = self._noted(f"evaluation {name or when}", lambda: self._measure(piece, tokenizer, sources, when))
         return _evaluation_from_json(measured)
 
-    def _measure(self, moe: MoEModel, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
-        evaluation = self.evaluation
+    def _measure(self, piece: InMemory, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
+        moe, evaluation = piece.moe, self.evaluation
         assert evaluation is not None
         perplexities, used = {}, {}
         for sequences in sources.perplexity:
             with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
-                perplexities[sequences.name] = measure.perplexity(
-                    moe.model, sequences, evaluation.batch_size, update, self.processes
-                )
+                perplexities[sequences.name] = piece.perplexity(sequences, evaluation.batch_size, update)
             used[sequences.name] = _used(moe, counter, self.processes)
         tasks = {}
         if sources.tasks is not None:
@@ -1069,13 +1041,15 @@ class _Run:
         before: Mapping[str, Any],
     ) -> dict[str, Any]:
         moe = self._load(subject)
+        piece = self._in_memory(moe)
         if resolved.index:  # what was decided is about the model that other passes had left
             plan.check_pass(self.loaded, resolved, moe.layers)
             batches = self._batches(sources.by_pass[resolved.index])
             held_out = self._batches(sources.held_out[resolved.index], held_out=True)
-            decision = self._decide(resolved, moe.layers, self._observe(moe, resolved, [*batches, *held_out]))
+            decision = self._decide(resolved, moe.layers, self._observe(piece, resolved, [*batches, *held_out]))
         resolved.method.edit(moe, decision)
-        figures = self._evaluate(moe, tokenizer, sources, f"{resolved.spec.method} alone")
+        when = f"{resolved.spec.method} alone"
+        figures = self._evaluate(piece, tokenizer, sources, when, name=f"{resolved.index} alone")
         assert figures is not None
         return {"decision": decision, **self._compared(before, figures, subject, moe, sources)}
 
@@ -1119,55 +1093,6 @@ def _used(moe: MoEModel, counter: Counter, processes: Processes) -> dict[str, fl
 
 def _prunes(decision: Decision) -> bool:
     return any(layer.get("dropped") for layer in decision["layers"].values())
-
-
-def edit_verified(moe: MoEModel, resolved: ResolvedPass, decision: Decision, probe: TokenBatch) -> dict[str, float]:
-    """Edit the live model and check, on one batch, that it then computes what was decided.
-
-    First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
-    under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
-    returns the differences.
-    """
-    untouched = walk.logits(moe.model, probe)
-    if not torch.isfinite(untouched).all():
-        raise CheckpointError(
-            "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
-            f"last ones, such as the language-model head, are damaged, or too large for {untouched.dtype}."
-        )
-    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
-    if not torch.equal(walk.logits(moe.model, probe), untouched):
-        raise VerificationError(
-            "keeping all experts changed the model's logits: this architecture's edit is not sound."
-        )
-    preview = resolved.method.preview(moe, decision)
-    expected = None
-    if preview is not None:
-        with preview:
-            expected = walk.logits(moe.model, probe)
-    resolved.method.edit(moe, decision)
-    if expected is None:
-        return {"keep_all_difference": 0.0}
-    return {"keep_all_difference": 0.0, **_compare(expected, walk.logits(moe.model, probe))}
-
-
-def _compare(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
-    """Relative error of each token's logits.
-
-    Where two experts tie for a token within rounding, which is rare in float32 and common in half precision, the tie
-    may fall anew: the token takes the other, equally good one, and what changes spreads to later tokens through
-    attention. So a quarter of the tokens may differ; experts sliced wrongly would change nearly all of them.
-    """
-    expected, found = expected_NV.double(), found_NV.double()
-    error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
-    tolerance = _TOLERANCE[expected_NV.dtype]
-    share = float((~(error_N <= tolerance)).double().mean())
-    if share > _TIES_ALLOWED:
-        raise VerificationError(
-            f"the edited model does not answer as decided (experts removed as if masked, experts skipped as with a "
-            f"weight of 0): {share:.1%} of tokens differ by more than {tolerance:g} (largest relative difference "
-            f"{float(error_N.max()):.3g})."
-        )
-    return {"edited_against_preview": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
 
 
 def _check_batch(batch: TokenBatch) -> TokenBatch:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,3 +64,25 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a process can still take: what the system calls available, or less where a control group
+    allows less. None where the system does not tell.
+    """
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            line = next(line for line in file if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    return min(found) if found else _memory_bytes()
+
+
+def available_on(device: str) -> int | None:
+    """Bytes of memory that are free on an accelerator; None where there is none, or it does not tell."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(device)[0])

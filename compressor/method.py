@@ -116,6 +116,10 @@ class Method(ABC, Generic[OptionsT]):
         """lm-eval tasks that are measured before and after because this method is used."""
         return ()
 
+    def bytes_per_token(self, layer: MoELayer) -> float:
+        """What the layer's statistic keeps of every token of the calibration text until the layer is done, roughly."""
+        return 0.0
+
     @property
     def held_out(self) -> bool:
         """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be
@@ -149,7 +153,8 @@ class Method(ABC, Generic[OptionsT]):
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object] | None:
         """A context in which the untouched model computes what the edited one will, or None if there is no such thing.
 
-        The core compares the two on a calibration batch in every run, and stops if they differ.
+        The decision may speak of some of the layers: then only they are previewed. The core compares the two on a
+        calibration batch in every run, and stops if they differ.
         """
         return None
 

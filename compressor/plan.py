@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from compressor import checkpoint as checkpoints
+from compressor.budget import Weights, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
+from compressor.environment import available_memory, available_on
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, rules_of, structure_of
-from compressor.recipe import LoadedRecipe, ResolvedPass
+from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
+from compressor.sources import TaskSource
+from compressor.stream import sizes_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Preview:
     auto_class: str
     left_out: LeftOut | None
     plan: dict[str, Any]
+    on_disk: bool = False
+    """Whether weights are read one decoder layer at a time."""
 
 
 def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
@@ -66,8 +73,10 @@ def preview(
     cls: Any,
     left_out: LeftOut | None,
     adapters: Sequence[Adapter] = (),
+    *,
+    is_live: bool = False,
 ) -> Preview:
-    """The same for a model whose class and config are at hand."""
+    """The same for a model whose class and config are at hand; `is_live`: and whose weights are in memory."""
     _check_evaluation(loaded, cls, config)
     structure = structure_of(cls, config, adapters)
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
@@ -108,7 +117,114 @@ def preview(
         "notes": notes,
     }
     auto_class = checkpoints.auto_class(cls, config)
-    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json)
+    work = _work(loaded, cls, config, structure.layers, dtype, after * dtype.itemsize)
+    weights = _weights(loaded, work, _disk_problem(loaded, structure, work, config, is_live=is_live))
+    available = loaded.recipe.memory or available_memory()
+    plan_json["needs"] = work.to_json(weights, device=loaded.recipe.device, available=available)
+    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json, weights == "disk")
+
+
+# Memory ----------------------------------------------------------------------------------------------------
+
+
+def _work(
+    loaded: LoadedRecipe, cls: Any, config: Any, layers: Sequence[MoELayer], dtype: torch.dtype, bytes_after: int
+) -> Work:
+    """What the recipe works on, in numbers, as far as that can be known before anything is read."""
+    recipe, text = loaded.recipe, config.get_text_config()
+    with torch.device("meta"), checkpoints.quiet_transformers():
+        model = cls(copy.deepcopy(config)).to(dtype)
+    outside, by_layer = sizes_of(model)
+    calibration = [[*one.method.sources(), *recipe.calibration.data] for one in loaded.passes]
+    evaluation = recipe.evaluate
+    measured = evaluation.perplexity if evaluation else ()
+    lengths = [s.length or 0 for of_pass in calibration for s in of_pass] or [0]
+    batches = [recipe.calibration.batch_size * max(lengths)]
+    batches += [evaluation.batch_size * (s.length or 0) for s in measured] if evaluation else []
+    return Work(
+        bytes_total=outside + sum(by_layer.values()),
+        bytes_outside=outside,
+        bytes_by_layer=by_layer,
+        bytes_after=bytes_after,
+        tokens=max((sum((s.samples or 0) * (s.length or 0) for s in of_pass) for of_pass in calibration), default=0),
+        batch_tokens=max(batches),
+        hidden=getattr(text, "hidden_size", 0),
+        vocabulary=getattr(text, "vocab_size", 0),
+        itemsize=dtype.itemsize,
+        per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
+        streams=2 if any(one.method.progressive for one in loaded.passes) else 1,
+        num_passes=max(1, len(loaded.passes)),
+        copies=2 if recipe.output or (evaluation and (evaluation.speed or evaluation.each_pass)) else 1,
+        has_tasks=bool(evaluation and evaluation.tasks),
+        measures_text=bool(measured),
+    )
+
+
+def _disk_problem(
+    loaded: LoadedRecipe, structure: Structure, work: Work, config: Any, *, is_live: bool
+) -> tuple[tuple[str | int, ...], str] | None:
+    """Why weights cannot be read one layer at a time: (where the recipe says so, what it is); None if they can."""
+    recipe, evaluation = loaded.recipe, loaded.recipe.evaluate
+    if is_live:
+        return ("weights",), "the model given is in memory already"
+    if recipe.output is None:
+        return ("weights",), "every pass writes a checkpoint then, so it needs an `output`"
+    stored = getattr(config, "dtype", None)
+    if recipe.dtype != "auto" and recipe.dtype != str(stored).removeprefix("torch."):
+        return ("dtype",), "tensors are copied from file to file then, as they are; leave `dtype` out"
+    for one in loaded.passes:
+        if one.method.needs_weights:
+            return one.path, f"{one.method.name} changes weights, which have to be in memory for it"
+    outside = [layer.path for layer in structure.layers if not f"{layer.path}.".startswith(tuple(work.bytes_by_layer))]
+    if outside:
+        return ("weights",), f"{outside[0]} is in no list of layers that could be read one by one"
+    own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
+    for key, wanted in (
+        ("tasks", bool(evaluation and evaluation.tasks) or own_tasks),
+        ("speed", bool(evaluation and evaluation.speed)),
+        ("each_pass", bool(evaluation and evaluation.each_pass)),
+    ):
+        if wanted:
+            return ("evaluate", key), f"`{key}` needs a model that is in memory; `perplexity` can be measured from disk"
+    return None
+
+
+def _weights(loaded: LoadedRecipe, work: Work, problem: tuple[tuple[str | int, ...], str] | None) -> Weights:
+    """Where the weights are to be. Raises RecipeError where the budgets cannot be kept."""
+    recipe = loaded.recipe
+    if recipe.weights == "disk" and problem:
+        raise loaded.error(problem[0], f"weights cannot be read from disk: {problem[1]}")
+    lacking = {one: _lacking(recipe, work, one) for one in get_args(Weights)}
+    weights: Weights = "disk" if recipe.weights == "disk" else "memory"
+    if recipe.weights == "auto" and lacking["memory"] and not problem:
+        weights = "disk"
+    if not lacking[weights]:
+        return weights
+    key, what = lacking[weights][0]
+    advice = f"Less calibration text needs less (here it takes {human_bytes(work.text)}), and smaller batches."
+    if weights == "memory" and problem:
+        advice = f"They cannot be read one layer at a time, which would need less: {problem[1]}."
+    elif weights == "memory":
+        advice = "Say `weights: disk`, or leave it out, to read one layer at a time."
+    raise loaded.error((key,), f"{what}. {advice} The estimate is rough: where you know better, give a larger `{key}`")
+
+
+def _lacking(recipe: Recipe, work: Work, weights: Weights) -> list[tuple[str, str]]:
+    """Budgets that would not be kept: (key of the recipe, what is needed and what is there)."""
+    device, found = recipe.device, []
+    held = "all weights in it" if weights == "memory" else "one decoder layer in it at a time"
+    for key, needed, given in (
+        ("memory", work.memory(weights, device=device), recipe.memory or available_memory()),
+        ("device_memory", work.device_memory(weights), recipe.device_memory or available_on(device)),
+        ("disk", work.disk(weights), recipe.disk),
+    ):
+        if given is not None and needed > given and (key != "device_memory" or device != "cpu"):
+            what = f"about {human_bytes(needed)} of {key.replace('_', ' ')} are needed with {held}"
+            found.append((key, f"{what}, {human_bytes(given)} are there"))
+    return found
+
+
+# The same, in words ----------------------------------------------------------------------------------------
 
 
 def _skipping_notes(config: Any) -> list[str]:

@@ -156,6 +156,20 @@ def _known_device(device: str) -> str:
     return device
 
 
+def _bytes(value: object) -> object:
+    """`16GB`, `512 MiB` or a number → bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B\s*", value)
+    if not found:
+        raise ValueError(f"a size, such as 16GB or 512MiB, not {value!r}")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+"""A number of bytes; in a recipe also `16GB` (powers of 1000) or `16GiB` (of 1024)."""
+
+
 class Recipe(_Settings):
     """What to compress, on which text, with which passes, and what to measure."""
 
@@ -166,6 +180,15 @@ class Recipe(_Settings):
     device: Annotated[str, AfterValidator(_known_device)] = Field(
         default="cpu", description="where to compute: cpu, cuda or cuda:N"
     )
+    weights: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="memory: all at once; disk: one decoder layer at a time; auto: in memory where they fit",
+    )
+    memory: Bytes | None = Field(
+        default=None, description="memory that the run may use, such as 64GB; default what is available"
+    )
+    device_memory: Bytes | None = Field(default=None, description="the same on the accelerator")
+    disk: Bytes | None = Field(default=None, description="disk that the run may use, its output included")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
     seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
     calibration: Calibration = Field(
@@ -231,6 +254,10 @@ class LoadedRecipe:
         passes = [{p.spec.method: p.method.options.model_dump(mode="json")} for p in self.passes]
         effective["passes"] = passes or [spec.model_dump(mode="json") for spec in self.recipe.passes]
         return {name: effective[name] for name in Recipe.model_fields if name in effective}
+
+
+BUDGETS = ("weights", "memory", "device_memory", "disk")
+"""Keys of a recipe that say with what it is carried out, and change no figure."""
 
 
 # Loading ---------------------------------------------------------------------------------------------------

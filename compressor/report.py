@@ -129,7 +129,7 @@ def print_plan(plan: Json, console: Console) -> None:
 
     ``plan``: ``model``, ``architecture``, ``layers`` (each ``path``, ``num_experts``, ``top_k``, ``kept``,
     ``dropped``, all but the path numbers of experts), ``parameters`` and ``bytes`` (``{"before", "after"}``),
-    ``expert_parameters``, ``dtype``, ``notes``.
+    ``expert_parameters``, ``dtype``, ``needs`` (as `Work.to_json` gives them), ``notes``.
     """
     _print_heading(
         console,
@@ -149,7 +149,27 @@ def print_plan(plan: Json, console: Console) -> None:
     if plan.get("expert_parameters"):
         share = plan["expert_parameters"] / plan["parameters"]["before"]
         console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
+    if plan.get("needs"):
+        _print_needs(plan["needs"], console)
     _print_notes(plan, console)
+
+
+def _print_needs(needs: Json, console: Console) -> None:
+    """How the weights are held, and what the run needs for that."""
+    how = (
+        "all in memory"
+        if needs["weights"] == "memory"
+        else f"one decoder layer at a time: {needs['layers']} of {human_bytes(needs['largest_layer'])} at most"
+    )
+    there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
+    table = _table("needs", "about", wrap=("about",))
+    table.add_row("weights", how)
+    table.add_row("memory", f"{human_bytes(needs['memory'])} ({human_bytes(needs['text'])} for the text){there}")
+    if needs["device_memory"]:
+        table.add_row("device memory", human_bytes(needs["device_memory"]))
+    table.add_row("disk", human_bytes(needs["disk"]))
+    table.add_row("reading", f"the weights {needs['readings']} times, {human_bytes(needs['bytes_read'])}")
+    _print_table(console, "Needs", table)
 
 
 def print_inspection(info: Json, console: Console) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def units_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def sizes_of(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """(bytes of the weights in no unit, bytes by unit); the model may be on the meta device."""
+    by_unit, outside = dict.fromkeys(units_of(model), 0), 0
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        unit = next((unit for unit in by_unit if name.startswith(unit + ".")), None)
+        size = tensor.numel() * tensor.element_size()
+        if unit is None:
+            outside += size
+        else:
+            by_unit[unit] += size
+    return outside, by_unit
+
+
 def list_of(unit: str) -> str:
     """The path of the module list that a unit is in."""
     return unit.rpartition(".")[0]
@@ -112,6 +125,8 @@ class StreamedWeights:
         self._held: dict[str, dict[str, Tensor]] = {}
         """What is loaded, by unit or module: tensor name → what stands on the meta device for it."""
         self._checked: set[str] = set()
+        self._contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] = {}
+        self._entered: dict[str, ExitStack] = {}
         stored = stored_tensors(shards)
         self._rename = _Renaming(model)
         self._sources: dict[str, dict[str, StoredTensor]] = {}
@@ -137,9 +152,27 @@ class StreamedWeights:
     def load(self, unit: str) -> None:
         """Bring a unit's weights to the device. Raises CheckpointError for a damaged file, NaN or infinity."""
         self._load(unit, [name for name in self._names if name.startswith(unit + ".")])
+        if unit not in self._entered:
+            stack = self._entered[unit] = ExitStack()
+            for path, context in self._contexts.items():
+                if f"{path}.".startswith(f"{unit}."):
+                    stack.enter_context(context())
+
+    @contextmanager
+    def within(self, contexts: Mapping[str, Callable[[], AbstractContextManager[object]]]) -> Iterator[None]:
+        """Within the context, each layer (by its path) is in a context of its own while its weights are there: what
+        changes values, such as masks, can do so then only.
+        """
+        before, self._contexts = self._contexts, contexts
+        try:
+            yield
+        finally:
+            self._contexts = before
 
     def free(self, unit: str) -> None:
         """Let go of a unit's weights; nothing is written, they are what the files hold."""
+        if unit in self._entered:
+            self._entered.pop(unit).close()
         for name, on_meta in self._held.pop(unit, {}).items():
             _set(self.model, name, on_meta)
         _give_back_memory()
@@ -164,7 +197,7 @@ class StreamedWeights:
             yield
         finally:
             self.free(key)
-            for unit in list(self._held):
+            for unit in [*self._held, *self._entered]:
                 self.free(unit)
 
     def bytes_of(self, unit: str) -> int:

@@ -101,18 +101,18 @@ def observe(
 def forward(
     model: Any,
     batches: Sequence[TokenBatch],
-    consume: Callable[[TokenBatch, Any], None],
-    progress: Progress,
+    consume: Consume,
+    update: Update,
     *,
-    title: str,
     weights: StreamedWeights,
 ) -> None:
-    """Run a model that is read layer by layer on all batches; `consume` is given each batch and the model's output."""
+    """Run a model that is read layer by layer on all batches; `consume` is given each batch and the model's output.
+    `update` is told how many layers were read.
+    """
     was_training = model.training
     model.eval()
     try:
-        with progress.task(title) as update:
-            _Walk(model, model, update, Processes(), weights, consume=consume).run(batches)
+        _Walk(model, model, update, Processes(), weights, consume=consume).run(batches)
     finally:
         model.train(was_training)
 
@@ -559,5 +559,10 @@ def logits(model: Any, batch: TokenBatch) -> Tensor:
         output = model(**model_inputs(model, batch))
     finally:
         model.train(was_training)
+    return answers_at(batch, output)
+
+
+def answers_at(batch: TokenBatch, output: Any) -> Tensor:
+    """What a model has put out for a batch's real tokens: logits [N, V], or hidden states [N, H] without a head."""
     answers = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return answers[batch.attention_mask.to(answers.device)]  # type: ignore[no-any-return]

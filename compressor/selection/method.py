@@ -342,6 +342,13 @@ class ExpertSelection(Method[OptionsT]):
             parts.append(self._greedy_search(layer, sums))
         return JoinedStatistic(parts)
 
+    def bytes_per_token(self, layer: MoELayer) -> float:
+        """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
+        if not self._changes(layer) or self._route(layer) != "greedy":
+            return 0.0
+        ranks = self.options.ranks or min(layer.num_choices, 5 * layer.top_k)
+        return 4.0 * ranks**2 + 25.0 * ranks
+
     def _greedy_search(self, layer: MoELayer, sums: ExpertSums) -> GreedySearch:
         counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
         fewest = min(counts)

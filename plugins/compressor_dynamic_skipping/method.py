@@ -406,18 +406,18 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Skipped means a weight of 0."""
-        return moe.zeroed(_rules(moe, decision))
+        return moe.zeroed(_rules(moe, decision, of_all=False))
 
     def edit(self, moe: MoEModel, decision: Decision) -> None:
         """From now on the model skips; its config says how."""
         moe.skip(_rules(moe, decision))
 
 
-def _rules(moe: MoEModel, decision: Decision) -> dict[str, SkipRule]:
-    """The rules of a decision. Raises ValueError where it was made for other layers."""
+def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:
+    """The rules of a decision; `of_all`: it speaks of every layer. Raises ValueError where it was made for others."""
     layers = decision["layers"]
     ours = {layer.path for layer in moe.layers}
-    if set(layers) != ours:
+    if not set(layers) <= ours or (of_all and set(layers) != ours):
         other = min(set(layers) ^ ours)
         whose = "the model has no such MoE layer" if other in layers else "it says nothing of this layer"
         raise ValueError(

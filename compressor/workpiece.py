@@ -1,0 +1,309 @@
+"""The model that passes work on, one after another: with all of its weights in memory, or with its weights on disk.
+
+    InMemory    a live model: edited in place, compared with what was previewed, saved, loaded again, compared
+    OnDisk      a skeleton whose weights are read layer by layer (`stream`): every edit writes a smaller checkpoint
+                (`disk`), which the next pass reads; the last one is the output
+
+Both answer the same questions, to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor import checkpoint as checkpoints
+from compressor import disk, walk
+from compressor import evaluate as measure
+from compressor.calibration import Sequences, TokenBatch
+from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
+from compressor.errors import CheckpointError, VerificationError
+from compressor.evaluate import Perplexity
+from compressor.journal import Journal, ObservationJournal
+from compressor.method import Decision, Method
+from compressor.moe import Adapter, Kept, MoEModel, structure_of
+from compressor.processes import Processes
+from compressor.progress import Progress, Update
+from compressor.statistics import Statistic
+from compressor.stream import StreamedWeights
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TIES_ALLOWED = 0.25
+
+
+class InMemory:
+    """A model whose weights are all there. `source` is the checkpoint that it came from, if any."""
+
+    def __init__(
+        self,
+        moe: MoEModel,
+        source: Checkpoint | None,
+        *,
+        left_out: LeftOut | None = None,
+        adapters: Sequence[Adapter] = (),
+        progress: Progress,
+        processes: Processes,
+    ) -> None:
+        self.moe, self.source, self.left_out, self.adapters = moe, source, left_out, adapters
+        self.progress, self.processes = progress, processes
+
+    weights: StreamedWeights | None = None
+
+    def observe(
+        self,
+        batches: Sequence[TokenBatch],
+        statistics: Mapping[str, Statistic],
+        *,
+        title: str,
+        edited: walk.Edited | None = None,
+        journal: ObservationJournal | None = None,
+    ) -> walk.Figures:
+        """The figures of these statistics; see `walk.observe`."""
+        return walk.observe(
+            self.moe,
+            batches,
+            statistics,
+            self.progress,
+            title=title,
+            edited=edited,
+            weights=self.weights,
+            journal=journal,
+            processes=self.processes,
+        )
+
+    def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
+        """Within the context only these experts can be chosen; see `MoEModel.masked`."""
+        return self.moe.masked(kept, top_k=top_k)
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        """How well the model predicts a text."""
+        return measure.perplexity(self.moe.model, sequences, batch_size, update, self.processes)
+
+    def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
+        """Carry a decision out, and compare the answers on `probe` with those of the method's preview; the differences.
+
+        `name` tells the edits of a run apart. Raises VerificationError where the answers are others.
+        """
+        return edit_verified(self.moe, method, decision, probe)
+
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        """Write the checkpoint into the output's folder."""
+        self.progress.say("saving, and loading again to compare")
+        save_verified(self.moe, self.source, folder, probe, self.left_out, self.adapters)
+
+
+class OnDisk(InMemory):
+    """A model whose weights stay on disk, and are read one decoder layer at a time.
+
+    `work` is a folder for the checkpoints between passes. `journal` knows which of them are whole, in a run that goes
+    on.
+    """
+
+    source: Checkpoint
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        work: Path,
+        *,
+        device: str,
+        journal: Journal | None,
+        left_out: LeftOut | None = None,
+        adapters: Sequence[Adapter] = (),
+        progress: Progress,
+        processes: Processes,
+    ) -> None:
+        self.work, self.device, self.journal = work, device, journal
+        self.stage: Path | None = None
+        """The folder of the last checkpoint written; None where that is the source itself."""
+        shared: dict[str, Any] = {"left_out": left_out, "progress": progress, "processes": processes}
+        super().__init__(_skeleton(source, adapters), source, adapters=adapters, **shared)
+        self._read(self.moe, source)
+
+    def _open(self, found: Checkpoint) -> None:
+        self._read(_skeleton(found, self.adapters), found)
+
+    def _read(self, moe: MoEModel, found: Checkpoint) -> None:
+        self.source, self.moe = found, moe
+        self.weights = StreamedWeights(self.moe.model, checkpoints.verify_files(found.folder), device=self.device)
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        """How well the model predicts a text; all of the text passes a layer before the next one is read."""
+        return measure.perplexity(
+            self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update)
+        )
+
+    def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
+        """Within the context only these experts can be chosen, in every layer as long as it is there."""
+        assert self.weights is not None
+        return self.weights.within(
+            {path: partial(self.moe.masked, {path: ids}, top_k=top_k) for path, ids in kept.items()}
+        )
+
+    def _run_with(self, update: Update | None) -> measure.Run:
+        def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:
+            assert self.weights is not None
+            walk.forward(self.moe.model, batches, consume, update or (lambda *_: None), weights=self.weights)
+
+        return run
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The model's logits [N, V] at a batch's N real tokens."""
+        found: list[Tensor] = []
+        self._run_with(None)([batch], lambda one, output: found.append(walk.answers_at(one, output)))
+        return found[0]
+
+    def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
+        """Write the smaller checkpoint and go on with it; compared as in memory. A run that goes on finds it there."""
+        stage = self.work / name
+        noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
+        known = self.processes.exchange(noted if (stage / "config.json").exists() else None)[0]
+        if known is None:
+            known = self._edit(method, decision, probe, stage)
+            if self.journal is not None and self.processes.is_first:
+                self.journal.note(f"edited {name}", known)
+        else:
+            self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+        before, self.stage = self.stage, stage
+        self.processes.wait()
+        if before is not None and self.processes.is_first:
+            shutil.rmtree(before)
+        return dict(known)
+
+    def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, float]:
+        assert self.weights is not None
+        expected = None
+        if method.preview(self.moe, decision) is not None:
+
+            def previewed(path: str) -> AbstractContextManager[object]:
+                context = method.preview(self.moe, {**decision, "layers": {path: decision["layers"][path]}})
+                assert context is not None
+                return context
+
+            with self.weights.within({path: partial(previewed, path) for path in decision["layers"]}):
+                expected = self.logits(probe)
+            if not torch.isfinite(expected).all():
+                raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
+        before = disk.meta_model(self.source, self.adapters)
+        after = copy.deepcopy(before)
+        method.edit(after, decision)
+        if self.processes.is_first:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            edit = disk.plan_edit(self.source, before, after, self.left_out)
+            with self.progress.task(f"{method.name}: writing the smaller checkpoint, bytes") as update:
+                # what lies between two passes is ours; the source's files are the user's, and are copied
+                edit.write(stage, hard_link=self.stage is not None, progress=update)
+        self.processes.wait()
+        self.left_out = None
+        self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+        return {} if expected is None else compare_answers(expected, self.logits(probe))
+
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        """The last checkpoint written becomes the output. Its config goes first: without it the rest counts as gone."""
+        assert self.stage is not None, "a recipe has a pass"
+        paths = sorted(self.stage.iterdir(), key=lambda path: path.name != "config.json")
+        for path in paths:
+            path.rename(folder.path / path.name)
+        shutil.rmtree(self.work)
+        self.source = Checkpoint(str(folder.target), folder.path, self.source.trust_remote_code)
+
+
+def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:
+    model = checkpoints.load_model(found, device="meta", adapters=adapters)
+    return MoEModel(model, structure_of(type(model), model.config, adapters))
+
+
+def edit_verified(moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch) -> dict[str, float]:
+    """Edit the live model and check, on one batch, that it then computes what was decided.
+
+    First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
+    under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
+    returns the differences.
+    """
+    untouched = walk.logits(moe.model, probe)
+    if not torch.isfinite(untouched).all():
+        raise CheckpointError(
+            "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
+            f"last ones, such as the language-model head, are damaged, or too large for {untouched.dtype}."
+        )
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    if not torch.equal(walk.logits(moe.model, probe), untouched):
+        raise VerificationError(
+            "keeping all experts changed the model's logits: this architecture's edit is not sound."
+        )
+    preview = method.preview(moe, decision)
+    expected = None
+    if preview is not None:
+        with preview:
+            expected = walk.logits(moe.model, probe)
+    method.edit(moe, decision)
+    if expected is None:
+        return {"keep_all_difference": 0.0}
+    return {"keep_all_difference": 0.0, **compare_answers(expected, walk.logits(moe.model, probe))}
+
+
+def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
+    """Relative error of each token's logits.
+
+    Where two experts tie for a token within rounding, which is rare in float32 and common in half precision, the tie
+    may fall anew: the token takes the other, equally good one, and what changes spreads to later tokens through
+    attention. So a quarter of the tokens may differ; experts sliced wrongly would change nearly all of them.
+    """
+    expected, found = expected_NV.double(), found_NV.double()
+    error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    tolerance = _TOLERANCE[expected_NV.dtype]
+    share = float((~(error_N <= tolerance)).double().mean())
+    if share > _TIES_ALLOWED:
+        raise VerificationError(
+            f"the edited model does not answer as decided (experts removed as if masked, experts skipped as with a "
+            f"weight of 0): {share:.1%} of tokens differ by more than {tolerance:g} (largest relative difference "
+            f"{float(error_N.max()):.3g})."
+        )
+    return {"edited_against_preview": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
+
+
+def save_verified(
+    moe: MoEModel,
+    found: Checkpoint | None,
+    folder: OutputFolder,
+    probe: TokenBatch,
+    left_out: LeftOut | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> None:
+    """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
+
+    Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
+    """
+    folder.require_space(measure.size(moe.model).bytes)
+    leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
+    counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
+    checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
+    checkpoints.verify_files(folder.path)
+    trust = found.trust_remote_code if found else False
+    device = str(next(moe.model.parameters()).device)
+    again = checkpoints.load_model(
+        Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model, adapters=adapters
+    )
+    live, loaded = moe.model.state_dict(), again.state_dict()
+    different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
+    if different or len(live) != len(loaded):
+        raise VerificationError(
+            f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
+            f"({', '.join(different[:3])}). Nothing was kept."
+        )
+    expected, answered = walk.logits(moe.model, probe), walk.logits(again, probe)
+    if not torch.equal(expected, answered):
+        difference = float((expected.float() - answered.float()).abs().max())
+        raise VerificationError(
+            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
+            f"difference of a logit: {difference:.3g}). Nothing was kept."
+        )

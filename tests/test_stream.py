@@ -1,0 +1,277 @@
+"""Models that are read from disk one decoder layer at a time: the same as in memory, to the bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_folder, tiny_model, token_ids, write_checkpoint, write_token_file
+
+import compressor
+from compressor import CheckpointError, DiskError, MoEModel, RecipeError, Statistic, disk, walk
+from compressor import checkpoint as checkpoints
+from compressor.calibration import TokenBatch
+from compressor.checkpoint import Checkpoint
+from compressor.journal import ObservationJournal
+from compressor.progress import Progress
+from compressor.stream import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
+from compressor.testing import tiny
+
+Recipe = dict[str, Any]
+WEIGHTS = "model.safetensors"
+
+
+def streamed(folder: Path) -> tuple[MoEModel, StreamedWeights]:
+    found = Checkpoint(str(folder), folder)
+    model = checkpoints.load_model(found, device="meta")
+    return MoEModel(model), StreamedWeights(model, checkpoints.verify_files(folder))
+
+
+def in_memory(folder: Path) -> MoEModel:
+    return MoEModel(checkpoints.load_model(Checkpoint(str(folder), folder)))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+
+
+# --- weights that come and go
+
+
+def test_a_layer_is_there_and_gone_again(model: Path) -> None:
+    expected = in_memory(model).model.state_dict()
+    moe, weights = streamed(model)
+    assert weights.units == ("model.layers.0", "model.layers.1", "model.layers.2")
+    weights.load("model.layers.1")
+    for name, tensor in moe.model.state_dict().items():
+        is_there = name.startswith("model.layers.1.")
+        assert tensor.is_meta is not is_there, name
+        assert not is_there or torch.equal(tensor, expected[name]), name
+    weights.free("model.layers.1")
+    assert all(tensor.is_meta for tensor in moe.model.state_dict().values())
+
+
+def test_computed_buffers_are_there(model: Path) -> None:
+    moe, _ = streamed(model)
+    expected = dict(in_memory(model).model.named_buffers())
+    found = dict(moe.model.named_buffers())
+    assert torch.equal(found["model.rotary_emb.inv_freq"], expected["model.rotary_emb.inv_freq"])
+
+
+def test_tensors_that_share_their_memory_do_so_again(tmp_path: Path) -> None:
+    live = tiny_model("mixtral")
+    live.config.tie_word_embeddings = True
+    live.tie_weights()
+    folder = write_checkpoint(live, tmp_path / "tied")
+    moe, weights = streamed(folder)
+    with weights.around(moe.model):
+        assert not moe.model.lm_head.weight.is_meta
+        assert moe.model.lm_head.weight is moe.model.model.embed_tokens.weight
+    assert moe.model.lm_head.weight.is_meta
+
+
+def test_sizes(model: Path) -> None:
+    live = in_memory(model).model
+    outside, by_unit = sizes_of(live)
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in live.model.layers]
+    assert list(by_unit.values()) == layers
+    rest = (live.model.embed_tokens.weight, live.lm_head.weight, live.model.norm.weight)
+    buffers = live.model.rotary_emb.inv_freq.nbytes + live.model.rotary_emb.original_inv_freq.nbytes
+    assert outside == sum(tensor.nbytes for tensor in rest) + buffers
+    assert tuple(by_unit) == units_of(live)
+
+
+def test_a_file_that_was_cut_meanwhile(model: Path) -> None:
+    path = model / WEIGHTS
+    stored = stored_tensors(checkpoints.verify_files(model))
+    last = max(stored, key=lambda name: stored[name].start)
+    assert torch.equal(stored[last][...], load_file(path)[last])
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DiskError, match=rf"^{path}: it ends within a tensor"):
+        stored[last][...]
+
+
+def test_unknown_types_of_numbers_are_named(tmp_path: Path) -> None:
+    tensor = StoredTensor(tmp_path / "x", 0, 4, "F4", (8,))
+    with pytest.raises(CheckpointError, match="tensors of type F4 are not known"):
+        tensor[...]
+
+
+def test_nan_in_one_expert_is_named(model: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    name = next(name for name in tensors if name.startswith("model.layers.1.") and "experts.3." in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    _, weights = streamed(model)
+    weights.load("model.layers.0")
+    with pytest.raises(
+        CheckpointError, match=r"tensor model\.layers\.1\.mlp\.experts\.\S+ holds 1 value\(s\) that are NaN"
+    ):
+        weights.load("model.layers.1")
+
+
+# --- walking
+
+
+class Recorded(Statistic):
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def update(self, tokens: Any) -> None:
+        number = len(self.seen)
+        self.seen[f"{number}.in"] = tokens.hidden_TH.clone()
+        self.seen[f"{number}.weights"] = tokens.weights_TK.clone()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.seen
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "switch_transformers", "diffusion_gemma", "gemma4", "deepseek_v4", "ernie4_5_moe"]
+)
+def test_walk_from_disk_sees_the_same(model_type: str, tmp_path: Path) -> None:
+    tiny.tiny_model(model_type).save_pretrained(tmp_path)
+    live, (moe, weights) = in_memory(tmp_path), streamed(tmp_path)
+    inputs = [tiny.tiny_inputs(live.model, seed=seed)["input_ids"] for seed in range(2)]
+    batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in inputs]
+    paths = [layer.path for layer in live.layers]
+    expected = walk.observe(live, batches, {path: Recorded() for path in paths}, Progress())
+    held: list[set[str]] = []
+    load = weights.load
+
+    def watched(unit: str) -> None:
+        load(unit)
+        loaded = {n for n, tensor in moe.model.named_parameters() if not tensor.is_meta}
+        held.append({unit for unit in weights.units if any(name.startswith(unit + ".") for name in loaded)})
+
+    weights.load = watched  # type: ignore[method-assign]
+    found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), weights=weights)
+    assert list(found) == list(expected)
+    for path, figures in expected.items():
+        assert all(torch.equal(found[path][name], value) for name, value in figures.items()), path
+    assert all(len(units) == 1 for units in held)  # never two layers at a time
+    assert all(tensor.is_meta for tensor in moe.model.parameters())
+
+
+# --- runs
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Recipe:
+    tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
+    return {
+        "model": str(model),
+        "calibration": {"batch_size": 8, "data": [{"tokens": str(tokens), "samples": 24}]},
+        "passes": [{"expert_pruning": {"keep": 6}}],
+        "evaluate": {"perplexity": [{"tokens": str(tokens), "samples": 8}], "random": 1},
+    }
+
+
+PASSES = {
+    "exact": [{"expert_pruning": {"keep": 6}}],
+    "progressive": [{"expert_pruning": {"keep": 6, "progressive": True}}],
+    "criterion": [{"expert_pruning": {"keep": 6, "criterion": "reap"}}],
+    "greedy": [{"expert_pruning": {"keep": 5, "search": "greedy"}}],
+    "uneven": [{"expert_pruning": {"keep": {"mean": 6}}}],
+    "skipping": [{"dynamic_skipping": {}}],
+    "prune, skip": [{"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {}}],
+    "twice, top-1": [{"expert_pruning": {"keep": 6}}, {"expert_pruning": {"keep": 4, "top_k": 1}}],
+}
+
+
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES.keys())
+def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: list[Any], model: Path) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    recipe["passes"] = passes
+    whole = compressor.compress(recipe, output=tmp_path / "memory", overrides=["weights=memory"])
+    result = compressor.compress(recipe, output=tmp_path / "disk", overrides=["weights=disk"])
+    assert result.model is None
+    for name in ("compressor/statistics.safetensors", "compressor/decision.json"):
+        assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes(), name
+    ours, theirs = (load_file(tmp_path / one / WEIGHTS) for one in ("disk", "memory"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [checkpoints.read_config(tmp_path / one) for one in ("disk", "memory")]
+    assert configs[0] == configs[1]
+    for when in ("before", "after"):
+        figures = [one.record["evaluation"][when] for one in (result, whole)]
+        assert figures[0]["perplexity"] == figures[1]["perplexity"]
+        assert figures[0]["experts_per_token"] == figures[1]["experts_per_token"]
+        assert figures[0]["size"] == figures[1]["size"]
+    loaded, _ = compressor.load(tmp_path / "disk")
+    assert torch.equal(loaded(token_ids(2, 9)).logits, whole.model(token_ids(2, 9)).logits)
+    assert not list(tmp_path.glob(".*"))
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_what_was_copied_is_the_users_own(recipe: Recipe, tmp_path: Path, model: Path) -> None:
+    recipe["passes"] = [{"dynamic_skipping": {}}]
+    compressor.compress(recipe, output=tmp_path / "out", overrides=["weights=disk"])
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+    assert not (tmp_path / "out" / WEIGHTS).samefile(model / WEIGHTS)
+    assert (model / WEIGHTS).stat().st_nlink == (tmp_path / "out" / WEIGHTS).stat().st_nlink == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"evaluate": {"speed": True}},
+            "evaluate.speed: weights cannot be read from disk: `speed` needs a model that is",
+        ),
+        ({"dtype": "bfloat16"}, "dtype: weights cannot be read from disk: tensors are copied from file to file"),
+    ],
+)
+def test_what_cannot_be_done_from_disk_is_named(recipe: Recipe, tmp_path: Path, changes: Recipe, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        compressor.compress(recipe | changes | {"weights": "disk"}, output=tmp_path / "out")
+
+
+def test_without_an_output_nothing_is_read_from_disk(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="every pass writes a checkpoint then, so it needs an `output`"):
+        compressor.compress(recipe | {"weights": "disk"})
+
+
+def test_a_live_model_is_not_read_from_disk(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    live, tokenizer = compressor.load(model)
+    with pytest.raises(RecipeError, match="the model given is in memory already"):
+        compressor.compress(recipe | {"weights": "disk"}, live, tokenizer, output=tmp_path / "out")
+
+
+class Once:
+    def __init__(self, call: Any) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.call(*args, **kwargs)
+
+
+def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint between them is found again."""
+    recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}
+    compressor.compress(recipe, output=tmp_path / "whole")
+    put = ObservationJournal.put
+
+    def stop(self: ObservationJournal, layer: str, figures: Any) -> None:
+        put(self, layer, figures)
+        if self.folder.name.startswith("1.") and layer == "model.layers.1.mlp":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObservationJournal, "put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe, output=tmp_path / "out")
+    (stage,) = (tmp_path / ".out.partial" / "stages").iterdir()
+    assert stage.name == "0.expert_pruning"
+    monkeypatch.setattr(disk, "_write_shard", once := Once(disk._write_shard))
+    compressor.compress(recipe, output=tmp_path / "out", resume=True)
+    for name in (WEIGHTS, "config.json", "compressor/statistics.safetensors", "compressor/decision.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert once.calls == 1  # the second pass's checkpoint; the first one's is there
+    assert not list(tmp_path.glob(".*"))
