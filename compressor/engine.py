@@ -56,7 +56,7 @@ from compressor.page import page
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
-from compressor.recipe import BUDGETS, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.recipe import CHANGES_NO_FIGURE, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
@@ -597,7 +597,7 @@ class _Run:
         if self.recipe.output is None or about["model"]["fingerprint"] is None:
             return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
-        for key in ("output", *BUDGETS):
+        for key in CHANGES_NO_FIGURE:
             recipe.pop(key, None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
         identity = {

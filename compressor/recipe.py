@@ -239,12 +239,14 @@ class LoadedRecipe:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the effective recipe, except where the result is put: `sha256:` and 16 hex digits.
+        """A digest of the effective recipe, except where the result is put and what it may take: `sha256:` and 16 hex
+        digits.
 
         Options that the recipe leaves to their defaults count too, if the recipe was loaded with `methods`.
         """
         effective = self.to_mapping()
-        effective.pop("output", None)
+        for key in CHANGES_NO_FIGURE:
+            effective.pop(key, None)
         text = json.dumps(effective, sort_keys=True)
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -256,8 +258,8 @@ class LoadedRecipe:
         return {name: effective[name] for name in Recipe.model_fields if name in effective}
 
 
-BUDGETS = ("weights", "memory", "device_memory", "disk")
-"""Keys of a recipe that say with what it is carried out, and change no figure."""
+CHANGES_NO_FIGURE = ("output", "weights", "memory", "device_memory", "disk")
+"""Keys of a recipe that say where to and with what it is carried out."""
 
 
 # Loading ---------------------------------------------------------------------------------------------------
