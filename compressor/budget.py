@@ -4,8 +4,8 @@ memory or read one decoder layer at a time.
     in memory    process + weights, twice while the result is compared + text + batch
     from disk    process + what is in no layer + largest layer, twice while it is put together + text + batch
 
-*text* are the hidden states of all calibration text, and what a search keeps of each token; *batch* is the work on one
-batch. `benchmarks/streaming.py` compares the estimate with what is used.
+*text* are the hidden states of all calibration text, unless they wait in files, and what a search keeps of each token;
+*batch* is the work on one batch. `benchmarks/streaming.py` compares the estimate with what is used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Weights = Literal["memory", "disk"]
+States = Literal["memory", "file"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights and hidden states are."""
+
+    weights: Weights
+    states: States
+
+
+PLACEMENTS = (
+    Placement("memory", "memory"),
+    Placement("memory", "file"),
+    Placement("disk", "memory"),
+    Placement("disk", "file"),
+)
+"""Fastest first."""
 
 PROCESS = 700_000_000
 """Bytes of Python with torch and transformers, before any weight."""
@@ -53,11 +71,15 @@ class Work:
     measures_text: bool
 
     @property
-    def text(self) -> int:
-        """Bytes of the hidden states of the calibration text: before a block two for each token, what goes in and what
-        it is added to; and of what is kept of each token.
+    def hidden_states(self) -> int:
+        """Bytes of the hidden states of the calibration text: before a block four vectors for each token, what goes in,
+        what it is added to, what came into the decoder layer, and the embedding.
         """
-        return round(self.tokens * (2 * self.streams * self.hidden * self.itemsize + self.per_token))
+        return 4 * self.tokens * self.streams * self.hidden * self.itemsize
+
+    def text(self, states: States) -> int:
+        """Bytes of memory for the calibration text."""
+        return round(self.tokens * self.per_token) + (self.hidden_states if states == "memory" else 0)
 
     @property
     def batch(self) -> int:
@@ -65,48 +87,51 @@ class Work:
         logits = self.vocabulary * (self.itemsize + 4) if self.measures_text else 0
         return _EXPERT_OUTPUTS + self.batch_tokens * (4 * _COPIES_PER_TOKEN * self.hidden + logits)
 
-    def memory(self, weights: Weights, *, device: str = "cpu") -> int:
+    def memory(self, place: Placement, *, device: str = "cpu") -> int:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
         others = PROCESS + (TASKS if self.has_tasks else 0)
         if device == "cpu":
-            return others + self.text + self.batch + self._held(weights)
+            return others + self.text(place.states) + self.batch + self._held(place.weights)
         largest = max(self.bytes_by_layer.values(), default=0)
-        return others + (self.bytes_total if weights == "memory" else largest)
+        return others + (self.bytes_total if place.weights == "memory" else largest)
 
-    def device_memory(self, weights: Weights) -> int:
+    def device_memory(self, place: Placement) -> int:
         """Bytes of the accelerator's memory at the peak, where the model computes on one."""
-        return self.text + self.batch + self._held(weights)
+        return self.text(place.states) + self.batch + self._held(place.weights)
 
     def _held(self, weights: Weights) -> int:
         if weights == "memory":
             return self.copies * self.bytes_total
         return self.bytes_outside + 2 * max(self.bytes_by_layer.values(), default=0)
 
-    def disk(self, weights: Weights) -> int:
-        """Bytes on the output's disk at the peak: the output, with it the checkpoint before it, and the journal."""
-        stages = 2 if weights == "disk" and self.num_passes > 1 else 1
-        journal = 2 * self.tokens * self.streams * self.hidden * self.itemsize
-        return stages * self.bytes_after + journal
+    def disk(self, place: Placement) -> int:
+        """Bytes on the output's disk at the peak: the output, with it the checkpoint before it, the journal, and hidden
+        states that wait in files.
+        """
+        stages = 2 if place.weights == "disk" and self.num_passes > 1 else 1
+        waiting = self.hidden_states if place.states == "file" else 0
+        return stages * self.bytes_after + self.hidden_states // 2 + waiting
 
-    def readings(self, weights: Weights) -> int:
+    def readings(self, place: Placement) -> int:
         """How often all weights are read, as far as passes go: in memory once, and the result to compare it; from disk
         for each pass to observe, to preview, to write and to compare, and before and after for text that is measured.
         """
-        if weights == "memory":
+        if place.weights == "memory":
             return 2
         return 4 * self.num_passes + (2 if self.measures_text else 0)
 
-    def to_json(self, weights: Weights, *, device: str, available: int | None) -> dict[str, object]:
+    def to_json(self, place: Placement, *, device: str, available: int | None) -> dict[str, object]:
         """What `check` prints: sizes in bytes."""
         return {
-            "weights": weights,
-            "memory": self.memory(weights, device=device),
-            "device_memory": None if device == "cpu" else self.device_memory(weights),
+            "weights": place.weights,
+            "hidden_states": place.states,
+            "memory": self.memory(place, device=device),
+            "device_memory": None if device == "cpu" else self.device_memory(place),
             "available": available,
-            "disk": self.disk(weights),
-            "readings": self.readings(weights),
-            "bytes_read": self.readings(weights) * self.bytes_total,
+            "disk": self.disk(place),
+            "readings": self.readings(place),
+            "bytes_read": self.readings(place) * self.bytes_total,
             "layers": len(self.bytes_by_layer),
             "largest_layer": max(self.bytes_by_layer.values(), default=0),
-            "text": self.text,
+            "text": self.hidden_states,
         }

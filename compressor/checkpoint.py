@@ -759,6 +759,11 @@ def stages_folder(target: Path) -> Path:
     return journal_folder(target).with_name("stages")
 
 
+def waiting_folder(target: Path) -> Path:
+    """Where hidden states wait that a run on this output does not keep in memory."""
+    return journal_folder(target).with_name("waiting")
+
+
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
@@ -837,7 +842,8 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Give the folder its name."""
-        shutil.rmtree(self.journal.folder, ignore_errors=True)
+        for folder in (self.journal.folder, stages_folder(self.target), waiting_folder(self.target)):
+            shutil.rmtree(folder, ignore_errors=True)
         self._lock.remove()
         mask = os.umask(0)
         os.umask(mask)

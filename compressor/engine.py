@@ -53,6 +53,7 @@ from compressor.journal import Journal
 from compressor.method import Decision, Method, OptionError
 from compressor.moe import Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
+from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
@@ -655,7 +656,12 @@ class _Run:
             "progress": self.progress,
             "processes": self.processes,
         }
-        if not subject.preview.on_disk:
+        if subject.preview.place.states == "file":
+            assert self.recipe.output is not None
+            waiting = checkpoints.waiting_folder(self.recipe.output)
+            waiting.mkdir(parents=True, exist_ok=True)
+            shared["parking"] = Parking(waiting)
+        if subject.preview.place.weights == "memory":
             return InMemory(self._load(subject), subject.checkpoint, **shared)
         assert subject.checkpoint is not None
         assert self.recipe.output is not None

@@ -4,8 +4,8 @@
     NAME.json                     something measured, by name
     PASS/LAYER.safetensors        the figures of a layer that is done
     PASS/done.json                all layers are
-    PASS/streams-RANK-UNIT.safetensors
-                                  where the calibration text stands: what the decoder layers before put out last
+    PASS/streams-RANK-UNIT/       where the calibration text stands before a decoder layer: what those before it have
+                                  put out last, a file a batch, and standing.json when all are there
 
 Every file is written beside its name, forced to the disk and renamed, so it is whole or not there.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.parking import tensors_in
 
 _ABOUT = "run.json"
 _DONE = "done.json"
+_STANDING = "standing.json"
 
 
 class Journal:
@@ -94,11 +96,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where all batches stand: before `unit`, having come through `passed`."""
+    """Where all batches stand: before `unit`, having come through `passed`, so many of them."""
 
     unit: str
     passed: Sequence[str]
-    standing: Sequence[Standing]
+    num_batches: int
 
 
 class ObservationJournal:
@@ -122,51 +124,50 @@ class ObservationJournal:
     def _layer(self, layer: str) -> Path:
         return self.folder / f"{layer}.safetensors"
 
-    def put_streams(self, snapshot: Snapshot) -> None:
-        """Where the batches stand now."""
-        tensors: dict[str, Tensor] = {}
-        about = []
-        for number, standing in enumerate(snapshot.standing):
-            trees = {}
-            for path, (tree, held) in standing.outputs.items():
-                trees[path] = [tree, len(held)]
-                tensors |= {f"{number}/{path}/{place}": tensor for place, tensor in enumerate(held)}
-            about.append({"outputs": trees, "digest": standing.digest})
-        header = {"run": self.run, "unit": snapshot.unit, "passed": list(snapshot.passed), "standing": about}
-        _save(self._streams(snapshot.unit), tensors, header)
+    def put_streams(self, unit: str, passed: Sequence[str], standing: Iterable[Standing]) -> None:
+        """Where the batches stand now; they are looked at one after another."""
+        folder = self._streams(unit)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        count = 0
+        for number, one in enumerate(standing):
+            trees = {path: [tree, len(held)] for path, (tree, held) in one.outputs.items()}
+            tensors = {
+                f"{path}/{place}": tensor
+                for path, (_, held) in one.outputs.items()
+                for place, tensor in enumerate(held)
+            }
+            _save(folder / f"{number}.safetensors", tensors, {"outputs": trees, "digest": one.digest})
+            count = number + 1
+        about = {"run": self.run, "unit": unit, "passed": list(passed), "num_batches": count}
+        write_json(folder / _STANDING, about)
 
     def _streams(self, unit: str) -> Path:
-        return self.folder / f"streams-{self.rank}-{unit}.safetensors"
+        return self.folder / f"streams-{self.rank}-{unit}"
 
-    def stored_units(self) -> list[str]:
-        """The decoder layers before which the batches are known to have stood, the last one last."""
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The decoder layers before which all batches are known to have stood, the last one last."""
         found = []
-        for path in self.folder.glob(f"streams-{self.rank}-*.safetensors"):
-            header = _load_header(path)
-            if header["run"] == self.run:  # each machine may have a disk of its own, and on it the work of other runs
-                found.append((len(header["passed"]), header["unit"]))
-        return [unit for _, unit in sorted(found)]
+        for path in self.folder.glob(f"streams-{self.rank}-*/{_STANDING}"):
+            about = json.loads(path.read_text(encoding="utf-8"))
+            if about["run"] == self.run:  # each machine may have a disk of its own, and on it the work of other runs
+                found.append(Snapshot(about["unit"], about["passed"], about["num_batches"]))
+        return {one.unit: one for one in sorted(found, key=lambda one: len(one.passed))}
 
-    def streams(self, unit: str) -> Snapshot:
-        """Where the batches stood before a layer. Tensors are on the CPU."""
-        tensors, header = _load(self._streams(unit))
-        standing = [
-            Standing(
-                {
-                    path: (tree, [tensors[f"{number}/{path}/{place}"] for place in range(count)])
-                    for path, (tree, count) in one["outputs"].items()
-                },
-                one["digest"],
-            )
-            for number, one in enumerate(header["standing"])
-        ]
-        return Snapshot(header["unit"], header["passed"], standing)
+    def standing(self, unit: str, number: int) -> Standing:
+        """Where one batch stood before a layer. Tensors are on the CPU."""
+        tensors, header = _load(self._streams(unit) / f"{number}.safetensors")
+        outputs = {
+            path: (tree, [tensors[f"{path}/{place}"] for place in range(count)])
+            for path, (tree, count) in header["outputs"].items()
+        }
+        return Standing(outputs, header["digest"])
 
     def forget_streams(self, *, but: str | None = None) -> None:
         """Where the batches stood is of no use any more, but for one layer."""
-        for path in self.folder.glob(f"streams-{self.rank}-*.safetensors"):
+        for path in self.folder.glob(f"streams-{self.rank}-*"):
             if but is None or path != self._streams(but):
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def is_done(self) -> bool:
@@ -217,23 +218,12 @@ def unflatten(tree: Any, tensors: Sequence[Tensor]) -> Any:
 def digest(value: Any) -> str:
     """Tells arguments of a forward apart, by all tensors that can be found in them."""
     found = 0
-    for tensor in _tensors_in(value, depth=4):
+    for tensor in tensors_in(value, depth=4):
         held = tensor.detach().cpu().contiguous()
         found = zlib.crc32(str((tuple(held.shape), held.dtype)).encode(), found)
         if held.numel():
             found = zlib.crc32(held.reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
-
-
-def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, tuple | list):
-        for one in value:
-            yield from _tensors_in(one, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors_in(one, depth - 1)
 
 
 # Files -----------------------------------------------------------------------------------------------------
@@ -277,14 +267,6 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["header"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
-
-
-def _load_header(path: Path) -> Any:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["header"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
 

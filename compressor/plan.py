@@ -6,12 +6,12 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from compressor import checkpoint as checkpoints
-from compressor.budget import Weights, Work
+from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
@@ -35,8 +35,8 @@ class Preview:
     auto_class: str
     left_out: LeftOut | None
     plan: dict[str, Any]
-    on_disk: bool = False
-    """Whether weights are read one decoder layer at a time."""
+    place: Placement = PLACEMENTS[0]
+    """Where weights and hidden states are to be."""
 
 
 def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
@@ -118,10 +118,10 @@ def preview(
     }
     auto_class = checkpoints.auto_class(cls, config)
     work = _work(loaded, cls, config, structure.layers, dtype, after * dtype.itemsize)
-    weights = _weights(loaded, work, _disk_problem(loaded, structure, work, config, is_live=is_live))
+    place = _placement(loaded, work, _disk_problem(loaded, structure, work, config, is_live=is_live))
     available = loaded.recipe.memory or available_memory()
-    plan_json["needs"] = work.to_json(weights, device=loaded.recipe.device, available=available)
-    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json, weights == "disk")
+    plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
+    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json, place)
 
 
 # Memory ----------------------------------------------------------------------------------------------------
@@ -189,34 +189,45 @@ def _disk_problem(
     return None
 
 
-def _weights(loaded: LoadedRecipe, work: Work, problem: tuple[tuple[str | int, ...], str] | None) -> Weights:
-    """Where the weights are to be. Raises RecipeError where the budgets cannot be kept."""
+def _placement(loaded: LoadedRecipe, work: Work, problem: tuple[tuple[str | int, ...], str] | None) -> Placement:
+    """Where weights and hidden states are to be: the fastest way that keeps the budgets. Raises RecipeError if none
+    does.
+    """
     recipe = loaded.recipe
     if recipe.weights == "disk" and problem:
         raise loaded.error(problem[0], f"weights cannot be read from disk: {problem[1]}")
-    lacking = {one: _lacking(recipe, work, one) for one in get_args(Weights)}
-    weights: Weights = "disk" if recipe.weights == "disk" else "memory"
-    if recipe.weights == "auto" and lacking["memory"] and not problem:
-        weights = "disk"
-    if not lacking[weights]:
-        return weights
-    key, what = lacking[weights][0]
-    advice = f"Less calibration text needs less (here it takes {human_bytes(work.text)}), and smaller batches."
-    if weights == "memory" and problem:
-        advice = f"They cannot be read one layer at a time, which would need less: {problem[1]}."
-    elif weights == "memory":
-        advice = "Say `weights: disk`, or leave it out, to read one layer at a time."
-    raise loaded.error((key,), f"{what}. {advice} The estimate is rough: where you know better, give a larger `{key}`")
+    possible = [
+        place
+        for place in PLACEMENTS
+        if recipe.weights in ("auto", place.weights)
+        and recipe.hidden_states in ("auto", place.states)
+        and not (place.weights == "disk" and problem)
+        and not (place.states == "file" and recipe.output is None)
+    ]
+    if not possible:
+        raise loaded.error(("hidden_states",), "they wait in files beside the output, so this needs an `output`")
+    lacking = {place: _lacking(recipe, work, place) for place in possible}
+    for place in possible:
+        if not lacking[place]:
+            return place
+    least = possible[-1]
+    key, what = lacking[least][0]
+    advice = f"Smaller batches need less (here one takes {human_bytes(work.batch)})"
+    if least.weights == "memory" and problem:
+        advice = f"The weights cannot be read one decoder layer at a time, which would need less: {problem[1]}"
+    elif least.weights == "memory":
+        advice = "Leave `weights` out, to read one decoder layer at a time"
+    raise loaded.error((key,), f"{what}. {advice}. The estimate is rough: where you know better, give a larger `{key}`")
 
 
-def _lacking(recipe: Recipe, work: Work, weights: Weights) -> list[tuple[str, str]]:
+def _lacking(recipe: Recipe, work: Work, place: Placement) -> list[tuple[str, str]]:
     """Budgets that would not be kept: (key of the recipe, what is needed and what is there)."""
     device, found = recipe.device, []
-    held = "all weights in it" if weights == "memory" else "one decoder layer in it at a time"
+    held = "all weights in it" if place.weights == "memory" else "one decoder layer in it at a time"
     for key, needed, given in (
-        ("memory", work.memory(weights, device=device), recipe.memory or available_memory()),
-        ("device_memory", work.device_memory(weights), recipe.device_memory or available_on(device)),
-        ("disk", work.disk(weights), recipe.disk),
+        ("memory", work.memory(place, device=device), recipe.memory or available_memory()),
+        ("device_memory", work.device_memory(place), recipe.device_memory or available_on(device)),
+        ("disk", work.disk(place), recipe.disk),
     ):
         if given is not None and needed > given and (key != "device_memory" or device != "cpu"):
             what = f"about {human_bytes(needed)} of {key.replace('_', ' ')} are needed with {held}"

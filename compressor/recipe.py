@@ -184,6 +184,9 @@ class Recipe(_Settings):
         default="auto",
         description="memory: all at once; disk: one decoder layer at a time; auto: in memory where they fit",
     )
+    hidden_states: Literal["auto", "memory", "file"] = Field(
+        default="auto", description="where the text waits between layers: in memory, in files, or as `memory` allows"
+    )
     memory: Bytes | None = Field(
         default=None, description="memory that the run may use, such as 64GB; default what is available"
     )
@@ -258,7 +261,7 @@ class LoadedRecipe:
         return {name: effective[name] for name in Recipe.model_fields if name in effective}
 
 
-CHANGES_NO_FIGURE = ("output", "weights", "memory", "device_memory", "disk")
+CHANGES_NO_FIGURE = ("output", "weights", "hidden_states", "memory", "device_memory", "disk")
 """Keys of a recipe that say where to and with what it is carried out."""
 
 

@@ -154,6 +154,9 @@ def print_plan(plan: Json, console: Console) -> None:
     _print_notes(plan, console)
 
 
+_WAITING = {"memory": "memory", "file": "files on the output's disk"}
+
+
 def _print_needs(needs: Json, console: Console) -> None:
     """How the weights are held, and what the run needs for that."""
     how = (
@@ -164,7 +167,8 @@ def _print_needs(needs: Json, console: Console) -> None:
     there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
     table = _table("needs", "about", wrap=("about",))
     table.add_row("weights", how)
-    table.add_row("memory", f"{human_bytes(needs['memory'])} ({human_bytes(needs['text'])} for the text){there}")
+    table.add_row("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}")
+    table.add_row("memory", f"{human_bytes(needs['memory'])}{there}")
     if needs["device_memory"]:
         table.add_row("device memory", human_bytes(needs["device_memory"]))
     table.add_row("disk", human_bytes(needs["disk"]))

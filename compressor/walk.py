@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from compressor.calibration import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
 from compressor.journal import ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
+from compressor.parking import Parked, Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
 from compressor.statistics import RULES, Statistic, joined_figures
@@ -62,6 +63,7 @@ def observe(
     weights: StreamedWeights | None = None,
     journal: ObservationJournal | None = None,
     processes: Processes | None = None,
+    parking: Parking | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
@@ -73,7 +75,7 @@ def observe(
     before each decoder layer; layers that it knows are not observed again.
 
     Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
-    the same figures.
+    the same figures. With `parking` hidden states wait there while other batches are at work.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
@@ -91,7 +93,7 @@ def observe(
     try:
         with moe.unskipped(), progress.task(title) as update:
             return _Walk(
-                moe.model, body, update, processes, weights, moe, dict(statistics), edited, journal=journal
+                moe.model, body, update, processes, weights, moe, dict(statistics), edited, None, journal, parking
             ).run(batches)
     finally:
         model.train(was_training)
@@ -105,6 +107,7 @@ def forward(
     update: Update,
     *,
     weights: StreamedWeights,
+    parking: Parking | None = None,
 ) -> None:
     """Run a model that is read layer by layer on all batches; `consume` is given each batch and the model's output.
     `update` is told how many layers were read.
@@ -112,7 +115,7 @@ def forward(
     was_training = model.training
     model.eval()
     try:
-        _Walk(model, model, update, Processes(), weights, consume=consume).run(batches)
+        _Walk(model, model, update, Processes(), weights, consume=consume, parking=parking).run(batches)
     finally:
         model.train(was_training)
 
@@ -141,7 +144,8 @@ class _Stream:
         self.outputs: dict[str, Any] = {}
         """What the last of them has put out, by the path of the list that it is in."""
         self.recorded: Standing | None = None
-        """What it is to have come through already: see `_Walk._set_on_its_way`."""
+        """What it is to have come through already: see `_Walk._set_on_their_way`."""
+        self.parked = Parked()
 
         def run() -> None:
             output = body(**model_inputs(body, batch))
@@ -149,6 +153,10 @@ class _Stream:
                 consume(batch, output)
 
         self._greenlet = greenlet(run)
+
+    def park(self, parking: Parking) -> None:
+        """Have what it carries wait elsewhere."""
+        self.parked = parking.park(self._greenlet.gr_frame, (self.call, list(self.outputs.values()), self.target_TH))
 
     def stand(self, stop: _Stop, args: Any, kwargs: Any) -> None:
         """Called from within the forward: wait here until told to go on."""
@@ -182,6 +190,7 @@ class _Walk:
     edited: Edited | None = None
     consume: Consume | None = None
     journal: ObservationJournal | None = None
+    parking: Parking | None = None
     real: RealTokens = field(default_factory=RealTokens)
     stream: _Stream | None = None
     """The stream that is running."""
@@ -257,24 +266,26 @@ class _Walk:
         """Where the streams of all processes stood together last; None if that is not known."""
         if self.journal is None:
             return None
-        units = self.processes.exchange(self.journal.stored_units() if has_batches else None)
+        snapshots = self.journal.snapshots()
+        units = self.processes.exchange(list(snapshots) if has_batches else None)
         common = [unit for unit in units[0] or () if all(unit in found for found in units if found is not None)]
-        return self.journal.streams(common[-1]) if common else None
+        return snapshots[common[-1]] if common else None
 
     def _set_on_their_way(self, streams: Sequence[_Stream], snapshot: Snapshot) -> bool:
         """Run the model's own forward with layers passed before answering what they answered then. Returns whether
         every stream is then given exactly what it was about to be given; if a model carries more from layer to layer
         than their outputs, it is not, and all layers have to be run again.
         """
-        if len(streams) != len(snapshot.standing):
+        assert self.journal is not None
+        if len(streams) != snapshot.num_batches:
             return False
         with ExitStack() as stack:
             for unit in dict.fromkeys(snapshot.passed):
                 stack.enter_context(self._answering_from_record(unit))
             self.passed_before = frozenset(snapshot.passed)
             stack.callback(setattr, self, "passed_before", frozenset())
-            for stream, standing in zip(streams, snapshot.standing, strict=True):
-                stream.recorded = standing
+            for number, stream in enumerate(streams):
+                stream.recorded = standing = self.journal.standing(snapshot.unit, number)
                 try:
                     self._go_on(stream)
                 except Exception:  # whatever the model's own code says of answers that do not fit
@@ -362,15 +373,9 @@ class _Walk:
         """Have the journal say where the streams stand, as far as that can be written down."""
         assert self.journal is not None
         passed = streams[0].passed if streams else []
-        try:
-            standing = [
-                Standing({path: flatten(output) for path, output in stream.outputs.items()}, digest(stream.call))
-                for stream in streams
-            ]
-        except TypeError:
-            standing = []
-        if standing and passed and unit not in passed:
-            self.journal.put_streams(Snapshot(unit, passed, standing))
+        if passed and unit not in passed:
+            with suppress(TypeError):
+                self.journal.put_streams(unit, passed, map(_standing, streams))
         self.processes.wait()  # where all stand is known of all before where they stood is forgotten
         self.journal.forget_streams(but=unit)
 
@@ -477,10 +482,13 @@ class _Walk:
         """Let a stream run through the block that it stands before, and up to the next one."""
         has_passed = stream.stop is not None and not stream.stop.is_unit
         self.stream, self.take, self.real.mask_T = stream, take, stream.mask_T
+        stream.parked.fetch()
         try:
             stream.go_on()
         finally:
             self.stream = self.take = None
+        if self.parking is not None and stream.stop is not None:
+            stream.park(self.parking)
         if has_passed:
             self.num_steps += 1
             self.update(self.num_steps, self.num_streams * len(self.statistics))
@@ -494,6 +502,7 @@ class _Walk:
                 f"neither `progressive` nor a second look at tokens is possible here."
             )
         self.take, self.real.mask_T = take, stream.mask_T
+        stream.parked.fetch()
         try:
             self.model.get_submodule(path)(*args, **kwargs)
         finally:
@@ -507,6 +516,14 @@ class _Walk:
                 f"{unseen[0]}: no token of the calibration text comes to this layer (a layer for images, say), so its "
                 f"experts cannot be judged. Prune the other layers only: name them under `keep:`."
             )
+
+
+def _standing(stream: _Stream) -> Standing:
+    """Where a stream stands, to be written down. Raises TypeError where a layer's output cannot be."""
+    outputs = {path: flatten(output) for path, output in stream.outputs.items()}
+    standing = Standing(outputs, digest(stream.call))
+    stream.parked.let_go()
+    return standing
 
 
 def _keep_output(stream: _Stream) -> Callable[[RoutedTokens], None]:

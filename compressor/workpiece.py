@@ -30,6 +30,7 @@ from compressor.evaluate import Perplexity
 from compressor.journal import Journal, ObservationJournal
 from compressor.method import Decision, Method
 from compressor.moe import Adapter, Kept, MoEModel, structure_of
+from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
 from compressor.statistics import Statistic
@@ -40,7 +41,9 @@ _TIES_ALLOWED = 0.25
 
 
 class InMemory:
-    """A model whose weights are all there. `source` is the checkpoint that it came from, if any."""
+    """A model whose weights are all there. `source` is the checkpoint that it came from, if any; with `parking` hidden
+    states wait there.
+    """
 
     def __init__(
         self,
@@ -51,9 +54,10 @@ class InMemory:
         adapters: Sequence[Adapter] = (),
         progress: Progress,
         processes: Processes,
+        parking: Parking | None = None,
     ) -> None:
         self.moe, self.source, self.left_out, self.adapters = moe, source, left_out, adapters
-        self.progress, self.processes = progress, processes
+        self.progress, self.processes, self.parking = progress, processes, parking
 
     weights: StreamedWeights | None = None
 
@@ -77,6 +81,7 @@ class InMemory:
             weights=self.weights,
             journal=journal,
             processes=self.processes,
+            parking=self.parking,
         )
 
     def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
@@ -120,11 +125,17 @@ class OnDisk(InMemory):
         adapters: Sequence[Adapter] = (),
         progress: Progress,
         processes: Processes,
+        parking: Parking | None = None,
     ) -> None:
         self.work, self.device, self.journal = work, device, journal
         self.stage: Path | None = None
         """The folder of the last checkpoint written; None where that is the source itself."""
-        shared: dict[str, Any] = {"left_out": left_out, "progress": progress, "processes": processes}
+        shared: dict[str, Any] = {
+            "left_out": left_out,
+            "progress": progress,
+            "processes": processes,
+            "parking": parking,
+        }
         super().__init__(_skeleton(source, adapters), source, adapters=adapters, **shared)
         self._read(self.moe, source)
 
@@ -151,7 +162,8 @@ class OnDisk(InMemory):
     def _run_with(self, update: Update | None) -> measure.Run:
         def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:
             assert self.weights is not None
-            walk.forward(self.moe.model, batches, consume, update or (lambda *_: None), weights=self.weights)
+            spoken = update or (lambda *_: None)
+            walk.forward(self.moe.model, batches, consume, spoken, weights=self.weights, parking=self.parking)
 
         return run
 

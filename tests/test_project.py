@@ -44,6 +44,7 @@ ORDER = (
     "stream",
     "checkpoint",
     "journal",
+    "parking",
     "moe",
     "sources",
     "tasks",

@@ -196,10 +196,10 @@ def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: p
     compressor.compress(recipe, output=tmp_path / "whole")
     kept = ObservationJournal.put_streams
 
-    def full(self: ObservationJournal, snapshot: Any) -> None:
-        if snapshot.unit == "model.layers.2":
+    def full(self: ObservationJournal, unit: str, *others: Any) -> None:
+        if unit == "model.layers.2":
             raise OSError(28, "No space left on device")
-        kept(self, snapshot)
+        kept(self, unit, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(ObservationJournal, "put_streams", full)
@@ -286,10 +286,11 @@ def test_what_cannot_be_answered_from_the_record_is_run_again(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         walk.observe(moe, batches, {path: Recorded() for path in paths[:-1]} | {paths[-1]: Stopped()}, Progress(),
                      journal=journal)  # fmt: skip
-    snapshot = journal.streams(journal.stored_units()[-1])
-    [(_, (tree, tensors))] = snapshot.standing[0].outputs.items()
-    changed = type(snapshot.standing[0])({"model.layers": (tree, [tensors[0] + 1])}, snapshot.standing[0].digest)
-    journal.put_streams(type(snapshot)(snapshot.unit, snapshot.passed, [changed]))
+    [snapshot] = journal.snapshots().values()
+    standing = journal.standing(snapshot.unit, 0)
+    [(_, (tree, tensors))] = standing.outputs.items()
+    changed = type(standing)({"model.layers": (tree, [tensors[0] + 1])}, standing.digest)
+    journal.put_streams(snapshot.unit, snapshot.passed, [changed])
     found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
     assert all(torch.equal(found[path]["0"], expected[path]["0"]) for path in paths)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greenlet import getcurrent, greenlet
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, tiny_model, token_ids, write_checkpoint, write_token_file
 
 import compressor
-from compressor import CheckpointError, DiskError, MoEModel, RecipeError, Statistic, disk, walk
+from compressor import CheckpointError, DiskError, MoEModel, RecipeError, Statistic, disk, parking, walk
 from compressor import checkpoint as checkpoints
 from compressor.calibration import TokenBatch
 from compressor.checkpoint import Checkpoint
 from compressor.journal import ObservationJournal
+from compressor.parking import Parking
 from compressor.progress import Progress
 from compressor.stream import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
 from compressor.testing import tiny
@@ -38,6 +42,18 @@ def in_memory(folder: Path) -> MoEModel:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+
+
+class Counted:
+    def __init__(self, call: Any) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.call(*args, **kwargs)
+
+    def __get__(self, owner: Any, _: Any) -> Any:
+        return partial(self, owner)
 
 
 # --- weights that come and go
@@ -209,6 +225,73 @@ def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: li
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("passes", [PASSES["progressive"], PASSES["greedy"], PASSES["prune, skip"]])
+def test_hidden_states_in_files_change_nothing(
+    recipe: Recipe, tmp_path: Path, passes: list[Any], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["passes"] = passes
+    compressor.compress(recipe, output=tmp_path / "whole")
+    monkeypatch.setattr(parking, "_SMALLEST", 1)
+    monkeypatch.setattr(Parking, "_put_into_file", counted := Counted(Parking._put_into_file))
+    wanted = ["hidden_states=file", f"weights={weights}"]
+    compressor.compress(recipe, output=tmp_path / "out", overrides=wanted)
+    assert counted.calls > 20
+    for name in ("compressor/statistics.safetensors", "compressor/decision.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- parking
+
+
+def test_what_waits_is_in_files(tmp_path: Path) -> None:
+    def work() -> torch.Tensor:
+        hidden, pair = torch.arange(2.0**15), (torch.ones(2**15), [torch.full((2, 2**14), 3.0)])
+        shared = torch.zeros(2**15)
+        view = shared.view(2, -1)
+        getcurrent().parent.switch()  # type: ignore[union-attr]
+        view[0, 0] = 7  # seen through both, because they were left alone
+        return sum(one.double().sum() for one in (hidden, pair[0], pair[1][0], shared))  # type: ignore[return-value]
+
+    waiting = greenlet(work)
+    waiting.switch()
+    place = Parking(tmp_path / "waiting")
+    (tmp_path / "waiting").mkdir()
+    parked = place.park(waiting.gr_frame)
+    assert place.num_bytes == 3 * 2**17
+    assert len(parked.files) == 3
+    assert not list((tmp_path / "waiting").iterdir())  # they have no names
+    assert float(waiting.switch()) == sum(range(2**15)) + 2**15 + 3 * 2**15 + 7
+
+
+def test_files_take_no_memory(tmp_path: Path) -> None:
+    """Of the process; the system's cache is its own affair."""
+    tensors = [torch.full((2**22,), float(number)) for number in range(16)]  # 16 MiB each
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    before = resident()
+    parked = Parking(tmp_path).park(None, tensors)
+    assert before - resident() > 200 * 2**20
+    assert [float(tensor[-1]) for tensor in tensors] == list(range(16))
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+    parked.let_go()
+    assert before - resident() > 200 * 2**20
+
+
+def test_weights_small_tensors_and_views_stay_where_they_are(tmp_path: Path) -> None:
+    weight, small, part = torch.nn.Parameter(torch.ones(2**15)), torch.ones(8), torch.ones(2, 2**15)[0]
+    before = [tensor.data_ptr() for tensor in (weight, small, part)]
+    place = Parking(tmp_path)
+    place.park(None, [weight, small, part])
+    assert place.num_bytes == 0
+    assert [tensor.data_ptr() for tensor in (weight, small, part)] == before
+
+
 def test_what_was_copied_is_the_users_own(recipe: Recipe, tmp_path: Path, model: Path) -> None:
     recipe["passes"] = [{"dynamic_skipping": {}}]
     compressor.compress(recipe, output=tmp_path / "out", overrides=["weights=disk"])
@@ -243,15 +326,6 @@ def test_a_live_model_is_not_read_from_disk(recipe: Recipe, model: Path, tmp_pat
         compressor.compress(recipe | {"weights": "disk"}, live, tokenizer, output=tmp_path / "out")
 
 
-class Once:
-    def __init__(self, call: Any) -> None:
-        self.call, self.calls = call, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self.call(*args, **kwargs)
-
-
 def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint between them is found again."""
     recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}
@@ -269,9 +343,9 @@ def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypa
             compressor.compress(recipe, output=tmp_path / "out")
     (stage,) = (tmp_path / ".out.partial" / "stages").iterdir()
     assert stage.name == "0.expert_pruning"
-    monkeypatch.setattr(disk, "_write_shard", once := Once(disk._write_shard))
+    monkeypatch.setattr(disk, "_write_shard", counted := Counted(disk._write_shard))
     compressor.compress(recipe, output=tmp_path / "out", resume=True)
     for name in (WEIGHTS, "config.json", "compressor/statistics.safetensors", "compressor/decision.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert once.calls == 1  # the second pass's checkpoint; the first one's is there
+    assert counted.calls == 1  # the second pass's checkpoint; the first one's is there
     assert not list(tmp_path.glob(".*"))
