@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from compressor.processes import Processes
+
+_LONGEST_SAYING = 30.0
+"""Seconds."""
 
 app = typer.Typer(
     name="compressor",
@@ -305,6 +309,8 @@ def _exit_status(arguments: list[str] | None) -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             if os.environ.get("RANK", "0") == "0":  # of several processes all are asked the same
                 error.show()
+            else:
+                time.sleep(_LONGEST_SAYING)  # torchrun ends the first one when another ends: it should have spoken
             return 2
         raise
     if status == 130:  # some typers raise at Ctrl-C, others answer with this status

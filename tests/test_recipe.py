@@ -353,7 +353,10 @@ def test_recursive_alias() -> None:
 
 # One mistake -----------------------------------------------------------------------------------------------
 
-TOP_KEYS = "Known keys: model, dtype, device, trust_remote_code, seed, calibration, passes, evaluate, output"
+TOP_KEYS = (
+    "Known keys: model, dtype, device, weights, hidden_states, memory, device_memory, disk, trust_remote_code, seed, "
+    "calibration, passes, evaluate, output"
+)
 
 ONE_MISTAKE = [
     # missing and unknown keys

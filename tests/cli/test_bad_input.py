@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from compressor import checkpoint, engine
+from compressor import checkpoint, engine, walk, workpiece
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
@@ -761,9 +761,9 @@ def test_disk_that_fills_up(
     ("where", "name"),
     [
         (engine.checkpoints, "load_model"),
-        (engine.walk, "observe"),
+        (walk, "observe"),
         (engine, "save_statistics"),
-        (engine, "save_verified"),
+        (workpiece, "save_verified"),
         (engine, "model_card"),
     ],
 )
@@ -805,7 +805,7 @@ def test_our_own_bug_shows_its_traceback_and_leaves_nothing(
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(engine.walk, "observe", bug)
+    monkeypatch.setattr(walk, "observe", bug)
     path = recipe()
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli("run", path)
