@@ -56,7 +56,7 @@ else:
     if part == "run":
         import compressor
         tokens = output / "tokens.jsonl"
-        tokens.write_text("\\n".join(json.dumps(row) for row in ids.tolist()))
+        tokens.write_text("\\n".join(json.dumps({"input_ids": row}) for row in ids.tolist()))
         recipe = {
             "model": str(folder), "weights": "disk", "output": str(output / "out"),
             "calibration": {"batch_size": 2, "data": [{"tokens": str(tokens), "samples": num_sequences}]},
@@ -155,7 +155,10 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as work:
         source = Path(work) / "source"
-        total = write_source(source, asked.layers)
+        # in a process of its own: the peak of a process counts from the one that started it
+        writing = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import streaming, pathlib; "
+        writing += f"print(streaming.write_source(pathlib.Path({str(source)!r}), {asked.layers}))"
+        total = int(subprocess.run([sys.executable, "-c", writing], check=True, capture_output=True, text=True).stdout)
         found: dict[str, list[dict[str, float]]] = {}
         for number in range(asked.rounds):
             for part in ("read", *(() if asked.without_memory else ("memory",)), "streamed", "run"):

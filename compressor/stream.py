@@ -15,6 +15,7 @@ architectures that what comes out is what `from_pretrained` gives, to the bit.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -29,6 +30,7 @@ from compressor.checkpoint import Shard, quiet_transformers, refuse_not_finite
 from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
 
 _READ_AT_ONCE = 2**24
+_LARGE = 2**18
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -98,7 +100,7 @@ class StoredTensor:
         """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensors of type {self.dtype} are not known to this version of torch.")
-        held = torch.empty(self.num_bytes, dtype=torch.uint8)
+        held = _memory(self.num_bytes)
         view = memoryview(held.numpy().data)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -290,6 +292,16 @@ def stored_tensors(shards: Sequence[Shard]) -> dict[str, StoredTensor]:
         for name, (dtype, shape) in shard.tensors.items()
     }
     return dict(sorted(found.items(), key=lambda entry: dot_natural_key(entry[0])))
+
+
+def _memory(num_bytes: int) -> Tensor:
+    """Memory of our own, [num_bytes] uint8: large pieces straight from the system, which has them back at once."""
+    if num_bytes < _LARGE:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    flags = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if hasattr(mmap, "MAP_POPULATE") else {}
+    )
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, **flags), dtype=torch.uint8)
 
 
 def _names_by_tensor(model: nn.Module) -> dict[str, Tensor]:
