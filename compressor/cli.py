@@ -54,6 +54,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an o
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in.")
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="memory: all at once; disk: one decoder layer at a time; auto: as they fit."),
+]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="Memory that the run may use, such as 16GB.")]
+DeviceMemoryOption = Annotated[str | None, typer.Option("--device-memory", help="The same on the accelerator.")]
+DiskOption = Annotated[str | None, typer.Option("--disk", help="Disk that the run may use, its output included.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 
 
@@ -75,6 +82,10 @@ def run(
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
+    weights: WeightsOption = None,
+    memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    disk: DiskOption = None,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,8 +96,15 @@ def run(
     _calm()
     from compressor.processes import Processes
 
+    set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
     with Processes.joined() as processes:
         _run(processes, recipe, model, output, set_, overwrite=overwrite, resume=resume, without=without, quiet=quiet)
+
+
+def _budgets(weights: str | None, memory: str | None, device_memory: str | None, disk: str | None) -> list[str]:
+    """The options that stand for keys of the recipe, as it takes them."""
+    given = {"weights": weights, "memory": memory, "device_memory": device_memory, "disk": disk}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def _run(
@@ -136,10 +154,17 @@ def check(
     model: ModelOption = None,
     output: OutputOption = None,
     set_: SetOption = None,
+    weights: WeightsOption = None,
+    memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    disk: DiskOption = None,
     without: WithoutOption = None,
 ) -> None:
-    """Say whether a recipe can work for its model, and what will be kept and dropped. Reads no weights."""
+    """Say whether a recipe can work for its model, what will be kept and dropped, and what it needs. Reads no
+    weights.
+    """
     _calm()
+    set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
     from compressor import plan, report
     from compressor.plugins import load_plugins
     from compressor.recipe import load_recipe
@@ -252,6 +277,9 @@ def evaluate(
     model: ModelArgument,
     recipe: Annotated[Path, typer.Option("--recipe", help="Take `evaluate:` from this recipe.")],
     set_: SetOption = None,
+    weights: WeightsOption = None,
+    memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -265,7 +293,7 @@ def evaluate(
         record = engine.evaluate(
             recipe,
             model,
-            overrides=set_ or [],
+            overrides=[*(set_ or []), *_budgets(weights, memory, device_memory, None)],
             without=without or [],
             progress=Progress.detect(quiet=quiet),
             processes=processes,

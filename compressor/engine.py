@@ -623,7 +623,7 @@ class _Run:
         assert subject.checkpoint is not None
         tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
         sources = self._read_sources(tokenizer, subject, calibrate=False)
-        figures = self._evaluate(self._in_memory(self._load(subject)), tokenizer, sources, "measuring")
+        figures = self._evaluate(self._workpiece(subject), tokenizer, sources, "measuring")
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
@@ -633,7 +633,10 @@ class _Run:
 
     def _subject(self, given_model: Any, *, with_passes: bool = True) -> _Subject:
         """Everything that can be known, or refused, before weights are read."""
-        loaded = self.loaded if with_passes else dataclasses.replace(self.loaded, passes=())
+        loaded = self.loaded
+        if not with_passes:
+            recipe = self.recipe.model_copy(update={"output": None})
+            loaded = dataclasses.replace(loaded, recipe=recipe, passes=())
         if given_model is None:
             preview = plan.check(loaded, self.plugins.adapters)
             found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
@@ -664,9 +667,8 @@ class _Run:
         if subject.preview.place.weights == "memory":
             return InMemory(self._load(subject), subject.checkpoint, **shared)
         assert subject.checkpoint is not None
-        assert self.recipe.output is not None
         self.progress.say(f"reading {self.recipe.model} one decoder layer at a time")
-        work = checkpoints.stages_folder(self.recipe.output)
+        work = checkpoints.stages_folder(self.recipe.output) if self.recipe.output else None
         return OnDisk(subject.checkpoint, work, device=self.device, journal=self.journal, **shared)
 
     def _in_memory(self, moe: MoEModel) -> InMemory:

@@ -167,7 +167,7 @@ def _disk_problem(
     recipe, evaluation = loaded.recipe, loaded.recipe.evaluate
     if is_live:
         return ("weights",), "the model given is in memory already"
-    if recipe.output is None:
+    if recipe.output is None and loaded.passes:
         return ("weights",), "every pass writes a checkpoint then, so it needs an `output`"
     stored = getattr(config, "dtype", None)
     if recipe.dtype != "auto" and recipe.dtype != str(stored).removeprefix("torch."):

@@ -165,7 +165,7 @@ def _print_needs(needs: Json, console: Console) -> None:
         else f"one decoder layer at a time: {needs['layers']} of {human_bytes(needs['largest_layer'])} at most"
     )
     there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
-    table = _table("needs", "about", wrap=("about",))
+    table = _table("", "about", wrap=("about",))
     table.add_row("weights", how)
     table.add_row("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}")
     table.add_row("memory", f"{human_bytes(needs['memory'])}{there}")

@@ -108,8 +108,8 @@ class InMemory:
 class OnDisk(InMemory):
     """A model whose weights stay on disk, and are read one decoder layer at a time.
 
-    `work` is a folder for the checkpoints between passes. `journal` knows which of them are whole, in a run that goes
-    on.
+    `work` is a folder for the checkpoints between passes; without one it can be measured only. `journal` knows which of
+    them are whole, in a run that goes on.
     """
 
     source: Checkpoint
@@ -117,7 +117,7 @@ class OnDisk(InMemory):
     def __init__(
         self,
         source: Checkpoint,
-        work: Path,
+        work: Path | None,
         *,
         device: str,
         journal: Journal | None,
@@ -175,6 +175,7 @@ class OnDisk(InMemory):
 
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
         """Write the smaller checkpoint and go on with it; compared as in memory. A run that goes on finds it there."""
+        assert self.work is not None
         stage = self.work / name
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         known = self.processes.exchange(noted if (stage / "config.json").exists() else None)[0]
@@ -222,6 +223,7 @@ class OnDisk(InMemory):
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         """The last checkpoint written becomes the output. Its config goes first: without it the rest counts as gone."""
         assert self.stage is not None, "a recipe has a pass"
+        assert self.work is not None
         paths = sorted(self.stage.iterdir(), key=lambda path: path.name != "config.json")
         for path in paths:
             path.rename(folder.path / path.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compressor import CalibrationError, Processes, compress
+from compressor import CalibrationError, Processes, RoutedTokens, compress
 from compressor.cli import main
 from compressor.selection.sums import ExpertSums
 
@@ -47,12 +47,17 @@ if __name__ == "__main__":
     if word == "recipes":
         recipes(Path(rest[0]))
     else:
-        breaking = {"fails": fail, "has_bug": fail_by_our_fault, "dies": die}[word.removesuffix("_busy")]
+        kind, _, when = word.partition("_" if word != "has_bug" else "?")
+        breaking = {"fails": fail, "has_bug": fail_by_our_fault, "dies": die}[kind]
+        first, end_batch = ".0." if when != "late" else ".1.", ExpertSums.end_batch
 
-        def update(self: object, tokens: object) -> None:
+        def update(self: ExpertSums, tokens: RoutedTokens) -> None:
+            if first not in tokens.layer.path:
+                end_batch(self, tokens)
+                return
             if os.environ["RANK"] == "1":
                 breaking()
-            time.sleep(60 if word.endswith("_busy") else 0)
+            time.sleep(60 if when == "busy" else 0)
 
         ExpertSums.end_batch = update  # type: ignore[assignment, method-assign]
         main(["run", *rest])

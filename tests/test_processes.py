@@ -438,11 +438,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(text: Path, path: Path, model: str, *passes: str, evaluate: str = "") -> Path:
+def write_recipe(text: Path, path: Path, model: str, *passes: str, evaluate: str = "", weights: str = "memory") -> Path:
     data = ", ".join(f"{{tokens: {text / name}.jsonl, name: {name}}}" for name in ("a", "b"))
     model = model if model == "demo" else str(text / model)
     path.write_text(
-        f"model: {model}\ncalibration: {{batch_size: 2, data: [{data}]}}\npasses:\n"
+        f"model: {model}\nweights: {weights}\ncalibration: {{batch_size: 2, data: [{data}]}}\npasses:\n"
         + "".join(f"  - {one}\n" for one in passes)
         + (f"evaluate: {evaluate}\n" if evaluate else "")
     )
@@ -482,6 +482,9 @@ def runs(text: Path) -> Path:
     alone = f"{{perplexity: [{{tokens: {text / 'b.jsonl'}}}], each_pass: true}}"
     write_recipe(text, folder / "skipping.yaml", "fine", *both, evaluate=alone)
     write_recipe(text, folder / "tasks.yaml", "demo", "expert_pruning: {drop: 2}", evaluate=measure)
+    progressive = f"expert_pruning: {{keep: 16, progressive: true, {greedy}}}"
+    measure = f"{{perplexity: [{{tokens: {text / 'b.jsonl'}}}]}}"
+    write_recipe(text, folder / "disk.yaml", "fine", progressive, skip, evaluate=measure, weights="disk")
     for recipe in folder.glob("*.yaml"):
         compress(recipe, output=folder / f"{recipe.stem}-one")
     answer = torchrun(SCRIPT, "recipes", folder)
@@ -490,7 +493,7 @@ def runs(text: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "greedy", "criterion", "progressive", "skipping", "tasks"])
+@pytest.mark.parametrize("name", ["exact", "greedy", "criterion", "progressive", "skipping", "tasks", "disk"])
 def test_a_run_in_two_processes_is_one_in_one(name: str, runs: Path) -> None:
     one, several = ((runs / f"{name}-{kind}") / "compressor" for kind in ("one", "several"))
     decisions = [json.loads((folder / "decision.json").read_text()) for folder in (several, one)]
@@ -563,6 +566,26 @@ def test_what_breaks_one_process_ends_all(word: str, says: str, status: str, rec
     assert status in answer.stderr.partition("Root Cause")[2]
     assert "Written to" not in answer.stdout
     assert_nothing_left(recipe.parent)
+
+
+@pytest.mark.slow
+def test_processes_go_on_where_they_stood(text: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(text, tmp_path / "r.yaml", "fine", "expert_pruning: {keep: 16, progressive: true}")
+    command = ("run", recipe, "--output", tmp_path / "out")
+    answer = torchrun(SCRIPT, "fails_late", *command[1:])
+    assert answer.returncode != 0
+    assert "what was done so far is kept in" in answer.stderr
+    journal = tmp_path / ".out.partial" / "journal" / "0.expert_pruning"
+    assert {path.name for path in journal.iterdir()} >= {
+        "model.layers.0.mlp.safetensors", "streams-0-model.layers.1", "streams-1-model.layers.1",
+    }  # fmt: skip
+    answer = torchrun("-m", "compressor", *command, "--resume")
+    assert answer.returncode == 0, answer.stderr
+    assert "going on with what was done" in answer.stderr
+    compress(recipe, output=tmp_path / "one")
+    decisions = [json.loads((tmp_path / one / "compressor" / "decision.json").read_text()) for one in ("out", "one")]
+    assert_near(*decisions)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "r.yaml"]
 
 
 @pytest.mark.slow
