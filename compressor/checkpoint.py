@@ -84,6 +84,13 @@ BITS = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 """Bits of one number, by the dtype's name in a safetensors header; files hold their tensors in the reverse order."""
+TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""torch's dtypes by their names in a safetensors header."""
 _AUTO_FIRST = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -433,6 +440,13 @@ def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], fold
             )
 
 
+def torch_dtype(kind: str) -> torch.dtype:
+    """The name in torch of a dtype in a safetensors header. Raises CheckpointError where this torch has none."""
+    if kind not in TORCH:
+        raise CheckpointError(f"tensors of type {kind} are not known to this version of torch.")
+    return TORCH[kind]
+
+
 def fingerprint(folder: Path, shards: list[Shard]) -> str:
     """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size
     and 64 KiB from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than
@@ -616,10 +630,15 @@ def load_model(
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
             extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
+    if device == "meta":  # names, shapes and dtypes from the headers: transformers would read the files
+        tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
+        extra["state_dict"] = {
+            name: torch.empty(shape, dtype=torch_dtype(kind), device="meta") for name, (kind, shape) in tensors
+        }
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
-                checkpoint.folder,
+                None if device == "meta" else checkpoint.folder,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 output_loading_info=True,
@@ -634,7 +653,9 @@ def load_model(
     if uneven_counts(config):
         settle(model)
     refuse_bad_keys(checkpoint, info)
-    if device != "meta":
+    if device == "meta":
+        model.config.name_or_path = str(checkpoint.folder)
+    else:
         align(model)
     try:
         model = model.eval() if device == "meta" else model.eval().to(device)

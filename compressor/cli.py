@@ -158,10 +158,13 @@ def check(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Read one decoder layer, run one batch, and say how long it will take.")
+    ] = False,
     without: WithoutOption = None,
 ) -> None:
     """Say whether a recipe can work for its model, what will be kept and dropped, and what it needs. Reads no
-    weights.
+    weights, but with `--probe` those of one decoder layer.
     """
     _calm()
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
@@ -172,7 +175,15 @@ def check(
     plugins = load_plugins(without or [])
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
-    report.print_plan(plan.check(loaded, plugins.adapters).plan, _console())
+    preview = plan.check(loaded, plugins.adapters)
+    needs = dict(preview.plan["needs"])
+    if probe:
+        import dataclasses
+
+        from compressor.rehearsal import rehearse
+
+        needs["seconds"] = dataclasses.asdict(rehearse(loaded, preview, plugins.adapters))
+    report.print_plan({**preview.plan, "needs": needs}, _console())
 
 
 @app.command()

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor.checkpoint import BITS, INDEX, Checkpoint, LeftOut, Shard
+from compressor.checkpoint import BITS, INDEX, TORCH, Checkpoint, LeftOut, Shard
 from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
 from compressor.moe import (
     SWITCHED_OFF,
@@ -61,11 +61,6 @@ Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
 
 _CHUNK = 2**23
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
-_TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
@@ -267,7 +262,7 @@ class Edit:
         """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
         dtype = getattr(self.after.config, "dtype", None)
         if dtype is None:
-            known = [_TORCH.get(tensor.dtype) for edit in self.shards for tensor in edit.tensors]
+            known = [TORCH.get(tensor.dtype) for edit in self.shards for tensor in edit.tensors]
             dtype = next((one for one in known if one is not None and one.is_floating_point), None)
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -367,7 +362,7 @@ class _Planner:
             return loading_info(
                 copy.deepcopy(moe.model),
                 {
-                    name: torch.empty(shape, dtype=_TORCH.get(dtype, torch.uint8), device="meta")
+                    name: torch.empty(shape, dtype=TORCH.get(dtype, torch.uint8), device="meta")
                     for name, (dtype, shape) in tensors.items()
                     if name not in dropped
                 },
@@ -377,7 +372,7 @@ class _Planner:
         """Numbers where the model has numbers, ids where it has ids."""
         expected = self.before.model.state_dict()
         for target, name in self.at.items():
-            dtype = _TORCH.get(self.on_disk[name][0])
+            dtype = TORCH.get(self.on_disk[name][0])
             if self.quantisation is None and dtype is not None and target in expected:
                 wanted = expected[target].dtype
                 if wanted.is_floating_point != dtype.is_floating_point:
@@ -426,7 +421,7 @@ class _Planner:
         with shard.path.open("rb") as file:
             file.seek(shard.offsets[name])
             data = bytearray(file.read(shard.sizes[name]))
-        return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
+        return torch.frombuffer(data, dtype=TORCH[dtype]).reshape(shape)
 
     # one tensor
 

@@ -173,6 +173,12 @@ def _print_needs(needs: Json, console: Console) -> None:
         table.add_row("device memory", human_bytes(needs["device_memory"]))
     table.add_row("disk", human_bytes(needs["disk"]))
     table.add_row("reading", f"the weights {needs['readings']} times, {human_bytes(needs['bytes_read'])}")
+    if seconds := needs.get("seconds"):
+        table.add_row(
+            "time",
+            f"{human_seconds(seconds['reading'])} reading, {human_seconds(seconds['observing'])} observing, by one "
+            f"layer and a few batches; evaluating and writing come on top",
+        )
     _print_table(console, "Needs", table)
 
 
@@ -333,6 +339,14 @@ def _left_out_sentence(left_out: Json) -> str:
 def human_bytes(count: int) -> str:
     """``93405585408`` → ``93.4 GB`` (powers of 1000)."""
     return _human(count, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def human_seconds(seconds: float) -> str:
+    """``4980`` → ``1 h 23 min``."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def human_count(count: int) -> str:

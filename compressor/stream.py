@@ -26,30 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Shard, quiet_transformers, refuse_not_finite
+from compressor.checkpoint import Shard, quiet_transformers, refuse_not_finite, torch_dtype
 from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-}
 
 
 def units_of(model: nn.Module) -> tuple[str, ...]:
@@ -98,8 +79,6 @@ class StoredTensor:
 
     def __getitem__(self, _: object) -> Tensor:
         """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
-        if self.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.path}: tensors of type {self.dtype} are not known to this version of torch.")
         held = _memory(self.num_bytes)
         view = memoryview(held.numpy().data)
         with self.path.open("rb", buffering=0) as file:
@@ -110,7 +89,7 @@ class StoredTensor:
                 if not count:
                     raise DiskError(f"{self.path}: it ends within a tensor: it was changed while it was read.")
                 done += count
-        return held.view(_DTYPES[self.dtype]).reshape(self.shape)
+        return held.view(torch_dtype(self.dtype)).reshape(self.shape)
 
 
 class StreamedWeights:
@@ -181,11 +160,18 @@ class StreamedWeights:
 
     def prefetch(self, unit: str) -> None:
         """Have the system read a unit's files into its cache meanwhile, where it can."""
+        self._advise(unit, "POSIX_FADV_WILLNEED")
+
+    def forget_cached(self, unit: str) -> None:
+        """Have the system forget what it has of a unit's files in its cache, where it can."""
+        self._advise(unit, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, unit: str, advice: str) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
         for path, start, length in _ranges(self._stored_in([n for n in self._names if n.startswith(unit + ".")])):
             with suppress(OSError), path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), start, length, getattr(os, advice))
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:

@@ -28,6 +28,7 @@ ORDER = (
     "cli",
     "testing",
     "engine",
+    "rehearsal",
     "workpiece",
     "disk",
     "plan",

@@ -330,3 +330,37 @@ def test_notes(tmp_path: Path) -> None:
         Journal(tmp_path / "journal", {"model": "a", "versions": {"torch": "3"}}).go_on()
     with pytest.raises(CheckpointError, match=r"versions\.numpy was not there, is 1"):
         Journal(tmp_path / "journal", {"model": "a", "versions": {"torch": "2", "numpy": 1}}).go_on()
+
+
+def test_files_that_may_not_grow(recipe: Recipe, tmp_path: Path) -> None:
+    """At whatever write the disk is full, one error says so, nothing appears, and the run goes on with more room."""
+    script = (
+        "import json, resource, signal, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "import compressor\n"
+        "recipe, limits = json.loads(sys.argv[1]), json.loads(sys.argv[2])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for limit in limits:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        compressor.compress(recipe, resume=True)\n"
+        "        print('done')\n"
+        "        break\n"
+        "    except compressor.DiskError as error:\n"
+        "        print(str(error))\n"
+    )
+    compressor.compress(recipe, output=tmp_path / "whole")
+    largest = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    limits = [100, 1000, 5000, 20_000, 50_000, largest // 2, largest - 1, 10 * largest]
+    for weights in ("memory", "disk"):
+        recipe |= {"weights": weights, "output": str(tmp_path / weights)}
+        command = [sys.executable, "-c", script, json.dumps(recipe), json.dumps(limits)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert answer.returncode == 0, answer.stderr[-2000:]
+        *failures, last = answer.stdout.splitlines()
+        assert last == "done"
+        assert len(failures) >= 4
+        says = f"{tmp_path / weights}: writing failed: File too large. Nothing is left under that name."
+        assert set(failures) == {says}
+        assert files(tmp_path / weights) == files(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,203 @@
+"""What a run needs, in numbers worked out by hand, and how the budgets choose."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_folder, token_ids, write_token_file
+
+import compressor
+from compressor import RecipeError, plan
+from compressor.budget import PLACEMENTS, PROCESS, TASKS, Placement, Work
+from compressor.environment import available_memory
+from compressor.plugins import load_plugins
+from compressor.recipe import load_recipe
+from compressor.rehearsal import rehearse
+from compressor.report import human_seconds
+
+Recipe = dict[str, Any]
+
+WORK = Work(
+    bytes_total=14_000_000_000,
+    bytes_outside=400_000_000,
+    bytes_by_layer={f"model.layers.{number}": 850_000_000 for number in range(16)},
+    bytes_after=10_000_000_000,
+    tokens=128 * 2048,
+    batch_tokens=8 * 2048,
+    hidden=2048,
+    vocabulary=50_000,
+    itemsize=2,
+    per_token=3000.0,
+    streams=1,
+    num_passes=1,
+    copies=2,
+    has_tasks=False,
+    measures_text=False,
+)
+IN_MEMORY, STATES_IN_FILES, FROM_DISK, BOTH = PLACEMENTS
+
+
+def test_memory_by_hand() -> None:
+    tokens = 262_144
+    states = 4 * tokens * 2048 * 2  # four vectors of 2048 numbers of two bytes
+    assert WORK.hidden_states == states == 4_294_967_296
+    search = 3000 * tokens
+    batch = 2**28 + 16_384 * 12 * 4 * 2048
+    assert WORK.batch == batch
+    assert WORK.memory(IN_MEMORY) == PROCESS + 28_000_000_000 + states + search + batch
+    assert WORK.memory(STATES_IN_FILES) == PROCESS + 28_000_000_000 + search + batch
+    assert WORK.memory(FROM_DISK) == PROCESS + 400_000_000 + 1_700_000_000 + states + search + batch
+    assert WORK.memory(BOTH) == PROCESS + 2_100_000_000 + search + batch
+
+
+def test_on_an_accelerator_weights_and_text_are_there() -> None:
+    assert WORK.memory(IN_MEMORY, device="cuda") == PROCESS + 14_000_000_000
+    assert WORK.memory(FROM_DISK, device="cuda") == PROCESS + 850_000_000
+    assert WORK.device_memory(FROM_DISK) == WORK.memory(FROM_DISK) - PROCESS
+
+
+def test_tasks_logits_and_second_streams_cost_more() -> None:
+    other = dataclasses.replace(WORK, has_tasks=True, measures_text=True, streams=2)
+    logits = 16_384 * 50_000 * (2 + 4)
+    assert other.memory(IN_MEMORY) - WORK.memory(IN_MEMORY) == TASKS + logits + WORK.hidden_states
+
+
+def test_disk_by_hand() -> None:
+    states = WORK.hidden_states
+    assert WORK.disk(IN_MEMORY) == 10_000_000_000 + states // 2
+    assert WORK.disk(BOTH) == 10_000_000_000 + states // 2 + states
+    twice = dataclasses.replace(WORK, num_passes=2)
+    assert twice.disk(FROM_DISK) == 20_000_000_000 + states // 2  # a checkpoint between the passes
+    assert twice.disk(IN_MEMORY) == WORK.disk(IN_MEMORY)
+
+
+def test_readings() -> None:
+    assert WORK.readings(IN_MEMORY) == 2
+    assert WORK.readings(FROM_DISK) == 4
+    assert dataclasses.replace(WORK, num_passes=2, measures_text=True).readings(FROM_DISK) == 10
+
+
+def test_the_system_says_what_is_available() -> None:
+    found = available_memory()
+    assert found is None or 10**8 < found < 10**14
+
+
+# --- what is chosen
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(["w1"] * 5000))
+    return {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"batch_size": 2, "data": [{"text": str(text), "samples": 8, "length": 64}]},
+        "passes": [{"expert_pruning": {"keep": 6}}],
+        "output": str(tmp_path / "out"),
+    }
+
+
+def preview(recipe: Recipe, *overrides: str) -> plan.Preview:
+    plugins = load_plugins()
+    loaded = load_recipe(recipe, overrides=overrides, methods=plugins.methods, criteria=plugins.criteria)
+    return plan.check(loaded, plugins.adapters)
+
+
+def needed(recipe: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The memory that a placement needs, as the plan says when it is asked for."""
+    asked = (f"weights={place.weights}", f"hidden_states={place.states}")
+    found = preview(recipe, *asked).plan["needs"]["memory"]
+    assert isinstance(found, int)
+    return found
+
+
+def test_fastest_way_that_keeps_the_budget(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_place = {place: needed(recipe, place, monkeypatch) for place in PLACEMENTS}
+    ordered = sorted(by_place.items(), key=lambda entry: entry[1])
+    assert [place for place, _ in ordered] == [BOTH, FROM_DISK, STATES_IN_FILES, IN_MEMORY] or len(
+        {size for _, size in ordered}
+    ) == len(PLACEMENTS)
+    for place in PLACEMENTS:
+        fitting = [one for one in PLACEMENTS if by_place[one] <= by_place[place]]
+        assert preview(recipe, f"memory={by_place[place]}").place == fitting[0]
+    with pytest.raises(RecipeError, match=r"memory: about \S+ MB of memory are needed .* Smaller batches need less"):
+        preview(recipe, f"memory={ordered[0][1] - 1}")
+
+
+def test_what_was_asked_for_is_done_or_refused(recipe: Recipe) -> None:
+    assert preview(recipe, "weights=disk").place == FROM_DISK
+    assert preview(recipe, "hidden_states=file").place == STATES_IN_FILES
+    assert preview(recipe).place == IN_MEMORY
+    with pytest.raises(RecipeError, match=r"with all weights in it, .* Leave `weights` out, to read one decoder layer"):
+        preview(recipe, "weights=memory", "memory=1MB")
+    with pytest.raises(RecipeError, match=r"disk: about \S+ kB of disk are needed .*, 10\.0 kB are there"):
+        preview(recipe, "disk=10kB")
+    del recipe["output"]
+    with pytest.raises(RecipeError, match="they wait in files beside the output, so this needs an `output`"):
+        preview(recipe, "hidden_states=file")
+
+
+def test_why_it_cannot_be_read_from_disk_is_said_where_that_would_help(recipe: Recipe) -> None:
+    says = (
+        r"memory: .* They? .*|memory: about .* The weights cannot be read one decoder layer at a time.*: `speed` needs"
+    )
+    with pytest.raises(RecipeError, match=says):
+        preview(recipe | {"evaluate": {"speed": True}}, "memory=1MB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GB", 16 * 10**9), ("512MiB", 512 * 2**20), ("1.5 TB", 15 * 10**11), ("7 B", 7), ("900 kB", 900_000)],
+)
+def test_sizes(recipe: Recipe, text: str, size: int) -> None:
+    loaded = load_recipe(recipe | {"disk": text})
+    assert loaded.recipe.disk == size
+
+
+@pytest.mark.parametrize("text", ["16", "16 gigabytes", "-1GB", "GB", 0])
+def test_sizes_that_are_none(recipe: Recipe, text: object) -> None:
+    if text == "16":
+        text = "16x"
+    with pytest.raises(RecipeError, match="disk: "):
+        load_recipe(recipe | {"disk": text})
+
+
+# --- how long it will take
+
+
+def test_rehearsal(recipe: Recipe) -> None:
+    plugins = load_plugins()
+    loaded = load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria)
+    found = rehearse(loaded, plan.check(loaded, plugins.adapters))
+    assert found.read_layer > 0
+    assert found.observe_batch >= 0
+    batches, layers, passes = 4, 3, 1
+    expected = layers * (batches * found.observe_batch + passes * found.observe_layer)
+    assert found.observing == pytest.approx(expected)
+    assert found.reading == pytest.approx(2 * layers * found.read_layer)
+
+
+def test_rehearsal_of_what_observes_nothing(recipe: Recipe) -> None:
+    recipe["passes"] = [{"expert_pruning": {"keep": 8}}]
+    plugins = load_plugins()
+    loaded = load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria)
+    with pytest.raises(RecipeError, match="no layer is observed"):
+        rehearse(loaded, plan.check(loaded, plugins.adapters))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.25, "0.25 s"), (42.4, "42 s"), (90, "2 min"), (4980, "1 h 23 min"), (36000, "10 h 0 min")]
+)
+def test_seconds_in_words(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_budgets_change_no_figure(recipe: Recipe, tmp_path: Path) -> None:
+    tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(8, 24).tolist())
+    recipe["calibration"] = {"batch_size": 2, "data": [{"tokens": str(tokens)}]}
+    plain, bounded = (load_recipe(recipe, overrides=more) for more in ([], ["memory=64GB", "weights=disk"]))
+    assert plain.fingerprint == bounded.fingerprint
+    assert compressor.compress(recipe, output=tmp_path / "a").record["recipe_fingerprint"]
