@@ -79,7 +79,7 @@ class StoredTensor:
 
     def __getitem__(self, _: object) -> Tensor:
         """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
-        held = _memory(self.num_bytes)
+        dtype, held = torch_dtype(self.dtype), _memory(self.num_bytes)
         view = memoryview(held.numpy().data)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -89,7 +89,7 @@ class StoredTensor:
                 if not count:
                     raise DiskError(f"{self.path}: it ends within a tensor: it was changed while it was read.")
                 done += count
-        return held.view(torch_dtype(self.dtype)).reshape(self.shape)
+        return held.view(dtype).reshape(self.shape)
 
 
 class StreamedWeights:

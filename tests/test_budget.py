@@ -106,7 +106,7 @@ def preview(recipe: Recipe, *overrides: str) -> plan.Preview:
     return plan.check(loaded, plugins.adapters)
 
 
-def needed(recipe: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) -> int:
+def needed(recipe: Recipe, place: Placement) -> int:
     """The memory that a placement needs, as the plan says when it is asked for."""
     asked = (f"weights={place.weights}", f"hidden_states={place.states}")
     found = preview(recipe, *asked).plan["needs"]["memory"]
@@ -114,12 +114,10 @@ def needed(recipe: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) ->
     return found
 
 
-def test_fastest_way_that_keeps_the_budget(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_place = {place: needed(recipe, place, monkeypatch) for place in PLACEMENTS}
+def test_fastest_way_that_keeps_the_budget(recipe: Recipe) -> None:
+    by_place = {place: needed(recipe, place) for place in PLACEMENTS}
     ordered = sorted(by_place.items(), key=lambda entry: entry[1])
-    assert [place for place, _ in ordered] == [BOTH, FROM_DISK, STATES_IN_FILES, IN_MEMORY] or len(
-        {size for _, size in ordered}
-    ) == len(PLACEMENTS)
+    assert [ordered[0][0], ordered[-1][0]] == [BOTH, IN_MEMORY]
     for place in PLACEMENTS:
         fitting = [one for one in PLACEMENTS if by_place[one] <= by_place[place]]
         assert preview(recipe, f"memory={by_place[place]}").place == fitting[0]
@@ -178,14 +176,6 @@ def test_rehearsal(recipe: Recipe) -> None:
     expected = layers * (batches * found.observe_batch + passes * found.observe_layer)
     assert found.observing == pytest.approx(expected)
     assert found.reading == pytest.approx(2 * layers * found.read_layer)
-
-
-def test_rehearsal_of_what_observes_nothing(recipe: Recipe) -> None:
-    recipe["passes"] = [{"expert_pruning": {"keep": 8}}]
-    plugins = load_plugins()
-    loaded = load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria)
-    with pytest.raises(RecipeError, match="no layer is observed"):
-        rehearse(loaded, plan.check(loaded, plugins.adapters))
 
 
 @pytest.mark.parametrize(

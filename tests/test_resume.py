@@ -349,11 +349,12 @@ def test_files_that_may_not_grow(recipe: Recipe, tmp_path: Path) -> None:
         "    except compressor.DiskError as error:\n"
         "        print(str(error))\n"
     )
-    compressor.compress(recipe, output=tmp_path / "whole")
-    largest = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
-    limits = [100, 1000, 5000, 20_000, 50_000, largest // 2, largest - 1, 10 * largest]
     for weights in ("memory", "disk"):
         recipe |= {"weights": weights, "output": str(tmp_path / weights)}
+        whole = tmp_path / f"whole-{weights}"
+        compressor.compress(recipe, output=whole)
+        largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        limits = [100, 1000, 5000, 20_000, 50_000, largest // 2, largest - 1, 10 * largest]
         command = [sys.executable, "-c", script, json.dumps(recipe), json.dumps(limits)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert answer.returncode == 0, answer.stderr[-2000:]
@@ -362,5 +363,5 @@ def test_files_that_may_not_grow(recipe: Recipe, tmp_path: Path) -> None:
         assert len(failures) >= 4
         says = f"{tmp_path / weights}: writing failed: File too large. Nothing is left under that name."
         assert set(failures) == {says}
-        assert files(tmp_path / weights) == files(tmp_path / "whole")
+        assert files(tmp_path / weights) == files(whole)
     assert not list(tmp_path.glob(".*"))
