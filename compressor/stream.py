@@ -6,7 +6,7 @@
 
 A unit's tensors are read from the safetensors files into fresh memory (not mapped: what is read is what is held), go
 through transformers' own conversion of names and shapes, and are given back to the system when the unit is left. What
-comes next is only announced to the system, which reads it into its own cache meanwhile: that takes no memory of ours.
+comes next the system is told to read into its own cache meanwhile: that takes no memory of ours.
 
 Conversion of a part of a checkpoint is no documented interface of transformers: `tests/test_stream.py` holds on all
 architectures that what comes out is what `from_pretrained` gives, to the bit.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
+_ADVISED_AT_ONCE = 2**21
 
 
 def units_of(model: nn.Module) -> tuple[str, ...]:
@@ -117,6 +119,7 @@ class StreamedWeights:
             if target is not None:
                 self._sources.setdefault(target, {})[key] = tensor
         self._names = _names_by_tensor(model)
+        self._stop_ahead = threading.Event()
         self._buffers_made(model)
 
     def _buffers_made(self, model: Any) -> None:
@@ -160,18 +163,28 @@ class StreamedWeights:
 
     def prefetch(self, unit: str) -> None:
         """Have the system read a unit's files into its cache meanwhile, where it can."""
-        self._advise(unit, "POSIX_FADV_WILLNEED")
+        self._stop_ahead.set()
+        self._stop_ahead = stop = threading.Event()
+        pieces = list(self._pieces(unit))
+
+        def ahead() -> None:
+            for path, start, length in pieces:
+                if stop.is_set():
+                    return
+                _advise(path, start, length, "POSIX_FADV_WILLNEED")
+
+        threading.Thread(target=ahead, name="prefetch", daemon=True).start()
 
     def forget_cached(self, unit: str) -> None:
         """Have the system forget what it has of a unit's files in its cache, where it can."""
-        self._advise(unit, "POSIX_FADV_DONTNEED")
+        for path, start, length in self._pieces(unit):
+            _advise(path, start, length, "POSIX_FADV_DONTNEED")
 
-    def _advise(self, unit: str, advice: str) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
+    def _pieces(self, unit: str) -> Iterator[tuple[Path, int, int]]:
+        """A unit's bytes on disk, in pieces small enough for the system to take advice on."""
         for path, start, length in _ranges(self._stored_in([n for n in self._names if n.startswith(unit + ".")])):
-            with suppress(OSError), path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), start, length, getattr(os, advice))
+            for at in range(start, start + length, _ADVISED_AT_ONCE):
+                yield path, at, min(_ADVISED_AT_ONCE, start + length - at)
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:
@@ -311,6 +324,12 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
     else:
         module._parameters[leaf] = tensor  # type: ignore[assignment]
+
+
+def _advise(path: Path, start: int, length: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, length, getattr(os, advice))
 
 
 def _ranges(stored: dict[str, StoredTensor]) -> Iterator[tuple[Path, int, int]]:

@@ -28,6 +28,7 @@ COLUMNS = (
     "skipping",
     "uneven",
     "padded",
+    "from disk",
     "notes",
 )
 
@@ -47,6 +48,8 @@ Every model type of transformers {version} with routed experts: what the adapter
   `compressor.load`; the number is FLOPs saved over the FLOPs of the experts skipped, by torch's counter.
 * **uneven**: other numbers of experts in other layers, saved, read back by `compressor.load`, saved and read again.
 * **padded**: the same as a checkpoint that loads anywhere, surplus experts switched off by the router's bias.
+* **from disk**: read one decoder layer at a time it answers as in memory, to the bit; edited on disk it holds the
+  tensors that are saved after the same edit in memory, byte by byte.
 
 """
 
@@ -58,7 +61,7 @@ def row(model_type: str, report: Report | None = None, model: Any = None) -> tup
             model = tiny_model(model_type)
             MoEModel(model)
         except UnsupportedModelError as error:
-            return (model_type, *[""] * 5, "refused", "", "", "", _reason(model_type, error))
+            return (model_type, *[""] * 5, "refused", "", "", "", "", _reason(model_type, error))
         try:
             load = auto_class(model_type).from_pretrained
             report = check_model(model, tiny_inputs(model), load=load, statistics=False)
@@ -67,6 +70,7 @@ def row(model_type: str, report: Report | None = None, model: Any = None) -> tup
                 model_type,
                 *[""] * 5,
                 "**fails**",
+                "",
                 "",
                 "",
                 "",
@@ -86,6 +90,7 @@ def row(model_type: str, report: Report | None = None, model: Any = None) -> tup
         _skipping(report),
         _passed(report, ("uneven", "uneven saved", "uneven saved twice", "uneven refused elsewhere")),
         _passed(report, ("padded", "padded saved")),
+        _passed(report, ("read layer by layer", "edited on disk", "edited on disk (uneven)")),
         "; ".join(_notes(structure, report)),
     )
 

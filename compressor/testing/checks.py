@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor import checkpoint as checkpoints
-from compressor import disk
+from compressor import disk, walk
+from compressor.calibration import TokenBatch
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.moe import (
@@ -38,6 +39,7 @@ from compressor.moe import (
     count_problem,
     is_decorated,
 )
+from compressor.stream import StreamedWeights
 from compressor.testing.tiny import answers
 
 _EXACT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -226,12 +228,15 @@ class _Subject:
             yield from self._saved("padded saved", moe, Path(folder), self.load)
 
     def on_disk(self) -> Iterator[Check]:
-        """A checkpoint edited on disk holds what is saved after the same edit of the live model, byte by byte."""
+        """A checkpoint read layer by layer answers as in memory, to the bit; one edited on disk holds what is saved
+        after the same edit of the live model, byte by byte.
+        """
         wanted = {"": kept_evenly(self.moe), " (uneven)": kept_unevenly(self.moe)}
         with tempfile.TemporaryDirectory() as name:
             source = Checkpoint(self.model.config.model_type, Path(name) / "source", self.trust_remote_code)
             self.model.save_pretrained(source.folder)
             loaded = checkpoints.load_model(source)
+            yield self._layer_by_layer(source, loaded)
             before = disk.meta_model(source)
             for suffix, kept in wanted.items():
                 if kept is None:
@@ -254,6 +259,28 @@ class _Subject:
                 if checkpoints.read_config(live) != checkpoints.read_config(edited):
                     different.append("config.json")
                 yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
+
+    def _layer_by_layer(self, source: Checkpoint, loaded: Any) -> Check:
+        weights = StreamedWeights(
+            checkpoints.load_model(source, device="meta"), checkpoints.verify_files(source.folder)
+        )
+        outside = [
+            layer.path
+            for layer in self.moe.layers
+            if not f"{layer.path}.".startswith(tuple(f"{u}." for u in weights.units))
+        ]
+        if outside:
+            return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
+        ids, found = self.inputs["input_ids"], []
+        batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+        walk.forward(
+            weights.model,
+            [batch],
+            lambda _, output: found.append(walk.answers_at(batch, output)),
+            _ignore,
+            weights=weights,
+        )
+        return _equal("read layer by layer", found[0], walk.logits(loaded, batch))
 
     def _load_with_compressor(self, folder: Path) -> Any:
         return checkpoints.load_model(
@@ -393,6 +420,10 @@ class _Subject:
         limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(tokens.hidden_TH.dtype, 0.1)
         rule = "closed rule" if tokens.rule is not None else "replay"
         return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
+
+
+def _ignore(done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
