@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, tiny_model, token_ids, write_checkpoint, write_token_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import compressor
 from compressor import CheckpointError, DiskError, MoEModel, RecipeError, Statistic, disk, parking, walk
@@ -349,3 +353,66 @@ def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypa
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert counted.calls == 1  # the second pass's checkpoint; the first one's is there
     assert not list(tmp_path.glob(".*"))
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from compressor import MoEModel, checkpoint, walk
+from compressor.calibration import TokenBatch
+from compressor.checkpoint import Checkpoint
+from compressor.progress import Progress
+from compressor.selection.sums import ExpertSums
+from compressor.stream import StreamedWeights, sizes_of
+
+def peak():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024  # of this process: getrusage counts from the one that started it
+
+folder = Path(sys.argv[1])
+model = checkpoint.load_model(Checkpoint("large", folder), device="meta")
+moe, weights = MoEModel(model), StreamedWeights(model, checkpoint.verify_files(folder))
+before, (outside, by_layer) = peak(), sizes_of(model)
+ids = torch.arange(128).reshape(2, 64)
+batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))]
+walk.observe(moe, batches, {layer.path: ExpertSums(layer) for layer in moe.layers}, Progress(), weights=weights)
+print(json.dumps([peak() - before, max(by_layer.values()), outside, sum(by_layer.values())]))
+"""
+
+
+def test_memory_stays_at_two_layers(tmp_path: Path) -> None:
+    """On half a gigabyte of weights: what is read is let go of, and the files are not mapped."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    config = MixtralConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=8,
+        num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2, dtype="bfloat16",
+        architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    folder = tmp_path / "large"
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in MixtralForCausalLM(config).state_dict().items()}
+    numbers = torch.randn(2**20).bfloat16() * 0.02
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if "experts" not in name:
+            size = torch.Size(shape).numel()
+            tensors[name] = numbers.repeat(-(-size // 2**20))[:size].reshape(shape).clone()
+            continue
+        prefix = name.split("mlp.experts")[0] + "block_sparse_moe.experts."
+        for expert in range(16):
+            for matrix in ("w1", "w3") if "gate_up" in name else ("w2",):
+                tensors[f"{prefix}{expert}.{matrix}.weight"] = numbers.reshape(1024, 1024).roll(expert).clone()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    del tensors
+    answer = subprocess.run([sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    taken, layer, outside, total = json.loads(answer.stdout.splitlines()[-1])
+    assert total > 500 * 2**20
+    assert layer > 100 * 2**20
+    assert taken > layer
+    assert taken < 2 * layer + outside + 150 * 2**20
+    assert taken < total / 1.2
