@@ -137,8 +137,11 @@ class ObservationJournal:
                 for path, (_, held) in one.outputs.items()
                 for place, tensor in enumerate(held)
             }
-            _save(folder / f"{number}.safetensors", tensors, {"outputs": trees, "digest": one.digest})
+            header = {"outputs": trees, "digest": one.digest}
+            _save(folder / f"{number}.safetensors", tensors, header, at_once=False)
             count = number + 1
+        for path in folder.iterdir():  # together: one after another takes many times as long
+            _force_to_disk(path)
         about = {"run": self.run, "unit": unit, "passed": list(passed), "num_batches": count}
         write_json(folder / _STANDING, about)
 
@@ -238,8 +241,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Force a file to the disk and give it its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    _force_to_disk(temporary)
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -249,11 +251,19 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.close(folder)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
+def _force_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: Any, *, at_once: bool = True) -> None:
     temporary = path.with_name(path.name + ".partial")
     held = {name: with_own_memory(tensor.detach().cpu()) for name, tensor in sorted(tensors.items())}
     safetensors.torch.save_file(held, temporary, metadata={"header": json.dumps(header)})
-    put_in_place(temporary, path)
+    if at_once:
+        put_in_place(temporary, path)
+    else:
+        temporary.replace(path)
 
 
 def with_own_memory(tensor: Tensor) -> Tensor:

@@ -375,7 +375,7 @@ class _Walk:
         passed = streams[0].passed if streams else []
         if passed and unit not in passed:
             with suppress(TypeError):
-                self.journal.put_streams(unit, passed, map(_standing, streams))
+                self.journal.put_streams(unit, passed, _standings(streams))
         self.processes.wait()  # where all stand is known of all before where they stood is forgotten
         self.journal.forget_streams(but=unit)
 
@@ -518,12 +518,12 @@ class _Walk:
             )
 
 
-def _standing(stream: _Stream) -> Standing:
-    """Where a stream stands, to be written down. Raises TypeError where a layer's output cannot be."""
-    outputs = {path: flatten(output) for path, output in stream.outputs.items()}
-    standing = Standing(outputs, digest(stream.call))
-    stream.parked.let_go()
-    return standing
+def _standings(streams: Sequence[_Stream]) -> Iterator[Standing]:
+    """Where streams stand, to be written down one by one. Raises TypeError where a layer's output cannot be."""
+    for stream in streams:
+        outputs = {path: flatten(output) for path, output in stream.outputs.items()}
+        yield Standing(outputs, digest(stream.call))
+        stream.parked.let_go()
 
 
 def _keep_output(stream: _Stream) -> Callable[[RoutedTokens], None]:
