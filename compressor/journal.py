@@ -187,8 +187,12 @@ class ObservationJournal:
 # Arguments and outputs as tensors and JSON -----------------------------------------------------------------
 
 
+class NotPlainError(TypeError):
+    """A value is no arrangement of tensors that could be written down."""
+
+
 def flatten(value: Any) -> tuple[Any, list[Tensor]]:
-    """(arrangement as JSON, tensors) of tensors in tuples, lists and dictionaries. Raises TypeError for others."""
+    """(arrangement as JSON, tensors) of tensors in tuples, lists and dictionaries. Raises NotPlainError for others."""
     tensors: list[Tensor] = []
 
     def arranged(part: Any) -> Any:
@@ -201,7 +205,7 @@ def flatten(value: Any) -> tuple[Any, list[Tensor]]:
             return {type(part).__name__: [arranged(one) for one in part]}
         if type(part) is dict and all(isinstance(key, str) for key in part):
             return {"dict": {key: arranged(one) for key, one in part.items()}}
-        raise TypeError(f"{type(part).__name__} cannot be written down")
+        raise NotPlainError(f"{type(part).__name__} cannot be written down")
 
     return arranged(value), tensors
 

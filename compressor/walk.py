@@ -35,7 +35,7 @@ from torch import Tensor
 
 from compressor.calibration import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
-from compressor.journal import ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
+from compressor.journal import NotPlainError, ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
 from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
 from compressor.parking import Parked, Parking
 from compressor.processes import Processes
@@ -374,7 +374,7 @@ class _Walk:
         assert self.journal is not None
         passed = streams[0].passed if streams else []
         if passed and unit not in passed:
-            with suppress(TypeError):
+            with suppress(NotPlainError):
                 self.journal.put_streams(unit, passed, _standings(streams))
         self.processes.wait()  # where all stand is known of all before where they stood is forgotten
         self.journal.forget_streams(but=unit)
@@ -519,7 +519,7 @@ class _Walk:
 
 
 def _standings(streams: Sequence[_Stream]) -> Iterator[Standing]:
-    """Where streams stand, to be written down one by one. Raises TypeError where a layer's output cannot be."""
+    """Where streams stand, to be written down one by one. Raises NotPlainError where a layer's output cannot be."""
     for stream in streams:
         outputs = {path: flatten(output) for path, output in stream.outputs.items()}
         yield Standing(outputs, digest(stream.call))

@@ -28,6 +28,7 @@ from compressor.parking import Parking
 from compressor.progress import Progress
 from compressor.stream import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
 from compressor.testing import tiny
+from compressor.workpiece import OnDisk
 
 Recipe = dict[str, Any]
 WEIGHTS = "model.safetensors"
@@ -352,6 +353,27 @@ def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypa
     for name in (WEIGHTS, "config.json", "compressor/statistics.safetensors", "compressor/decision.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert counted.calls == 1  # the second pass's checkpoint; the first one's is there
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_interrupted_when_all_passes_are_done(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last checkpoint is there, and nothing is written or read again."""
+    recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}
+    compressor.compress(recipe, output=tmp_path / "whole")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnDisk, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe, output=tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial" / "stages").iterdir()] == ["1.expert_pruning"]
+    monkeypatch.setattr(disk, "_write_shard", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr(StreamedWeights, "load", lambda *_: pytest.fail("read again"))
+    compressor.compress(recipe, output=tmp_path / "out", resume=True)
+    for name in (WEIGHTS, "config.json", "compressor/statistics.safetensors", "compressor/decision.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list(tmp_path.glob(".*"))
 
 
