@@ -7,9 +7,9 @@
            ──► evaluate after ──► save ──► reload, compare bit by bit
            ──► record.json, report.html, README.md ──► the output's name
 
-A decision made before is applied on disk where it can be (`compressor.disk`): then nothing is loaded. What the passes work
-on is in memory or on disk (`compressor.workpiece`); what is done is kept (`compressor.journal`), so that a run can go
-on.
+A decision made before is applied on disk where it can be (`compressor.disk`): then nothing is loaded. What the passes
+work on is in memory or on disk (`compressor.workpiece`); what is done is kept (`compressor.journal`), so that a run can
+go on.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """What `compress` returns: the record (as in record.json), the folder written, and the smaller model; None where its
-    weights are on disk only.
+    """What `compress` returns: the record (as in record.json), the folder written, and the smaller model, which is None
+    where its weights are on disk only.
     """
 
     record: dict[str, Any]
