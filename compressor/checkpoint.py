@@ -852,13 +852,12 @@ class OutputFolder:
         )
         return self.journal.has_work and error is not None and not is_final
 
-    def require_space(self, num_bytes: int) -> None:
+    def require_space(self, num_bytes: int, *, who: str = "the smaller model") -> None:
         """Raise CheckpointError if the file system has less free."""
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise CheckpointError(
-                f"{self.target}: the smaller model needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are "
-                f"free."
+                f"{self.target}: {who} needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free."
             )
 
     def finish(self) -> None:

@@ -549,7 +549,9 @@ class _Run:
         with self._timed("check"):
             subject = self._subject(given_model)
             if folder:
-                folder.require_space(subject.preview.bytes_after)
+                folder.require_space(
+                    subject.preview.plan["needs"]["disk"], who="the run, with what it keeps of the text,"
+                )
         if subject.preview.left_out:
             self.progress.say(plan.left_out_note(subject.preview.left_out))
         with self._timed("read text"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MODULES = tempfile.TemporaryDirectory(prefix="hf-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # before transformers is imported: code that comes with models goes here
 os.environ["HF_HUB_OFFLINE"] = "1"
+logging.raiseExceptions = False  # a library's handler keeps the stderr of the test that imported it, closed since
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

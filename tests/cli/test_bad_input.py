@@ -715,7 +715,7 @@ def test_output_that_is_or_holds_the_model(
 
 def test_too_little_disk(refused_run: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
-    says = f"{tmp_path / 'out'}: the smaller model needs 0.00 GB of disk, 0.00 GB are free."
+    says = f"{tmp_path / 'out'}: the run, with what it keeps of the text, needs 0.00 GB of disk, 0.00 GB are free."
     monkeypatch.setattr(engine.checkpoints, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     refused_run(says=says)
 
