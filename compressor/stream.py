@@ -119,6 +119,10 @@ class StreamedWeights:
             if target is not None:
                 self._sources.setdefault(target, {})[key] = tensor
         self._names = _names_by_tensor(model)
+        self._aliases: dict[int, list[str]] = {}
+        """All names of each tensor of the skeleton, by its id; the skeleton's tensors live as long as `_names`."""
+        for name, on_meta in self._names.items():
+            self._aliases.setdefault(id(on_meta), []).append(name)
         self._stop_ahead = threading.Event()
         self._buffers_made(model)
 
@@ -135,7 +139,7 @@ class StreamedWeights:
 
     def load(self, unit: str) -> None:
         """Bring a unit's weights to the device. Raises CheckpointError for a damaged file, NaN or infinity."""
-        self._load(unit, [name for name in self._names if name.startswith(unit + ".")])
+        self._load(unit, self._names_in(unit))
         if unit not in self._entered:
             stack = self._entered[unit] = ExitStack()
             for path, context in self._contexts.items():
@@ -182,7 +186,7 @@ class StreamedWeights:
 
     def _pieces(self, unit: str) -> Iterator[tuple[Path, int, int]]:
         """A unit's bytes on disk, in pieces small enough for the system to take advice on."""
-        for path, start, length in _ranges(self._stored_in([n for n in self._names if n.startswith(unit + ".")])):
+        for path, start, length in _ranges(self._stored_in(self._names_in(unit))):
             for at in range(start, start + length, _ADVISED_AT_ONCE):
                 yield path, at, min(_ADVISED_AT_ONCE, start + length - at)
 
@@ -201,11 +205,8 @@ class StreamedWeights:
             for unit in [*self._held, *self._entered]:
                 self.free(unit)
 
-    def bytes_of(self, unit: str) -> int:
-        """Bytes of a unit's weights."""
-        return sum(
-            tensor.numel() * tensor.element_size() for n, tensor in self._names.items() if n.startswith(unit + ".")
-        )
+    def _names_in(self, unit: str) -> list[str]:
+        return [name for name in self._names if name.startswith(unit + ".")]
 
     def _stored_in(self, names: Iterable[str]) -> dict[str, StoredTensor]:
         wanted = {other for name in names for other in self._same(name)}
@@ -213,8 +214,7 @@ class StreamedWeights:
 
     def _same(self, name: str) -> list[str]:
         """All names of a tensor."""
-        tensor = self._names[name]
-        return [other for other, one in self._names.items() if one is tensor]
+        return self._aliases[id(self._names[name])]
 
     def _load(self, key: str, names: Sequence[str]) -> None:
         if key in self._held:
