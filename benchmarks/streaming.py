@@ -10,7 +10,7 @@ is that of everything, and starts with the files out of the system's cache:
     streamed    the same from disk; its ratio is to `read` and `memory` together
     run         a whole run of a recipe from disk: observe, decide, write the smaller checkpoint, compare
 
-    python benchmarks/streaming.py [--layers 16] [--rounds 3] [--sequences 8] [--folder DIR] [--without-memory]
+    python benchmarks/streaming.py [--layers 16] [--rounds 3] [--sequences 8] [--folder DIR] [--without-memory] [--fp8]
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ else:
         found = Checkpoint("benchmark", folder)
         model = checkpoint.load_model(found, device="meta" if part == "streamed" else "cpu")
         moe = MoEModel(model)
-        weights = StreamedWeights(model, checkpoint.verify_files(folder)) if part == "streamed" else None
+        weights = StreamedWeights(model, found) if part == "streamed" else None
         answer = {"largest_layer": max(sizes_of(model)[1].values())}
         started = time.perf_counter()
         walk.observe(moe, batches, {layer.path: ExpertSums(layer) for layer in moe.layers}, Progress(), weights=weights)
@@ -82,14 +82,18 @@ print(json.dumps(answer))
 """
 
 
-def write_source(folder: Path, num_layers: int) -> int:
-    """The checkpoint; returns its bytes of weights."""
+def write_source(folder: Path, num_layers: int, *, fp8: bool) -> int:
+    """The checkpoint; returns its bytes of weights. With `fp8` its linear layers are stored so, in blocks of 128 × 128
+    with a scale each.
+    """
     config = {
         "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": HIDDEN, "dtype": "bfloat16",
         "intermediate_size": WIDTH, "num_hidden_layers": num_layers, "num_experts": EXPERTS,
         "num_experts_per_tok": TOP_K, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": VOCABULARY,
         "tie_word_embeddings": False, "max_position_embeddings": 4096,
     }  # fmt: skip
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     import torch
@@ -124,6 +128,9 @@ def write_source(folder: Path, num_layers: int) -> int:
         for name, shape in shapes.items():
             place += 1
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16) if "norm" in name else random(shape, place)
+            if fp8 and name.endswith("_proj.weight"):
+                tensors[name] = (tensors[name].float() * 1024).to(torch.float8_e4m3fn)
+                tensors[f"{name}_scale_inv"] = torch.full((shape[0] // 128, shape[1] // 128), 1 / 1024)
         file = f"model-{number + 1:05}-of-{num_layers + 1:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -151,13 +158,14 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to work; default the system's temporary folder"
     )
+    parser.add_argument("--fp8", action="store_true", help="a quantised checkpoint, dequantised while it is read")
     parser.add_argument("--without-memory", action="store_true", help="leave out what needs all weights in memory")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as work:
         source = Path(work) / "source"
         # in a process of its own: the peak of a process counts from the one that started it
         writing = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import streaming, pathlib; "
-        writing += f"print(streaming.write_source(pathlib.Path({str(source)!r}), {asked.layers}))"
+        writing += f"print(streaming.write_source(pathlib.Path({str(source)!r}), {asked.layers}, fp8={asked.fp8}))"
         total = int(subprocess.run([sys.executable, "-c", writing], check=True, capture_output=True, text=True).stdout)
         found: dict[str, list[dict[str, float]]] = {}
         for number in range(asked.rounds):

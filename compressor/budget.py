@@ -49,14 +49,16 @@ class Work:
     """What a run works on, in numbers.
 
     `bytes_total` and `bytes_outside` are those of all weights and of those in no layer, `bytes_by_layer` those of each
-    decoder layer; `tokens` the calibration text of the largest pass; `batch_tokens` one batch; `hidden` the width of
-    a token, `itemsize` the bytes of a number, `per_token` what a search keeps of a token; `streams` 2 in progressive
-    mode. `copies` is how often all weights are in memory at most.
+    decoder layer, all of them as numbers to compute with; `bytes_stored` and `bytes_after` those of the files, before
+    and after, which are fewer where weights are quantised; `tokens` the calibration text of the largest pass;
+    `batch_tokens` one batch; `hidden` the width of a token, `itemsize` the bytes of a number, `per_token` what a search
+    keeps of a token; `streams` 2 in progressive mode. `copies` is how often all weights are in memory at most.
     """
 
     bytes_total: int
     bytes_outside: int
     bytes_by_layer: Mapping[str, int]
+    bytes_stored: int
     bytes_after: int
     tokens: int
     batch_tokens: int
@@ -102,7 +104,9 @@ class Work:
     def _held(self, weights: Weights) -> int:
         if weights == "memory":
             return self.copies * self.bytes_total
-        return self.bytes_outside + 2 * max(self.bytes_by_layer.values(), default=0)
+        largest = max(self.bytes_by_layer.values(), default=0)
+        packed = largest * self.bytes_stored // self.bytes_total if self.bytes_stored < self.bytes_total else 0
+        return self.bytes_outside + 2 * largest + packed
 
     def disk(self, place: Placement) -> int:
         """Bytes on the output's disk at the peak: the output, with it the checkpoint before it, the journal, and hidden
@@ -130,7 +134,7 @@ class Work:
             "available": available,
             "disk": self.disk(place),
             "readings": self.readings(place),
-            "bytes_read": self.readings(place) * self.bytes_total,
+            "bytes_read": self.readings(place) * self.bytes_stored,
             "layers": len(self.bytes_by_layer),
             "largest_layer": max(self.bytes_by_layer.values(), default=0),
             "text": self.hidden_states,

@@ -48,6 +48,7 @@ from compressor.moe import (
     uneven_class,
     uneven_counts,
 )
+from compressor.quantised import quantisation_of, quantiser, refusal, to_dequantise, without_quantisation
 
 DEMO = "demo"
 
@@ -184,6 +185,15 @@ def load_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.reference}: transformers cannot read config.json (model_type {raw.get('model_type')!r}): "
             f"{error}"
         ) from error
+
+
+def quantiser_of(checkpoint: Checkpoint) -> Any:
+    """What dequantises the checkpoint's weights while they are read, None if they are not quantised.
+
+    Raises UnsupportedModelError for a format that cannot be read so.
+    """
+    quantisation = quantisation_of(read_config(checkpoint.folder))
+    return None if quantisation is None else quantiser(quantisation, checkpoint.reference)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -622,10 +632,15 @@ def load_model(
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
     tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
     config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
-    read. Raises CheckpointError.
+    read; a quantised checkpoint's model is the dequantised one there. Raises CheckpointError.
     """
     config = load_config(checkpoint)
+    quantisation = quantisation_of(read_config(checkpoint.folder)) if device == "meta" else None
+    if quantisation is not None:
+        without_quantisation(config)
     cls = _class_to_load(checkpoint, config, adapters)
+    if quantisation is not None:
+        to_dequantise(config, quantisation)
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
@@ -649,6 +664,8 @@ def load_model(
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = uneven_experts(verify_files(checkpoint.folder)) or error
+        if quantisation is not None and why is error:
+            raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     if uneven_counts(config):
         settle(model)

@@ -56,6 +56,7 @@ from compressor.moe import (
     uneven_class,
     uneven_counts,
 )
+from compressor.quantised import quantisation_of, without_quantisation
 
 Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
 
@@ -70,10 +71,7 @@ def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
     A quantised checkpoint's is the model as it was before, unquantised. Raises UnsupportedModelError where the
     structure cannot be understood.
     """
-    config = checkpoints.load_config(found)
-    for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if getattr(holder, "quantization_config", None) is not None:
-            del holder.quantization_config
+    config = without_quantisation(checkpoints.load_config(found))
     cls = checkpoints.model_class(found, config)
     structure = structure_of(cls, config, adapters, plain=True)
     build = uneven_class(cls, config, structure) if uneven_counts(config) else cls
@@ -274,14 +272,6 @@ class Edit:
             raise VerificationError(
                 f"{folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
             )
-
-
-def quantisation_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a config.json says of quantisation, its own or a part's; None for a checkpoint that is not quantised."""
-    for holder in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        if isinstance(found := holder.get("quantization_config"), dict):
-            return found
-    return None
 
 
 def plan_edit(found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None = None) -> Edit:

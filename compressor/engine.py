@@ -57,6 +57,7 @@ from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
+from compressor.quantised import quantisation_of
 from compressor.recipe import CHANGES_NO_FIGURE, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.report import model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
@@ -144,9 +145,12 @@ def load(
     model = checkpoints.load_model(found, dtype=dtype, device=device, adapters=adapters)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
-        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
-        for done in _read_decision(record_path):
-            _method_of(done, record_path).restore(moe, done["decision"])
+        passes = [(_method_of(done, record_path), done["decision"]) for done in _read_decision(record_path)]
+        restoring = [one for one in passes if type(one[0]).restore is not Method.restore]
+        if restoring:
+            moe = MoEModel(model, structure_of(type(model), model.config, adapters))
+            for method, decision in restoring:
+                method.restore(moe, decision)
     return model, checkpoints.load_tokenizer(found)
 
 
@@ -332,7 +336,7 @@ class _Application:
         after = copy.deepcopy(before)
         self._edit(after)
         left_out = self._left_out(type(after.model))
-        is_quantised = disk.quantisation_of(checkpoints.read_config(self.found.folder)) is not None
+        is_quantised = quantisation_of(checkpoints.read_config(self.found.folder)) is not None
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
                 f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
@@ -1016,7 +1020,7 @@ class _Run:
             **({"experts_per_token": used} if used else {}),
             "perplexity": perplexities,
             "tasks": tasks,
-            "size": measure.size(moe.model, routed),
+            "size": piece.size(routed),
             "peak_memory": measure.peak_memory(self.device),
         }
         return _evaluation_json(found)

@@ -48,12 +48,13 @@ class Plan:
 
     `num_kept` is the number of experts that each layer will keep, by layer path; layers that are left as they are need
     not be named. `notes` are sentences for the user. `top_k` is the number of experts per token that every layer will
-    choose, None if that stays as it is.
+    choose, None if that stays as it is. `skips` says that layers will skip experts (`MoEModel.skip`).
     """
 
     num_kept: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     top_k: int | None = None
+    skips: bool = False
 
 
 class OptionError(ValueError):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compressor import checkpoint as checkpoints
+from compressor import disk
 from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
 from compressor.method import OptionError, Plan
-from compressor.moe import Adapter, MoELayer, Structure, refuse_quantised, rules_of, structure_of
+from compressor.moe import Adapter, MoELayer, Structure, rules_of, structure_of
+from compressor.quantised import format_of, quantisation_of, without_quantisation
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
 from compressor.sources import TaskSource
@@ -31,7 +33,6 @@ class Preview:
 
     checkpoint: Checkpoint
     structure: Structure
-    bytes_after: int
     auto_class: str
     left_out: LeftOut | None
     plan: dict[str, Any]
@@ -43,8 +44,8 @@ def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
     """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
     recipe = loaded.recipe
     found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
-    config = checkpoints.load_config(found)
-    refuse_quantised(config)
+    config = without_quantisation(checkpoints.load_config(found))
+    checkpoints.quantiser_of(found)  # refuses what cannot be read
     cls = checkpoints.model_class(found, config)
     return preview(loaded, found, config, cls, checkpoints.find_left_out(found.folder, config, cls), adapters)
 
@@ -78,11 +79,16 @@ def preview(
 ) -> Preview:
     """The same for a model whose class and config are at hand; `is_live`: and whose weights are in memory."""
     _check_evaluation(loaded, cls, config)
+    quantisation = None if is_live else quantisation_of(checkpoints.read_config(found.folder))
     structure = structure_of(cls, config, adapters)
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
     notes += _skipping_notes(config)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
+        if plan.skips and quantisation is not None:
+            raise loaded.error(
+                resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
+            )
         _check_domains(loaded, resolved)
         layers = tuple(
             dataclasses.replace(
@@ -97,6 +103,12 @@ def preview(
     dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
     removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
     before, after = structure.num_parameters, structure.num_parameters - removed
+    stored = (before * dtype.itemsize, after * dtype.itemsize)
+    if quantisation is not None:
+        kept = {layer.path: layer.num_experts for layer in layers}
+        sizes = _stored(found, structure, kept, left_out, adapters)
+        stored = sizes or stored
+        notes.append(_quantised_note(quantisation, dtype, is_estimate=sizes is None))
     plan_json = {
         "model": found.reference,
         "architecture": architecture(config),
@@ -113,24 +125,63 @@ def preview(
         ],
         "parameters": {"before": before, "after": after},
         "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
-        "bytes": {"before": before * dtype.itemsize, "after": after * dtype.itemsize},
+        "bytes": {"before": stored[0], "after": stored[1]},
         "notes": notes,
     }
     auto_class = checkpoints.auto_class(cls, config)
-    work = _work(loaded, cls, config, structure.layers, dtype, after * dtype.itemsize)
-    place = _placement(loaded, work, _disk_problem(loaded, structure, work, config, is_live=is_live))
+    work = _work(loaded, cls, config, structure.layers, dtype, stored)
+    problems = {
+        "disk": _disk_problem(loaded, structure, work, config, is_live=is_live),
+        "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
+    }
+    place = _placement(loaded, work, problems)
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
-    return Preview(found, structure, after * dtype.itemsize, auto_class, left_out, plan_json, place)
+    return Preview(found, structure, auto_class, left_out, plan_json, place)
+
+
+def _stored(
+    found: Checkpoint,
+    structure: Structure,
+    num_kept: Mapping[str, int],
+    left_out: LeftOut | None,
+    adapters: Sequence[Adapter],
+) -> tuple[int, int] | None:
+    """Bytes of a quantised checkpoint's files, now and afterwards, from their headers; None where they are not here.
+
+    Which experts go does not matter for it. Raises UnsupportedModelError where experts cannot be taken out.
+    """
+    if not any(found.folder.glob("*.safetensors")):
+        return None
+    before = disk.meta_model(found, adapters)
+    after = copy.deepcopy(before)
+    kept = {}
+    for layer in structure.layers:
+        size, per_group = layer.num_experts // layer.num_groups, num_kept[layer.path] // layer.num_groups
+        kept[layer.path] = [expert for expert in range(layer.num_experts) if expert % size < per_group]
+    after.keep(kept)
+    edit = disk.plan_edit(found, before, after, left_out)
+    return edit.bytes_before, edit.bytes_after
+
+
+_Problem = tuple[tuple[str | int, ...], str]
+"""Where the recipe says so, and what it is."""
 
 
 # Memory ----------------------------------------------------------------------------------------------------
 
 
 def _work(
-    loaded: LoadedRecipe, cls: Any, config: Any, layers: Sequence[MoELayer], dtype: torch.dtype, bytes_after: int
+    loaded: LoadedRecipe,
+    cls: Any,
+    config: Any,
+    layers: Sequence[MoELayer],
+    dtype: torch.dtype,
+    stored: tuple[int, int],
 ) -> Work:
-    """What the recipe works on, in numbers, as far as that can be known before anything is read."""
+    """What the recipe works on, in numbers, as far as that can be known before anything is read. `stored` are the bytes
+    of the files, before and after.
+    """
     recipe, text = loaded.recipe, config.get_text_config()
     with torch.device("meta"), checkpoints.quiet_transformers():
         model = cls(copy.deepcopy(config)).to(dtype)
@@ -145,7 +196,8 @@ def _work(
         bytes_total=outside + sum(by_layer.values()),
         bytes_outside=outside,
         bytes_by_layer=by_layer,
-        bytes_after=bytes_after,
+        bytes_stored=stored[0],
+        bytes_after=stored[1],
         tokens=max((sum((s.samples or 0) * (s.length or 0) for s in of_pass) for of_pass in calibration), default=0),
         batch_tokens=max(batches),
         hidden=getattr(text, "hidden_size", 0),
@@ -162,8 +214,8 @@ def _work(
 
 def _disk_problem(
     loaded: LoadedRecipe, structure: Structure, work: Work, config: Any, *, is_live: bool
-) -> tuple[tuple[str | int, ...], str] | None:
-    """Why weights cannot be read one layer at a time: (where the recipe says so, what it is); None if they can."""
+) -> _Problem | None:
+    """Why weights cannot be read one layer at a time; None if they can."""
     recipe, evaluation = loaded.recipe, loaded.recipe.evaluate
     if is_live:
         return ("weights",), "the model given is in memory already"
@@ -189,19 +241,31 @@ def _disk_problem(
     return None
 
 
-def _placement(loaded: LoadedRecipe, work: Work, problem: tuple[tuple[str | int, ...], str] | None) -> Placement:
-    """Where weights and hidden states are to be: the fastest way that keeps the budgets. Raises RecipeError if none
-    does.
+def _placement(loaded: LoadedRecipe, work: Work, problems: Mapping[str, _Problem | None]) -> Placement:
+    """Where weights and hidden states are to be: the fastest way that keeps the budgets. `problems` are why weights
+    cannot be on disk, or in memory. Raises RecipeError if no way is left.
     """
-    recipe = loaded.recipe
+    recipe, problem = loaded.recipe, problems["disk"]
+    if problem and problems["memory"]:
+        raise loaded.error(
+            problem[0],
+            f"{problems['memory'][1]}, so its weights are read from disk, one decoder layer at a time, and written as "
+            f"they are stored; and they cannot be read from disk: {problem[1]}",
+        )
     if recipe.weights == "disk" and problem:
         raise loaded.error(problem[0], f"weights cannot be read from disk: {problem[1]}")
+    if recipe.weights == "memory" and problems["memory"]:
+        raise loaded.error(
+            ("weights",),
+            f"{problems['memory'][1]}: its weights are read from disk, one decoder layer at a time, and written as "
+            f"they are stored. Leave `weights` out",
+        )
     possible = [
         place
         for place in PLACEMENTS
         if recipe.weights in ("auto", place.weights)
         and recipe.hidden_states in ("auto", place.states)
-        and not (place.weights == "disk" and problem)
+        and not problems[place.weights]
         and not (place.states == "file" and recipe.output is None)
     ]
     if not possible:
@@ -245,6 +309,16 @@ def _skipping_notes(config: Any) -> list[str]:
     return [f"the model skips experts in {len(rules)} layers ({kinds}), by `config.compressor`"] if rules else []
 
 
+def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, *, is_estimate: bool) -> str:
+    """What a quantised checkpoint is treated like, in one sentence."""
+    kind = str(dtype).removeprefix("torch.")
+    sizes = "; the bytes named are those of such numbers, the checkpoint has fewer" if is_estimate else ""
+    return (
+        f"the checkpoint is quantised ({format_of(quantisation)}): it is observed as the {kind} numbers that its "
+        f"weights stand for, and edited as it is stored{sizes}"
+    )
+
+
 def left_out_note(left_out: LeftOut) -> str:
     """What a compressed checkpoint will be without, in one sentence."""
     size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
@@ -286,7 +360,8 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
 def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
     found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
-    config = checkpoints.load_config(found)
+    quantisation = quantisation_of(checkpoints.read_config(found.folder))
+    config = without_quantisation(checkpoints.load_config(found))
     cls = checkpoints.model_class(found, config)
     structure = structure_of(cls, config, adapters)
     left_out = checkpoints.find_left_out(found.folder, config, cls)
@@ -301,8 +376,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     if left_out:
         notes.append(left_out_note(left_out))
     notes += _skipping_notes(config)
-    if getattr(config, "quantization_config", None) is not None:
-        notes.append("the checkpoint is quantised: sizes are those of unquantised weights, and `run` will refuse it")
+    if quantisation is not None:
+        notes.append(_quantised_note(quantisation, dtype, is_estimate=True))
     return {
         "model": reference,
         "architecture": architecture(config),

@@ -62,9 +62,8 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     where the weights cannot be read one layer at a time.
     """
     recipe, found = loaded.recipe, preview.checkpoint
-    shards = checkpoints.verify_files(found.folder)
     moe = MoEModel(checkpoints.load_model(found, device="meta", adapters=adapters), preview.structure)
-    weights = _Timed(moe.model, shards, device=recipe.device)
+    weights = _Timed(moe.model, found, device=recipe.device)
     observed = [
         (one, layer) for one in loaded.passes for layer in moe.layers if one.method.statistic(layer) is not None
     ]

@@ -27,7 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Shard, quiet_transformers, refuse_not_finite, torch_dtype
+from compressor.checkpoint import (
+    Checkpoint,
+    Shard,
+    quantiser_of,
+    quiet_transformers,
+    refuse_not_finite,
+    torch_dtype,
+    verify_files,
+)
 from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
 
 _READ_AT_ONCE = 2**24
@@ -79,6 +87,10 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    def get_dtype(self) -> str:
+        """Its dtype as safetensors writes it."""
+        return self.dtype
+
     def __getitem__(self, _: object) -> Tensor:
         """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
         dtype, held = torch_dtype(self.dtype), _memory(self.num_bytes)
@@ -97,12 +109,12 @@ class StoredTensor:
 class StreamedWeights:
     """The weights of a skeleton, which come and go.
 
-    `model` is what `checkpoint.load_model(…, device="meta")` returns for the folder that `shards` are of; `device` is
-    where weights are brought to. The model's tensors are those of the meta device wherever nothing was loaded. Raises
-    UnsupportedModelError where the model has no layers that could come one after another.
+    `model` is what `checkpoint.load_model(…, device="meta")` returns for the checkpoint; `device` is where weights are
+    brought to. What is stored quantised is dequantised when it is read. The model's tensors are those of the meta
+    device wherever nothing was loaded. Raises UnsupportedModelError for a format that cannot be read so.
     """
 
-    def __init__(self, model: Any, shards: Sequence[Shard], *, device: str = "cpu") -> None:
+    def __init__(self, model: Any, found: Checkpoint, *, device: str = "cpu") -> None:
         self.model, self.device = model, device
         self.units = units_of(model)
         self._held: dict[str, dict[str, Tensor]] = {}
@@ -110,8 +122,9 @@ class StreamedWeights:
         self._checked: set[str] = set()
         self._contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] = {}
         self._entered: dict[str, ExitStack] = {}
-        stored = stored_tensors(shards)
-        self._rename = _Renaming(model)
+        stored = stored_tensors(verify_files(found.folder))
+        self._quantiser = quantiser_of(found)
+        self._rename = _Renaming(model, self._quantiser)
         self._sources: dict[str, dict[str, StoredTensor]] = {}
         """Name of the tensor in the model (of several made of one, the first) → what it is made of."""
         for key, tensor in stored.items():
@@ -242,7 +255,10 @@ class StreamedWeights:
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
-            device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=self._rename.mapping
+            device_map={"": self.device},
+            dtype=self.model.dtype,
+            weight_mapping=self._rename.mapping,
+            hf_quantizer=self._quantiser,
         )
         before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor of the model after another
@@ -262,11 +278,11 @@ class StreamedWeights:
 class _Renaming:
     """Which tensor of the model a tensor on disk becomes, or is a part of, by transformers' own rules."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, quantiser: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        self.mapping = get_model_conversion_mapping(model)
+        self.mapping = get_model_conversion_mapping(model, hf_quantizer=quantiser)
         self._known = model.state_dict()
         self._prefix = model.base_model_prefix
         self._renamings = [one for one in self.mapping if isinstance(one, WeightRenaming)]

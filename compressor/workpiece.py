@@ -10,6 +10,7 @@ Both answer the same questions, to the bit.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,13 +27,14 @@ from compressor import evaluate as measure
 from compressor.calibration import Sequences, TokenBatch
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.errors import CheckpointError, VerificationError
-from compressor.evaluate import Perplexity
+from compressor.evaluate import Perplexity, RoutedSize, Size
 from compressor.journal import Journal, ObservationJournal
 from compressor.method import Decision, Method
 from compressor.moe import Adapter, Kept, MoEModel, structure_of
 from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
+from compressor.quantised import quantisation_of
 from compressor.statistics import Statistic
 from compressor.stream import StreamedWeights
 
@@ -92,6 +94,10 @@ class InMemory:
         """How well the model predicts a text."""
         return measure.perplexity(self.moe.model, sequences, batch_size, update, self.processes)
 
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Parameters, and the bytes that they take; see `evaluate.size`."""
+        return measure.size(self.moe.model, routed)
+
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
         """Carry a decision out, and compare the answers on `probe` with those of the method's preview; the differences.
 
@@ -144,7 +150,7 @@ class OnDisk(InMemory):
 
     def _read(self, moe: MoEModel, found: Checkpoint) -> None:
         self.source, self.moe = found, moe
-        self.weights = StreamedWeights(self.moe.model, checkpoints.verify_files(found.folder), device=self.device)
+        self.weights = StreamedWeights(self.moe.model, found, device=self.device)
 
     def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
         """How well the model predicts a text; all of the text passes a layer before the next one is read."""
@@ -158,6 +164,16 @@ class OnDisk(InMemory):
         return self.weights.within(
             {path: partial(self.moe.masked, {path: ids}, top_k=top_k) for path, ids in kept.items()}
         )
+
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Parameters, and the bytes that they take as they are stored: quantised ones less than the skeleton says."""
+        found = super().size(routed)
+        stored = sum(sum(shard.sizes.values()) for shard in checkpoints.verify_files(self.source.folder))
+        return dataclasses.replace(found, bytes=stored) if self._is_quantised else found
+
+    @property
+    def _is_quantised(self) -> bool:
+        return quantisation_of(checkpoints.read_config(self.source.folder)) is not None
 
     def _run_with(self, update: Update | None) -> measure.Run:
         def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:

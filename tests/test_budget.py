@@ -22,6 +22,7 @@ Recipe = dict[str, Any]
 
 WORK = Work(
     bytes_total=14_000_000_000,
+    bytes_stored=14_000_000_000,
     bytes_outside=400_000_000,
     bytes_by_layer={f"model.layers.{number}": 850_000_000 for number in range(16)},
     bytes_after=10_000_000_000,

@@ -37,7 +37,7 @@ WEIGHTS = "model.safetensors"
 def streamed(folder: Path) -> tuple[MoEModel, StreamedWeights]:
     found = Checkpoint(str(folder), folder)
     model = checkpoints.load_model(found, device="meta")
-    return MoEModel(model), StreamedWeights(model, checkpoints.verify_files(folder))
+    return MoEModel(model), StreamedWeights(model, found)
 
 
 def in_memory(folder: Path) -> MoEModel:
@@ -394,8 +394,9 @@ def peak():
     return int(line.split()[1]) * 1024  # of this process: getrusage counts from the one that started it
 
 folder = Path(sys.argv[1])
-model = checkpoint.load_model(Checkpoint("large", folder), device="meta")
-moe, weights = MoEModel(model), StreamedWeights(model, checkpoint.verify_files(folder))
+found = Checkpoint("large", folder)
+model = checkpoint.load_model(found, device="meta")
+moe, weights = MoEModel(model), StreamedWeights(model, found)
 before, (outside, by_layer) = peak(), sizes_of(model)
 ids = torch.arange(128).reshape(2, 64)
 batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))]

@@ -356,8 +356,9 @@ def refuse_quantised(config: Any) -> None:
     if quantisation is not None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
-            f"{config.model_type}: the checkpoint is quantised ({getattr(kind, 'value', kind)}). "
-            f"Prune the unquantised checkpoint, or let it skip experts, then quantise the result, which runs unskipped."
+            f"{config.model_type}: the model in memory is quantised ({getattr(kind, 'value', kind)}), and packed "
+            f"tensors are not edited there. Give its folder to a recipe, which edits it as it is stored; or prune the "
+            f"unquantised model, or let it skip experts, then quantise the result, which runs unskipped."
         )
 
 

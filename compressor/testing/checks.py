@@ -261,9 +261,7 @@ class _Subject:
                 yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
 
     def _layer_by_layer(self, source: Checkpoint, loaded: Any) -> Check:
-        weights = StreamedWeights(
-            checkpoints.load_model(source, device="meta"), checkpoints.verify_files(source.folder)
-        )
+        weights = StreamedWeights(checkpoints.load_model(source, device="meta"), source)
         outside = [
             layer.path
             for layer in self.moe.layers

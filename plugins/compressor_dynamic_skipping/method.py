@@ -185,7 +185,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         self._check_mean(layers)
         for layer in layers:
             self._check_layer(layer)
-        return Plan(notes=list(self._notes(layers)))
+        return Plan(notes=list(self._notes(layers)), skips=True)
 
     def _check_mean(self, layers: Sequence[MoELayer]) -> None:
         mean, chosen = self.options.mean_experts, [layer.top_k for layer in layers if layer.top_k >= 2]

@@ -54,7 +54,8 @@ def test_quantised_model(as_object):
     quantisation = FineGrainedFP8Config()
     model.config.quantization_config = quantisation if as_object else quantisation.to_dict()
     assert refusal(MoEModel, model) == (
-        "mixtral: the checkpoint is quantised (fp8). Prune the unquantised checkpoint, or let it skip experts, then "
+        "mixtral: the model in memory is quantised (fp8), and packed tensors are not edited there. Give its folder to "
+        "a recipe, which edits it as it is stored; or prune the unquantised model, or let it skip experts, then "
         "quantise the result, which runs unskipped."
     )
 

@@ -1,0 +1,98 @@
+"""Checkpoints whose weights are stored in fewer bits.
+
+    observe, measure    as the numbers that the stored weights stand for: transformers' own loader dequantises each
+                        tensor when it is read, one decoder layer at a time (`stream`)
+    edit                as they are stored (`disk`): nothing is dequantised, so nothing is quantised anew
+
+So a quantised checkpoint goes in, and a smaller one of the same format comes out. Which formats can be read is
+transformers' to say: those with a load operation that dequantises (FP8; MXFP4; compressed-tensors, with its package).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compressor.errors import UnsupportedModelError
+
+_KEY = "quantization_config"
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says of quantisation, its own or a part's; None for a checkpoint that is not quantised."""
+    for holder in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        if isinstance(found := holder.get(_KEY), dict):
+            return found
+    return None
+
+
+def format_of(quantisation: Mapping[str, Any]) -> str:
+    """The format's name."""
+    return str(quantisation.get("quant_method", "a format without a name"))
+
+
+def without_quantisation(config: Any) -> Any:
+    """The config, in place, as that of a model whose weights are numbers."""
+    for holder in _holders(config):
+        if getattr(holder, _KEY, None) is not None:
+            delattr(holder, _KEY)
+    return config
+
+
+def to_dequantise(config: Any, quantisation: Mapping[str, Any]) -> Any:
+    """The config, in place, with which transformers' loader gives the numbers that the stored weights stand for."""
+    setattr(without_quantisation(config), _KEY, {**quantisation, "dequantize": True})
+    return config
+
+
+def quantiser(quantisation: Mapping[str, Any], reference: str) -> Any:
+    """Transformers' object that knows how to load such a checkpoint dequantised.
+
+    Raises UnsupportedModelError, naming the format, where transformers cannot, or a package is missing for it.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    why = _packed_only(quantisation.get("quant_method"))
+    if why is None:
+        try:
+            found: Any = AutoHfQuantizer.from_config({**quantisation, "dequantize": True}, pre_quantized=True)
+            found.validate_environment(device_map=None)
+            return found
+        except Exception as error:  # many kinds: a package that is missing, options it does not know
+            why = str(error).strip().rstrip(".")
+    raise refusal(quantisation, reference, why)
+
+
+def refusal(quantisation: Mapping[str, Any], reference: str, why: str) -> UnsupportedModelError:
+    """The error for a checkpoint that cannot be dequantised, with what helps."""
+    return UnsupportedModelError(
+        f"{reference}: the checkpoint is quantised ({format_of(quantisation)}), and its weights cannot be read as "
+        f"numbers: {why}. Decide on the unquantised model, then apply the decision to this one, which keeps its "
+        f"format: `compressor apply RUN/compressor/decision.json {reference} --other-model`."
+    )
+
+
+def _packed_only(name: object) -> str | None:
+    """Why transformers' loader cannot dequantise a format; None if it can."""
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    known = {"bitsandbytes" if key.startswith("bitsandbytes_") else key for key in AUTO_QUANTIZER_MAPPING}
+    if name not in known:
+        return "transformers does not know this format"
+    cls = AUTO_QUANTIZER_MAPPING.get(name, object)
+    if not hasattr(HfQuantizer, "get_load_operations"):
+        return "that needs transformers 5.23 or newer"
+    try:
+        operations = cls.get_load_operations(cls.__new__(cls))  # without its package, which may not be here
+    except Exception:  # it needs the package even to say so, or never says so
+        operations = {}
+    return None if "dequantize" in operations else "transformers reads this format in its packed form only"
+
+
+def _holders(config: Any) -> Iterator[Any]:
+    """The config and its parts."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield part
