@@ -277,8 +277,8 @@ def test_quantised_checkpoint(refused_run: Refused, copy_of: CopyOf, mixtral: Pa
     model = copy_of(mixtral)
     change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
     says = (
-        "mixtral: the checkpoint is quantised (gptq), and its weights cannot be read as numbers: transformers reads this "
-        "format in its packed form only. Decide on the unquantised model, then apply the decision to this one"
+        "mixtral: the checkpoint is quantised (gptq), and its weights cannot be read as numbers: transformers reads "
+        "this format in its packed form only. Decide on the unquantised model, then apply the decision to this one"
     )
     refused_run(model=model, says=says)
 
