@@ -38,6 +38,8 @@ PROCESS = 700_000_000
 """Bytes of Python with torch and transformers, before any weight."""
 TASKS = 1_200_000_000
 """Bytes that lm-eval and its data sets add."""
+_MEASURED_AT_ONCE = 2**16
+"""Tokens that pass a layer together where nothing is observed."""
 _EXPERT_OUTPUTS = 2**28
 """Bytes of expert outputs held at one time, see `moe.tokens`."""
 _COPIES_PER_TOKEN = 12
@@ -73,33 +75,41 @@ class Work:
     measures_text: bool
 
     @property
-    def hidden_states(self) -> int:
-        """Bytes of the hidden states of the calibration text: before a block four vectors for each token, what goes in,
-        what it is added to, what came into the decoder layer, and the embedding.
+    def tokens_at_once(self) -> int:
+        """Tokens that pass a layer together while text is measured from disk: as many as while it is observed. More
+        text takes turns, and reads all layers once for each.
         """
-        return 4 * self.tokens * self.streams * self.hidden * self.itemsize
+        return self.tokens * self.streams or _MEASURED_AT_ONCE
 
-    def text(self, states: States) -> int:
-        """Bytes of memory for the calibration text."""
-        return round(self.tokens * self.per_token) + (self.hidden_states if states == "memory" else 0)
+    def hidden_states(self, weights: Weights) -> int:
+        """Bytes of the hidden states of the text: before a block four vectors for each token, what goes in, what it is
+        added to, what came into the decoder layer, and the embedding.
+        """
+        tokens = self.tokens_at_once if weights == "disk" else self.tokens * self.streams
+        return 4 * tokens * self.hidden * self.itemsize
+
+    def text(self, place: Placement) -> int:
+        """Bytes of memory for the text."""
+        waiting = self.hidden_states(place.weights) if place.states == "memory" else 0
+        return round(self.tokens * self.per_token) + waiting
 
     @property
     def batch(self) -> int:
         """Bytes that the work on one batch takes."""
-        logits = self.vocabulary * (self.itemsize + 4) if self.measures_text else 0
+        logits = self.vocabulary * (self.itemsize + 4) if self.measures_text or self.has_tasks else 0
         return _EXPERT_OUTPUTS + self.batch_tokens * (4 * _COPIES_PER_TOKEN * self.hidden + logits)
 
     def memory(self, place: Placement, *, device: str = "cpu") -> int:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
         others = PROCESS + (TASKS if self.has_tasks else 0)
         if device == "cpu":
-            return others + self.text(place.states) + self.batch + self._held(place.weights)
+            return others + self.text(place) + self.batch + self._held(place.weights)
         largest = max(self.bytes_by_layer.values(), default=0)
         return others + (self.bytes_total if place.weights == "memory" else largest)
 
     def device_memory(self, place: Placement) -> int:
         """Bytes of the accelerator's memory at the peak, where the model computes on one."""
-        return self.text(place.states) + self.batch + self._held(place.weights)
+        return self.text(place) + self.batch + self._held(place.weights)
 
     def _held(self, weights: Weights) -> int:
         if weights == "memory":
@@ -113,12 +123,14 @@ class Work:
         states that wait in files.
         """
         stages = 2 if place.weights == "disk" and self.num_passes > 1 else 1
-        waiting = self.hidden_states if place.states == "file" else 0
-        return stages * self.bytes_after + self.hidden_states // 2 + waiting
+        states = self.hidden_states(place.weights)
+        waiting = states if place.states == "file" else 0
+        return stages * self.bytes_after + states // 2 + waiting
 
     def readings(self, place: Placement) -> int:
         """How often all weights are read, as far as passes go: in memory once, and the result to compare it; from disk
-        for each pass to observe, to preview, to write and to compare, and before and after for text that is measured.
+        for each pass to observe, to preview, to write and to compare, and before and after for text that is measured
+        (once for every `tokens_at_once` of it, which is not counted here).
         """
         if place.weights == "memory":
             return 2
@@ -137,5 +149,6 @@ class Work:
             "bytes_read": self.readings(place) * self.bytes_stored,
             "layers": len(self.bytes_by_layer),
             "largest_layer": max(self.bytes_by_layer.values(), default=0),
-            "text": self.hidden_states,
+            "text": self.hidden_states(place.weights),
+            "tasks_at_once": self.tokens_at_once if self.has_tasks and place.weights == "disk" else None,
         }

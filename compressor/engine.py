@@ -677,7 +677,14 @@ class _Run:
         assert subject.checkpoint is not None
         self.progress.say(f"reading {self.recipe.model} one decoder layer at a time")
         work = checkpoints.stages_folder(self.recipe.output) if self.recipe.output else None
-        return OnDisk(subject.checkpoint, work, device=self.device, journal=self.journal, **shared)
+        return OnDisk(
+            subject.checkpoint,
+            work,
+            device=self.device,
+            journal=self.journal,
+            tokens_at_once=subject.preview.tokens_at_once,
+            **shared,
+        )
 
     def _in_memory(self, moe: MoEModel) -> InMemory:
         """A model beside the one that passes work on: measured, not saved."""
@@ -732,7 +739,9 @@ class _Run:
                     f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
                     f"give a smaller `length:`."
                 )
-        return _Sources(by_pass, held_out, perplexity, self._read_tasks() if evaluation else None)
+        from_disk = subject.preview.place.weights == "disk"
+        tasks = self._read_tasks(from_disk=from_disk) if evaluation else None
+        return _Sources(by_pass, held_out, perplexity, tasks)
 
     def _pass_sources(self, resolved: ResolvedPass) -> list[BaseSource]:
         """The text that a pass is calibrated on: the method's own, then the recipe's."""
@@ -748,7 +757,7 @@ class _Run:
         """What is measured: as the recipe says, and the methods' own tasks in any case."""
         return self.recipe.evaluate or (Evaluation() if self.own_tasks else None)
 
-    def _read_tasks(self) -> LoadedTasks | None:
+    def _read_tasks(self, *, from_disk: bool) -> LoadedTasks | None:
         evaluation = self.evaluation
         assert evaluation is not None
         wanted = dict.fromkeys((task, evaluation.task_path) for task in evaluation.tasks)
@@ -767,11 +776,26 @@ class _Run:
             )
             for path in dict.fromkeys(path for _, path in wanted)
         ]
-        return LoadedTasks(
+        tasks = LoadedTasks(
             tuple(name for one in found for name in one.names),
             {name: task for one in found for name, task in one.tasks.items()},
             {name: group for one in found for name, group in one.groups.items()},
         )
+        return self._without_writing(tasks) if from_disk else tasks
+
+    def _without_writing(self, tasks: LoadedTasks) -> LoadedTasks | None:
+        """The tasks that a model on disk can answer. Raises RecipeError for others that the recipe asks for."""
+        evaluation = self.evaluation
+        assert evaluation is not None
+        writing = {name for name, task in tasks.tasks.items() if task.OUTPUT_TYPE == "generate_until"}
+        own = {source.name_in_index for source in self.own_tasks} - set(evaluation.tasks)
+        if writing - own:
+            raise self.loaded.error(("evaluate", "tasks"), measure.writes_problem(writing - own))
+        if writing:
+            self.progress.say(f"not measured: {measure.writes_problem(writing)}")
+        names = tuple(name for name in tasks.names if name not in writing)
+        left = {name: task for name, task in tasks.tasks.items() if name not in writing}
+        return LoadedTasks(names, left, tasks.groups) if names else None
 
     def _batches(self, sequences: Sequence[Sequences], *, held_out: bool = False) -> list[TokenBatch]:
         batch_size = self.recipe.calibration.batch_size
@@ -996,15 +1020,13 @@ class _Run:
         tasks = {}
         if sources.tasks is not None:
             with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update, moe.counted() as counter:
-                tasks = measure.run_tasks(
-                    moe.model,
-                    tokenizer,
+                tasks = piece.ask(
                     sources.tasks,
+                    tokenizer,
+                    update,
                     limit=evaluation.limit,
                     batch_size=evaluation.batch_size,
                     seed=self.recipe.seed,
-                    progress=update,
-                    processes=self.processes,
                 )
             if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
                 used["tasks"] = _used(moe, counter, self.processes)

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from compressor import walk
@@ -268,6 +269,8 @@ def run_tasks(
     quiet: bool = True,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    run: Run | None = None,
+    device: str = "cpu",
 ) -> dict[str, TaskResult]:
     """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
 
@@ -285,6 +288,10 @@ def run_tasks(
     together, so every figure is lm-eval's own. Other requests share a batch than in one process: answers agree up to
     rounding. What a task samples at random is drawn anew in each.
 
+    `run` feeds batches to a model that cannot simply be called, in order, on `device`: then all requests of a kind go
+    together, progress is told by `run`, and a task that has the model write raises EvaluationError. The figures are
+    the same to the bit.
+
     The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer.
     """
     from lm_eval.evaluator import evaluate
@@ -299,7 +306,7 @@ def run_tasks(
     with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model):
         try:
             raw = evaluate(
-                lm=_language_model(model, tokenizer, batch_size, progress, processes or Processes()),
+                lm=_language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device),
                 task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
                 limit=limit,
                 bootstrap_iters=0,
@@ -314,7 +321,13 @@ def run_tasks(
 
 
 def _language_model(
-    model: Any, tokenizer: Any, batch_size: int, progress: Progress | None, processes: Processes
+    model: Any,
+    tokenizer: Any,
+    batch_size: int,
+    progress: Progress | None,
+    processes: Processes,
+    run: Run | None,
+    device: str,
 ) -> Any:
     """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy.
 
@@ -354,16 +367,76 @@ def _language_model(
             self._count(len(context))
             return written
 
+    class WalkedHFLM(CountedHFLM):
+        """Asks all requests of a kind together. lm-eval's own code runs twice for that: once to tell which batches
+        will come, with answers that nobody reads; then, beside the run of these batches, with their logits.
+        """
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return self._asked_together(super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return self._asked_together(super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            raise EvaluationError(writes_problem({requests[0].task_name}))
+
+        def _asked_together(self, ask: Callable[..., Any], requests: Any) -> Any:
+            batches: list[TokenBatch] = []
+
+            def note(ids_BS: Tensor) -> Tensor:
+                batches.append(TokenBatch(ids_BS.cpu(), torch.ones(ids_BS.shape, dtype=torch.bool)))
+                return torch.zeros((), dtype=model.dtype, device=device).expand(*ids_BS.shape, num_logits)
+
+            self._answer = note
+            ask(requests, disable_tqdm=True)
+            asking = greenlet(lambda: ask(requests, disable_tqdm=True))
+
+            def wait_for_logits(ids_BS: Tensor) -> Tensor:
+                assert asking.parent is not None
+                logits_BSV: Tensor = asking.parent.switch(ids_BS)
+                return logits_BSV
+
+            self._answer = wait_for_logits
+            said = asking.switch()
+
+            def give(batch: TokenBatch, output: Any) -> None:
+                nonlocal said
+                assert torch.equal(said.cpu(), batch.input_ids), "lm-eval asks the same again"
+                asking.parent = getcurrent()
+                said = asking.switch(output.logits)
+
+            assert run is not None
+            run(batches, give)
+            assert asking.dead
+            return said
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._answer(inps)
+
+    num_logits = model.get_input_embeddings().weight.shape[0]
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return CountedHFLM(
+    found = (CountedHFLM if run is None else WalkedHFLM)(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,
         prefix_token_id=tokenizer.pad_token_id if starts == (None, None) else None,
+    )
+    if run is not None:
+        found._device = torch.device(device)  # the skeleton's weights are nowhere
+    return found
+
+
+def writes_problem(names: Iterable[str]) -> str:
+    """What to say of tasks that have the model write, where its weights are on disk."""
+    return (
+        f"task {', '.join(sorted(names))}: the model is to write, token after token, and would be read from disk for "
+        f"every one. Measure tasks that choose among answers, or this one with `compressor evaluate` where the model "
+        f"fits in memory."
     )
 
 

@@ -38,6 +38,8 @@ class Preview:
     plan: dict[str, Any]
     place: Placement = PLACEMENTS[0]
     """Where weights and hidden states are to be."""
+    tokens_at_once: int = 0
+    """How much text passes a layer together while it is measured from disk."""
 
 
 def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
@@ -137,7 +139,7 @@ def preview(
     place = _placement(loaded, work, problems)
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
-    return Preview(found, structure, auto_class, left_out, plan_json, place)
+    return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
 
 
 def _stored(
@@ -171,6 +173,10 @@ _Problem = tuple[tuple[str | int, ...], str]
 # Memory ----------------------------------------------------------------------------------------------------
 
 
+_TASK_LENGTH = 512
+"""Tokens of a task's request, for an estimate."""
+
+
 def _work(
     loaded: LoadedRecipe,
     cls: Any,
@@ -189,9 +195,11 @@ def _work(
     calibration = [[*one.method.sources(), *recipe.calibration.data] for one in loaded.passes]
     evaluation = recipe.evaluate
     measured = evaluation.perplexity if evaluation else ()
+    own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
     lengths = [s.length or 0 for of_pass in calibration for s in of_pass] or [0]
     batches = [recipe.calibration.batch_size * max(lengths)]
     batches += [evaluation.batch_size * (s.length or 0) for s in measured] if evaluation else []
+    batches += [evaluation.batch_size * _TASK_LENGTH] if evaluation and evaluation.tasks else []
     return Work(
         bytes_total=outside + sum(by_layer.values()),
         bytes_outside=outside,
@@ -207,7 +215,7 @@ def _work(
         streams=2 if any(one.method.progressive for one in loaded.passes) else 1,
         num_passes=max(1, len(loaded.passes)),
         copies=2 if recipe.output or (evaluation and (evaluation.speed or evaluation.each_pass)) else 1,
-        has_tasks=bool(evaluation and evaluation.tasks),
+        has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
     )
 
@@ -230,14 +238,12 @@ def _disk_problem(
     outside = [layer.path for layer in structure.layers if not f"{layer.path}.".startswith(tuple(work.bytes_by_layer))]
     if outside:
         return ("weights",), f"{outside[0]} is in no list of layers that could be read one by one"
-    own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
     for key, wanted in (
-        ("tasks", bool(evaluation and evaluation.tasks) or own_tasks),
         ("speed", bool(evaluation and evaluation.speed)),
         ("each_pass", bool(evaluation and evaluation.each_pass)),
     ):
         if wanted:
-            return ("evaluate", key), f"`{key}` needs a model that is in memory; `perplexity` can be measured from disk"
+            return ("evaluate", key), f"`{key}` needs a model that is in memory; the rest can be measured from disk"
     return None
 
 

@@ -172,7 +172,10 @@ def _print_needs(needs: Json, console: Console) -> None:
     if needs["device_memory"]:
         table.add_row("device memory", human_bytes(needs["device_memory"]))
     table.add_row("disk", human_bytes(needs["disk"]))
-    table.add_row("reading", f"the weights {needs['readings']} times, {human_bytes(needs['bytes_read'])}")
+    reading = f"the weights {needs['readings']} times, {human_bytes(needs['bytes_read'])}"
+    if needs.get("tasks_at_once"):
+        reading += f"; for tasks once more for every {needs['tasks_at_once']:,} tokens asked, before and after"
+    table.add_row("reading", reading)
     if seconds := needs.get("seconds"):
         table.add_row(
             "time",

@@ -37,9 +37,12 @@ from compressor.progress import Progress, Update
 from compressor.quantised import quantisation_of
 from compressor.statistics import Statistic
 from compressor.stream import StreamedWeights
+from compressor.tasks import LoadedTasks
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TIES_ALLOWED = 0.25
+
+TaskResults = dict[str, measure.TaskResult]
 
 
 class InMemory:
@@ -94,6 +97,10 @@ class InMemory:
         """How well the model predicts a text."""
         return measure.perplexity(self.moe.model, sequences, batch_size, update, self.processes)
 
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        """Answers to tasks; see `evaluate.run_tasks`, which takes `limit`, `batch_size` and `seed` too."""
+        return measure.run_tasks(self.moe.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
+
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         """Parameters, and the bytes that they take; see `evaluate.size`."""
         return measure.size(self.moe.model, routed)
@@ -115,7 +122,7 @@ class OnDisk(InMemory):
     """A model whose weights stay on disk, and are read one decoder layer at a time.
 
     `work` is a folder for the checkpoints between passes; without one it can be measured only. `journal` knows which of
-    them are whole, in a run that goes on.
+    them are whole, in a run that goes on. While text is measured, `tokens_at_once` of it pass a layer together.
     """
 
     source: Checkpoint
@@ -127,13 +134,14 @@ class OnDisk(InMemory):
         *,
         device: str,
         journal: Journal | None,
+        tokens_at_once: int,
         left_out: LeftOut | None = None,
         adapters: Sequence[Adapter] = (),
         progress: Progress,
         processes: Processes,
         parking: Parking | None = None,
     ) -> None:
-        self.work, self.device, self.journal = work, device, journal
+        self.work, self.device, self.journal, self.tokens_at_once = work, device, journal, tokens_at_once
         self.stage: Path | None = None
         """The folder of the last checkpoint written; None where that is the source itself."""
         shared: dict[str, Any] = {
@@ -153,7 +161,7 @@ class OnDisk(InMemory):
         self.weights = StreamedWeights(self.moe.model, found, device=self.device)
 
     def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        """How well the model predicts a text; all of the text passes a layer before the next one is read."""
+        """How well the model predicts a text; as much of it as may wait passes a layer before the next one is read."""
         return measure.perplexity(
             self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update)
         )
@@ -163,6 +171,15 @@ class OnDisk(InMemory):
         assert self.weights is not None
         return self.weights.within(
             {path: partial(self.moe.masked, {path: ids}, top_k=top_k) for path, ids in kept.items()}
+        )
+
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        """Answers to tasks; all requests of a kind pass the layers together. Raises EvaluationError where a task has
+        the model write.
+        """
+        run = self._run_with(update)
+        return measure.run_tasks(
+            self.moe.model, tokenizer, tasks, processes=self.processes, run=run, device=self.device, **how
         )
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
@@ -178,8 +195,10 @@ class OnDisk(InMemory):
     def _run_with(self, update: Update | None) -> measure.Run:
         def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:
             assert self.weights is not None
-            spoken = update or (lambda *_: None)
-            walk.forward(self.moe.model, batches, consume, spoken, weights=self.weights, parking=self.parking)
+            parts = _in_parts(batches, self.tokens_at_once)
+            for number, part in enumerate(parts):
+                spoken = partial(_tell_of_part, update, number, len(parts))
+                walk.forward(self.moe.model, part, consume, spoken, weights=self.weights, parking=self.parking)
 
         return run
 
@@ -253,6 +272,24 @@ class OnDisk(InMemory):
             path.rename(folder.path / path.name)
         shutil.rmtree(self.work)
         self.source = Checkpoint(str(folder.target), folder.path, self.source.trust_remote_code)
+
+
+def _in_parts(batches: Sequence[TokenBatch], most: int) -> list[list[TokenBatch]]:
+    """The batches, in order, in lists of at most so many tokens, padding included, or of one batch."""
+    parts: list[list[TokenBatch]] = []
+    tokens = 0
+    for batch in batches:
+        tokens += batch.input_ids.numel()
+        if not parts or tokens > most:
+            parts.append([])
+            tokens = batch.input_ids.numel()
+        parts[-1].append(batch)
+    return parts
+
+
+def _tell_of_part(update: Update | None, number: int, num_parts: int, done: int, total: int) -> None:
+    if update is not None:
+        update(number * total + done, num_parts * total)
 
 
 def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:

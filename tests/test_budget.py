@@ -44,7 +44,7 @@ IN_MEMORY, STATES_IN_FILES, FROM_DISK, BOTH = PLACEMENTS
 def test_memory_by_hand() -> None:
     tokens = 262_144
     states = 4 * tokens * 2048 * 2  # four vectors of 2048 numbers of two bytes
-    assert WORK.hidden_states == states == 4_294_967_296
+    assert WORK.hidden_states("memory") == states == 4_294_967_296
     search = 3000 * tokens
     batch = 2**28 + 16_384 * 12 * 4 * 2048
     assert WORK.batch == batch
@@ -63,11 +63,11 @@ def test_on_an_accelerator_weights_and_text_are_there() -> None:
 def test_tasks_logits_and_second_streams_cost_more() -> None:
     other = dataclasses.replace(WORK, has_tasks=True, measures_text=True, streams=2)
     logits = 16_384 * 50_000 * (2 + 4)
-    assert other.memory(IN_MEMORY) - WORK.memory(IN_MEMORY) == TASKS + logits + WORK.hidden_states
+    assert other.memory(IN_MEMORY) - WORK.memory(IN_MEMORY) == TASKS + logits + WORK.hidden_states("memory")
 
 
 def test_disk_by_hand() -> None:
-    states = WORK.hidden_states
+    states = WORK.hidden_states("memory")
     assert WORK.disk(IN_MEMORY) == 10_000_000_000 + states // 2
     assert WORK.disk(BOTH) == 10_000_000_000 + states // 2 + states
     twice = dataclasses.replace(WORK, num_passes=2)
