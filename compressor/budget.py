@@ -73,6 +73,7 @@ class Work:
     copies: int
     has_tasks: bool
     measures_text: bool
+    is_quantised: bool = False
 
     @property
     def tokens_at_once(self) -> int:
@@ -115,7 +116,7 @@ class Work:
         if weights == "memory":
             return self.copies * self.bytes_total
         largest = max(self.bytes_by_layer.values(), default=0)
-        packed = largest * self.bytes_stored // self.bytes_total if self.bytes_stored < self.bytes_total else 0
+        packed = largest * self.bytes_stored // self.bytes_total if self.is_quantised else 0
         return self.bytes_outside + 2 * largest + packed
 
     def disk(self, place: Placement) -> int:

@@ -178,6 +178,11 @@ def load_config(checkpoint: Checkpoint) -> Any:
             f"({code.get('AutoConfig') if isinstance(code, dict) else code}). It "
             f"runs only with `trust_remote_code: true` in the recipe, or --trust-remote-code; read it first."
         )
+    if raw.get("transformers_weights"):
+        raise CheckpointError(
+            f"{checkpoint.reference}: its config.json names a file of weights itself (`transformers_weights`), which "
+            f"other readers do not know of. Save it once with transformers' `save_pretrained`."
+        )
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config it does not know
@@ -338,6 +343,11 @@ def verify_files(folder: Path) -> list[Shard]:
     weight_map = _read_index(folder)
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
+        if _SINGLE not in names and (folder / _SINGLE).exists():
+            raise CheckpointError(
+                f"{folder}: it holds {_SINGLE} and an index of other files, {INDEX}: two models, of which readers take "
+                f"one or the other. Move the one away that is not meant."
+            )
     elif (folder / _SINGLE).exists():
         names = [_SINGLE]
     else:
@@ -356,6 +366,12 @@ def verify_files(folder: Path) -> list[Shard]:
     if weight_map is not None:
         _compare_with_index(shards, weight_map, folder)
     return shards
+
+
+def first_dtype(shards: Iterable[Shard]) -> torch.dtype | None:
+    """The dtype of the first tensor of numbers: what transformers loads a checkpoint in whose config names none."""
+    known = (TORCH.get(dtype) for shard in shards for dtype, _ in shard.tensors.values())
+    return next((dtype for dtype in known if dtype is not None and dtype.is_floating_point), None)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

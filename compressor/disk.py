@@ -258,10 +258,7 @@ class Edit:
 
     def _dtype(self) -> str | None:
         """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
-        dtype = getattr(self.after.config, "dtype", None)
-        if dtype is None:
-            known = [TORCH.get(tensor.dtype) for edit in self.shards for tensor in edit.tensors]
-            dtype = next((one for one in known if one is not None and one.is_floating_point), None)
+        dtype = getattr(self.after.config, "dtype", None) or checkpoints.first_dtype([e.shard for e in self.shards])
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def _verify(self, folder: Path) -> None:

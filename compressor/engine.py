@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -890,7 +891,13 @@ class _Run:
                 }
                 save_statistics(folder.path / "compressor" / STATISTICS, gathered, {**about, "passes": passes_about})
             with self._timed("decide"):
-                decision = self._decide(resolved, piece.moe.layers, figures)
+                try:
+                    decision = self._decide(resolved, piece.moe.layers, figures)
+                except RecipeError as error:
+                    is_of_original = [layer.description() for layer in piece.moe.layers] == about["layers"]
+                    if folder and is_of_original and not method.progressive:
+                        raise self._with_figures_kept(folder, error, resolved) from error
+                    raise
             entry = {
                 "method": resolved.spec.method,
                 "version": method.version,
@@ -915,6 +922,15 @@ class _Run:
                     original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
             entry["seconds"] = round(time.perf_counter() - started, 3)
         return done
+
+    def _with_figures_kept(self, folder: OutputFolder, error: RecipeError, resolved: ResolvedPass) -> RecipeError:
+        """Figures that do not answer what was asked may answer something else: they outlive the run."""
+        kept = folder.target.with_name(f"{folder.target.name}.{STATISTICS}")
+        shutil.copyfile(folder.path / "compressor" / STATISTICS, kept)
+        return RecipeError(
+            f"{error} What was observed is kept: `compressor decide {kept} --method {resolved.spec.method} --set …` "
+            f"decides by it without the model, and `compressor apply` carries that out."
+        )
 
     def _noted(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the journal has under a name, else what is made now, which it then has."""

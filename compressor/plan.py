@@ -21,7 +21,7 @@ from compressor.moe import Adapter, MoELayer, Structure, rules_of, structure_of
 from compressor.quantised import format_of, quantisation_of, without_quantisation
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
-from compressor.sources import TaskSource
+from compressor.sources import BaseSource, TaskSource
 from compressor.stream import sizes_of
 
 
@@ -101,16 +101,11 @@ def preview(
             for layer in layers
         )
         notes += plan.notes
-    dtype = _dtype(loaded.recipe.dtype, config)
+    dtype = _dtype(loaded.recipe.dtype, config, None if is_live else found)
     dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
     removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
     before, after = structure.num_parameters, structure.num_parameters - removed
-    stored = (before * dtype.itemsize, after * dtype.itemsize)
-    if quantisation is not None:
-        kept = {layer.path: layer.num_experts for layer in layers}
-        sizes = _stored(found, structure, kept, left_out, adapters)
-        stored = sizes or stored
-        notes.append(_quantised_note(quantisation, dtype, is_estimate=sizes is None))
+    as_loaded = (before * dtype.itemsize, after * dtype.itemsize)
     plan_json = {
         "model": found.reference,
         "architecture": architecture(config),
@@ -127,16 +122,26 @@ def preview(
         ],
         "parameters": {"before": before, "after": after},
         "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
-        "bytes": {"before": stored[0], "after": stored[1]},
+        "bytes": {"before": as_loaded[0], "after": as_loaded[1]},
         "notes": notes,
     }
     auto_class = checkpoints.auto_class(cls, config)
-    work = _work(loaded, cls, config, structure.layers, dtype, stored)
+    work = _work(loaded, cls, config, structure.layers, dtype, as_loaded)
     problems = {
         "disk": _disk_problem(loaded, structure, work, config, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
     }
     place = _placement(loaded, work, problems)
+    if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
+        kept = {layer.path: layer.num_experts for layer in layers}
+        stored = _stored(found, structure, kept, left_out, adapters)
+        if stored is not None:
+            is_quantised = quantisation is not None
+            work = dataclasses.replace(work, bytes_stored=stored[0], bytes_after=stored[1], is_quantised=is_quantised)
+            place = _placement(loaded, work, problems)
+            plan_json["bytes"] = {"before": stored[0], "after": stored[1]}
+        if quantisation is not None:
+            notes.append(_quantised_note(quantisation, dtype, is_estimate=stored is None))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
     return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
@@ -149,7 +154,7 @@ def _stored(
     left_out: LeftOut | None,
     adapters: Sequence[Adapter],
 ) -> tuple[int, int] | None:
-    """Bytes of a quantised checkpoint's files, now and afterwards, from their headers; None where they are not here.
+    """Bytes of a checkpoint's files, now and afterwards, from their headers; None where they are not here.
 
     Which experts go does not matter for it. Raises UnsupportedModelError where experts cannot be taken out.
     """
@@ -196,9 +201,9 @@ def _work(
     evaluation = recipe.evaluate
     measured = evaluation.perplexity if evaluation else ()
     own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
-    lengths = [s.length or 0 for of_pass in calibration for s in of_pass] or [0]
-    batches = [recipe.calibration.batch_size * max(lengths)]
-    batches += [evaluation.batch_size * (s.length or 0) for s in measured] if evaluation else []
+    by_pass = [batch_sizes(sources, recipe.calibration.batch_size) for sources in calibration]
+    batches = [size for sizes in by_pass for size in sizes] or [0]
+    batches += batch_sizes(measured, evaluation.batch_size) if evaluation else []
     batches += [evaluation.batch_size * _TASK_LENGTH] if evaluation and evaluation.tasks else []
     return Work(
         bytes_total=outside + sum(by_layer.values()),
@@ -206,7 +211,7 @@ def _work(
         bytes_by_layer=by_layer,
         bytes_stored=stored[0],
         bytes_after=stored[1],
-        tokens=max((sum((s.samples or 0) * (s.length or 0) for s in of_pass) for of_pass in calibration), default=0),
+        tokens=max(map(sum, by_pass), default=0),
         batch_tokens=max(batches),
         hidden=getattr(text, "hidden_size", 0),
         vocabulary=getattr(text, "vocab_size", 0),
@@ -218,6 +223,16 @@ def _work(
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
     )
+
+
+def batch_sizes(sources: Sequence[BaseSource], batch_size: int) -> list[int]:
+    """Tokens of each batch of these sources, padding included, as far as that is known before text is read."""
+    found = []
+    for source in sources:
+        lengths = source.lengths()
+        parts = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+        found += [len(part) * max(part) for part in parts]
+    return found
 
 
 def _disk_problem(
@@ -371,7 +386,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     cls = checkpoints.model_class(found, config)
     structure = structure_of(cls, config, adapters)
     left_out = checkpoints.find_left_out(found.folder, config, cls)
-    dtype = _dtype("auto", config)
+    dtype = _dtype("auto", config, found)
     experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
     notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
     if not structure.top_k_leaf:
@@ -406,11 +421,15 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     }
 
 
-def _dtype(wanted: str, config: Any) -> torch.dtype:
+def _dtype(wanted: str, config: Any, found: Checkpoint | None) -> torch.dtype:
+    """What the weights are loaded in. A config may name none: then the files' headers say it, where they are here."""
     if wanted != "auto":
         return getattr(torch, wanted)  # type: ignore[no-any-return]
-    found = getattr(config, "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    if isinstance(named := getattr(config, "dtype", None), torch.dtype):
+        return named
+    is_here = found is not None and any(found.folder.glob("*.safetensors"))
+    shards = checkpoints.verify_files(found.folder) if found is not None and is_here else []
+    return checkpoints.first_dtype(shards) or torch.float32
 
 
 def architecture(config: Any) -> str:

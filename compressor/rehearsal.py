@@ -74,7 +74,8 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     if not units:
         raise RecipeError(f"{layer.path} is in no list of layers that could be read one by one.")
     weights.wanted = units[0]
-    length = max(source.length or 128 for source in (*resolved.method.sources(), *recipe.calibration.data))
+    lengths = [source.lengths() for source in (*resolved.method.sources(), *recipe.calibration.data)]
+    length = max(length for of_source in lengths for length in of_source)
     model: Any = moe.model
     rows = model.get_input_embeddings().weight.shape[0]
     shape = (recipe.calibration.batch_size, length)
@@ -109,7 +110,7 @@ def _whole(
     for one in loaded.passes:
         sources = (*one.method.sources(), *loaded.recipe.calibration.data)
         streams = 2 if one.method.progressive else 1
-        num_batches += streams * sum(ceil((source.samples or 1) / size) for source in sources)
+        num_batches += streams * sum(ceil(len(source.lengths()) / size) for source in sources)
     readings = preview.plan["needs"]["readings"]
     observing = num_layers * (num_batches * batch + len(loaded.passes) * layer)
     return Rehearsal(read, batch, layer, readings * num_layers * read, observing)

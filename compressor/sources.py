@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,6 +39,12 @@ class BaseSource(BaseModel):
 
     def _default_title(self) -> str:
         raise NotImplementedError
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sequence, at most, as far as that is known before the text is read. Raises CalibrationError
+        where a file is not there.
+        """
+        return [self.length] * self.samples
 
     def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
         """The texts or chats, in the order in which they are to be used."""
@@ -82,6 +88,11 @@ class TextSource(BaseSource):
     def _default_title(self) -> str:
         return self.text.stem
 
+    def lengths(self) -> Sequence[int]:
+        """Those asked for; the file is not read, but must be there."""
+        _check_file(self.text, self.title)
+        return super().lengths()
+
     def documents(self, *, seed: int, split: Split) -> Iterable[str]:
         """The whole file as one document."""
         return [_read_text(self.text, self.title)]
@@ -100,6 +111,11 @@ class JsonLinesSource(BaseSource):
 
     def _default_title(self) -> str:
         return self.jsonl.stem
+
+    def lengths(self) -> Sequence[int]:
+        """Those asked for; the file is not read, but must be there."""
+        _check_file(self.jsonl, self.title)
+        return super().lengths()
 
     def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
         """The lines' texts or chats, shuffled by `seed`."""
@@ -157,6 +173,10 @@ class TokensSource(BaseSource):
 
     def _default_title(self) -> str:
         return self.tokens.stem
+
+    def lengths(self) -> Sequence[int]:
+        """Those of the file, which is read for it."""
+        return [len(ids) for ids in self.sequences()]
 
     def sequences(self) -> list[list[int]]:
         """The file's sequences of token ids, in order."""
@@ -277,6 +297,11 @@ def _shuffled(documents: Iterable[_T], seed: int) -> list[_T]:
     documents = list(documents)
     random.Random(seed).shuffle(documents)
     return documents
+
+
+def _check_file(path: Path, title: str) -> None:
+    if not path.exists():
+        raise CalibrationError(f"source {title!r}: there is no file {path}.")
 
 
 def _read_text(path: Path, title: str) -> str:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, token_ids, write_token_file
+from transformers import AutoConfig
 
 import compressor
-from compressor import RecipeError, plan
+from compressor import CalibrationError, RecipeError, plan
 from compressor.budget import PLACEMENTS, PROCESS, TASKS, Placement, Work
 from compressor.environment import available_memory
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe
 from compressor.rehearsal import rehearse
 from compressor.report import human_seconds
+from compressor.sources import TokensSource
 
 Recipe = dict[str, Any]
 
@@ -64,6 +70,20 @@ def test_tasks_logits_and_second_streams_cost_more() -> None:
     other = dataclasses.replace(WORK, has_tasks=True, measures_text=True, streams=2)
     logits = 16_384 * 50_000 * (2 + 4)
     assert other.memory(IN_MEMORY) - WORK.memory(IN_MEMORY) == TASKS + logits + WORK.hidden_states("memory")
+
+
+def test_a_quantised_layer_is_held_as_stored_and_as_numbers() -> None:
+    packed = dataclasses.replace(WORK, bytes_stored=7_000_000_000, is_quantised=True)
+    assert packed.memory(FROM_DISK) - WORK.memory(FROM_DISK) == 425_000_000
+    assert packed.to_json(FROM_DISK, device="cpu", available=None)["bytes_read"] == 4 * 7_000_000_000
+
+
+def test_text_that_is_measured_waits_too() -> None:
+    measured = dataclasses.replace(WORK, tokens=0, has_tasks=True)
+    assert measured.tokens_at_once == 65_536
+    assert measured.text(FROM_DISK) == 4 * 65_536 * 2048 * 2
+    assert measured.text(IN_MEMORY) == measured.text(BOTH) == 0
+    assert dataclasses.replace(WORK, streams=2).tokens_at_once == 2 * 262_144
 
 
 def test_disk_by_hand() -> None:
@@ -124,6 +144,49 @@ def test_fastest_way_that_keeps_the_budget(recipe: Recipe) -> None:
         assert preview(recipe, f"memory={by_place[place]}").place == fitting[0]
     with pytest.raises(RecipeError, match=r"memory: about \S+ MB of memory are needed .* Smaller batches need less"):
         preview(recipe, f"memory={ordered[0][1] - 1}")
+
+
+def test_ready_made_ids_are_counted(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [[5] * length for length in (10, 30, 20, 7, 40)]
+    tokens = write_token_file(tmp_path / "tokens.jsonl", rows)
+    recipe["calibration"]["data"] = [{"tokens": str(tokens)}]
+    sizes = plan.batch_sizes([TokensSource(tokens=tokens)], 2)
+    assert sizes == [2 * 30, 2 * 20, 1 * 40]  # padding included
+    assert plan.batch_sizes([TokensSource(tokens=tokens, samples=3, length=15)], 2) == [2 * 15, 15]
+    config = AutoConfig.from_pretrained(tiny_folder("mixtral"))
+    assert preview(recipe).plan["needs"]["text"] == 4 * sum(sizes) * config.hidden_size * 4
+
+
+def test_text_that_is_not_there_is_known_before_anything_is_read(recipe: Recipe, tmp_path: Path) -> None:
+    for kind in ("tokens", "text", "jsonl"):
+        recipe["calibration"]["data"] = [{kind: str(tmp_path / "nowhere")}]
+        with pytest.raises(CalibrationError, match=r"there is no file .*nowhere"):
+            preview(recipe)
+
+
+def test_the_files_know_the_dtype_that_a_config_does_not_name(recipe: Recipe, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if "dtype" not in key}))
+    recipe["model"] = str(model)
+    assert preview(recipe).plan["dtype"] == "bfloat16"
+
+
+def test_tensors_in_another_dtype_than_the_configs_stay_so_on_disk(recipe: Recipe, tmp_path: Path) -> None:
+    """Loaded, they are what the config says; the plan counts what is written."""
+    model = Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "dtype": "bfloat16"}))
+    recipe["model"] = str(model)
+    recipe["calibration"]["data"] = [{"tokens": str(write_token_file(tmp_path / "t.jsonl", token_ids(8, 12).tolist()))}]
+    in_memory, on_disk = (preview(recipe, f"weights={weights}").plan["bytes"] for weights in ("memory", "disk"))
+    assert on_disk["before"] == (model / "model.safetensors").stat().st_size > 1.9 * in_memory["before"]
+    compressor.compress(recipe, overrides=["weights=disk"])
+    written = tmp_path / "out" / "model.safetensors"
+    assert written.stat().st_size == on_disk["after"]
+    assert {tensor.dtype for tensor in load_file(written).values()} == {torch.float32}
 
 
 def test_what_was_asked_for_is_done_or_refused(recipe: Recipe) -> None:

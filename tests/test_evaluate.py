@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,9 +26,13 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 
 from compressor import evaluate, tasks
 from compressor.calibration import Sequences, fingerprint
+from compressor.checkpoint import Checkpoint
 from compressor.errors import CalibrationError, CheckpointError, EvaluationError
 from compressor.evaluate import Flips, Metric, RoutedSize, TaskResult
+from compressor.processes import Processes
+from compressor.progress import Progress
 from compressor.testing import tiny
+from compressor.workpiece import OnDisk
 
 WORDS = ["</s>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "is", "not", "after", "before"]
 VOCAB_SIZE = 32
@@ -353,6 +359,76 @@ def test_other_metrics_are_lm_evals(model: Any, tokenizer: Any) -> None:
     assert metric.standard_error is None
     assert metric.higher_is_better is False
     assert result.correct == {}
+
+
+# --- tasks of a model on disk
+
+
+class Loads:
+    """How often each decoder layer was read."""
+
+    def __init__(self, piece: OnDisk) -> None:
+        assert piece.weights is not None
+        self.by_layer: Counter[str] = Counter()
+        load = piece.weights.load
+        piece.weights.load = lambda unit: (self.by_layer.update([unit]), load(unit))  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def folder(model: Any, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def on_disk(folder: Path, tokens_at_once: int = 10_000) -> OnDisk:
+    return OnDisk(
+        Checkpoint("model", folder),
+        None,
+        device="cpu",
+        journal=None,
+        tokens_at_once=tokens_at_once,
+        progress=Progress(),
+        processes=Processes(),
+    )
+
+
+@pytest.mark.parametrize("name", ["demo_choice", "demo_rolling", "my_group"])
+def test_tasks_of_a_model_on_disk(name: str, model: Any, tokenizer: Any, folder: Path, yaml_tasks: Path) -> None:
+    asked = load(name, task_path=yaml_tasks)
+    expected = evaluate.run_tasks(model, tokenizer, asked, batch_size=4)
+    piece, told = on_disk(folder), []
+    loads = Loads(piece)
+    assert piece.ask(asked, tokenizer, lambda *of: told.append(of), batch_size=4) == expected
+    assert set(loads.by_layer.values()) == {1}  # all requests pass a layer before the next one is read
+    assert told[-1] == (2, 2)
+    assert all(tensor.is_meta for tensor in piece.moe.model.parameters())
+
+
+def test_more_requests_than_may_wait_take_turns(model: Any, tokenizer: Any, folder: Path, choice: Any) -> None:
+    expected = evaluate.run_tasks(model, tokenizer, choice, batch_size=4)
+    piece, told = on_disk(folder, tokens_at_once=60), []
+    loads = Loads(piece)
+    assert piece.ask(choice, tokenizer, lambda *of: told.append(of), batch_size=4) == expected
+    [turns] = set(loads.by_layer.values())
+    assert turns > 1
+    assert told == [(done, 2 * turns) for done in range(1, 2 * turns + 1)]
+
+
+def test_perplexity_takes_turns_too(model: Any, folder: Path) -> None:
+    text = random_sequences(9, 12, 7, 20, 3, 11)
+    expected = evaluate.perplexity(model, text, batch_size=2)
+    piece = on_disk(folder, tokens_at_once=30)
+    loads = Loads(piece)
+    assert piece.perplexity(text, batch_size=2) == expected
+    assert set(loads.by_layer.values()) == {3}  # 2 × 12, 2 × 20 and 2 × 11 tokens with their padding
+
+
+def test_damage_ends_a_task(model: Any, tokenizer: Any, folder: Path, choice: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "layers.1" in name)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\..* NaN"):
+        on_disk(folder).ask(choice, tokenizer, batch_size=4)
 
 
 def test_groups_are_their_subtasks_and_their_mean(model: Any, tokenizer: Any, yaml_tasks: Path) -> None:

@@ -320,6 +320,51 @@ def test_what_cannot_be_done_from_disk_is_named(recipe: Recipe, tmp_path: Path, 
         compressor.compress(recipe | changes | {"weights": "disk"}, output=tmp_path / "out")
 
 
+GENERATE = """task: my_sum
+dataset_path: json
+dataset_kwargs: {data_files: {train: FOLDER/rows.jsonl, test: FOLDER/rows.jsonl}}
+training_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: '{{question}}'
+doc_to_target: answer
+"""
+
+
+@pytest.fixture
+def my_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task that has the model write."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.dumps({"question": f"{n} + 1 =", "answer": f" {n + 1}"}) for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "my_sum.yaml").write_text(GENERATE.replace("FOLDER", str(tmp_path)))
+    return tmp_path
+
+
+def test_tasks_that_write_need_the_model_in_memory(
+    my_sum: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe: Recipe = {
+        "model": "demo",
+        "weights": "disk",
+        "calibration": {"data": [{"demo": "code", "samples": 2, "length": 32}]},
+        "passes": [{"expert_pruning": {"keep": 6}}],
+        "evaluate": {"tasks": ["my_sum", "demo_code"], "task_path": str(my_sum), "limit": 4},
+        "output": str(tmp_path / "out"),
+    }
+    with pytest.raises(RecipeError, match=r"evaluate\.tasks: task my_sum: the model is to write"):
+        compressor.compress(recipe)
+    # where only the method brought it, it is left out with a note
+    recipe["passes"] = [
+        {"task_pruning": {"task": "my_sum", "task_path": str(my_sum), "samples": 6, "length": 32, "keep": 6}}
+    ]
+    recipe["evaluate"] = {"tasks": ["demo_code"], "limit": 4, "batch_size": 4}
+    del recipe["calibration"]
+    record = compressor.compress(recipe, progress=Progress("lines")).record
+    assert "not measured: task my_sum: the model is to write" in capsys.readouterr().err
+    assert list(record["evaluation"]["after"]["tasks"]) == ["demo_code"]
+
+
 def test_without_an_output_nothing_is_read_from_disk(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="every pass writes a checkpoint then, so it needs an `output`"):
         compressor.compress(recipe | {"weights": "disk"})

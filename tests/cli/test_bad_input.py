@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -283,6 +284,12 @@ def test_quantised_checkpoint(refused_run: Refused, copy_of: CopyOf, mixtral: Pa
     refused_run(model=model, says=says)
 
 
+def test_a_config_that_names_its_own_file(refused_run: Refused, copy_of: CopyOf, mixtral: Path) -> None:
+    model = copy_of(mixtral)
+    change_config(model, transformers_weights="other.safetensors")
+    refused_run(model=model, says="its config.json names a file of weights itself (`transformers_weights`)")
+
+
 # --- the shards
 
 
@@ -316,6 +323,11 @@ def cut_to_nothing(folder: Path) -> str:
     path = first_shard(folder)
     path.write_bytes(b"")
     return f"{path}: not a safetensors file, or damaged at its start: "
+
+
+def a_single_file_too(folder: Path) -> str:
+    shutil.copy(first_shard(folder), folder / "model.safetensors")
+    return f"{folder}: it holds model.safetensors and an index of other files, model.safetensors.index.json: two models"
 
 
 def garbage(folder: Path) -> str:
@@ -354,8 +366,8 @@ def index_cut(folder: Path) -> str:
 
 
 SPOILT_SHARDS = [
-    missing, truncated, cut_to_nothing, garbage, in_another_file, in_no_file, index_of_nothing, index_of_numbers,
-    index_cut,
+    missing, truncated, a_single_file_too, cut_to_nothing, garbage, in_another_file, in_no_file, index_of_nothing,
+    index_of_numbers, index_cut,
 ]  # fmt: skip
 
 
@@ -860,12 +872,29 @@ def test_offline_in_a_process_of_its_own() -> None:
         ),
         ({"top_k": 2}, "passes[0].dynamic_skipping.top_k: model.layers.0.mlp: each token chooses 2 experts"),
         ({"tresholt": 0.3}, "unknown key; did you mean 'threshold'?"),
-        ({"mean_experts": 1.5, "precision": 0.001}, "is asked for (`precision`). Calibrate on about"),
-        ({}, "74 tokens of calibration text tell how many experts a token uses to ±0.12, and ±0.1 is asked for"),
     ],
 )
 def test_skipping_that_cannot_be(refused_run: Refused, options: dict[str, Any], says: str) -> None:
     refused_run(passes=[{"dynamic_skipping": options}], says=says)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mean_experts": 1.5, "precision": 0.001}, "is asked for (`precision`). Calibrate on about"),
+        ({}, "74 tokens of calibration text tell how many experts a token uses to ±0.12, and ±0.1 is asked for"),
+    ],
+)
+def test_too_little_text_for_a_threshold(
+    cli: Cli, recipe: WriteRecipe, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    answer = cli("run", "--quiet", recipe(passes=[{"dynamic_skipping": options}]))
+    assert answer.status == 2
+    assert says in answer.err
+    kept = tmp_path / "out.statistics.safetensors"
+    assert f"`compressor decide {kept} --method dynamic_skipping" in answer.err
+    assert sorted(tmp_path.glob("*out*")) == [kept]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_skipping_of_a_model_that_chooses_one_expert(

@@ -80,6 +80,18 @@ def test_median_of_a_top_2_model(tokens, tmp_path):
     assert "run it unskipped" in card
 
 
+def test_figures_outlive_a_run_that_cannot_decide_by_them(eight, tokens, tmp_path):
+    passes = {"dynamic_skipping": {"mean_experts": 2.75, "precision": 1e-4}}
+    with pytest.raises(RecipeError, match=r"Calibrate on about .* What was observed is kept: `compressor decide"):
+        compressor.compress(recipe(eight, tokens, passes), output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.statistics.safetensors"]
+    statistics = tmp_path / "out.statistics.safetensors"
+    decided = compressor.decide(statistics, "dynamic_skipping", mean_experts=2.75, precision=0.5)
+    passes["dynamic_skipping"]["precision"] = 0.5
+    whole = compressor.compress(recipe(eight, tokens, passes), output=tmp_path / "out")
+    assert decided["passes"][0]["decision"] == whole.record["passes"][0]["decision"]
+
+
 def test_a_mean_is_reached_by_the_running_model(eight, tokens, tmp_path):
     """The counter, on the calibration text, says what the decision says; with all layers skipping, nearly."""
     passes = {"dynamic_skipping": {"mean_experts": 2.75, "precision": 0.5}}
