@@ -34,14 +34,16 @@ PLACEMENTS = (
 )
 """Fastest first."""
 
-PROCESS = 700_000_000
-"""Bytes of Python with torch and transformers, before any weight."""
+PROCESS = 500_000_000
+"""Bytes of Python with torch and transformers, before any weight (425 MB measured)."""
+ACCELERATOR = 500_000_000
+"""Bytes of memory that an accelerator's libraries add to that; not measured."""
 TASKS = 1_200_000_000
 """Bytes that lm-eval and its data sets add."""
 _MEASURED_AT_ONCE = 2**16
 """Tokens that pass a layer together where nothing is observed."""
 _EXPERT_OUTPUTS = 2**28
-"""Bytes of expert outputs held at one time, see `moe.tokens`."""
+"""Bytes of expert outputs held at one time, at most; see `moe.tokens`."""
 _COPIES_PER_TOKEN = 12
 """Float32 vectors of a token of the batch at work, attention included."""
 
@@ -53,8 +55,9 @@ class Work:
     `bytes_total` and `bytes_outside` are those of all weights and of those in no layer, `bytes_by_layer` those of each
     decoder layer, all of them as numbers to compute with; `bytes_stored` and `bytes_after` those of the files, before
     and after, which are fewer where weights are quantised; `tokens` the calibration text of the largest pass;
-    `batch_tokens` one batch; `hidden` the width of a token, `itemsize` the bytes of a number, `per_token` what a search
-    keeps of a token; `streams` 2 in progressive mode. `copies` is how often all weights are in memory at most.
+    `batch_tokens` one batch; `hidden` the width of a token, `num_experts` those of the largest layer, `itemsize` the
+    bytes of a number, `per_token` what a search keeps of a token; `streams` 2 in progressive mode. `copies` is how
+    often all weights are in memory at most.
     """
 
     bytes_total: int
@@ -65,6 +68,7 @@ class Work:
     tokens: int
     batch_tokens: int
     hidden: int
+    num_experts: int
     vocabulary: int
     itemsize: int
     per_token: float
@@ -98,7 +102,8 @@ class Work:
     def batch(self) -> int:
         """Bytes that the work on one batch takes."""
         logits = self.vocabulary * (self.itemsize + 4) if self.measures_text or self.has_tasks else 0
-        return _EXPERT_OUTPUTS + self.batch_tokens * (4 * _COPIES_PER_TOKEN * self.hidden + logits)
+        outputs = min(_EXPERT_OUTPUTS, self.batch_tokens * self.num_experts * 4 * self.hidden)
+        return outputs + self.batch_tokens * (4 * _COPIES_PER_TOKEN * self.hidden + logits)
 
     def memory(self, place: Placement, *, device: str = "cpu") -> int:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
@@ -106,7 +111,7 @@ class Work:
         if device == "cpu":
             return others + self.text(place) + self.batch + self._held(place.weights)
         largest = max(self.bytes_by_layer.values(), default=0)
-        return others + (self.bytes_total if place.weights == "memory" else largest)
+        return others + ACCELERATOR + (self.bytes_total if place.weights == "memory" else largest)
 
     def device_memory(self, place: Placement) -> int:
         """Bytes of the accelerator's memory at the peak, where the model computes on one."""

@@ -214,6 +214,7 @@ def _work(
         tokens=max(map(sum, by_pass), default=0),
         batch_tokens=max(batches),
         hidden=getattr(text, "hidden_size", 0),
+        num_experts=max((layer.num_experts for layer in layers), default=0),
         vocabulary=getattr(text, "vocab_size", 0),
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import compressor
 from compressor import CalibrationError, RecipeError, plan
-from compressor.budget import PLACEMENTS, PROCESS, TASKS, Placement, Work
+from compressor.budget import ACCELERATOR, PLACEMENTS, PROCESS, TASKS, Placement, Work
 from compressor.environment import available_memory
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe
@@ -35,6 +35,7 @@ WORK = Work(
     tokens=128 * 2048,
     batch_tokens=8 * 2048,
     hidden=2048,
+    num_experts=64,
     vocabulary=50_000,
     itemsize=2,
     per_token=3000.0,
@@ -61,9 +62,14 @@ def test_memory_by_hand() -> None:
 
 
 def test_on_an_accelerator_weights_and_text_are_there() -> None:
-    assert WORK.memory(IN_MEMORY, device="cuda") == PROCESS + 14_000_000_000
-    assert WORK.memory(FROM_DISK, device="cuda") == PROCESS + 850_000_000
+    assert WORK.memory(IN_MEMORY, device="cuda") == PROCESS + ACCELERATOR + 14_000_000_000
+    assert WORK.memory(FROM_DISK, device="cuda") == PROCESS + ACCELERATOR + 850_000_000
     assert WORK.device_memory(FROM_DISK) == WORK.memory(FROM_DISK) - PROCESS
+
+
+def test_a_small_batch_holds_few_outputs() -> None:
+    small = dataclasses.replace(WORK, batch_tokens=100)
+    assert small.batch == 100 * 64 * 4 * 2048 + 100 * 12 * 4 * 2048
 
 
 def test_tasks_logits_and_second_streams_cost_more() -> None:
