@@ -223,9 +223,11 @@ def test_tables_of_expert_ids_after_two_passes(tmp_path: Path) -> None:
 
 
 def per_expert_fp8(name: str, tensor: torch.Tensor) -> Tensors:
+    return blocks_fp8(name, tensor) if ".experts." in name else {name: tensor}
+
+
+def blocks_fp8(name: str, tensor: torch.Tensor) -> Tensors:
     """Blocks of 8 × 8, each with its scale."""
-    if ".experts." not in name:
-        return {name: tensor}
     rows, columns = tensor.shape
     blocks = tensor.reshape(rows // 8, 8, columns // 8, 8)
     scales = blocks.abs().amax((1, 3)) / 448

@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
-from test_disk import FP8, Tensors, assert_same, mxfp4, shard_up, tensors_of, write_changed
+from test_disk import FP8, Tensors, assert_same, blocks_fp8, mxfp4, shard_up, tensors_of, write_changed
 from tiny_models import random_model, token_ids, write_token_file
 from transformers import AutoModelForCausalLM
 
@@ -36,13 +36,7 @@ def is_linear(name: str, tensor: torch.Tensor) -> bool:
 
 def linear_fp8(name: str, tensor: torch.Tensor) -> Tensors:
     """As the large FP8 checkpoints are: every linear layer in blocks with a scale each, but for head and router."""
-    if not is_linear(name, tensor):
-        return {name: tensor}
-    rows, columns = tensor.shape
-    blocks = tensor.reshape(rows // 8, 8, columns // 8, 8)
-    scales = blocks.abs().amax((1, 3)) / 448
-    values = (blocks / scales[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
-    return {name: values, name + "_scale_inv": scales}
+    return blocks_fp8(name, tensor) if is_linear(name, tensor) else {name: tensor}
 
 
 def packed(kind: str) -> tuple[Callable[[str, torch.Tensor], Tensors], Recipe]:
