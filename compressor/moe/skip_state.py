@@ -86,47 +86,19 @@ class Counter:
         self.mask_T = None
 
 
-@dataclass
-class LayerSkip:
-    """What a layer's modules know while it skips."""
+@dataclass(eq=False)
+class Switch:
+    """What the layers of one model have in common while they skip."""
 
-    path: str
-    rule: SkipRule
-    num_experts: int
-    top_k: int
-    """Experts that its router gives each token: more than the model's own with a `normalise_over` beyond that."""
-    zeroed: bool
-    """Whether skipped experts are evaluated all the same, with weight 0: slow and plain, to compare with."""
-    has_identity: bool
-    """Whether ids from `num_experts` up can be chosen, and are no experts."""
-    counters: list[Counter]
     paused: int = 0
     """How many contexts ask that nothing be skipped."""
-    config: Any = None
-    """The config that the experts had, which names the implementation underneath."""
-    original: Callable[..., Tensor] | None = None
-    """The forward that stood on the instance before ours: accelerate, for one, puts one there."""
-    routing: RoutingRule | None = None
-    """How the block chooses, where only it knows (experts in a list)."""
-    stack: Stack | None = None
-    """How one expert is cut out of the stack (experts whose inputs are scaled)."""
-    batch: Any = None
-    """What one hook leaves for the next, within a forward."""
-    removals: list[Callable[[], None]] = field(default_factory=list)
+    counters: list[Counter] = field(default_factory=list)
+    """Those that count now."""
     raised: list[Raised] = field(default_factory=list)
-    _norms: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what was pickled: in a fresh process the implementation is not registered yet."""
-        from compressor.moe.skip_layers import register
-
-        self.__dict__.update(state)
-        register()
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the layer skips now."""
-        return not self.paused
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, and one that is pickled, has no part in the contexts that this one is in."""
+        return {**self.__dict__, "paused": 0, "counters": []}
 
     def pause(self) -> None:
         """Skip nothing until `resume`; may be nested."""
@@ -140,6 +112,46 @@ class LayerSkip:
         for one in self.raised if not self.paused else ():
             one.lift()
 
+
+@dataclass
+class LayerSkip:
+    """What a layer's modules know while it skips."""
+
+    path: str
+    rule: SkipRule
+    num_experts: int
+    top_k: int
+    """Experts that its router gives each token: more than the model's own with a `normalise_over` beyond that."""
+    zeroed: bool
+    """Whether skipped experts are evaluated all the same, with weight 0: slow and plain, to compare with."""
+    has_identity: bool
+    """Whether ids from `num_experts` up can be chosen, and are no experts."""
+    switch: Switch
+    config: Any = None
+    """The config that the experts had, which names the implementation underneath."""
+    original: Callable[..., Tensor] | None = None
+    """The forward that stood on the instance before ours: accelerate, for one, puts one there."""
+    routing: RoutingRule | None = None
+    """How the block chooses, where only it knows (experts in a list)."""
+    stack: Stack | None = None
+    """How one expert is cut out of the stack (experts whose inputs are scaled)."""
+    batch: Any = None
+    """What one hook leaves for the next, within a forward."""
+    removals: list[Callable[[], None]] = field(default_factory=list)
+    _norms: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled: in a fresh process the implementation is not registered yet."""
+        from compressor.moe.skip_layers import register
+
+        self.__dict__.update(state)
+        register()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the layer skips now."""
+        return not self.switch.paused
+
     def kept(self, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """[T, K] bool: which pairs stay; counted, if somebody counts."""
         if index_TK.shape[-1] > self.top_k:
@@ -149,7 +161,7 @@ class LayerSkip:
             )
         num_experts = self.num_experts if self.has_identity else None
         kept_TK = self.rule.kept(index_TK, weights_TK, num_experts, self._norms_on(index_TK.device))
-        for counter in self.counters:
+        for counter in self.switch.counters:
             counter.add(self.path, kept_TK & (index_TK < self.num_experts))
         return kept_TK
 
@@ -166,20 +178,28 @@ class LayerSkip:
         return self._norms[device]
 
 
-@dataclass
+@dataclass(eq=False)
 class Raised:
-    """An attribute that says how many experts a router names."""
+    """An attribute that says how many experts a router names. Called before its block's forward: a copy that was made
+    while its model was paused has found the model's own number.
+    """
 
+    switch: Switch
     module: nn.Module
     attribute: str
     own: int
     wider: int
 
+    def __call__(self, block: nn.Module, args: Any) -> None:
+        if not self.switch.paused:
+            self.lift()
+
     def lift(self) -> None:
         setattr(self.module, self.attribute, self.wider)
 
     def lower(self) -> None:
-        setattr(self.module, self.attribute, self.own)
+        if getattr(self.module, self.attribute) == self.wider:
+            setattr(self.module, self.attribute, self.own)
 
 
 @dataclass

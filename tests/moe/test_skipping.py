@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import textwrap
 import pytest
 import tiny_models
 import torch
-from tiny_models import token_ids
+from tiny_models import token_ids, write_token_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -189,6 +190,65 @@ def test_a_model_of_its_own():
     MoEModel(after).skip({})
     assert torch.equal(logits(after), untouched)
     assert torch.equal(logits(one.model), half)
+
+
+@pytest.mark.parametrize("rule", ["ratio", "top_k"])
+@pytest.mark.parametrize("made", ["copied", "pickled"])
+def test_a_copy_has_no_part_in_contexts(made, rule):
+    """It skips, though the model that it was made of was paused, and is counted by nobody."""
+    moe = small("mixtral")
+    rules = everywhere(moe, HALF if rule == "ratio" else SkipRule("top_k", True, top_k=2, normalise_over=8))
+    moe.skip(rules)
+    half = logits(moe.model)
+    with moe.counted() as counter, moe.unskipped():
+        twin = copy.deepcopy(moe.model) if made == "copied" else pickle.loads(pickle.dumps(moe.model))
+        assert MoEModel(twin).skips
+        assert torch.equal(logits(twin), half)
+    assert counter.tokens == {}
+    assert torch.equal(logits(twin), half)
+    MoEModel(twin).skip({})
+    assert not MoEModel(twin).skips
+    with moe.unskipped():
+        assert torch.equal(logits(twin), logits(moe.model))
+
+
+def test_a_run_on_a_model_that_is_paused(tmp_path):
+    """What the run hands out skips, and was measured skipping."""
+    moe = small("mixtral", top_k=2)
+    tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
+    text = [{"tokens": str(tokens), "samples": 24}]
+    settings = {
+        "model": "live",
+        "calibration": {"data": text},
+        "passes": [{"dynamic_skipping": {}}],
+        "evaluate": {"perplexity": text},
+    }
+    moe.skip(everywhere(moe))
+    with moe.unskipped():
+        result = compressor.compress(settings, model=moe.model)
+    assert MoEModel(result.model).skips
+    used = result.record["evaluation"]["after"]["experts_per_token"]["tokens"]
+    assert all(number < 1.7 for number in used.values())
+
+
+def test_nothing_begins_to_skip_within_unskipped():
+    moe = small("mixtral")
+    first, *_ = moe.layers
+    untouched = logits(moe.model)
+    moe.skip({first.path: HALF})
+    with moe.unskipped():
+        moe.skip(everywhere(moe))
+        assert not moe.skips
+        assert torch.equal(logits(moe.model), untouched)
+    assert [state for state in vars(moe.model) if "compressor" in state] == []
+    half = logits(moe.model)
+    moe.skip(everywhere(moe))
+    assert torch.equal(logits(moe.model), half)
+    moe.skip({})
+    with moe.unskipped():
+        moe.skip(everywhere(moe, SkipRule("top_k", True, top_k=2, normalise_over=8)))
+        assert torch.equal(logits(moe.model), untouched)
+    assert not torch.equal(logits(moe.model), untouched)
 
 
 @pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4_text"])
@@ -736,6 +796,9 @@ def test_a_part_of_a_model_that_skips():
     with pytest.raises(ValueError, match="a part of a model that skips experts"):
         part.skip({layer.path: HALF.at(0.2) for layer in part.layers})
     assert torch.equal(logits(moe.model), half)
+    with part.counted() as counter:
+        logits(moe.model)
+    assert counter.tokens == {layer.path: 24 for layer in moe.layers}
 
 
 def test_rules_that_do_not_fit_are_found_before_experts_go():
