@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,8 +128,6 @@ class LayerSkip:
     switch: Switch
     config: Any = None
     """The config that the experts had, which names the implementation underneath."""
-    original: Callable[..., Tensor] | None = None
-    """The forward that stood on the instance before ours: accelerate, for one, puts one there."""
     routing: RoutingRule | None = None
     """How the block chooses, where only it knows (experts in a list)."""
     stack: Stack | None = None
@@ -219,8 +216,7 @@ class Replaced:
         return found
 
     def __call__(self) -> None:
-        found = self.module.__dict__.get(self.attribute)
-        if found is not self.ours and not (isinstance(found, types.MethodType) and found == self.ours):
+        if self.module.__dict__.get(self.attribute) is not self.ours:
             return  # somebody has put another one over ours
         if self.was_there:
             self.module.__dict__[self.attribute] = self.before
