@@ -28,7 +28,7 @@ from compressor.moe.routing import RoutingRule, relabelled
 from compressor.moe.skip_layers import is_decorated
 from compressor.moe.skip_rule import SkipRule
 from compressor.moe.skip_state import Counter
-from compressor.moe.skipping import rules_of
+from compressor.moe.skipping import fitting_rules, skip_problem
 from compressor.moe.stored import Fate, fates, ignored_names, loading_info
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
@@ -58,14 +58,15 @@ __all__ = [
     "expert_weight_norms",
     "fates",
     "find_structure",
+    "fitting_rules",
     "ignored_names",
     "is_decorated",
     "loading_info",
     "read_entry",
     "refuse_quantised",
     "relabelled",
-    "rules_of",
     "settle",
+    "skip_problem",
     "structure_of",
     "uneven_class",
     "uneven_counts",

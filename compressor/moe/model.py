@@ -147,11 +147,10 @@ class MoEModel:
         """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the
         config's rules do not fit the model.
         """
-        rules = self.skip_rules
+        rules = skipping.fitting_rules(self.structure, self.config)
         try:
-            skipping.refuse_rules(self.structure, rules)
             skipping.install(self.model, self.structure, rules)
-        except ValueError as error:
+        except ValueError as error:  # layers that share their experts
             raise CheckpointError(f"config.json: `compressor.skipping`: {error}.") from error
 
     @contextmanager

@@ -42,6 +42,18 @@ def rules_of(config: Any) -> dict[str, SkipRule]:
     return rules
 
 
+def fitting_rules(structure: Structure, config: Any) -> dict[str, SkipRule]:
+    """The same. Raises CheckpointError also where they do not fit the layers, UnsupportedModelError where a layer
+    cannot skip like this.
+    """
+    rules = rules_of(config)
+    try:
+        refuse_rules(structure, rules)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: `{KEY}.skipping`: {error}.") from error
+    return rules
+
+
 def rules_json(rules: Mapping[str, SkipRule]) -> dict[str, Any]:
     """The part of the config that `rules_of` reads; empty without rules."""
     return {"version": VERSION, "layers": {path: rule.to_json() for path, rule in rules.items()}} if rules else {}
@@ -160,19 +172,28 @@ def refuse_rules(structure: Structure, rules: Mapping[str, SkipRule]) -> None:
         problem = rule.problem(layer.num_experts, layer.top_k)
         if problem:
             raise ValueError(f"{path}: {problem}")
-        if rule.normalise_over is not None and rule.normalise_over > layer.top_k:
-            size = layer.num_experts // layer.num_groups * layer.num_chosen_groups
-            problem = layer.wider_problem or (
-                f"its router chooses among {size} experts, so it cannot name {rule.normalise_over}"
-                if rule.normalise_over > size
-                else None
-            )
-            if problem:
-                raise UnsupportedModelError(f"{path}: {problem}.")
+        problem = _wider_problem(layer, rule)
+        if problem:
+            raise UnsupportedModelError(f"{path}: {problem}.")
         if len(layer.containers) > 1:
             raise UnsupportedModelError(
                 f"{path}: its experts are in {len(layer.containers)} lists; this needs a plugin."
             )
+
+
+def skip_problem(layer: MoELayer, rule: SkipRule) -> str | None:
+    """Why a layer cannot skip by this rule; None if it can."""
+    return rule.problem(layer.num_experts, layer.top_k) or _wider_problem(layer, rule)
+
+
+def _wider_problem(layer: MoELayer, rule: SkipRule) -> str | None:
+    """Why its router cannot be asked for as many experts as the rule normalises over."""
+    if rule.normalise_over is None or rule.normalise_over <= layer.top_k:
+        return None
+    size = layer.num_experts // layer.num_groups * layer.num_chosen_groups
+    if layer.wider_problem is None and rule.normalise_over > size:
+        return f"its router chooses among {size} experts, so it cannot name {rule.normalise_over}"
+    return layer.wider_problem
 
 
 def _install_layer(

@@ -185,7 +185,16 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         self._check_mean(layers)
         for layer in layers:
             self._check_layer(layer)
-        return Plan(notes=list(self._notes(layers)), skips=True)
+        skipping = [layer.path for layer in layers if layer.top_k >= 2 and options.threshold_of(layer) is not None]
+        return Plan(notes=list(self._notes(layers)), skips=dict.fromkeys(skipping, self._planned_rule()))
+
+    def _planned_rule(self) -> SkipRule:
+        """A layer's rule, but for what calibration finds: thresholds, norms, whether its router renormalises."""
+        options = self.options
+        if options.top_k is None:
+            return SkipRule("ratio", False, beta=1.0)
+        over = options.normalise_over
+        return SkipRule("top_k", over is not None, top_k=options.top_k, normalise_over=over)
 
     def _check_mean(self, layers: Sequence[MoELayer]) -> None:
         mean, chosen = self.options.mean_experts, [layer.top_k for layer in layers if layer.top_k >= 2]
