@@ -44,6 +44,17 @@ def _possible_threshold(beta: int | float) -> int | float:
     return beta
 
 
+def _mass_that_may_go(keep_mass: float) -> float:
+    """The threshold of tail_mass: without the digits that subtracting has brought in."""
+    return round(1 - keep_mass, 12)
+
+
+def _possible_mass(keep_mass: float) -> float:
+    if not _mass_that_may_go(keep_mass):
+        raise ValueError(f"found {keep_mass!r}, of which nothing may go; give a smaller share, such as 0.9")
+    return keep_mass
+
+
 def _as_text(key: Any) -> Any:
     return str(key) if isinstance(key, int) and not isinstance(key, bool) else key
 
@@ -59,6 +70,7 @@ def _kind(threshold: Any) -> str:
 
 
 Beta = Annotated[StrictInt | StrictFloat, AfterValidator(_possible_threshold)]
+Mass = Annotated[StrictFloat, Field(gt=0, lt=1), AfterValidator(_possible_mass)]
 LayerName = Annotated[str, BeforeValidator(_as_text)]
 BetasOfLayers = Annotated[dict[LayerName, Literal["median"] | Beta], AfterValidator(_not_empty)]
 Threshold = Annotated[
@@ -88,10 +100,8 @@ class DynamicSkippingOptions(Options):
         description="experts that a token is to use on average over all layers, such as 5.5: by one threshold for all, "
         "so layers that choose with less doubt use fewer",
     )
-    keep_mass: StrictFloat | None = Field(
+    keep_mass: Mass | None = Field(
         default=None,
-        gt=0,
-        lt=1,
         description="share of its weights that a token keeps, such as 0.9: at least, for every token (tail_mass), or "
         "on average in each layer (the other rules)",
     )
@@ -338,7 +348,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
                 raise OptionError("mean_experts", f"{error}.") from error
         if options.keep_mass is not None:
             if options.skip_by == "tail_mass":  # every token keeps it, whatever the text
-                return dict.fromkeys(curves, round(1 - options.keep_mass, 12))
+                return dict.fromkeys(curves, _mass_that_may_go(options.keep_mass))
             return {path: curve.beta_for_mass(options.keep_mass) for path, curve in curves.items()}
         found: dict[str, float | None] = {}
         for layer in layers:

@@ -33,6 +33,7 @@ def layers(name="mixtral", **changes):
         ({"threshold": {0: 3.0}}, "found 3.0; a threshold is a number above 0"),
         ({"keep_mass": 1.0}, "less than 1"),
         ({"keep_mass": 0.0}, "greater than 0"),
+        ({"keep_mass": 0.9999999999999}, "found 0.9999999999999, of which nothing may go; give a smaller share"),
         ({"top_k": 0}, "greater than or equal to 1"),
         ({"normalise_over": 8}, "`normalise_over` would have no effect without `top_k`"),
         ({"top_k": 4, "normalise_over": 2}, "`normalise_over` should be at least `top_k`, found 2 and 4"),
