@@ -291,8 +291,12 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         decision: Decision = {
             "layers": {layer.path: found.get(layer.path) or _unskipped(layer.top_k, held_out) for layer in layers}
         }
-        if not any(layer["rule"] for layer in decision["layers"].values()):
-            raise OptionError(self.options.target, "no layer would skip anything.")
+        if not any(layer["mean_experts"] < _chosen(statistics[path], calibration) for path, layer in found.items()):
+            raise OptionError(
+                self.options.target,
+                "no layer would skip a single expert on the calibration text, so this would have no effect; ask for "
+                "more to be skipped.",
+            )
         decision["mean_experts"] = _mean([layer["mean_experts"] for layer in found.values()])
         if held_out:
             decision["held_out_mean_experts"] = _mean([layer["held_out"]["mean_experts"] for layer in found.values()])
@@ -405,11 +409,11 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
         def reached(domains: Sequence[int]) -> Reached:
             at = list(domains)
-            tokens, experts = (float(figures[f"sums.skip.{one}"][at].sum()) for one in ("tokens", "experts"))
+            tokens = float(figures["sums.skip.tokens"][at].sum())
             gone, share, error = figures[fixed.figure][at].sum(0).tolist()
             squared = figures.get("sums.skip.squared_output")
             loss = None if squared is None else (error / max(float(squared[at].sum()), 1e-300)) ** 0.5
-            return Reached((experts - gone) / tokens, 1 - share / tokens, loss)
+            return Reached(_chosen(figures, at) - gone / tokens, 1 - share / tokens, loss)
 
         over = {"normalise_over": fixed.normalise_over} if renormalises else {}
         return {
@@ -443,6 +447,12 @@ def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[st
             f"the decision was made for {len(layers)} MoE layers, the model has {len(ours)}: {other}: {whose}"
         )
     return {path: SkipRule.of(layer) for path, layer in layers.items() if layer.get("rule", "") is not None}
+
+
+def _chosen(figures: Mapping[str, Tensor], domains: Sequence[int]) -> float:
+    """Experts that a token chooses on average, skipped or not."""
+    tokens, experts = (float(figures[f"sums.skip.{one}"][list(domains)].sum()) for one in ("tokens", "experts"))
+    return experts / tokens
 
 
 def _unskipped(chosen: float, held_out: Sequence[int]) -> dict[str, Any]:

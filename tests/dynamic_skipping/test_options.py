@@ -283,6 +283,16 @@ def test_a_mean_that_the_text_cannot_be_brought_to():
     assert error.value.option == "mean_experts"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 0.01}, {"threshold": 1e-46}, {"keep_mass": 0.99}, {"threshold": {0: 0.01}}, {"mean_experts": 1.99}],
+)
+def test_what_skips_nothing_of_the_text_has_no_effect(options):
+    """The smallest of its scores is 0.05."""
+    with pytest.raises(OptionError, match="no layer would skip a single expert on the calibration text, so this"):
+        decided({"rule": "ratio", **options} if "mean_experts" in options else options)
+
+
 def test_normalising_over_where_the_router_does_not():
     found = layers("mixtral", top_k=4)
     fixed = {"sums.skip.top_k.2.4": torch.tensor([[2000.0, 300.0, 5.0]], dtype=torch.float64)}
