@@ -14,6 +14,7 @@ from torch import nn
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe import skipping
 from compressor.moe.adapter import structure_of
+from compressor.moe.counter import Counter
 from compressor.moe.counts import slice_layer, uneven_counts, write_counts
 from compressor.moe.entry import write_entry
 from compressor.moe.probe import SWITCHED_OFF
@@ -27,7 +28,6 @@ from compressor.moe.routing import (
     write_top_k,
 )
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skip_state import Counter
 from compressor.moe.structure import MoELayer, Structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
@@ -175,7 +175,8 @@ class MoEModel:
     def counted(self) -> Iterator[Counter]:
         """Within the context, a counter adds up how many experts the tokens use in each layer that skips.
 
-        Padding does not count where the model is given an `attention_mask`.
+        Padding does not count where the model is given an `attention_mask`; `may_count_padding` says if one could not
+        be read.
         """
         counter = Counter()
         with skipping.counting(self.model, counter):

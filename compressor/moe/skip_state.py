@@ -1,4 +1,4 @@
-"""What a layer knows while it skips experts, and the counter of a running model.
+"""What a layer knows while it skips experts.
 
 Dimensions: T tokens, K experts chosen per token.
 """
@@ -6,8 +6,7 @@ Dimensions: T tokens, K experts chosen per token.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.moe.counter import Counter
 from compressor.moe.routing import RoutingRule
 from compressor.moe.skip_rule import SkipRule
 from compressor.moe.structure import ExpertAxis
@@ -23,66 +23,6 @@ IMPLEMENTATION = "compressor_skip"
 """Our name in transformers' registry of experts implementations."""
 STATE = "_compressor_skip"
 """The attribute of a module that holds its layer's LayerSkip."""
-
-
-class Counter:
-    """How many experts the tokens of a running model used, layer by layer."""
-
-    def __init__(self) -> None:
-        self.mask_T: Tensor | None = None
-        """Which tokens of the batch that is running are real; None while that is not known: then all count."""
-        self._experts: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-
-    def add(self, path: str, used_TK: Tensor) -> None:
-        """Count one batch; `used_TK` says which of the chosen were evaluated."""
-        mask_T, num_tokens = self.mask_T, torch.tensor(len(used_TK))
-        if mask_T is not None and len(mask_T) == len(used_TK):
-            mask_T = mask_T.to(used_TK.device)
-            used_TK, num_tokens = used_TK & mask_T[:, None], mask_T.sum()
-        self._experts[path] = self._experts.get(path, 0) + used_TK.sum()
-        self._tokens[path] = self._tokens.get(path, 0) + num_tokens
-
-    @property
-    def sums(self) -> dict[str, list[int]]:
-        """Layer path → experts used and tokens, in all, for `add_sums` of another counter."""
-        return {path: [int(total), int(self._tokens[path])] for path, total in self._experts.items()}
-
-    def add_sums(self, sums: Mapping[str, Sequence[int]]) -> None:
-        """Count what another counter has counted."""
-        for path, (experts, tokens) in sums.items():
-            self._experts[path] = self._experts.get(path, 0) + torch.tensor(experts)
-            self._tokens[path] = self._tokens.get(path, 0) + torch.tensor(tokens)
-
-    @property
-    def experts_per_token(self) -> dict[str, float]:
-        """Layer path → experts that a token used on average; only layers that skip, and that tokens came to."""
-        return {path: int(total) / max(1, self.tokens[path]) for path, total in self._experts.items()}
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Layer path → tokens that were counted there."""
-        return {path: int(number) for path, number in self._tokens.items()}
-
-    # the model's own arguments tell which tokens are padding
-
-    def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Called before the model's forward."""
-        try:
-            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        except TypeError:  # the forward will say so itself
-            return
-        given = {**given, **given.get("kwargs", {})}
-        mask, tokens = given.get("attention_mask"), given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        self.mask_T = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(tokens, Tensor):
-            # with a cache the mask reaches back over what was read before
-            self.mask_T = mask[:, -tokens.shape[1] :].bool().reshape(-1)
-
-    def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Called after it."""
-        self.mask_T = None
 
 
 @dataclass(eq=False)

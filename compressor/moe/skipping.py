@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.moe.counter import Counter
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.skip_layers import INSTALLERS
 from compressor.moe.skip_rule import VERSION, SkipRule
-from compressor.moe.skip_state import STATE, Counter, LayerSkip, Raised, Switch
+from compressor.moe.skip_state import STATE, LayerSkip, Raised, Switch
 from compressor.moe.structure import MoELayer, Structure
 
 _SWITCH = "_compressor_switch"
@@ -62,19 +63,12 @@ def rules_json(rules: Mapping[str, SkipRule]) -> dict[str, Any]:
 @contextmanager
 def counting(model: nn.Module, counter: Counter) -> Iterator[None]:
     """Within the context every layer that skips adds what it does to the counter."""
-    body: nn.Module = getattr(model, "base_model", model)
-    hooks = [
-        body.register_forward_pre_hook(counter.before, with_kwargs=True),
-        body.register_forward_hook(counter.after, always_call=True),
-    ]
-    with _switch_on(model) as switch:
+    with _switch_on(model) as switch, counter.listening(model):
         switch.counters.append(counter)
         try:
             yield
         finally:
             switch.counters.remove(counter)
-            for hook in hooks:
-                hook.remove()
 
 
 @contextmanager

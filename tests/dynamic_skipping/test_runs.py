@@ -214,6 +214,25 @@ def test_pruning_of_which_only_the_figures_tell_that_it_leaves_nothing_to_skip(e
         compressor.compress(recipe(eight, tokens, *passes, weights=weights), output=tmp_path / "out")
 
 
+def test_padding_is_not_counted_from_disk_either(eight, tokens, tmp_path):
+    """There all batches pass a layer before the next one is read: each has its own padding."""
+    lengths = (24, 5, 17, 9, 24, 3)
+    rows = [row[:length] for row, length in zip(token_ids(6, 24).tolist(), lengths, strict=True)]
+    text = write_token_file(tmp_path / "text.jsonl", rows)
+    evaluate = {"perplexity": [{"tokens": str(text)}], "batch_size": 2}
+    used = []
+    for weights in ("memory", "disk"):
+        settings = recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.5}}, evaluate=evaluate, weights=weights)
+        result = compressor.compress(settings, output=tmp_path / weights)
+        used += result.record["evaluation"]["after"]["experts_per_token"].values()
+    assert used[0] == used[1]
+    model, _ = compressor.load(tmp_path / "memory")
+    with MoEModel(model).counted() as counter, torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    assert used[0] == pytest.approx(counter.experts_per_token, abs=1e-3)
+
+
 def test_skip_again_replaces_the_rules(eight, tokens, tmp_path):
     compressor.compress(recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.3}}), output=tmp_path / "one")
     again = recipe(tmp_path / "one", tokens, {"dynamic_skipping": {"threshold": 0.5}})

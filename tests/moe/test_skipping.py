@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
@@ -17,7 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_sub
 from tiny_models import token_ids, write_token_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
@@ -408,6 +409,70 @@ def test_generating_counts_every_token_once():
     assert set(counter.tokens.values()) == {5 + 8 + 2 * 5}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generating_with_a_cache_of_fixed_size_counts_the_same(name, attention):
+    """generate() then hands the model masks of four dimensions; gpt-oss has one more for its window of 8."""
+    moe = small(name)
+    if name == "mixtral":
+        moe.model.set_attn_implementation(attention)
+    moe.skip(everywhere(moe))
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with moe.counted() as counter:
+        moe.model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None,
+            cache_implementation="static", disable_compile=True,
+        )  # fmt: skip
+    assert set(counter.tokens.values()) == {5 + 9 + 2 * 3}
+    assert not counter.may_count_padding
+
+
+@pytest.mark.parametrize("kind", ["bool", "least", "-inf", "-10000"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_who_sees_whom(kind, side):
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    ids, real = token_ids(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    real[0, : 2 if side == "left" else 0] = False
+    real[0, 6 if side == "left" else 4 :] = False
+    sees = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None, :]
+    hidden = {"bool": None, "least": torch.finfo(torch.float32).min, "-inf": float("-inf"), "-10000": -10000.0}[kind]
+    mask = sees if hidden is None else torch.zeros(2, 1, 6, 6).masked_fill(~sees, hidden)
+    with moe.counted() as counter, torch.no_grad():
+        cache = DynamicCache(config=moe.model.config)
+        named = "cache" if "cache" in inspect.signature(moe.model.forward).parameters else "past_key_values"
+        moe.model(ids[:, :4], attention_mask=mask[:, :, :4, :4], **{named: cache})
+        moe.model(ids[:, 4:], attention_mask=mask[:, :, 4:], **{named: cache})
+    assert set(counter.tokens.values()) == {10}
+    assert not counter.may_count_padding
+
+
+def test_a_mask_that_does_not_tell_is_said_to():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    ids = token_ids(1, 6)
+    with moe.counted() as counter, torch.no_grad():
+        moe.model(ids, attention_mask=torch.zeros(1, 1, 6, 6, dtype=torch.int64))
+    assert set(counter.tokens.values()) == {6}
+    assert counter.may_count_padding
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_what_gradient_checkpointing_computes_anew_is_not_counted_again():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    moe.model.train()
+    moe.model.gradient_checkpointing_enable()
+    ids = token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with moe.counted() as counter:
+        moe.model(ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    assert set(counter.tokens.values()) == {10}
+
+
 def test_generate_with_a_cache_is_generate_without():
     moe = small("mixtral")
     moe.skip(everywhere(moe))
@@ -471,7 +536,7 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
         import sys
         sys.modules["compressor"] = None
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
         generator = torch.Generator().manual_seed(0)
