@@ -58,7 +58,15 @@ from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
 from compressor.quantised import quantisation_of
-from compressor.recipe import CHANGES_NO_FIGURE, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.recipe import (
+    CHANGES_NO_FIGURE,
+    Evaluation,
+    LoadedRecipe,
+    Recipe,
+    ResolvedPass,
+    load_recipe,
+    parse_options,
+)
 from compressor.report import model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
@@ -210,10 +218,7 @@ def decide(
     chosen = plugins.methods[method]
     passes, about = merge_statistics([load_statistics(file) for file in files])
     names = _passes_to_decide_on(passes, about, named, method)
-    try:
-        made = chosen(chosen.options_type.model_validate(options), plugins.criteria)
-    except ValueError as error:
-        raise RecipeError(f"{method}: {_without_header(error)}") from error
+    made = chosen(parse_options(chosen.options_type, method, options), plugins.criteria)
     layers = [MoELayer.described(layer) for layer in about["layers"]]
     try:
         made.check(layers)
@@ -269,13 +274,6 @@ def _decide_on_first(
             lacking[name] = error
     lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())
     raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")
-
-
-def _without_header(error: ValueError) -> str:
-    """All mistakes that pydantic found, in one line."""
-    if not hasattr(error, "errors"):
-        return str(error)
-    return "; ".join(".".join(map(str, (*one["loc"], one["msg"]))) for one in error.errors())
 
 
 def apply_decision(
