@@ -29,10 +29,12 @@ def rules_of(config: Any) -> dict[str, SkipRule]:
     part = read_entry(config).get("skipping")
     if part is None:
         return {}
-    if part.get("version") != VERSION or not isinstance(part.get("layers"), Mapping):
+    is_known = set(part) == {"version", "layers"} and type(part["version"]) is int and part["version"] == VERSION
+    if not is_known or not isinstance(part["layers"], Mapping):
         raise CheckpointError(
             f'config.json: `{KEY}.skipping` should be {{"version": {VERSION}, "layers": {{layer path: rule}}}}, found '
-            f"version {part.get('version')!r}. A newer version of moe-compressor may read it."
+            f"version {part.get('version')!r} and the keys {', '.join(part) or 'nothing'}. A newer version of "
+            f"moe-compressor may read it."
         )
     rules = {}
     for path, rule in part["layers"].items():

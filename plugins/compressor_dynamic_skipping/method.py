@@ -432,8 +432,11 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         return moe.zeroed(_rules(moe, decision, of_all=False))
 
     def edit(self, moe: MoEModel, decision: Decision) -> None:
-        """From now on the model skips; its config says how."""
-        moe.skip(_rules(moe, decision))
+        """From now on the model skips; its config says how. Raises ValueError where the decision skips nothing."""
+        rules = _rules(moe, decision)
+        if not rules:
+            raise ValueError("the decision says of every layer that it skips nothing, so there is nothing to carry out")
+        moe.skip(rules)
 
 
 def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:

@@ -273,6 +273,18 @@ def test_decided_again_without_the_model(eight, tokens, tmp_path):
         compressor.decide(statistics, "dynamic_skipping")
 
 
+def test_a_decision_that_skips_nothing_is_not_applied(eight, tokens, tmp_path):
+    compressor.compress(recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.5}}), output=tmp_path / "out")
+    decision = json.loads((tmp_path / "out" / "compressor" / "decision.json").read_text())
+    for layer in decision["passes"][0]["decision"]["layers"].values():
+        layer["rule"] = None
+    file = tmp_path / "nothing.json"
+    file.write_text(json.dumps(decision))
+    with pytest.raises(RecipeError, match="the decision says of every layer that it skips nothing"):
+        apply_decision(file, str(eight), tmp_path / "applied")
+    assert not (tmp_path / "applied").exists()
+
+
 def test_decided_on_a_run_of_another_method(eight, tokens, tmp_path):
     """Figures gathered for pruning tell nothing of thresholds, and those of a pruned model nothing of the original."""
     prune, skip = {"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {"mean_experts": 3.0, "precision": 1.0}}

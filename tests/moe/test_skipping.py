@@ -552,6 +552,10 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
     [
         ({"version": 2, "layers": {}}, r"`compressor.skipping` should be \{\"version\": 1.*found version 2"),
         ({"version": 1, "layers": []}, "should be"),
+        ({"version": True, "layers": {}}, "found version True"),
+        ({"layers": {}}, "found version None and the keys layers"),
+        ({"version": 1, "layers": {}, "shared": True}, "found version 1 and the keys version, layers, shared. A newer"),
+        ({"version": 1, "layers": {"model.layers.0.mlp": HALF.to_json() | {"beta": 10**400}}}, "`beta` should be a"),
         ([], r"`compressor` should be \{\"format\": 1, \"skipping\""),
         ({"version": 1, "layers": {"model.layers.9.mlp": HALF.to_json()}}, "no MoE layer 'model.layers.9.mlp'"),
         ({"version": 1, "layers": {"model.layers.0.mlp": 0.5}}, "model.layers.0.mlp: a rule has the keys"),
@@ -570,6 +574,18 @@ def test_damaged_rules_are_refused(tmp_path, part, message):
     config["compressor"]["skipping"] = part
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
+        compressor.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1.0, True])
+def test_a_format_is_a_whole_number(tmp_path, number):
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    save(moe, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compressor"]["format"] = number
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"`compressor` should be \{\"format\": 1"):
         compressor.load(tmp_path)
 
 
