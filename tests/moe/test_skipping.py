@@ -847,6 +847,26 @@ def test_a_router_asked_for_more_stays_so():
     assert other.config.num_experts_per_tok == 3
 
 
+@pytest.mark.parametrize(
+    ("rule", "top_k", "problem"),
+    [
+        (SkipRule("top_k", True, top_k=2, normalise_over=8), 2, "keeping the largest 2 skips nothing"),
+        (SkipRule("top_k", True, top_k=2, normalise_over=8), 1, "chooses one expert, so there is nothing to skip"),
+        (HALF, 1, "chooses one expert, so there is nothing to skip"),
+    ],
+)
+def test_a_lower_top_k_that_leaves_nothing_to_skip_is_no_mask(rule, top_k, problem):
+    """Nor could such experts be kept: what masks have no effect on is refused alike."""
+    moe = small("qwen3_moe")
+    kept = {layer.path: range(8) for layer in moe.layers}
+    moe.skip(everywhere(moe, rule))
+    for use in (lambda: moe.masked({}, top_k=top_k).__enter__(), lambda: moe.keep(kept, top_k=top_k)):
+        with pytest.raises(ValueError, match=f"could not go on like this: .*{problem}"):
+            use()
+    with moe.unskipped(), moe.masked({}, top_k=top_k):
+        assert moe.config.num_experts_per_tok == top_k
+
+
 def test_shared_experts_behind_two_routers_that_are_asked_for_more():
     moe = small("mixtral")
     first, second, _ = moe.layers
