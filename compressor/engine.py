@@ -59,13 +59,21 @@ from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
 from compressor.quantised import quantisation_of
-from compressor.recipe import CHANGES_NO_FIGURE, Evaluation, LoadedRecipe, Recipe, ResolvedPass, load_recipe
+from compressor.recipe import (
+    CHANGES_NO_FIGURE,
+    Evaluation,
+    LoadedRecipe,
+    Recipe,
+    ResolvedPass,
+    load_recipe,
+    parse_options,
+)
 from compressor.report import model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.tasks import LoadedTasks, load_tasks
-from compressor.workpiece import InMemory, OnDisk, save_verified
+from compressor.workpiece import InMemory, OnDisk, carry_out, save_verified
 
 FORMAT = 1
 RECORD = "record.json"
@@ -211,10 +219,7 @@ def decide(
     chosen = plugins.methods[method]
     passes, about = merge_statistics([load_statistics(file) for file in files])
     names = _passes_to_decide_on(passes, about, named, method)
-    try:
-        made = chosen(chosen.options_type.model_validate(options), plugins.criteria)
-    except ValueError as error:
-        raise RecipeError(f"{method}: {_without_header(error)}") from error
+    made = chosen(parse_options(chosen.options_type, method, options), plugins.criteria)
     layers = [MoELayer.described(layer) for layer in about["layers"]]
     try:
         made.check(layers)
@@ -270,13 +275,6 @@ def _decide_on_first(
             lacking[name] = error
     lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())
     raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")
-
-
-def _without_header(error: ValueError) -> str:
-    """All mistakes that pydantic found, in one line."""
-    if not hasattr(error, "errors"):
-        return str(error)
-    return "; ".join(".".join(map(str, (*one["loc"], one["msg"]))) for one in error.errors())
 
 
 def apply_decision(
@@ -916,7 +914,7 @@ class _Run:
                     compare = partial(self._compare_with_random, piece, decision, batches, sources)
                     entry["random"] = self._noted(f"random {name}", compare)
             with self._timed("edit"):
-                entry["checks"] = piece.edit(method, decision, _check_batch(batches[0]), name)
+                entry["checks"] = self._edit(resolved, piece, decision, _check_batch(batches[0]), name)
             for path, layer in decision["layers"].items():
                 if "kept" in layer:
                     original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
@@ -970,9 +968,21 @@ class _Run:
         return Gathered(figures, domains, held_out)
 
     def _decide(self, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
-        try:
+        with self._placed(resolved):
             decision = resolved.method.decide(layers, figures)
             return self.processes.exchange(decision)[0]  # type: ignore[no-any-return]
+
+    def _edit(
+        self, resolved: ResolvedPass, piece: InMemory, decision: Decision, probe: TokenBatch, name: str
+    ) -> dict[str, float]:
+        with self._placed(resolved):
+            return piece.edit(resolved.method, decision, probe, name)
+
+    @contextmanager
+    def _placed(self, resolved: ResolvedPass) -> Iterator[None]:
+        """Errors of a pass get its place in the recipe."""
+        try:
+            yield
         except OptionError as error:
             raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
@@ -1101,7 +1111,8 @@ class _Run:
             batches = self._batches(sources.by_pass[resolved.index])
             held_out = self._batches(sources.held_out[resolved.index], held_out=True)
             decision = self._decide(resolved, moe.layers, self._observe(piece, resolved, [*batches, *held_out]))
-        resolved.method.edit(moe, decision)
+        with self._placed(resolved):
+            carry_out(resolved.method, moe, decision)
         when = f"{resolved.spec.method} alone"
         figures = self._evaluate(piece, tokenizer, sources, when, name=f"{resolved.index} alone")
         assert figures is not None

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from compressor.moe import MoELayer, MoEModel
+from compressor.moe import MoELayer, MoEModel, SkipRule
 from compressor.sources import BaseSource
 from compressor.statistics import Gathered, Statistic
 
@@ -48,13 +48,17 @@ class Plan:
 
     `num_kept` is the number of experts that each layer will keep, by layer path; layers that are left as they are need
     not be named. `notes` are sentences for the user. `top_k` is the number of experts per token that every layer will
-    choose, None if that stays as it is. `skips` says that layers will skip experts (`MoEModel.skip`).
+    choose, None if that stays as it is. `count_option` is the option that `num_kept` follows, for messages.
+
+    `skips` are the rules by which layers will skip experts (`MoEModel.skip`), by layer path, as far as they are known:
+    what a rule asks of its layer matters (`top_k`, `normalise_over`), a threshold that will be found does not.
     """
 
     num_kept: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     top_k: int | None = None
-    skips: bool = False
+    count_option: str | None = None
+    skips: Mapping[str, SkipRule] = field(default_factory=dict)
 
 
 class OptionError(ValueError):

@@ -17,7 +17,7 @@ from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
 from compressor.method import OptionError, Plan
-from compressor.moe import Adapter, MoELayer, Structure, rules_of, structure_of
+from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
 from compressor.quantised import format_of, quantisation_of, without_quantisation
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
@@ -84,7 +84,8 @@ def preview(
     quantisation = None if is_live else quantisation_of(checkpoints.read_config(found.folder))
     structure = structure_of(cls, config, adapters)
     layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
-    notes += _skipping_notes(config)
+    rules: Mapping[str, SkipRule] = fitting_rules(structure, config)
+    notes += _skipping_notes(rules)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         if plan.skips and quantisation is not None:
@@ -92,7 +93,7 @@ def preview(
                 resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
             )
         _check_domains(loaded, resolved)
-        layers = tuple(
+        smaller = tuple(
             dataclasses.replace(
                 layer,
                 num_experts=plan.num_kept.get(layer.path, layer.num_experts),
@@ -100,6 +101,8 @@ def preview(
             )
             for layer in layers
         )
+        rules = plan.skips or _rules_after(loaded, resolved, plan, layers, smaller, rules)
+        layers = smaller
         notes += plan.notes
     dtype = _dtype(loaded.recipe.dtype, config, None if is_live else found)
     dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
@@ -145,6 +148,34 @@ def preview(
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
     return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
+
+
+def _rules_after(
+    loaded: LoadedRecipe,
+    resolved: ResolvedPass,
+    plan: Plan,
+    layers: Sequence[MoELayer],
+    smaller: Sequence[MoELayer],
+    rules: Mapping[str, SkipRule],
+) -> Mapping[str, SkipRule]:
+    """The rules by which the model goes on skipping after a pass. Raises RecipeError where it could not."""
+    left = {}
+    for old, new in zip(layers, smaller, strict=True):
+        if old.path not in rules:
+            continue
+        # which experts stay is not known yet, and does not matter to what a rule asks of the layer
+        rule = left[old.path] = rules[old.path].of_experts(range(new.num_experts))
+        problem = skip_problem(new, rule)
+        if problem:
+            only_fewer_choices = dataclasses.replace(new, num_experts=old.num_experts)
+            is_top_k = plan.top_k is not None and skip_problem(only_fewer_choices, rules[old.path]) is not None
+            option = "top_k" if is_top_k else plan.count_option
+            raise loaded.error(
+                (*resolved.path, *filter(None, [option])),
+                f"{old.path}: the model skips experts by then, and could not go on skipping: {problem}. Prune first, "
+                f"and let the pruned model skip",
+            )
+    return left
 
 
 def _stored(
@@ -324,9 +355,8 @@ def _lacking(recipe: Recipe, work: Work, place: Placement) -> list[tuple[str, st
 # The same, in words ----------------------------------------------------------------------------------------
 
 
-def _skipping_notes(config: Any) -> list[str]:
+def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
     """That the model skips experts already, if it does."""
-    rules = rules_of(config)
     kinds = ", ".join(dict.fromkeys(rule.rule for rule in rules.values()))
     return [f"the model skips experts in {len(rules)} layers ({kinds}), by `config.compressor`"] if rules else []
 
@@ -397,7 +427,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         notes.append(f"experts counted by {others} (other parts of the model) are left as they are")
     if left_out:
         notes.append(left_out_note(left_out))
-    notes += _skipping_notes(config)
+    notes += _skipping_notes(fitting_rules(structure, config))
     if quantisation is not None:
         notes.append(_quantised_note(quantisation, dtype, is_estimate=True))
     return {

@@ -320,6 +320,17 @@ def resolve_passes(loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]
     return passes
 
 
+def parse_options(options_type: type[_ModelT], method: str, given: Mapping[str, Any]) -> _ModelT:
+    """A method's options that stand in no recipe. Raises RecipeError with all mistakes, worded as those of a recipe."""
+    document, path = Document(), ("passes", 0, method)
+    document.read_python({"passes": [{method: given}]})
+    options = _validate(options_type, document, path)
+    mistakes = [f"{_dotted(one.path[2:])}: {one.message}" for one in document.mistakes]
+    if options is None or mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return options
+
+
 def _resolve(
     document: Document, methods: Mapping[str, type[Method[Any]]], criteria: Mapping[str, Any] | None
 ) -> tuple[ResolvedPass, ...]:
@@ -405,6 +416,11 @@ class Document:
         return self._plain.get(path)
 
     # Mistakes
+
+    @property
+    def mistakes(self) -> Sequence[_Mistake]:
+        """Those found so far."""
+        return tuple(self._mistakes)
 
     def mistake(self, path: KeyPath, message: str, *, at_key: bool = False) -> _Mistake:
         """A mistake at the place of the value (or key) at `path`, or else of the nearest value around it."""

@@ -29,7 +29,7 @@ from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluate import Perplexity, RoutedSize, Size
 from compressor.journal import Journal, ObservationJournal
-from compressor.method import Decision, Method
+from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Kept, MoEModel, structure_of
 from compressor.parking import Parking
 from compressor.processes import Processes
@@ -108,7 +108,8 @@ class InMemory:
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
         """Carry a decision out, and compare the answers on `probe` with those of the method's preview; the differences.
 
-        `name` tells the edits of a run apart. Raises VerificationError where the answers are others.
+        `name` tells the edits of a run apart. Raises VerificationError where the answers are others, OptionError where
+        the model cannot be edited like this.
         """
         return edit_verified(self.moe, method, decision, probe)
 
@@ -214,7 +215,7 @@ class OnDisk(InMemory):
         stage = self.work / name
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
-            method.edit(self.moe, decision)  # its weights are not read any more
+            carry_out(method, self.moe, decision)  # its weights are not read any more
             return dict(self.processes.exchange(noted)[0])
         known = self.processes.exchange(noted if (stage / "config.json").exists() else None)[0]
         if known is None:
@@ -250,7 +251,7 @@ class OnDisk(InMemory):
                 raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
         before = disk.meta_model(self.source, self.adapters)
         after = copy.deepcopy(before)
-        method.edit(after, decision)
+        carry_out(method, after, decision)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
@@ -297,6 +298,14 @@ def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:
     return MoEModel(model, structure_of(type(model), model.config, adapters))
 
 
+def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> None:
+    """Edit the model. Raises OptionError where it cannot keep or skip what was decided: only the figures could tell."""
+    try:
+        method.edit(moe, decision)
+    except ValueError as error:
+        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
 def edit_verified(moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch) -> dict[str, float]:
     """Edit the live model and check, on one batch, that it then computes what was decided.
 
@@ -320,7 +329,7 @@ def edit_verified(moe: MoEModel, method: Method[Any], decision: Decision, probe:
     if preview is not None:
         with preview:
             expected = walk.logits(moe.model, probe)
-    method.edit(moe, decision)
+    carry_out(method, moe, decision)
     if expected is None:
         return {"keep_all_difference": 0.0}
     return {"keep_all_difference": 0.0, **compare_answers(expected, walk.logits(moe.model, probe))}

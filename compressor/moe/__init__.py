@@ -10,7 +10,8 @@ tokens      what a statistic sees: the tokens of one batch at one layer
 tap         watching a layer while the model runs
 entry       our own key of the config
 skip_rule   which of a token's experts are skipped: formulas, and the JSON that says so
-skip_state  what a layer knows while it skips; the counter
+skip_state  what a layer knows while it skips
+counter     how many experts the tokens of a running model use
 skip_layers how each kind of block is made to skip
 skipping    on, off, and counted
 pairs       routers that return lists of (token, expert) pairs
@@ -20,6 +21,7 @@ model       MoEModel: layers, masked, watched, keep
 """
 
 from compressor.moe.adapter import Adapter, structure_of
+from compressor.moe.counter import Counter
 from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, Removal, check_kept, count_problem, refuse_quantised
@@ -27,8 +29,7 @@ from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import RoutingRule, relabelled
 from compressor.moe.skip_layers import is_decorated
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skip_state import Counter
-from compressor.moe.skipping import rules_of
+from compressor.moe.skipping import fitting_rules, skip_problem
 from compressor.moe.stored import Fate, fates, ignored_names, loading_info
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
 from compressor.moe.tap import RealTokens
@@ -58,14 +59,15 @@ __all__ = [
     "expert_weight_norms",
     "fates",
     "find_structure",
+    "fitting_rules",
     "ignored_names",
     "is_decorated",
     "loading_info",
     "read_entry",
     "refuse_quantised",
     "relabelled",
-    "rules_of",
     "settle",
+    "skip_problem",
     "structure_of",
     "uneven_class",
     "uneven_counts",

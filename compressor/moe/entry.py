@@ -25,7 +25,7 @@ def read_entry(config: Any) -> dict[str, Any]:
     entry = getattr(config, KEY, None)
     if entry is None:
         return {}
-    is_ours = isinstance(entry, Mapping) and entry.get("format") == FORMAT
+    is_ours = isinstance(entry, Mapping) and type(entry.get("format")) is int and entry["format"] == FORMAT
     parts = {name: part for name, part in entry.items() if name != "format"} if is_ours else {}
     for name, part in parts.items() or [("num_experts", None)]:
         if name not in _PARTS or not isinstance(part, Mapping):

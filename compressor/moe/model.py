@@ -14,6 +14,7 @@ from torch import nn
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe import skipping
 from compressor.moe.adapter import structure_of
+from compressor.moe.counter import Counter
 from compressor.moe.counts import slice_layer, uneven_counts, write_counts
 from compressor.moe.entry import write_entry
 from compressor.moe.probe import SWITCHED_OFF
@@ -27,7 +28,6 @@ from compressor.moe.routing import (
     write_top_k,
 )
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.skip_state import Counter
 from compressor.moe.structure import MoELayer, Structure
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
@@ -103,7 +103,8 @@ class MoEModel:
     def masked(self, kept: Kept, *, top_k: int | None = None) -> Iterator[None]:
         """Within the context, only `kept` experts can be chosen in the layers named; the others' logits are −inf.
 
-        `top_k` lowers the number of experts per token in every layer.
+        `top_k` lowers the number of experts per token in every layer, of which a rule for skipping then takes its own.
+        Raises ValueError where `keep` would: a model that skips experts could not go on with so few.
         """
         kept = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in kept.items()}
         self._check_top_k(top_k)
@@ -135,8 +136,9 @@ class MoEModel:
         """Skip experts from now on, by these rules and no others; without rules, no more.
 
         The config says so too (`config.compressor`), so a checkpoint saved from here skips when `compressor.load` reads
-        it, and runs unskipped elsewhere. Only this model is concerned. Raises ValueError or UnsupportedModelError,
-        before anything is changed, where a layer cannot skip like this.
+        it, and runs unskipped elsewhere. Only this model skips; another one that shares the config object would be
+        saved with the rules too. Raises ValueError or UnsupportedModelError, before anything is changed, where a layer
+        cannot skip like this.
         """
         rules = dict(rules)
         skipping.refuse_rules(self.structure, rules)
@@ -147,11 +149,10 @@ class MoEModel:
         """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the
         config's rules do not fit the model.
         """
-        rules = self.skip_rules
+        rules = skipping.fitting_rules(self.structure, self.config)
         try:
-            skipping.refuse_rules(self.structure, rules)
             skipping.install(self.model, self.structure, rules)
-        except ValueError as error:
+        except ValueError as error:  # layers that share their experts
             raise CheckpointError(f"config.json: `compressor.skipping`: {error}.") from error
 
     @contextmanager
@@ -176,7 +177,8 @@ class MoEModel:
     def counted(self) -> Iterator[Counter]:
         """Within the context, a counter adds up how many experts the tokens use in each layer that skips.
 
-        Padding does not count where the model is given an `attention_mask`.
+        Padding does not count where the model is given an `attention_mask`; `may_count_padding` says if one could not
+        be read.
         """
         counter = Counter()
         with skipping.counting(self.model, counter):
@@ -253,6 +255,11 @@ class MoEModel:
             )
         if not 1 <= top_k <= min(layer.top_k for layer in self.layers):
             raise ValueError(f"top_k can be lowered from {self.layers[0].top_k} to 1 at least, got {top_k}")
+        rules = self.skip_rules if self.skips else {}
+        for layer in self.layers:
+            problem = rules[layer.path].problem(layer.num_experts, top_k) if layer.path in rules else None
+            if problem:
+                raise ValueError(f"the model skips experts, and could not go on like this: {layer.path}: {problem}")
 
     def _check_shared_tensors(self, kept: Mapping[str, Sequence[int]]) -> None:
         """Layers that share weights must keep the same experts."""

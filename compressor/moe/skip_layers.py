@@ -7,8 +7,8 @@ list            hooks on the modules of the list: each is given the rows that st
 scaled inputs   a hook on the router sets scores to 0, and each expert runs on its own rows only
 pairs           a hook on the router takes pairs out of its lists
 
-If nothing is skipped in a batch, the layer runs as it would without us, to the bit. Hooks are objects and forwards are
-bound methods: they are copied with the model.
+If nothing is skipped in a batch, the layer runs as it would without us, to the bit. Hooks and forwards are objects:
+they are copied and pickled with the model.
 
 Not covered: expert parallelism, where one process sees only its own experts' weights; refused when it runs. Experts in
 a list: one forward at a time, since hooks leave each other what they found.
@@ -19,7 +19,6 @@ Dimensions: T tokens, K experts chosen per token, E experts, P pairs that stay, 
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +43,7 @@ _KEY_WIDTH = 16
 def install_choices(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
     experts: Any = model.get_submodule(layer.experts)
     if not is_decorated(experts):
-        state.original = experts.__dict__.get("forward")
-        state.removals.append(Replaced.put(experts, "forward", types.MethodType(_skip_forward, experts)))
+        state.removals += _SkipForward.put(experts, state)
         return
     register()
     # a config of its own: the model's may be another model's too, and goes on naming what lies underneath
@@ -99,26 +97,58 @@ def _run_base(module: Any, state: LayerSkip | None, hidden: Tensor, index: Tenso
     return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)(module, hidden, index, weights)  # type: ignore[no-any-return]
 
 
-def _skip_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+@dataclass(eq=False)
+class _Forward:
+    """A forward of ours on an experts module. It knows by itself what lies underneath: whoever wraps it while it is
+    there (accelerate, for one) goes on calling it when skipping has ended, and then it only passes on.
+    """
+
+    experts: nn.Module
+    inner: Callable[..., Tensor] | None
+    """The forward that stood on the instance before ours."""
+    state: LayerSkip | None
+
+    @classmethod
+    def put(cls, experts: nn.Module, state: LayerSkip) -> list[Callable[[], None]]:
+        """What undoes it."""
+        ours = cls(experts, experts.__dict__.get("forward"), state)
+        return [Replaced.put(experts, "forward", ours), ours.retire]
+
+    def retire(self) -> None:
+        self.state = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state is None or not self.state.is_on:
+            return self.run_inner(*args, **kwargs)
+        return self.run(self.state, *args, **kwargs)
+
+    def run_inner(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.experts).forward(self.experts, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def run(self, state: LayerSkip, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _SkipForward(_Forward):
     """Forward of an experts module that is not decorated."""
-    state: LayerSkip = self.__dict__[STATE]
-    original = state.original or type(self).forward.__get__(self)
-    if not state.is_on:
-        return original(*args, **kwargs)
-    given = (*args, *kwargs.values())
-    places = places_of_choices(given)
-    if places is None:
-        raise UnsupportedModelError(f"{state.path}: its experts are not given hidden states, ids and weights.")
 
-    def call(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if index.shape[-1] == 1 and state.has_identity:  # some lose a dimension with one id per token
-            index = torch.cat([index, torch.full_like(index, state.num_experts)], dim=-1)
-            weights = torch.cat([weights, torch.zeros_like(weights)], dim=-1)
-        values = dict(zip(places, (hidden, index, weights), strict=True))
-        return original(*(values[place] for place in range(3)))
+    def run(self, state: LayerSkip, *args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        places = places_of_choices(given)
+        if places is None:
+            raise UnsupportedModelError(f"{state.path}: its experts are not given hidden states, ids and weights.")
 
-    hidden, index, weights = (given[place] for place in places)
-    return _evaluate_kept(state, hidden, index, weights, call)
+        def call(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            if index.shape[-1] == 1 and state.has_identity:  # some lose a dimension with one id per token
+                index = torch.cat([index, torch.full_like(index, state.num_experts)], dim=-1)
+                weights = torch.cat([weights, torch.zeros_like(weights)], dim=-1)
+            values = dict(zip(places, (hidden, index, weights), strict=True))
+            return self.run_inner(*(values[place] for place in range(3)))
+
+        hidden, index, weights = (given[place] for place in places)
+        return _evaluate_kept(state, hidden, index, weights, call)
 
 
 def _evaluate_kept(
@@ -336,10 +366,9 @@ def install_scaled(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
             if path == layer.experts
         },
     )
-    state.original = experts.__dict__.get("forward")
     state.removals += [
         router.register_forward_hook(_ScaledRouter(state)).remove,
-        Replaced.put(experts, "forward", types.MethodType(_scaled_forward, experts)),
+        *_ScaledForward.put(experts, state),
     ]
 
 
@@ -361,22 +390,23 @@ class _ScaledRouter:
         return (torch.zeros_like(scores_TE).scatter(1, index_TK, new_TK), *others)
 
 
-def _scaled_forward(self: Any, hidden: Tensor) -> Tensor:
+class _ScaledForward(_Forward):
     """Every expert on the rows that its router gave it, and no others: rows of zeros answer zeros."""
-    state: LayerSkip = self.__dict__[STATE]
-    original = state.original or type(self).forward.__get__(self)
-    sparse, state.batch = state.batch, None
-    if not sparse or state.original is not None:  # who wraps the forward (offloading, say) expects to see it called
-        return original(hidden)
-    assert state.stack is not None
-    inputs_ETH = hidden.view(state.num_experts, -1, hidden.shape[-1])
-    outputs_ETH = torch.zeros_like(inputs_ETH)
-    for expert in range(state.num_experts):
-        rows = inputs_ETH[expert].count_nonzero(-1).nonzero()[:, 0]
-        if len(rows):
-            one = state.stack.only(self, expert)
-            outputs_ETH[expert, rows] = type(self).forward(one, inputs_ETH[expert, rows])
-    return outputs_ETH.view(hidden.shape)
+
+    def run(self, state: LayerSkip, *args: Any, **kwargs: Any) -> Tensor:
+        sparse, state.batch = state.batch, None
+        if not sparse or self.inner is not None:  # who wraps the forward (offloading, say) expects to see it called
+            return self.run_inner(*args, **kwargs)
+        assert state.stack is not None
+        (hidden,) = (*args, *kwargs.values())
+        inputs_ETH = hidden.view(state.num_experts, -1, hidden.shape[-1])
+        outputs_ETH = torch.zeros_like(inputs_ETH)
+        for expert in range(state.num_experts):
+            rows = inputs_ETH[expert].count_nonzero(-1).nonzero()[:, 0]
+            if len(rows):
+                one: Any = state.stack.only(self.experts, expert)
+                outputs_ETH[expert, rows] = type(self.experts).forward(one, inputs_ETH[expert, rows])
+        return outputs_ETH.view(hidden.shape)
 
 
 # Lists of pairs --------------------------------------------------------------------------------------------

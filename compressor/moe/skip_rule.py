@@ -21,7 +21,6 @@ Dimensions: T tokens, K experts chosen per token, E experts of the layer.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -31,6 +30,7 @@ from torch import Tensor
 
 RuleName = Literal["ratio", "tail_mass", "contribution", "top_k"]
 VERSION = 1
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SkipRule:
         if self.beta is not None and not (_is_number(self.beta) and 0 < self.beta <= 1):
             raise ValueError(f"`beta` should be a number above 0, up to 1, found {self.beta!r}")
         if self.expert_norms is not None and not all(_is_number(norm) and norm >= 0 for norm in self.expert_norms):
-            raise ValueError("`expert_norms` should be finite numbers from 0 up")
+            raise ValueError("`expert_norms` should be finite numbers from 0 up, in float32")
         for name in ("top_k", "normalise_over"):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
@@ -184,7 +184,8 @@ class SkipRule:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one in float32, which rules are computed in."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _and(names: set[str]) -> str:

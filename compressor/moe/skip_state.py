@@ -1,4 +1,4 @@
-"""What a layer knows while it skips experts, and the counter of a running model.
+"""What a layer knows while it skips experts.
 
 Dimensions: T tokens, K experts chosen per token.
 """
@@ -6,9 +6,7 @@ Dimensions: T tokens, K experts chosen per token.
 from __future__ import annotations
 
 import copy
-import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.moe.counter import Counter
 from compressor.moe.routing import RoutingRule
 from compressor.moe.skip_rule import SkipRule
 from compressor.moe.structure import ExpertAxis
@@ -26,64 +25,31 @@ STATE = "_compressor_skip"
 """The attribute of a module that holds its layer's LayerSkip."""
 
 
-class Counter:
-    """How many experts the tokens of a running model used, layer by layer."""
+@dataclass(eq=False)
+class Switch:
+    """What the layers of one model have in common while they skip."""
 
-    def __init__(self) -> None:
-        self.mask_T: Tensor | None = None
-        """Which tokens of the batch that is running are real; None while that is not known: then all count."""
-        self._experts: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
+    paused: int = 0
+    """How many contexts ask that nothing be skipped."""
+    counters: list[Counter] = field(default_factory=list)
+    """Those that count now."""
+    raised: list[Raised] = field(default_factory=list)
 
-    def add(self, path: str, used_TK: Tensor) -> None:
-        """Count one batch; `used_TK` says which of the chosen were evaluated."""
-        mask_T, num_tokens = self.mask_T, torch.tensor(len(used_TK))
-        if mask_T is not None and len(mask_T) == len(used_TK):
-            mask_T = mask_T.to(used_TK.device)
-            used_TK, num_tokens = used_TK & mask_T[:, None], mask_T.sum()
-        self._experts[path] = self._experts.get(path, 0) + used_TK.sum()
-        self._tokens[path] = self._tokens.get(path, 0) + num_tokens
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, and one that is pickled, has no part in the contexts that this one is in."""
+        return {**self.__dict__, "paused": 0, "counters": []}
 
-    @property
-    def sums(self) -> dict[str, list[int]]:
-        """Layer path → experts used and tokens, in all, for `add_sums` of another counter."""
-        return {path: [int(total), int(self._tokens[path])] for path, total in self._experts.items()}
+    def pause(self) -> None:
+        """Skip nothing until `resume`; may be nested."""
+        self.paused += 1
+        for one in self.raised if self.paused == 1 else ():
+            one.lower()
 
-    def add_sums(self, sums: Mapping[str, Sequence[int]]) -> None:
-        """Count what another counter has counted."""
-        for path, (experts, tokens) in sums.items():
-            self._experts[path] = self._experts.get(path, 0) + torch.tensor(experts)
-            self._tokens[path] = self._tokens.get(path, 0) + torch.tensor(tokens)
-
-    @property
-    def experts_per_token(self) -> dict[str, float]:
-        """Layer path → experts that a token used on average; only layers that skip, and that tokens came to."""
-        return {path: int(total) / max(1, self.tokens[path]) for path, total in self._experts.items()}
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Layer path → tokens that were counted there."""
-        return {path: int(number) for path, number in self._tokens.items()}
-
-    # the model's own arguments tell which tokens are padding
-
-    def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Called before the model's forward."""
-        try:
-            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        except TypeError:  # the forward will say so itself
-            return
-        given = {**given, **given.get("kwargs", {})}
-        mask, tokens = given.get("attention_mask"), given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        self.mask_T = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(tokens, Tensor):
-            # with a cache the mask reaches back over what was read before
-            self.mask_T = mask[:, -tokens.shape[1] :].bool().reshape(-1)
-
-    def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Called after it."""
-        self.mask_T = None
+    def resume(self) -> None:
+        """The inverse of `pause`."""
+        self.paused -= 1
+        for one in self.raised if not self.paused else ():
+            one.lift()
 
 
 @dataclass
@@ -99,13 +65,9 @@ class LayerSkip:
     """Whether skipped experts are evaluated all the same, with weight 0: slow and plain, to compare with."""
     has_identity: bool
     """Whether ids from `num_experts` up can be chosen, and are no experts."""
-    counters: list[Counter]
-    paused: int = 0
-    """How many contexts ask that nothing be skipped."""
+    switch: Switch
     config: Any = None
     """The config that the experts had, which names the implementation underneath."""
-    original: Callable[..., Tensor] | None = None
-    """The forward that stood on the instance before ours: accelerate, for one, puts one there."""
     routing: RoutingRule | None = None
     """How the block chooses, where only it knows (experts in a list)."""
     stack: Stack | None = None
@@ -113,7 +75,6 @@ class LayerSkip:
     batch: Any = None
     """What one hook leaves for the next, within a forward."""
     removals: list[Callable[[], None]] = field(default_factory=list)
-    raised: list[Raised] = field(default_factory=list)
     _norms: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,19 +87,7 @@ class LayerSkip:
     @property
     def is_on(self) -> bool:
         """Whether the layer skips now."""
-        return not self.paused
-
-    def pause(self) -> None:
-        """Skip nothing until `resume`; may be nested."""
-        self.paused += 1
-        for one in self.raised if self.paused == 1 else ():
-            one.lower()
-
-    def resume(self) -> None:
-        """The inverse of `pause`."""
-        self.paused -= 1
-        for one in self.raised if not self.paused else ():
-            one.lift()
+        return not self.switch.paused
 
     def kept(self, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """[T, K] bool: which pairs stay; counted, if somebody counts."""
@@ -149,7 +98,7 @@ class LayerSkip:
             )
         num_experts = self.num_experts if self.has_identity else None
         kept_TK = self.rule.kept(index_TK, weights_TK, num_experts, self._norms_on(index_TK.device))
-        for counter in self.counters:
+        for counter in self.switch.counters:
             counter.add(self.path, kept_TK & (index_TK < self.num_experts))
         return kept_TK
 
@@ -166,20 +115,28 @@ class LayerSkip:
         return self._norms[device]
 
 
-@dataclass
+@dataclass(eq=False)
 class Raised:
-    """An attribute that says how many experts a router names."""
+    """An attribute that says how many experts a router names. Called before its block's forward: a copy that was made
+    while its model was paused has found the model's own number.
+    """
 
+    switch: Switch
     module: nn.Module
     attribute: str
     own: int
     wider: int
 
+    def __call__(self, block: nn.Module, args: Any) -> None:
+        if not self.switch.paused:
+            self.lift()
+
     def lift(self) -> None:
         setattr(self.module, self.attribute, self.wider)
 
     def lower(self) -> None:
-        setattr(self.module, self.attribute, self.own)
+        if getattr(self.module, self.attribute) == self.wider:
+            setattr(self.module, self.attribute, self.own)
 
 
 @dataclass
@@ -199,8 +156,7 @@ class Replaced:
         return found
 
     def __call__(self) -> None:
-        found = self.module.__dict__.get(self.attribute)
-        if found is not self.ours and not (isinstance(found, types.MethodType) and found == self.ours):
+        if self.module.__dict__.get(self.attribute) is not self.ours:
             return  # somebody has put another one over ours
         if self.was_there:
             self.module.__dict__[self.attribute] = self.before

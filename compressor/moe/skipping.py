@@ -13,13 +13,15 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.moe.counter import Counter
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.skip_layers import INSTALLERS
 from compressor.moe.skip_rule import VERSION, SkipRule
-from compressor.moe.skip_state import STATE, Counter, LayerSkip, Raised
+from compressor.moe.skip_state import STATE, LayerSkip, Raised, Switch
 from compressor.moe.structure import MoELayer, Structure
 
-_COUNTERS = "_compressor_counters"
+_SWITCH = "_compressor_switch"
+"""The attribute of a model that holds its Switch within a context, whether it has layers that skip or not yet."""
 
 
 def rules_of(config: Any) -> dict[str, SkipRule]:
@@ -27,10 +29,12 @@ def rules_of(config: Any) -> dict[str, SkipRule]:
     part = read_entry(config).get("skipping")
     if part is None:
         return {}
-    if part.get("version") != VERSION or not isinstance(part.get("layers"), Mapping):
+    is_known = set(part) == {"version", "layers"} and type(part["version"]) is int and part["version"] == VERSION
+    if not is_known or not isinstance(part["layers"], Mapping):
         raise CheckpointError(
             f'config.json: `{KEY}.skipping` should be {{"version": {VERSION}, "layers": {{layer path: rule}}}}, found '
-            f"version {part.get('version')!r}. A newer version of moe-compressor may read it."
+            f"version {part.get('version')!r} and the keys {', '.join(part) or 'nothing'}. A newer version of "
+            f"moe-compressor may read it."
         )
     rules = {}
     for path, rule in part["layers"].items():
@@ -38,6 +42,18 @@ def rules_of(config: Any) -> dict[str, SkipRule]:
             rules[path] = SkipRule.from_json(rule if isinstance(rule, Mapping) else {})
         except ValueError as error:
             raise CheckpointError(f"config.json: `{KEY}.skipping`: {path}: {error}.") from error
+    return rules
+
+
+def fitting_rules(structure: Structure, config: Any) -> dict[str, SkipRule]:
+    """The same. Raises CheckpointError also where they do not fit the layers, UnsupportedModelError where a layer
+    cannot skip like this.
+    """
+    rules = rules_of(config)
+    try:
+        refuse_rules(structure, rules)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: `{KEY}.skipping`: {error}.") from error
     return rules
 
 
@@ -49,25 +65,43 @@ def rules_json(rules: Mapping[str, SkipRule]) -> dict[str, Any]:
 @contextmanager
 def counting(model: nn.Module, counter: Counter) -> Iterator[None]:
     """Within the context every layer that skips adds what it does to the counter."""
-    body: nn.Module = getattr(model, "base_model", model)
-    counters = _counters(model)
-    hooks = [
-        body.register_forward_pre_hook(counter.before, with_kwargs=True),
-        body.register_forward_hook(counter.after, always_call=True),
-    ]
-    counters.append(counter)
+    with _switch_on(model) as switch, counter.listening(model):
+        switch.counters.append(counter)
+        try:
+            yield
+        finally:
+            switch.counters.remove(counter)
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Within the context no layer skips, whatever is installed meanwhile; nor does the rest of a model that this is a
+    part of.
+    """
+    with _switch_on(model) as switch:
+        switch.pause()
+        try:
+            yield
+        finally:
+            switch.resume()
+
+
+@contextmanager
+def _switch_on(model: nn.Module) -> Iterator[Switch]:
+    """The model's switch, which layers that begin to skip within the context get too."""
+    is_outermost = _SWITCH not in model.__dict__
+    switch = model.__dict__[_SWITCH] = _switch(model)
     try:
-        yield
+        yield switch
     finally:
-        counters.remove(counter)
-        for hook in hooks:
-            hook.remove()
+        if is_outermost:
+            del model.__dict__[_SWITCH]
 
 
-def _counters(model: nn.Module) -> list[Counter]:
-    """Those that count now; every LayerSkip of the model holds this same list."""
-    found: list[Counter] = model.__dict__.setdefault(_COUNTERS, [])
-    return found
+def _switch(model: nn.Module) -> Switch:
+    """That of the layers that skip, or of a context that the model or a part of it is in; else a new one."""
+    held = next((module.__dict__[_SWITCH] for module in model.modules() if _SWITCH in module.__dict__), None)
+    return next((state.switch for state in states(model).values()), held or Switch())
 
 
 def states(model: nn.Module) -> dict[str, LayerSkip]:
@@ -96,17 +130,18 @@ def reinstate(
     foreign = next((path for path in before if path not in own), None)
     if foreign is not None:
         raise ValueError(f"this is a part of a model that skips experts ({foreign}); change its rules as a whole")
+    switch = next((state.switch for state in before.values()), None) or _switch(model)
     remove(model)
     try:
         for layer in structure.layers:
             if layer.path in wanted:
-                _install_layer(model, structure, layer, *wanted[layer.path], before.get(layer.path))
+                _install_layer(model, structure, layer, *wanted[layer.path], switch, before.get(layer.path))
     except BaseException:
         remove(model)
         for layer in structure.layers:
             if layer.path in before:
                 old = before[layer.path]
-                _install_layer(model, structure, layer, old.rule, old.zeroed, old)
+                _install_layer(model, structure, layer, old.rule, old.zeroed, switch, old)
         raise
 
 
@@ -117,23 +152,10 @@ def remove(model: nn.Module) -> None:
         if isinstance(state, LayerSkip):
             for undo in state.removals:
                 undo()
-            for one in state.raised:
+            for one in state.switch.raised:
                 one.lower()
             state.removals.clear()
-            state.raised.clear()
-
-
-@contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Within the context no layer skips that did before."""
-    for state in states(model).values():
-        state.pause()
-    try:
-        yield
-    finally:
-        for state in states(model).values():
-            if state.paused:
-                state.resume()
+            state.switch.raised.clear()
 
 
 def refuse_rules(structure: Structure, rules: Mapping[str, SkipRule]) -> None:
@@ -146,23 +168,38 @@ def refuse_rules(structure: Structure, rules: Mapping[str, SkipRule]) -> None:
         problem = rule.problem(layer.num_experts, layer.top_k)
         if problem:
             raise ValueError(f"{path}: {problem}")
-        if rule.normalise_over is not None and rule.normalise_over > layer.top_k:
-            size = layer.num_experts // layer.num_groups * layer.num_chosen_groups
-            problem = layer.wider_problem or (
-                f"its router chooses among {size} experts, so it cannot name {rule.normalise_over}"
-                if rule.normalise_over > size
-                else None
-            )
-            if problem:
-                raise UnsupportedModelError(f"{path}: {problem}.")
+        problem = _wider_problem(layer, rule)
+        if problem:
+            raise UnsupportedModelError(f"{path}: {problem}.")
         if len(layer.containers) > 1:
             raise UnsupportedModelError(
                 f"{path}: its experts are in {len(layer.containers)} lists; this needs a plugin."
             )
 
 
+def skip_problem(layer: MoELayer, rule: SkipRule) -> str | None:
+    """Why a layer cannot skip by this rule; None if it can."""
+    return rule.problem(layer.num_experts, layer.top_k) or _wider_problem(layer, rule)
+
+
+def _wider_problem(layer: MoELayer, rule: SkipRule) -> str | None:
+    """Why its router cannot be asked for as many experts as the rule normalises over."""
+    if rule.normalise_over is None or rule.normalise_over <= layer.top_k:
+        return None
+    size = layer.num_experts // layer.num_groups * layer.num_chosen_groups
+    if layer.wider_problem is None and rule.normalise_over > size:
+        return f"its router chooses among {size} experts, so it cannot name {rule.normalise_over}"
+    return layer.wider_problem
+
+
 def _install_layer(
-    model: nn.Module, structure: Structure, layer: MoELayer, rule: SkipRule, zeroed: bool, before: LayerSkip | None
+    model: nn.Module,
+    structure: Structure,
+    layer: MoELayer,
+    rule: SkipRule,
+    zeroed: bool,
+    switch: Switch,
+    before: LayerSkip | None,
 ) -> None:
     state = LayerSkip(
         layer.path,
@@ -171,8 +208,7 @@ def _install_layer(
         top_k=max(layer.top_k, rule.normalise_over or 0),
         zeroed=zeroed,
         has_identity=layer.num_extra_choices > 0,
-        counters=_counters(model),
-        paused=before.paused if before else 0,
+        switch=switch,
         routing=before.routing if before else None,
     )
     call = layer.router_probe.call
@@ -195,6 +231,8 @@ def _ask_for_more(model: nn.Module, structure: Structure, layer: MoELayer, state
     for (path, attribute), (stride, extra) in structure.top_k_integers.items():
         if path == layer.path or path.startswith(layer.path + "."):
             own, wider = (stride * number + extra for number in (layer.top_k, state.top_k))
-            state.raised.append(Raised(model.get_submodule(path), attribute, own, wider))
+            raised = Raised(state.switch, model.get_submodule(path), attribute, own, wider)
+            state.switch.raised.append(raised)
+            state.removals.append(model.get_submodule(layer.path).register_forward_pre_hook(raised).remove)
             if state.is_on:
-                state.raised[-1].lift()
+                raised.lift()

@@ -79,7 +79,7 @@ class ExpertSelection(Method[OptionsT]):
             notes.append("each layer is observed on what comes out of the layers already pruned")
         if self.options.top_k is not None:
             notes.append(f"each token chooses {self.options.top_k} of a layer's experts, now {layers[0].top_k}")
-        return Plan(planned, notes, top_k=self.options.top_k)
+        return Plan(planned, notes, top_k=self.options.top_k, count_option=self.options.count_option)
 
     def _refused(self, message: str) -> OptionError:
         return OptionError(self.options.count_option, message)

@@ -44,6 +44,17 @@ def _possible_threshold(beta: int | float) -> int | float:
     return beta
 
 
+def _mass_that_may_go(keep_mass: float) -> float:
+    """The threshold of tail_mass: without the digits that subtracting has brought in."""
+    return round(1 - keep_mass, 12)
+
+
+def _possible_mass(keep_mass: float) -> float:
+    if not _mass_that_may_go(keep_mass):
+        raise ValueError(f"found {keep_mass!r}, of which nothing may go; give a smaller share, such as 0.9")
+    return keep_mass
+
+
 def _as_text(key: Any) -> Any:
     return str(key) if isinstance(key, int) and not isinstance(key, bool) else key
 
@@ -59,6 +70,7 @@ def _kind(threshold: Any) -> str:
 
 
 Beta = Annotated[StrictInt | StrictFloat, AfterValidator(_possible_threshold)]
+Mass = Annotated[StrictFloat, Field(gt=0, lt=1), AfterValidator(_possible_mass)]
 LayerName = Annotated[str, BeforeValidator(_as_text)]
 BetasOfLayers = Annotated[dict[LayerName, Literal["median"] | Beta], AfterValidator(_not_empty)]
 Threshold = Annotated[
@@ -88,10 +100,8 @@ class DynamicSkippingOptions(Options):
         description="experts that a token is to use on average over all layers, such as 5.5: by one threshold for all, "
         "so layers that choose with less doubt use fewer",
     )
-    keep_mass: StrictFloat | None = Field(
+    keep_mass: Mass | None = Field(
         default=None,
-        gt=0,
-        lt=1,
         description="share of its weights that a token keeps, such as 0.9: at least, for every token (tail_mass), or "
         "on average in each layer (the other rules)",
     )
@@ -185,7 +195,16 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         self._check_mean(layers)
         for layer in layers:
             self._check_layer(layer)
-        return Plan(notes=list(self._notes(layers)), skips=True)
+        skipping = [layer.path for layer in layers if layer.top_k >= 2 and options.threshold_of(layer) is not None]
+        return Plan(notes=list(self._notes(layers)), skips=dict.fromkeys(skipping, self._planned_rule()))
+
+    def _planned_rule(self) -> SkipRule:
+        """A layer's rule, but for what calibration finds: thresholds, norms, whether its router renormalises."""
+        options = self.options
+        if options.top_k is None:
+            return SkipRule("ratio", False, beta=1.0)
+        over = options.normalise_over
+        return SkipRule("top_k", over is not None, top_k=options.top_k, normalise_over=over)
 
     def _check_mean(self, layers: Sequence[MoELayer]) -> None:
         mean, chosen = self.options.mean_experts, [layer.top_k for layer in layers if layer.top_k >= 2]
@@ -272,8 +291,12 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         decision: Decision = {
             "layers": {layer.path: found.get(layer.path) or _unskipped(layer.top_k, held_out) for layer in layers}
         }
-        if not any(layer["rule"] for layer in decision["layers"].values()):
-            raise OptionError(self.options.target, "no layer would skip anything.")
+        if not any(layer["mean_experts"] < _chosen(statistics[path], calibration) for path, layer in found.items()):
+            raise OptionError(
+                self.options.target,
+                "no layer would skip a single expert on the calibration text, so this would have no effect; ask for "
+                "more to be skipped.",
+            )
         decision["mean_experts"] = _mean([layer["mean_experts"] for layer in found.values()])
         if held_out:
             decision["held_out_mean_experts"] = _mean([layer["held_out"]["mean_experts"] for layer in found.values()])
@@ -329,7 +352,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
                 raise OptionError("mean_experts", f"{error}.") from error
         if options.keep_mass is not None:
             if options.skip_by == "tail_mass":  # every token keeps it, whatever the text
-                return dict.fromkeys(curves, round(1 - options.keep_mass, 12))
+                return dict.fromkeys(curves, _mass_that_may_go(options.keep_mass))
             return {path: curve.beta_for_mass(options.keep_mass) for path, curve in curves.items()}
         found: dict[str, float | None] = {}
         for layer in layers:
@@ -386,11 +409,11 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
         def reached(domains: Sequence[int]) -> Reached:
             at = list(domains)
-            tokens, experts = (float(figures[f"sums.skip.{one}"][at].sum()) for one in ("tokens", "experts"))
+            tokens = float(figures["sums.skip.tokens"][at].sum())
             gone, share, error = figures[fixed.figure][at].sum(0).tolist()
             squared = figures.get("sums.skip.squared_output")
             loss = None if squared is None else (error / max(float(squared[at].sum()), 1e-300)) ** 0.5
-            return Reached((experts - gone) / tokens, 1 - share / tokens, loss)
+            return Reached(_chosen(figures, at) - gone / tokens, 1 - share / tokens, loss)
 
         over = {"normalise_over": fixed.normalise_over} if renormalises else {}
         return {
@@ -409,8 +432,11 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         return moe.zeroed(_rules(moe, decision, of_all=False))
 
     def edit(self, moe: MoEModel, decision: Decision) -> None:
-        """From now on the model skips; its config says how."""
-        moe.skip(_rules(moe, decision))
+        """From now on the model skips; its config says how. Raises ValueError where the decision skips nothing."""
+        rules = _rules(moe, decision)
+        if not rules:
+            raise ValueError("the decision says of every layer that it skips nothing, so there is nothing to carry out")
+        moe.skip(rules)
 
 
 def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:
@@ -424,6 +450,12 @@ def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[st
             f"the decision was made for {len(layers)} MoE layers, the model has {len(ours)}: {other}: {whose}"
         )
     return {path: SkipRule.of(layer) for path, layer in layers.items() if layer.get("rule", "") is not None}
+
+
+def _chosen(figures: Mapping[str, Tensor], domains: Sequence[int]) -> float:
+    """Experts that a token chooses on average, skipped or not."""
+    tokens, experts = (float(figures[f"sums.skip.{one}"][list(domains)].sum()) for one in ("tokens", "experts"))
+    return experts / tokens
 
 
 def _unskipped(chosen: float, held_out: Sequence[int]) -> dict[str, Any]:

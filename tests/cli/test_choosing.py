@@ -256,9 +256,21 @@ def test_deciding_again_with_other_weights_of_domains(cli: Cli, gathered: Path) 
             ["--keep", "6", "--blend", "{poetry: 1}"],
             "there is no calibration source called 'poetry'; there are code, prose",
         ),
-        (["--keep", "six"], "expert_pruning: keep"),
+        (["--keep", "six"], "expert_pruning.keep: found 'six', expected "),
         (["--keep", "{"], "an option cannot be read"),
-        (["--set", "kept=6"], "expert_pruning: kept.Extra inputs are not permitted"),
+        (["--set", "kept=6"], "error: expert_pruning.kept: unknown key; did you mean 'keep'? Known keys: "),
+        (
+            ["--method", "dynamic_skipping", "--set", "threshold=2"],
+            "error: dynamic_skipping.threshold: found 2; a threshold is a number above 0, up to 1, or median",
+        ),
+        (
+            ["--method", "dynamic_skipping", "--set", "threshold=0.3", "--set", "keep_mass=0.9"],
+            "error: dynamic_skipping: `threshold` and `keep_mass` both say how much is skipped",
+        ),
+        (
+            ["--method", "dynamic_skipping", "--set", "keep_mass=0.9999999999999"],
+            "error: dynamic_skipping.keep_mass: found 0.9999999999999, of which nothing may go",
+        ),
         (
             ["--keep", "6", "--method", "pruning"],
             "there is no method 'pruning'; known are dynamic_skipping, expert_pruning, task_pruning.",

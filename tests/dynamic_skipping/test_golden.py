@@ -35,7 +35,8 @@ def test_medians_and_means_of_the_ratio(golden_folder: Path, tmp_path: Path, nam
         assert layer["rule"] == "ratio"
         assert layer["renormalise"] is True
         assert layer["beta"] == pytest.approx(recorded["betas_median"][str(number)], abs=limit)
-        assert layer["mean_experts"] == pytest.approx(1.5, abs=2e-3)  # half of the second experts, by its definition
+        # half of the second experts, by its definition; in bfloat16 several tokens have the median itself
+        assert layer["mean_experts"] == pytest.approx(1.5, abs=2e-3 if golden["dtype"] == "float32" else 1e-2)
     (figures,) = load_statistics(tmp_path / "out" / "compressor" / "statistics.safetensors")[0].values()
     for number, path in enumerate(layers):
         assert float(figures[path]["skip.ratio.mean"]) == pytest.approx(recorded["betas_mean"][str(number)], abs=limit)
@@ -43,4 +44,5 @@ def test_medians_and_means_of_the_ratio(golden_folder: Path, tmp_path: Path, nam
     with compressor.MoEModel(result.model).counted() as counter, torch.no_grad():
         for line in (golden_folder / "calibration.jsonl").read_text().splitlines():
             result.model(input_ids=torch.tensor([json.loads(line)["input_ids"]]))
-    assert counter.experts_per_token[next(iter(layers))] == pytest.approx(1.5, abs=5e-3)
+    used = counter.experts_per_token[next(iter(layers))]
+    assert used == pytest.approx(1.5, abs=5e-3 if golden["dtype"] == "float32" else 1e-2)

@@ -33,6 +33,7 @@ def layers(name="mixtral", **changes):
         ({"threshold": {0: 3.0}}, "found 3.0; a threshold is a number above 0"),
         ({"keep_mass": 1.0}, "less than 1"),
         ({"keep_mass": 0.0}, "greater than 0"),
+        ({"keep_mass": 0.9999999999999}, "found 0.9999999999999, of which nothing may go; give a smaller share"),
         ({"top_k": 0}, "greater than or equal to 1"),
         ({"normalise_over": 8}, "`normalise_over` would have no effect without `top_k`"),
         ({"top_k": 4, "normalise_over": 2}, "`normalise_over` should be at least `top_k`, found 2 and 4"),
@@ -280,6 +281,16 @@ def test_a_mean_that_the_text_cannot_be_brought_to():
     with pytest.raises(OptionError, match=r"can be brought from 2 down to 1\.5") as error:
         decided({"mean_experts": 1.2, "rule": "contribution"}, gathered)
     assert error.value.option == "mean_experts"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 0.01}, {"threshold": 1e-46}, {"keep_mass": 0.99}, {"threshold": {0: 0.01}}, {"mean_experts": 1.99}],
+)
+def test_what_skips_nothing_of_the_text_has_no_effect(options):
+    """The smallest of its scores is 0.05."""
+    with pytest.raises(OptionError, match="no layer would skip a single expert on the calibration text, so this"):
+        decided({"rule": "ratio", **options} if "mean_experts" in options else options)
 
 
 def test_normalising_over_where_the_router_does_not():

@@ -10,9 +10,11 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import MoEModel, OptionError, RecipeError, SkipRule
+from compressor import MoEModel, OptionError, RecipeError, SkipRule, plan
 from compressor.engine import apply_decision
 from compressor.page import page
+from compressor.plugins import load_plugins
+from compressor.recipe import load_recipe
 from compressor.report import alone_rows
 from compressor.statistics import load_statistics, merge_statistics
 from compressor_dynamic_skipping import DynamicSkipping
@@ -162,6 +164,87 @@ def test_a_further_pass_over_a_model_that_skips(eight, tokens, tmp_path):
     close(logits(model), logits(result.model))
 
 
+@pytest.mark.parametrize(
+    ("skip", "prune", "message"),
+    [
+        (
+            {"mean_experts": 3},
+            {"keep": 6, "top_k": 1},
+            "passes[1].expert_pruning.top_k: model.layers.0.mlp: the model skips experts by then, and could "
+            "not go on skipping: each token chooses one expert, so there is nothing to skip. Prune first, and let the "
+            "pruned model skip",
+        ),
+        (
+            {"top_k": 2},
+            {"keep": 6, "top_k": 2},
+            "passes[1].expert_pruning.top_k: model.layers.0.mlp: the model skips experts by then, and could not go on "
+            "skipping: each token chooses 2 experts, so keeping the largest 2 skips nothing",
+        ),
+        (
+            {"top_k": 2, "normalise_over": 8},
+            {"keep": 6},
+            "passes[1].expert_pruning.keep: model.layers.0.mlp: the model skips experts by then, and could not go on "
+            "skipping: it has 6 experts, so there are no 8 to normalise over",
+        ),
+        (
+            {"top_k": 2, "normalise_over": 5},
+            {"drop": 4},
+            "passes[1].expert_pruning.drop: model.layers.0.mlp: the model skips experts by then, and could not go on "
+            "skipping: it has 4 experts, so there are no 5 to normalise over",
+        ),
+    ],
+)
+def test_pruning_that_leaves_nothing_to_skip_is_refused_by_check(eight, tokens, tmp_path, skip, prune, message):
+    """Wherever the model got its rules from: a pass before, or its own config."""
+    plugins = load_plugins()
+
+    def check(settings):
+        plan.check(load_recipe(settings, methods=plugins.methods, criteria=plugins.criteria))
+
+    passes = [{"dynamic_skipping": skip}, {"expert_pruning": prune}]
+    with pytest.raises(RecipeError) as error:
+        check(recipe(eight, tokens, *passes))
+    assert message in str(error.value)
+    options = {"precision": 1.0, **skip} if "mean_experts" in skip else skip
+    compressor.compress(recipe(eight, tokens, {"dynamic_skipping": options}), output=tmp_path / "skips")
+    with pytest.raises(RecipeError) as error:
+        check(recipe(tmp_path / "skips", tokens, passes[1]))
+    assert message.removeprefix("passes[1]") in str(error.value)
+    check(recipe(tmp_path / "skips", tokens, {"expert_pruning": {"keep": 8, "top_k": 3}}))
+    check(recipe(eight, tokens, passes[0], {"expert_pruning": {"keep": 8, "top_k": 3}}))
+
+
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_pruning_of_which_only_the_figures_tell_that_it_leaves_nothing_to_skip(eight, tokens, tmp_path, weights):
+    """A mean that is shared out leaves some layer fewer experts than its rule normalises over."""
+    passes = [{"dynamic_skipping": {"top_k": 2, "normalise_over": 6}}, {"expert_pruning": {"keep": {"mean": 6}}}]
+    with pytest.raises(
+        RecipeError,
+        match=r"passes\[1\]\.expert_pruning: what was decided cannot be carried out: the model skips experts, and "
+        r"could not go on like this: .*: it has \d experts, so there are no 6 to normalise over",
+    ):
+        compressor.compress(recipe(eight, tokens, *passes, weights=weights), output=tmp_path / "out")
+
+
+def test_padding_is_not_counted_from_disk_either(eight, tokens, tmp_path):
+    """There all batches pass a layer before the next one is read: each has its own padding."""
+    lengths = (24, 5, 17, 9, 24, 3)
+    rows = [row[:length] for row, length in zip(token_ids(6, 24).tolist(), lengths, strict=True)]
+    text = write_token_file(tmp_path / "text.jsonl", rows)
+    evaluate = {"perplexity": [{"tokens": str(text)}], "batch_size": 2}
+    used = []
+    for weights in ("memory", "disk"):
+        settings = recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.5}}, evaluate=evaluate, weights=weights)
+        result = compressor.compress(settings, output=tmp_path / weights)
+        used += result.record["evaluation"]["after"]["experts_per_token"].values()
+    assert used[0] == used[1]
+    model, _ = compressor.load(tmp_path / "memory")
+    with MoEModel(model).counted() as counter, torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    assert used[0] == pytest.approx(counter.experts_per_token, abs=1e-3)
+
+
 def test_skip_again_replaces_the_rules(eight, tokens, tmp_path):
     compressor.compress(recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.3}}), output=tmp_path / "one")
     again = recipe(tmp_path / "one", tokens, {"dynamic_skipping": {"threshold": 0.5}})
@@ -200,6 +283,18 @@ def test_decided_again_without_the_model(eight, tokens, tmp_path):
         compressor.decide(statistics, "dynamic_skipping", top_k=2)
     with pytest.raises(RecipeError, match=r"dynamic_skipping: model.layers.0.mlp: each token chooses 4 experts"):
         compressor.decide(statistics, "dynamic_skipping")
+
+
+def test_a_decision_that_skips_nothing_is_not_applied(eight, tokens, tmp_path):
+    compressor.compress(recipe(eight, tokens, {"dynamic_skipping": {"threshold": 0.5}}), output=tmp_path / "out")
+    decision = json.loads((tmp_path / "out" / "compressor" / "decision.json").read_text())
+    for layer in decision["passes"][0]["decision"]["layers"].values():
+        layer["rule"] = None
+    file = tmp_path / "nothing.json"
+    file.write_text(json.dumps(decision))
+    with pytest.raises(RecipeError, match="the decision says of every layer that it skips nothing"):
+        apply_decision(file, str(eight), tmp_path / "applied")
+    assert not (tmp_path / "applied").exists()
 
 
 def test_decided_on_a_run_of_another_method(eight, tokens, tmp_path):

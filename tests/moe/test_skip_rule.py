@@ -206,6 +206,11 @@ def test_top_k_normalised_over_more():
             {"rule": "top_k", "renormalise": False, "top_k": 2, "normalise_over": 8},
             "`normalise_over` means nothing where the router does not renormalise",
         ),
+        ({"rule": "ratio", "renormalise": True, "beta": 10**400}, "`beta` should be a number above 0, up to 1"),
+        (
+            {"rule": "contribution", "renormalise": True, "beta": 0.5, "expert_norms": [1.0, 1e39]},
+            "`expert_norms` should be finite numbers from 0 up, in float32",
+        ),
         ({"rule": "ratio", "beta": 0.5}, "a rule has the keys beta, expert_norms"),
         ({"rule": "ratio", "renormalise": True, "beta": 0.5, "colour": 1}, "found beta, colour, renormalise, rule"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -11,10 +13,12 @@ import textwrap
 import pytest
 import tiny_models
 import torch
-from tiny_models import token_ids
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+from tiny_models import token_ids, write_token_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
@@ -191,6 +195,65 @@ def test_a_model_of_its_own():
     assert torch.equal(logits(one.model), half)
 
 
+@pytest.mark.parametrize("rule", ["ratio", "top_k"])
+@pytest.mark.parametrize("made", ["copied", "pickled"])
+def test_a_copy_has_no_part_in_contexts(made, rule):
+    """It skips, though the model that it was made of was paused, and is counted by nobody."""
+    moe = small("mixtral")
+    rules = everywhere(moe, HALF if rule == "ratio" else SkipRule("top_k", True, top_k=2, normalise_over=8))
+    moe.skip(rules)
+    half = logits(moe.model)
+    with moe.counted() as counter, moe.unskipped():
+        twin = copy.deepcopy(moe.model) if made == "copied" else pickle.loads(pickle.dumps(moe.model))
+        assert MoEModel(twin).skips
+        assert torch.equal(logits(twin), half)
+    assert counter.tokens == {}
+    assert torch.equal(logits(twin), half)
+    MoEModel(twin).skip({})
+    assert not MoEModel(twin).skips
+    with moe.unskipped():
+        assert torch.equal(logits(twin), logits(moe.model))
+
+
+def test_a_run_on_a_model_that_is_paused(tmp_path):
+    """What the run hands out skips, and was measured skipping."""
+    moe = small("mixtral", top_k=2)
+    tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
+    text = [{"tokens": str(tokens), "samples": 24}]
+    settings = {
+        "model": "live",
+        "calibration": {"data": text},
+        "passes": [{"dynamic_skipping": {}}],
+        "evaluate": {"perplexity": text},
+    }
+    moe.skip(everywhere(moe))
+    with moe.unskipped():
+        result = compressor.compress(settings, model=moe.model)
+    assert MoEModel(result.model).skips
+    used = result.record["evaluation"]["after"]["experts_per_token"]["tokens"]
+    assert all(number < 1.7 for number in used.values())
+
+
+def test_nothing_begins_to_skip_within_unskipped():
+    moe = small("mixtral")
+    first, *_ = moe.layers
+    untouched = logits(moe.model)
+    moe.skip({first.path: HALF})
+    with moe.unskipped():
+        moe.skip(everywhere(moe))
+        assert not moe.skips
+        assert torch.equal(logits(moe.model), untouched)
+    assert [state for state in vars(moe.model) if "compressor" in state] == []
+    half = logits(moe.model)
+    moe.skip(everywhere(moe))
+    assert torch.equal(logits(moe.model), half)
+    moe.skip({})
+    with moe.unskipped():
+        moe.skip(everywhere(moe, SkipRule("top_k", True, top_k=2, normalise_over=8)))
+        assert torch.equal(logits(moe.model), untouched)
+    assert not torch.equal(logits(moe.model), untouched)
+
+
 @pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4_text"])
 def test_copies_of_what_is_not_decorated(name):
     moe = small(name, top_k=2)
@@ -346,6 +409,70 @@ def test_generating_counts_every_token_once():
     assert set(counter.tokens.values()) == {5 + 8 + 2 * 5}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generating_with_a_cache_of_fixed_size_counts_the_same(name, attention):
+    """generate() then hands the model masks of four dimensions; gpt-oss has one more for its window of 8."""
+    moe = small(name)
+    if name == "mixtral":
+        moe.model.set_attn_implementation(attention)
+    moe.skip(everywhere(moe))
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with moe.counted() as counter:
+        moe.model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None,
+            cache_implementation="static", disable_compile=True,
+        )  # fmt: skip
+    assert set(counter.tokens.values()) == {5 + 9 + 2 * 3}
+    assert not counter.may_count_padding
+
+
+@pytest.mark.parametrize("kind", ["bool", "least", "-inf", "-10000"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_who_sees_whom(kind, side):
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    ids, real = token_ids(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    real[0, : 2 if side == "left" else 0] = False
+    real[0, 6 if side == "left" else 4 :] = False
+    sees = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None, :]
+    hidden = {"bool": None, "least": torch.finfo(torch.float32).min, "-inf": float("-inf"), "-10000": -10000.0}[kind]
+    mask = sees if hidden is None else torch.zeros(2, 1, 6, 6).masked_fill(~sees, hidden)
+    with moe.counted() as counter, torch.no_grad():
+        cache = DynamicCache(config=moe.model.config)
+        named = "cache" if "cache" in inspect.signature(moe.model.forward).parameters else "past_key_values"
+        moe.model(ids[:, :4], attention_mask=mask[:, :, :4, :4], **{named: cache})
+        moe.model(ids[:, 4:], attention_mask=mask[:, :, 4:], **{named: cache})
+    assert set(counter.tokens.values()) == {10}
+    assert not counter.may_count_padding
+
+
+def test_a_mask_that_does_not_tell_is_said_to():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    ids = token_ids(1, 6)
+    with moe.counted() as counter, torch.no_grad():
+        moe.model(ids, attention_mask=torch.zeros(1, 1, 6, 6, dtype=torch.int64))
+    assert set(counter.tokens.values()) == {6}
+    assert counter.may_count_padding
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_what_gradient_checkpointing_computes_anew_is_not_counted_again():
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    moe.model.train()
+    moe.model.gradient_checkpointing_enable()
+    ids = token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with moe.counted() as counter:
+        moe.model(ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    assert set(counter.tokens.values()) == {10}
+
+
 def test_generate_with_a_cache_is_generate_without():
     moe = small("mixtral")
     moe.skip(everywhere(moe))
@@ -409,7 +536,7 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
         import sys
         sys.modules["compressor"] = None
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
         generator = torch.Generator().manual_seed(0)
@@ -425,6 +552,10 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
     [
         ({"version": 2, "layers": {}}, r"`compressor.skipping` should be \{\"version\": 1.*found version 2"),
         ({"version": 1, "layers": []}, "should be"),
+        ({"version": True, "layers": {}}, "found version True"),
+        ({"layers": {}}, "found version None and the keys layers"),
+        ({"version": 1, "layers": {}, "shared": True}, "found version 1 and the keys version, layers, shared. A newer"),
+        ({"version": 1, "layers": {"model.layers.0.mlp": HALF.to_json() | {"beta": 10**400}}}, "`beta` should be a"),
         ([], r"`compressor` should be \{\"format\": 1, \"skipping\""),
         ({"version": 1, "layers": {"model.layers.9.mlp": HALF.to_json()}}, "no MoE layer 'model.layers.9.mlp'"),
         ({"version": 1, "layers": {"model.layers.0.mlp": 0.5}}, "model.layers.0.mlp: a rule has the keys"),
@@ -443,6 +574,18 @@ def test_damaged_rules_are_refused(tmp_path, part, message):
     config["compressor"]["skipping"] = part
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
+        compressor.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1.0, True])
+def test_a_format_is_a_whole_number(tmp_path, number):
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    save(moe, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compressor"]["format"] = number
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"`compressor` should be \{\"format\": 1"):
         compressor.load(tmp_path)
 
 
@@ -704,6 +847,26 @@ def test_a_router_asked_for_more_stays_so():
     assert other.config.num_experts_per_tok == 3
 
 
+@pytest.mark.parametrize(
+    ("rule", "top_k", "problem"),
+    [
+        (SkipRule("top_k", True, top_k=2, normalise_over=8), 2, "keeping the largest 2 skips nothing"),
+        (SkipRule("top_k", True, top_k=2, normalise_over=8), 1, "chooses one expert, so there is nothing to skip"),
+        (HALF, 1, "chooses one expert, so there is nothing to skip"),
+    ],
+)
+def test_a_lower_top_k_that_leaves_nothing_to_skip_is_no_mask(rule, top_k, problem):
+    """Nor could such experts be kept: what masks have no effect on is refused alike."""
+    moe = small("qwen3_moe")
+    kept = {layer.path: range(8) for layer in moe.layers}
+    moe.skip(everywhere(moe, rule))
+    for use in (lambda: moe.masked({}, top_k=top_k).__enter__(), lambda: moe.keep(kept, top_k=top_k)):
+        with pytest.raises(ValueError, match=f"could not go on like this: .*{problem}"):
+            use()
+    with moe.unskipped(), moe.masked({}, top_k=top_k):
+        assert moe.config.num_experts_per_tok == top_k
+
+
 def test_shared_experts_behind_two_routers_that_are_asked_for_more():
     moe = small("mixtral")
     first, second, _ = moe.layers
@@ -736,6 +899,9 @@ def test_a_part_of_a_model_that_skips():
     with pytest.raises(ValueError, match="a part of a model that skips experts"):
         part.skip({layer.path: HALF.at(0.2) for layer in part.layers})
     assert torch.equal(logits(moe.model), half)
+    with part.counted() as counter:
+        logits(moe.model)
+    assert counter.tokens == {layer.path: 24 for layer in moe.layers}
 
 
 def test_rules_that_do_not_fit_are_found_before_experts_go():
@@ -768,10 +934,61 @@ def test_a_forward_that_others_wrap(name, first):
     assert not torch.equal(answers(moe.model, inputs), untouched)
     during = len(calls)
     moe.skip({})
-    if name == "mixtral" or first == "hook":  # else their forward goes on calling ours, which does nothing any more
-        assert torch.equal(answers(moe.model, inputs), untouched)
-        assert len(calls) > during
-    assert during > 0
+    assert torch.equal(answers(moe.model, inputs), untouched)
+    assert len(calls) > during > 0
+
+
+@pytest.mark.parametrize("name", ["step3p7", "longcat_flash", "dbrx", "llama4_text", "mixtral"])
+@pytest.mark.parametrize("then", ["another threshold", "off", "restored", "hooks gone"])
+def test_accelerate_comes_after_skipping(name, then):
+    """Weights that are offloaded while the model skips; the forward of accelerate wraps ours."""
+    moe, other = small(name, top_k=2), small(name, top_k=2)
+    inputs = tiny_inputs(moe.model)
+    untouched = answers(moe.model, inputs)
+    rules, lower = (everywhere(moe, HALF.at(beta)) for beta in (0.9, 0.7))
+    moe.skip(rules)
+    other.skip(lower if then == "another threshold" else {} if then == "off" else rules)
+    for layer in moe.layers:
+        add_hook_to_module(moe.model.get_submodule(layer.experts), ModelHook())
+    assert not torch.equal(answers(moe.model, inputs), untouched)
+    for _ in range(2):
+        if then == "another threshold":
+            moe.skip(lower)
+        elif then == "off":
+            moe.skip({})
+        elif then == "restored":
+            compressor.restore(moe.model)
+        else:
+            remove_hook_from_submodules(moe.model)
+        torch.testing.assert_close(answers(moe.model, inputs), answers(other.model, inputs), rtol=1e-4, atol=1e-5)
+    moe.skip({})
+    assert torch.equal(answers(moe.model, inputs), untouched)
+
+
+def test_offloaded_after_skipping():
+    moe = small("step3p7", top_k=2)
+    inputs = tiny_inputs(moe.model)
+    untouched = answers(moe.model, inputs)
+    moe.skip(everywhere(moe, HALF.at(0.7)))
+    expected = answers(moe.model, inputs)
+    moe.skip(everywhere(moe, HALF.at(0.9)))
+    cpu_offload(moe.model, execution_device="cpu")
+    moe.skip({path: rule.at(0.7) for path, rule in moe.skip_rules.items()})
+    torch.testing.assert_close(answers(moe.model, inputs), expected, rtol=1e-4, atol=1e-5)
+    moe.skip({})
+    assert torch.equal(answers(moe.model, inputs), untouched)
+
+
+@pytest.mark.parametrize("name", ["step3p7", "longcat_flash", "dbrx", "llama4_text", "jetmoe", "gpt_oss"])
+def test_pickled_and_read_back(name):
+    moe = small(name, top_k=2)
+    inputs = tiny_inputs(moe.model)
+    untouched = answers(moe.model, inputs)
+    moe.skip(everywhere(moe, HALF.at(0.9)))
+    found = pickle.loads(pickle.dumps(moe.model))
+    assert torch.equal(answers(found, inputs), answers(moe.model, inputs))
+    MoEModel(found).skip({})
+    assert torch.equal(answers(found, inputs), untouched)
 
 
 def test_pickled_and_read_in_a_fresh_process(tmp_path):
