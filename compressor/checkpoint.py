@@ -807,8 +807,8 @@ class OutputFolder:
 
     Work goes into `path`, a hidden folder beside it, which one run at a time may write to; `finish` moves it to
     `target`. Leaving the context without that removes it, unless the run's `journal` holds work that another run can go
-    on from: then `resume` finds it. An existing target is refused unless `overwrite`, and then replaced at the very
-    end.
+    on from: then `resume` finds it. What a run with `resume` has found there no error removes. An existing target is
+    refused unless `overwrite`, and then replaced at the very end.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -863,11 +863,13 @@ class OutputFolder:
         self._lock.release()
 
     def keeps_after(self, error: BaseException | None) -> bool:
-        """Whether what was done so far can be gone on from: there is some, and the same recipe may end otherwise."""
+        """Whether what was done so far is left to go on from: there is some, and the same recipe may end otherwise, or
+        a run before has left it: the error may be of this command alone.
+        """
         is_final = isinstance(error, _FINAL) or (
             isinstance(error, CheckpointError) and not isinstance(error, DiskError)
         )
-        return self.journal.has_work and error is not None and not is_final
+        return self.journal.has_work and error is not None and (self.resume or not is_final)
 
     def require_space(self, num_bytes: int, *, who: str = "the smaller model") -> None:
         """Raise CheckpointError if the file system has less free."""

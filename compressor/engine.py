@@ -530,6 +530,8 @@ class _Run:
         if model is not None:
             _refuse_output_over_input(self.recipe.output, model.config._name_or_path or "")
         with OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume) as folder:
+            if resume and not folder.resume:
+                self.progress.say(f"{folder.target}: there is nothing to go on from; the run starts at the beginning")
             try:
                 with checkpoints.disk_errors_named(folder.target):
                     result = self._run(model, tokenizer, folder)

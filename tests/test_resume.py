@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, token_ids, write_token_file
 
 import compressor
-from compressor import CheckpointError, DiskError, RecipeError, Statistic, walk
+from compressor import (
+    CalibrationError,
+    CheckpointError,
+    CompressorError,
+    DiskError,
+    RecipeError,
+    Statistic,
+    VerificationError,
+    walk,
+)
 from compressor.calibration import TokenBatch
 from compressor.checkpoint import OutputFolder
 from compressor.journal import Journal, ObservationJournal, digest, flatten, unflatten
@@ -69,6 +78,16 @@ def interrupted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, after: int, **o
             compressor.compress(recipe, **others)
 
 
+def observed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layers that are observed from now on."""
+    layers: list[str] = []
+    put = ObservationJournal.put
+    monkeypatch.setattr(
+        ObservationJournal, "put", lambda self, layer, one: (layers.append(layer), put(self, layer, one))
+    )
+    return layers
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("after", [1, 2, 3, 5])
 def test_goes_on_and_ends_with_the_same_bytes(
@@ -78,12 +97,10 @@ def test_goes_on_and_ends_with_the_same_bytes(
     whole = compressor.compress(recipe, output=tmp_path / "whole")
     interrupted(recipe, monkeypatch, after)
     assert not (tmp_path / "out").exists()
-    seen: list[str] = []
-    put = ObservationJournal.put
-    monkeypatch.setattr(ObservationJournal, "put", lambda self, layer, one: (seen.append(layer), put(self, layer, one)))
+    layers = observed(monkeypatch)
     result = compressor.compress(recipe, resume=True)
     assert result.folder == tmp_path / "out"
-    assert len(seen) == 6 - after  # two passes of three layers; what was done is not done again
+    assert len(layers) == 6 - after  # two passes of three layers; what was done is not done again
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert result.record["evaluation"]["before"]["perplexity"] == whole.record["evaluation"]["before"]["perplexity"]
     assert result.record["evaluation"]["after"]["perplexity"] == whole.record["evaluation"]["after"]["perplexity"]
@@ -120,7 +137,7 @@ def test_another_recipe_is_refused(
     change(recipe)
     with pytest.raises(CheckpointError, match=f"^the run cannot go on: .*{says}"):
         compressor.compress(recipe, resume=True)
-    assert (tmp_path / ".out.partial" / "journal").is_dir() is False or not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +165,35 @@ def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPa
         compressor.compress(recipe, resume=True)
 
 
-def test_what_is_refused_is_still_there(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "error", "says"),
+    [
+        ({"passes": [{"expert_pruning": {"keep": 5}}, {"dynamic_skipping": {}}]}, CheckpointError, "keep was 6, is 5"),
+        ({"passes": [{"expert_pruning": {"keep": 99}}]}, RecipeError, "keep"),
+        ({"seed": 1}, CheckpointError, "recipe.seed was 0, is 1"),
+        ({"memory": "1MB"}, RecipeError, "memory"),
+        ({"model": "nowhere/nothing"}, CheckpointError, "the hub cannot be reached"),
+        ({"model": "demo"}, CheckpointError, "model.fingerprint was"),
+        ({"calibration": {"data": [{"tokens": "nothing.jsonl"}]}}, CalibrationError, "nothing.jsonl"),
+    ],
+)
+def test_a_refusal_to_go_on_costs_nothing_that_was_done(
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mistake: Recipe,
+    error: type[CompressorError],
+    says: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    interrupted(recipe, monkeypatch, 2)
+    kept = sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*"))
+    with pytest.raises(error, match=says):
+        compressor.compress({**recipe, **mistake}, resume=True)
+    assert sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*")) == kept
+
+
+def test_what_was_refused_can_go_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A mistake in the command costs nothing that was done."""
     compressor.compress(recipe, output=tmp_path / "whole")
     interrupted(recipe, monkeypatch, 2)
@@ -156,8 +201,22 @@ def test_what_is_refused_is_still_there(recipe: Recipe, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match="cannot go on"):
         compressor.compress(recipe, resume=True)
     recipe["passes"][0]["expert_pruning"]["keep"] = 6
+    layers = observed(monkeypatch)
     compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_an_error_that_comes_again_leaves_nothing_the_first_time(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise VerificationError("another answer")
+
+    monkeypatch.setattr("compressor.workpiece.save_verified", fails)
+    with pytest.raises(VerificationError, match="another answer"):
+        compressor.compress(recipe)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_work_of_another_run_is_not_thrown_away(
@@ -172,8 +231,11 @@ def test_work_of_another_run_is_not_thrown_away(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_to_go_on_from_begins_at_the_beginning(recipe: Recipe, tmp_path: Path) -> None:
-    compressor.compress(recipe, resume=True)
+def test_nothing_to_go_on_from_begins_at_the_beginning(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compressor.compress(recipe, resume=True, progress=Progress("lines"))
+    assert "there is nothing to go on from; the run starts at the beginning" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=f"^{tmp_path / 'out'} exists already"):
         compressor.compress(recipe, resume=True)
 
