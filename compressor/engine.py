@@ -619,7 +619,7 @@ class _Run:
             "processes": self.processes.size,
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
         }
-        self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity)
+        self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity, self.progress.say)
         if folder and folder.resume:
             self.journal.go_on()
             self.progress.say(f"going on with what was done in {folder.path}")

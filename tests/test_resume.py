@@ -271,12 +271,106 @@ def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: p
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_damaged_journal_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EVALUATION = "evaluation before.json"
+FIRST, SECOND = "0.expert_pruning", "1.dynamic_skipping"
+LAYER = "model.layers.0.mlp.safetensors"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def other_kind(path: Path) -> None:
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("piece", "damage", "num_again"),
+    [
+        (EVALUATION, cut, 0),
+        (EVALUATION, other_kind, 0),
+        (EVALUATION, Path.unlink, 0),
+        (f"{FIRST}/{LAYER}", cut, 1),
+        (f"{FIRST}/{LAYER}", Path.unlink, 1),
+        (f"{FIRST}/done.json", cut, 0),
+        (f"{FIRST}/done.json", Path.unlink, 0),
+        (f"{SECOND}/{LAYER}", cut, 1),
+        (f"{SECOND}/{LAYER}", Path.unlink, 1),
+        (f"{SECOND}/streams-0-model.layers.1/standing.json", cut, 0),
+        (f"{SECOND}/streams-0-model.layers.1/standing.json", other_kind, 0),
+        (f"{SECOND}/streams-0-model.layers.1/0.safetensors", cut, 0),
+        (f"{SECOND}/streams-0-model.layers.1/0.safetensors", Path.unlink, 0),
+    ],
+)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_piece_is_named_and_done_again(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    progressive: bool,
+    piece: str,
+    damage: Callable[[Path], None],
+    num_again: int,
+) -> None:
+    recipe["passes"][0]["expert_pruning"]["progressive"] = progressive
+    compressor.compress(recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:  # before the last of five layers is there, all stand before the last but one
+        patch.setattr(ObservationJournal, "forget_streams", lambda *_, **__: None)
+        interrupted(recipe, monkeypatch, 5)
+    path = tmp_path / ".out.partial" / "journal" / piece
+    damage(path)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True, progress=Progress("lines"))
+    says = f"{path}: this part of the journal is damaged, and what it held is done again: "
+    assert capsys.readouterr().err.count(says) == (damage is not Path.unlink)
+    assert len(layers) == 1 + num_again
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [cut, other_kind, Path.unlink])
+def test_a_journal_of_which_nobody_knows_what_it_is_about_is_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
     interrupted(recipe, monkeypatch, 3)
-    (path,) = (tmp_path / ".out.partial" / "journal" / "0.expert_pruning").glob("*layers.0*")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"^{path}: the journal of the run is damaged"):
-        compressor.compress(recipe, resume=True)
+    path = tmp_path / ".out.partial" / "journal" / "run.json"
+    content = path.read_bytes()
+    damage(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"^the run cannot go on: {path} says what .* Put that file back, or"):
+            compressor.compress(recipe, resume=True)
+    path.write_bytes(content)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 3
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "journal/edited 0.expert_pruning.json",
+        "journal/edited 1.expert_pruning.json",
+        f"stages/1.expert_pruning/{WEIGHTS}",
+    ],
+)
+def test_a_damaged_checkpoint_between_passes_is_written_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: str
+) -> None:
+    recipe |= {"weights": "disk", "passes": [{"expert_pruning": {"keep": 6}}, {"expert_pruning": {"keep": 4}}]}
+    compressor.compress(recipe, output=tmp_path / "whole")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.workpiece.OnDisk.save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe)
+    cut(tmp_path / ".out.partial" / piece)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert not layers
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 # --- the walk, whatever the model carries from layer to layer
@@ -350,9 +444,10 @@ def test_what_cannot_be_answered_from_the_record_is_run_again(tmp_path: Path) ->
                      journal=journal)  # fmt: skip
     [snapshot] = journal.snapshots().values()
     standing = journal.standing(snapshot.unit, 0)
+    assert standing is not None
     [(_, (tree, tensors))] = standing.outputs.items()
     changed = type(standing)({"model.layers": (tree, [tensors[0] + 1])}, standing.digest)
-    journal.put_streams(snapshot.unit, snapshot.passed, [changed])
+    journal.put_streams(snapshot.unit, snapshot.passed, [changed], snapshot.figures)
     found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
     assert all(torch.equal(found[path]["0"], expected[path]["0"]) for path in paths)
 
