@@ -79,7 +79,7 @@ _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 @dataclass(frozen=True)
 class CompressionResult:
     """What `compress` returns: the record (as in record.json), the folder written, and the smaller model, which is None
-    where its weights are on disk only.
+    where its weights are on disk only, as is the tokenizer where a run before had written all of it already.
     """
 
     record: dict[str, Any]
@@ -519,9 +519,22 @@ class _Run:
         """All steps; in the first process within the output's hidden folder, if there is an output."""
         if resume and (model is not None or self.recipe.output is None):
             raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
+        record = self.processes.exchange(self._record_before() if resume else None)[0]
+        if record is not None:
+            return CompressionResult(record, self.recipe.output, None, None)
         result = self._run_in_folder(model, tokenizer, overwrite=overwrite, resume=resume)
         self.processes.wait()
         return dataclasses.replace(result, folder=self.recipe.output)
+
+    def _record_before(self) -> dict[str, Any] | None:
+        """What a run of this recipe has recorded that was stopped when its output was whole; that gets its name."""
+        output = self.recipe.output
+        if output is None or not self.processes.is_first or not OutputFolder(output).complete():
+            return None
+        self.progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
+        path = output / "compressor" / RECORD
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return record if record.get("recipe_fingerprint") == self.loaded.fingerprint else None
 
     def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool) -> CompressionResult:
         if self.recipe.output is None or not self.processes.is_first:
@@ -539,8 +552,8 @@ class _Run:
             except BaseException as error:
                 if folder.keeps_after(error):
                     self.progress.say(
-                        f"what was done so far is kept in {folder.path}: --resume goes on with it, --overwrite starts "
-                        f"anew"
+                        f"what was done so far is kept in {folder.hidden}: --resume goes on with it, --overwrite "
+                        f"starts anew"
                     )
                 raise
             return result
@@ -622,7 +635,7 @@ class _Run:
         self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity, self.progress.say)
         if folder and folder.resume:
             self.journal.go_on()
-            self.progress.say(f"going on with what was done in {folder.path}")
+            self.progress.say(f"going on with what was done in {folder.hidden}")
         elif folder:
             self.journal.begin()
         self.processes.wait()

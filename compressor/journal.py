@@ -167,7 +167,7 @@ class ObservationJournal:
             _save(folder / f"{number}.safetensors", tensors, header, at_once=False)
             count = number + 1
         for path in folder.iterdir():  # together: one after another takes many times as long
-            _force_to_disk(path)
+            force_to_disk(path)
         about = {"run": self.run, "unit": unit, "passed": list(passed), "num_batches": count, "figures": list(figures)}
         write_json(folder / _STANDING, about)
 
@@ -275,7 +275,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Force a file to the disk and give it its name."""
-    _force_to_disk(temporary)
+    force_to_disk(temporary)
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -285,7 +285,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.close(folder)
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Have the system write a file's content now."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

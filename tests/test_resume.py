@@ -240,6 +240,61 @@ def test_nothing_to_go_on_from_begins_at_the_beginning(
         compressor.compress(recipe, resume=True)
 
 
+def stopped_when_whole(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **others: Any) -> None:
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if target == Path(recipe["output"]):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe, **others)
+    assert not Path(recipe["output"]).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_stopped_when_its_output_was_whole_needs_only_the_name(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    whole = compressor.compress(recipe, output=tmp_path / "whole")
+    if overwrite:
+        compressor.compress({**recipe, "passes": recipe["passes"][:1]})
+    stopped_when_whole(recipe, monkeypatch, overwrite=overwrite)
+    monkeypatch.setattr("compressor.engine.InMemory", None)  # no model is read
+    result = compressor.compress(recipe, resume=True)
+    assert (result.folder, result.model) == (tmp_path / "out", None)
+    assert result.record["passes"][0]["decision"] == whole.record["passes"][0]["decision"]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_whole_output_is_not_taken_for_another_recipes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    stopped_when_whole(recipe, monkeypatch)
+    recipe["passes"][0]["expert_pruning"]["keep"] = 5
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'out'} exists already"):
+        compressor.compress(recipe, resume=resume)
+    assert 'num_local_experts": 6' in (tmp_path / "out" / "config.json").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_was_to_replace_goes_on_to_replace(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor.compress(recipe, output=tmp_path / "whole")
+    compressor.compress({**recipe, "passes": recipe["passes"][:1]})
+    interrupted(recipe, monkeypatch, 2, overwrite=True)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_live_models_do_not_go_on(recipe: Recipe, model: Path) -> None:
     live, tokenizer = compressor.load(model)
     with pytest.raises(RecipeError, match=r"^a run goes on .* only where a checkpoint is read"):
