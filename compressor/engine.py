@@ -579,7 +579,7 @@ class _Run:
                 tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
             sources = self._read_sources(tokenizer, subject)
         about = self._about(subject, sources, tokenizer)
-        self._open_journal(folder, about, sources)
+        self._open_journal(folder, subject, about, sources)
         with self._timed("load"):
             piece = self._workpiece(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
@@ -616,17 +616,22 @@ class _Run:
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
 
-    def _open_journal(self, folder: OutputFolder | None, about: Mapping[str, Any], sources: _Sources) -> None:
+    def _open_journal(
+        self, folder: OutputFolder | None, subject: _Subject, about: Mapping[str, Any], sources: _Sources
+    ) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
-        if self.recipe.output is None or about["model"]["fingerprint"] is None:
+        if self.recipe.output is None or subject.fingerprint is None:
             return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
-        for key in CHANGES_NO_FIGURE:
+        for key in (
+            *CHANGES_NO_FIGURE,
+            "model",
+        ):  # whatever its path, the model's fingerprint tells whether it is the same
             recipe.pop(key, None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
         identity = {
             "recipe": recipe,
-            "model": about["model"],
+            "model": subject.about(),
             "tokenizer": about["tokenizer"],
             "text": {sequences.name: sequences.fingerprint for sequences in texts},
             "processes": self.processes.size,

@@ -151,6 +151,16 @@ def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pyte
         compressor.compress(recipe, resume=True)
 
 
+def test_the_same_model_elsewhere_is_not_another(
+    recipe: Recipe, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    recipe["model"] = str(model.rename(tmp_path / "moved"))
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
+
+
 def test_other_text_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(recipe, monkeypatch, 2)
     write_token_file(Path(recipe["calibration"]["data"][0]["tokens"]), token_ids(30, 24, seed=5).tolist())
