@@ -550,8 +550,8 @@ class _Run:
                     result = self._run(model, tokenizer, folder)
                     folder.finish()
             except BaseException as error:
-                if folder.keeps_after(error):
-                    self.progress.say(
+                if folder.keeps_after(error):  # said with the error, also where progress is quiet
+                    error.add_note(
                         f"what was done so far is kept in {folder.hidden}: --resume goes on with it, --overwrite "
                         f"starts anew"
                     )

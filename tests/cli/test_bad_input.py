@@ -728,6 +728,12 @@ def no_space_for_safetensors(*_: object, **__: object) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+def kept(folder: Path) -> str:
+    """The line that says, quiet or not, that there is something to go on from."""
+    hidden = folder / ".out.partial"
+    return f"what was done so far is kept in {hidden}: --resume goes on with it, --overwrite starts anew\n"
+
+
 @pytest.mark.parametrize(
     ("where", "name", "failure"),
     [
@@ -750,7 +756,7 @@ def test_disk_that_fills_up(
     says = f"{tmp_path / 'out'}: writing failed: No space left on device. Nothing is left under that name."
     path = recipe()
     answer = cli("run", "--quiet", path)
-    assert (answer.status, answer.out, answer.err) == (2, "", f"error: {says}\n")
+    assert (answer.status, answer.out, answer.err) == (2, "", f"{kept(tmp_path)}error: {says}\n")
     assert sorted(tmp_path.iterdir()) == [tmp_path / ".out.partial", path]  # what was observed is kept
 
 
@@ -778,8 +784,9 @@ def test_ctrl_c(
     path = recipe()
     answer = cli("run", "--quiet", path)
     assert (answer.status, answer.out) == (130, "")
-    assert answer.err == "interrupted; nothing is left under the output's name\n"
     is_kept = name not in ("load_model", "observe")  # before anything is done there is nothing to keep
+    says = "interrupted; nothing is left under the output's name\n"
+    assert answer.err == (kept(tmp_path) if is_kept else "") + says
     assert sorted(tmp_path.iterdir()) == [*([tmp_path / ".out.partial"] if is_kept else []), path]
 
 
