@@ -54,7 +54,8 @@ WithoutOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in.")
+    bool,
+    typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in; not with --overwrite."),
 ]
 WeightsOption = Annotated[
     str | None,

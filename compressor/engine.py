@@ -383,8 +383,11 @@ class _Application:
 
 def _refuse_output_over_input(output: Path, reference: str) -> None:
     source = Path(reference).expanduser()
-    if reference and source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
+    if not reference or not source.is_dir():
+        return
+    inside, outside = output.resolve(), source.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
 
 
 def _refuse_other_model(decision_file: Path, fingerprint: str, reference: str) -> None:
@@ -519,6 +522,11 @@ class _Run:
         """All steps; in the first process within the output's hidden folder, if there is an output."""
         if resume and (model is not None or self.recipe.output is None):
             raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
+        if resume and overwrite:
+            raise RecipeError(
+                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
+                "started with --overwrite replaces the output when it goes on, too."
+            )
         record = self.processes.exchange(self._record_before() if resume else None)[0]
         if record is not None:
             return CompressionResult(record, self.recipe.output, None, None)

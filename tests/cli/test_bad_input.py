@@ -615,6 +615,11 @@ def test_device_that_is_not_there(refused_run: Refused, mixtral: Path) -> None:
     refused_run(device="cuda", says=f"{mixtral}: cannot be moved to device 'cuda': ")
 
 
+def test_memory_of_a_device_that_is_not_used(refused_run: Refused) -> None:
+    says = "device_memory: would have no effect with `device: cpu`; give `memory`, or a device"
+    refused_run("--device-memory", "1kB", says=says)
+
+
 # --- decisions
 
 OTHER = "model.layers.1.mlp"
@@ -697,13 +702,13 @@ def test_output_that_is_a_link(refused_run: Refused, tmp_path: Path) -> None:
     refused_run(output=link, says=f"{link} is a link. Give the folder that it should lead to as the output.")
 
 
-def test_output_that_is_or_holds_the_model(
+def test_output_that_is_holds_or_is_in_the_model(
     cli: Cli, refused: Refused, recipe: WriteRecipe, mixtral: Path, tmp_path: Path
 ) -> None:
     assert cli("run", "--quiet", recipe(output="run/first")).status == 0
     model = Path("run/first")
-    says = "is the model's own folder, or holds it. Choose another one."
-    for output in (model, tmp_path / "run" / "first", Path("run"), tmp_path):
+    says = "is the model's own folder, holds it, or is in it. Choose another one."
+    for output in (model, tmp_path / "run" / "first", Path("run"), tmp_path, model / "in" / "it"):
         path = recipe(model=model, output=output, passes=[{"expert_pruning": {"keep": 4}}])
         refused("run", "--quiet", path, "--overwrite", says=f"output {output} {says}")
     decision = model / "compressor" / "decision.json"
