@@ -77,6 +77,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
+_LENGTH_BYTES = 8
+"""What a safetensors file begins with: how long its header is."""
 _FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | VerificationError
 """Errors that the same recipe meets again."""
 BITS = {
@@ -150,6 +152,7 @@ def _download(repository: str, *, weights: bool) -> Path:
         RepositoryNotFoundError,
     )
 
+    here = Path(repository).absolute()
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
@@ -158,11 +161,14 @@ def _download(repository: str, *, weights: bool) -> Path:
             f"{repository}: access is gated; accept its licence on the hub and log in first."
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{repository}: there is no such model on the hub, or it is private.") from error
+        raise CheckpointError(
+            f"{repository}: there is no folder {here}, and there is no such model on the hub, or it is private."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub "
-            f"cannot be reached ({type(error).__name__}). Download it where there is a network, and give its folder."
+            f"{repository}: there is no folder {here}, it is not in the hub's local cache, and the hub cannot be "
+            f"reached ({type(error).__name__}). Download it where there is a network, and give its folder; a relative "
+            f"path starts from the folder that the command runs in."
         ) from error
 
 
@@ -379,7 +385,9 @@ def _read_header(path: Path) -> Shard:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            if size < _LENGTH_BYTES:
+                raise ValueError(f"the file has {size} bytes: it is empty, or cut short. Download or copy it again")
+            (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
             if length > min(size, 2**30):
                 raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
             text = file.read(length)
@@ -822,6 +830,8 @@ class OutputFolder:
         self._old = self.hidden / "old"
         self._may_replace = self.hidden / "may-replace"
         """There where the run was told to replace an existing target."""
+        self._made: Sequence[Path] = ()
+        """Folders around the target that were not there."""
         self._whole = self.hidden / "whole"
         """There when the output is: only names are to be changed then, and the rest to be removed."""
 
@@ -829,6 +839,7 @@ class OutputFolder:
         try:
             self.complete()
             self._refuse_existing()
+            self._made = [parent for parent in self.hidden.parents if not parent.exists()]
             self.hidden.mkdir(parents=True, exist_ok=True)
             self._lock.take(self.target)
             self._take_over()
@@ -836,6 +847,7 @@ class OutputFolder:
             if self.overwrite:
                 self._may_replace.touch()
         except OSError as error:
+            self._lock.release()
             raise self._unwritable(error) from error
         return self
 
@@ -876,8 +888,8 @@ class OutputFolder:
         if self.journal.has_work and not (self.resume or self.overwrite):
             self._lock.release()
             raise CheckpointError(
-                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on from there with "
-                f"--resume, or start anew with --overwrite."
+                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
+                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
             )
         self.resume = self.resume and self.journal.has_work
         gone_on_from = (self.journal.folder, stages_folder(self.target), self._may_replace)
@@ -889,6 +901,9 @@ class OutputFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._lock.is_held and self.hidden.exists() and not self.keeps_after(error):
             shutil.rmtree(self.hidden, ignore_errors=True)
+            for parent in self._made:
+                with suppress(OSError):  # where something else is in it by now
+                    parent.rmdir()
         self._lock.release()
 
     def keeps_after(self, error: BaseException | None) -> bool:

@@ -249,7 +249,9 @@ def test_model_that_is_not_there(reference: str, refused: Refused, recipe: Write
 
 
 def test_hub_model_offline(refused: Refused, recipe: WriteRecipe) -> None:
-    says = "owner/name: there is no folder of that name here, it is not in the hub's local cache, and the hub cannot be"
+    says = (
+        f"owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it is not in the hub's local cache, and the"
+    )
     both_commands(refused, recipe, "owner/name", says)
 
 
@@ -315,7 +317,7 @@ def truncated(folder: Path) -> str:
 def cut_to_nothing(folder: Path) -> str:
     path = first_shard(folder)
     path.write_bytes(b"")
-    return f"{path}: not a safetensors file, or damaged at its start: "
+    return f"{path}: not a safetensors file, or damaged at its start: the file has 0 bytes: it is empty, or cut short. "
 
 
 def garbage(folder: Path) -> str:
@@ -715,6 +717,28 @@ def test_output_that_is_holds_or_is_in_the_model(
     refused("apply", decision, model, "--output", model, "--overwrite", says=f"output {model} {says}")
 
 
+def test_folders_made_for_an_output_that_does_not_appear(refused_run: Refused, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    refused_run(output="there/new/newer/out", device_memory="1kB", device="cuda", says="")
+
+
+def test_going_on_and_starting_anew_exclude_each_other(refused_run: Refused) -> None:
+    refused_run("--resume", "--overwrite", says="--resume goes on with an interrupted run, --overwrite starts anew: ")
+
+
+def test_interrupted_work_in_the_way_of_apply(cli: Cli, recipe: WriteRecipe, mixtral: Path, tmp_path: Path) -> None:
+    assert cli("run", "--quiet", recipe(output="first")).status == 0
+    journal = tmp_path / ".out.partial" / "journal"
+    journal.mkdir(parents=True)
+    (journal / "evaluation before.json").write_text("{}")
+    says = f"has left its work in {tmp_path / '.out.partial'}. Go on with it by `compressor run` and --resume, choose"
+    decision = Path("first") / "compressor" / "decision.json"
+    answer = cli("apply", decision, mixtral, "--output", tmp_path / "out")
+    assert (answer.status, answer.out) == (2, "")
+    assert says in answer.err
+    assert (journal / "evaluation before.json").exists()
+
+
 # --- the disk
 
 
@@ -850,7 +874,7 @@ def test_error_in_a_process_of_its_own(recipe: WriteRecipe, copy_of: CopyOf, mix
 def test_offline_in_a_process_of_its_own() -> None:
     answer = command("inspect", "owner/name")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("error: owner/name: there is no folder of that name here, ")
+    assert answer.stderr.startswith(f"error: owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it")
     assert len(answer.stderr.splitlines()) == 1
 
 
