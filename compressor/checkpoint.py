@@ -36,7 +36,7 @@ from compressor.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from compressor.journal import Journal
+from compressor.journal import Journal, force_to_disk, put_in_place
 from compressor.moe import (
     KEY,
     Adapter,
@@ -77,6 +77,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SAMPLE_BYTES = 2**16
+_LENGTH_BYTES = 8
+"""What a safetensors file begins with: how long its header is."""
 _FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | VerificationError
 """Errors that the same recipe meets again."""
 BITS = {
@@ -150,6 +152,7 @@ def _download(repository: str, *, weights: bool) -> Path:
         RepositoryNotFoundError,
     )
 
+    here = Path(repository).absolute()
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
@@ -158,11 +161,14 @@ def _download(repository: str, *, weights: bool) -> Path:
             f"{repository}: access is gated; accept its licence on the hub and log in first."
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{repository}: there is no such model on the hub, or it is private.") from error
+        raise CheckpointError(
+            f"{repository}: there is no folder {here}, and there is no such model on the hub, or it is private."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository}: there is no folder of that name here, it is not in the hub's local cache, and the hub "
-            f"cannot be reached ({type(error).__name__}). Download it where there is a network, and give its folder."
+            f"{repository}: there is no folder {here}, it is not in the hub's local cache, and the hub cannot be "
+            f"reached ({type(error).__name__}). Download it where there is a network, and give its folder; a relative "
+            f"path starts from the folder that the command runs in."
         ) from error
 
 
@@ -395,7 +401,9 @@ def _read_header(path: Path) -> Shard:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            if size < _LENGTH_BYTES:
+                raise ValueError(f"the file has {size} bytes: it is empty, or cut short. Download or copy it again")
+            (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
             if length > min(size, 2**30):
                 raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
             text = file.read(length)
@@ -821,34 +829,66 @@ def waiting_folder(target: Path) -> Path:
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
-    Work goes into `path`, a hidden folder beside it, which one run at a time may write to; `finish` moves it to
-    `target`. Leaving the context without that removes it, unless the run's `journal` holds work that another run can go
-    on from: then `resume` finds it. An existing target is refused unless `overwrite`, and then replaced at the very
-    end.
+    Work goes into `hidden`, a folder beside it, which one run at a time may write to, and in it the output into `path`;
+    `finish` moves that to `target`. Leaving the context without that removes all of it, unless the run's `journal`
+    holds work that another run can go on from: then `resume` finds it. What a run with `resume` has found there no
+    error removes. An existing target is refused unless `overwrite`, and then replaced at the very end.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.target = target
         self.overwrite = overwrite
         self.resume = resume
-        self.path = journal_folder(target).parent
+        self.hidden = journal_folder(target).parent
+        self.path = self.hidden / "output"
         self.journal = Journal(journal_folder(target))
-        self._lock = _Lock(self.path / "lock")
+        self._lock = _Lock(self.hidden / "lock")
+        self._old = self.hidden / "old"
+        self._may_replace = self.hidden / "may-replace"
+        """There where the run was told to replace an existing target."""
+        self._made: Sequence[Path] = ()
+        """Folders around the target that were not there."""
+        self._whole = self.hidden / "whole"
+        """There when the output is: only names are to be changed then, and the rest to be removed."""
 
     def __enter__(self) -> OutputFolder:
         try:
+            self.complete()
             self._refuse_existing()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._made = [parent for parent in self.hidden.parents if not parent.exists()]
+            self.hidden.mkdir(parents=True, exist_ok=True)
             self._lock.take(self.target)
             self._take_over()
-            (self.path / "compressor").mkdir(exist_ok=True)
+            (self.path / "compressor").mkdir(parents=True)
+            if self.overwrite:
+                self._may_replace.touch()
         except OSError as error:
-            raise CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.") from error
+            self._lock.release()
+            raise self._unwritable(error) from error
         return self
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.")
+
+    def complete(self) -> bool:
+        """Give the output of a run before its name, if that was stopped when it was whole. Returns whether it was."""
+        with suppress(OSError):
+            self.hidden.rmdir()  # the very last that a run does; no other leaves it empty
+        if not self._whole.exists():
+            return False
+        try:
+            self._lock.take(self.target)
+            self._put_in_place()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._lock.release()
+        return True
 
     def _refuse_existing(self) -> None:
         exists = self.target.exists()
-        if exists and not self.overwrite:
+        goes_on_to_replace = self.resume and self.journal.has_work and self._may_replace.exists()
+        if exists and not (self.overwrite or goes_on_to_replace):
             raise CheckpointError(
                 f"{self.target} exists already. Choose another output, or pass --overwrite to replace it."
             )
@@ -864,53 +904,78 @@ class OutputFolder:
         if self.journal.has_work and not (self.resume or self.overwrite):
             self._lock.release()
             raise CheckpointError(
-                f"{self.target}: a run that was interrupted has left its work in {self.path}. Go on from there with "
-                f"--resume, or start anew with --overwrite."
+                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
+                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
             )
         self.resume = self.resume and self.journal.has_work
-        for path in self.path.iterdir():
-            if path.name == "lock" or (self.resume and path in (self.journal.folder, stages_folder(self.target))):
+        gone_on_from = (self.journal.folder, stages_folder(self.target), self._may_replace)
+        for path in self.hidden.iterdir():
+            if path == self._lock.path or (self.resume and path in gone_on_from):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._lock.is_held and self.path.exists() and not self.keeps_after(error):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock.is_held and self.hidden.exists() and not self.keeps_after(error):
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            for parent in self._made:
+                with suppress(OSError):  # where something else is in it by now
+                    parent.rmdir()
         self._lock.release()
 
     def keeps_after(self, error: BaseException | None) -> bool:
-        """Whether what was done so far can be gone on from: there is some, and the same recipe may end otherwise."""
+        """Whether what was done so far is left to go on from: there is some, and the same recipe may end otherwise, or
+        a run before has left it: the error may be of this command alone.
+        """
+        if error is None:
+            return False
         is_final = isinstance(error, _FINAL) or (
             isinstance(error, CheckpointError) and not isinstance(error, DiskError)
         )
-        return self.journal.has_work and error is not None and not is_final
+        return self._whole.exists() or (self.journal.has_work and (self.resume or not is_final))
 
     def require_space(self, num_bytes: int, *, who: str = "the smaller model") -> None:
         """Raise CheckpointError if the file system has less free."""
-        free = shutil.disk_usage(self.path).free
+        free = shutil.disk_usage(self.hidden).free
         if free < num_bytes:
             raise CheckpointError(
                 f"{self.target}: {who} needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free."
             )
 
     def finish(self) -> None:
-        """Give the folder its name."""
-        for folder in (self.journal.folder, stages_folder(self.target), waiting_folder(self.target)):
-            shutil.rmtree(folder, ignore_errors=True)
-        self._lock.remove()
+        """Give the folder its name. Stopped anywhere in here, the journal is whole or `complete` does the rest."""
         mask = os.umask(0)
         os.umask(mask)
         for path in self.path.rglob("*"):
+            if not path.is_file():
+                continue
             # safetensors writes files that only their owner can read; a hard link is the source's file as well
-            if path.is_file() and path.stat().st_nlink == 1:
+            if path.stat().st_nlink == 1:
                 path.chmod(0o666 & ~mask)
-        if not self.target.exists():
+            force_to_disk(path)
+        note = self._whole.with_name("whole.partial")
+        note.touch()
+        put_in_place(note, self._whole)
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Give the whole output its name, and remove all else; what of this was done already is not done again."""
+        if self.path.exists():
+            if self.target.exists():
+                if not self._may_replace.exists():
+                    raise CheckpointError(
+                        f"{self.target} exists, though it did not when the run began. The run's output is whole, in "
+                        f"{self.path}: remove one of the two, and run it again."
+                    )
+                self.target.rename(self._old)
             self.path.rename(self.target)
-            return
-        old = self.target.parent / f".{self.target.name}.old-{os.getpid()}"
-        self.target.rename(old)
-        self.path.rename(self.target)
-        shutil.rmtree(old)
+        others = [path for path in self.hidden.iterdir() if path not in (self._lock.path, self._whole)]
+        for path in others:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        self._lock.remove()
+        if not any(path.exists() for path in others):
+            self._whole.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.hidden.rmdir()
 
 
 class _Lock:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +54,8 @@ WithoutOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in.")
+    bool,
+    typer.Option("--resume", help="Go on with an interrupted run, in the layer that it was in; not with --overwrite."),
 ]
 WeightsOption = Annotated[
     str | None,
@@ -97,8 +100,19 @@ def run(
     from compressor.processes import Processes
 
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
-    with Processes.joined() as processes:
+    with Processes.joined() as processes, _notes_shown():
         _run(processes, recipe, model, output, set_, overwrite=overwrite, resume=resume, without=without, quiet=quiet)
+
+
+@contextmanager
+def _notes_shown() -> Iterator[None]:
+    """Say what an error brings along, such as what is kept; a traceback would show it itself."""
+    try:
+        yield
+    except (CompressorError, KeyboardInterrupt, SystemExit) as error:
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+        raise
 
 
 def _budgets(weights: str | None, memory: str | None, device_memory: str | None, disk: str | None) -> list[str]:

@@ -88,7 +88,7 @@ _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 @dataclass(frozen=True)
 class CompressionResult:
     """What `compress` returns: the record (as in record.json), the folder written, and the smaller model, which is None
-    where its weights are on disk only.
+    where its weights are on disk only, as is the tokenizer where a run before had written all of it already.
     """
 
     record: dict[str, Any]
@@ -382,8 +382,11 @@ class _Application:
 
 def _refuse_output_over_input(output: Path, reference: str) -> None:
     source = Path(reference).expanduser()
-    if reference and source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise RecipeError(f"output {output} is the model's own folder, or holds it. Choose another one.")
+    if not reference or not source.is_dir():
+        return
+    inside, outside = output.resolve(), source.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
 
 
 def _refuse_other_model(decision_file: Path, fingerprint: str, reference: str) -> None:
@@ -518,9 +521,27 @@ class _Run:
         """All steps; in the first process within the output's hidden folder, if there is an output."""
         if resume and (model is not None or self.recipe.output is None):
             raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
+        if resume and overwrite:
+            raise RecipeError(
+                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
+                "started with --overwrite replaces the output when it goes on, too."
+            )
+        record = self.processes.exchange(self._record_before() if resume else None)[0]
+        if record is not None:
+            return CompressionResult(record, self.recipe.output, None, None)
         result = self._run_in_folder(model, tokenizer, overwrite=overwrite, resume=resume)
         self.processes.wait()
         return dataclasses.replace(result, folder=self.recipe.output)
+
+    def _record_before(self) -> dict[str, Any] | None:
+        """What a run of this recipe has recorded that was stopped when its output was whole; that gets its name."""
+        output = self.recipe.output
+        if output is None or not self.processes.is_first or not OutputFolder(output).complete():
+            return None
+        self.progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
+        path = output / "compressor" / RECORD
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return record if record.get("recipe_fingerprint") == self.loaded.fingerprint else None
 
     def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool) -> CompressionResult:
         if self.recipe.output is None or not self.processes.is_first:
@@ -529,15 +550,17 @@ class _Run:
         if model is not None:
             _refuse_output_over_input(self.recipe.output, model.config._name_or_path or "")
         with OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume) as folder:
+            if resume and not folder.resume:
+                self.progress.say(f"{folder.target}: there is nothing to go on from; the run starts at the beginning")
             try:
                 with checkpoints.disk_errors_named(folder.target):
                     result = self._run(model, tokenizer, folder)
                     folder.finish()
             except BaseException as error:
-                if folder.keeps_after(error):
-                    self.progress.say(
-                        f"what was done so far is kept in {folder.path}: --resume goes on with it, --overwrite starts "
-                        f"anew"
+                if folder.keeps_after(error):  # said with the error, also where progress is quiet
+                    error.add_note(
+                        f"what was done so far is kept in {folder.hidden}: --resume goes on with it, --overwrite "
+                        f"starts anew"
                     )
                 raise
             return result
@@ -563,7 +586,7 @@ class _Run:
                 tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
             sources = self._read_sources(tokenizer, subject)
         about = self._about(subject, sources, tokenizer)
-        self._open_journal(folder, about, sources)
+        self._open_journal(folder, subject, about, sources)
         with self._timed("load"):
             piece = self._workpiece(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
@@ -600,26 +623,31 @@ class _Run:
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
 
-    def _open_journal(self, folder: OutputFolder | None, about: Mapping[str, Any], sources: _Sources) -> None:
+    def _open_journal(
+        self, folder: OutputFolder | None, subject: _Subject, about: Mapping[str, Any], sources: _Sources
+    ) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
-        if self.recipe.output is None or about["model"]["fingerprint"] is None:
+        if self.recipe.output is None or subject.fingerprint is None:
             return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
-        for key in CHANGES_NO_FIGURE:
+        for key in (
+            *CHANGES_NO_FIGURE,
+            "model",
+        ):  # whatever its path, the model's fingerprint tells whether it is the same
             recipe.pop(key, None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
         identity = {
             "recipe": recipe,
-            "model": about["model"],
+            "model": subject.about(),
             "tokenizer": about["tokenizer"],
             "text": {sequences.name: sequences.fingerprint for sequences in texts},
             "processes": self.processes.size,
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
         }
-        self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity)
+        self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity, self.progress.say)
         if folder and folder.resume:
             self.journal.go_on()
-            self.progress.say(f"going on with what was done in {folder.path}")
+            self.progress.say(f"going on with what was done in {folder.hidden}")
         elif folder:
             self.journal.begin()
         self.processes.wait()

@@ -3,11 +3,12 @@
     run.json                      what the run is about; compared when it goes on
     NAME.json                     something measured, by name
     PASS/LAYER.safetensors        the figures of a layer that is done
-    PASS/done.json                all layers are
+    PASS/done.json                all layers are, and which of them have figures
     PASS/streams-RANK-UNIT/       where the calibration text stands before a decoder layer: what those before it have
                                   put out last, a file a batch, and standing.json when all are there
 
-Every file is written beside its name, forced to the disk and renamed, so it is whole or not there.
+Every file is written beside its name, forced to the disk and renamed, so it is whole or not there. One that cannot be
+read all the same is named, and what it held is done again; only without run.json there is no going on.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -33,13 +35,23 @@ _ABOUT = "run.json"
 _DONE = "done.json"
 _STANDING = "standing.json"
 
+_T = TypeVar("_T")
+Say = Callable[[str], None]
+
+
+def _nothing(text: str) -> None:
+    """Says nothing."""
+
 
 class Journal:
-    """The journal of a run, in a folder of its own. `about` is what the run is about, as JSON."""
+    """The journal of a run, in a folder of its own. `about` is what the run is about, as JSON. `say` is told of files
+    that cannot be read.
+    """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any] | None = None, say: Say = _nothing) -> None:
         self.folder = folder
         self.about: Any = json.loads(json.dumps(about or {}))
+        self._say = cache(say)  # a file may be read twice; its damage is said once
 
     @property
     def has_work(self) -> bool:
@@ -53,11 +65,17 @@ class Journal:
         write_json(self.folder / _ABOUT, self.about)
 
     def go_on(self) -> None:
-        """Go on where a run stopped. Raises CheckpointError, naming what differs, where it was about something else."""
+        """Go on where a run stopped. Raises CheckpointError, naming what differs, where it was about something else, or
+        nobody knows about what.
+        """
+        path = self.folder / _ABOUT
         try:
-            before = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+            before = _read_json(path)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: the journal of the run cannot be read: {error}") from error
+            raise CheckpointError(
+                f"the run cannot go on: {path} says what it was about, and cannot be read: {error}. Put that file "
+                f"back, or start anew with --overwrite."
+            ) from error
         differences = list(_differences(before, self.about))
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -71,15 +89,14 @@ class Journal:
         write_json(self.folder / f"{name}.json", value)
 
     def noted(self, name: str) -> Any | None:
-        """What was noted under a name; None if nothing was."""
-        path = self.folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What was noted under a name; None if nothing was, or it cannot be read."""
+        return _unless_damaged(_read_json, self.folder / f"{name}.json", self._say)
 
     def observation(self, name: str, rank: int = 0) -> ObservationJournal:
         """The part for one walk through the layers, for one of several processes."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        return ObservationJournal(folder, rank, json.dumps(self.about, sort_keys=True))
+        return ObservationJournal(folder, rank, json.dumps(self.about, sort_keys=True), self._say)
 
 
 @dataclass(frozen=True)
@@ -96,11 +113,14 @@ class Standing:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where all batches stand: before `unit`, having come through `passed`, so many of them."""
+    """Where all batches stand: before `unit`, having come through `passed`, so many of them. `figures` are the MoE
+    layers that had figures by then.
+    """
 
     unit: str
     passed: Sequence[str]
     num_batches: int
+    figures: Sequence[str]
 
 
 class ObservationJournal:
@@ -108,14 +128,18 @@ class ObservationJournal:
     where its own batches stand.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, about: str = "") -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int = 0, about: str = "", say: Say = _nothing) -> None:
+        self.folder, self.rank, self._say = folder, rank, say
         self.run = f"{zlib.crc32(about.encode()):08x}"
 
     def figures(self, layer: str) -> dict[str, Tensor] | None:
-        """The figures of a layer that is done; None of others."""
-        path = self._layer(layer)
-        return _load(path)[0] if path.exists() else None
+        """The figures of a layer that is done; None of others, and where they cannot be read."""
+        found = _unless_damaged(_load, self._layer(layer), self._say)
+        return None if found is None else found[0]
+
+    def _all_there(self, layers: Iterable[str]) -> bool:
+        """Whether the figures of all these layers can be read, as far as this process has them."""
+        return self.rank > 0 or all(self.figures(layer) is not None for layer in layers)
 
     def put(self, layer: str, figures: Mapping[str, Tensor]) -> None:
         """A layer is done."""
@@ -124,8 +148,10 @@ class ObservationJournal:
     def _layer(self, layer: str) -> Path:
         return self.folder / f"{layer}.safetensors"
 
-    def put_streams(self, unit: str, passed: Sequence[str], standing: Iterable[Standing]) -> None:
-        """Where the batches stand now; they are looked at one after another."""
+    def put_streams(
+        self, unit: str, passed: Sequence[str], standing: Iterable[Standing], figures: Sequence[str]
+    ) -> None:
+        """Where the batches stand now; they are looked at one after another. `figures` as in Snapshot."""
         folder = self._streams(unit)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -141,30 +167,33 @@ class ObservationJournal:
             _save(folder / f"{number}.safetensors", tensors, header, at_once=False)
             count = number + 1
         for path in folder.iterdir():  # together: one after another takes many times as long
-            _force_to_disk(path)
-        about = {"run": self.run, "unit": unit, "passed": list(passed), "num_batches": count}
+            force_to_disk(path)
+        about = {"run": self.run, "unit": unit, "passed": list(passed), "num_batches": count, "figures": list(figures)}
         write_json(folder / _STANDING, about)
 
     def _streams(self, unit: str) -> Path:
         return self.folder / f"streams-{self.rank}-{unit}"
 
     def snapshots(self) -> dict[str, Snapshot]:
-        """The decoder layers before which all batches are known to have stood, the last one last."""
-        found = []
-        for path in self.folder.glob(f"streams-{self.rank}-*/{_STANDING}"):
-            about = json.loads(path.read_text(encoding="utf-8"))
-            if about["run"] == self.run:  # each machine may have a disk of its own, and on it the work of other runs
-                found.append(Snapshot(about["unit"], about["passed"], about["num_batches"]))
-        return {one.unit: one for one in sorted(found, key=lambda one: len(one.passed))}
+        """The decoder layers before which all batches are known to have stood, the last one last; those only behind
+        which no figures are missing.
+        """
+        found = [
+            _unless_damaged(self._snapshot, path, self._say)
+            for path in sorted(self.folder.glob(f"streams-{self.rank}-*/{_STANDING}"))
+        ]
+        usable = [one for one in found if one is not None and self._all_there(one.figures)]
+        return {one.unit: one for one in sorted(usable, key=lambda one: len(one.passed))}
 
-    def standing(self, unit: str, number: int) -> Standing:
-        """Where one batch stood before a layer. Tensors are on the CPU."""
-        tensors, header = _load(self._streams(unit) / f"{number}.safetensors")
-        outputs = {
-            path: (tree, [tensors[f"{path}/{place}"] for place in range(count)])
-            for path, (tree, count) in header["outputs"].items()
-        }
-        return Standing(outputs, header["digest"])
+    def _snapshot(self, path: Path) -> Snapshot | None:
+        about = _read_json(path)
+        if about["run"] != self.run:  # each machine may have a disk of its own, and on it the work of other runs
+            return None
+        return Snapshot(about["unit"], about["passed"], about["num_batches"], about["figures"])
+
+    def standing(self, unit: str, number: int) -> Standing | None:
+        """Where one batch stood before a layer, None if that cannot be read. Tensors are on the CPU."""
+        return _unless_damaged(_read_standing, self._streams(unit) / f"{number}.safetensors", self._say)
 
     def forget_streams(self, *, but: str | None = None) -> None:
         """Where the batches stood is of no use any more, but for one layer."""
@@ -174,13 +203,14 @@ class ObservationJournal:
 
     @property
     def is_done(self) -> bool:
-        """Whether the walk has come to its end."""
-        return (self.folder / _DONE).exists()
+        """Whether the walk has come to its end, and all that it has found can be read."""
+        done = _unless_damaged(_read_json, self.folder / _DONE, self._say)
+        return done is not None and self._all_there(done.get("figures", ()))
 
-    def close(self, *, first: bool = True) -> None:
-        """The walk has come to its end; the first process says so."""
+    def close(self, figures: Sequence[str], *, first: bool = True) -> None:
+        """The walk has come to its end, with figures of these layers; the first process says so."""
         if first:
-            write_json(self.folder / _DONE, {})
+            write_json(self.folder / _DONE, {"figures": list(figures)})
         self.forget_streams()
 
 
@@ -245,7 +275,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Force a file to the disk and give it its name."""
-    _force_to_disk(temporary)
+    force_to_disk(temporary)
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -255,7 +285,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.close(folder)
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Have the system write a file's content now."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -276,13 +307,37 @@ def with_own_memory(tensor: Tensor) -> Tensor:
     return contiguous if contiguous.untyped_storage().nbytes() == contiguous.nbytes else contiguous.clone()
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
+def _unless_damaged(read: Callable[[Path], _T], path: Path, say: Say) -> _T | None:
+    """What a file holds; None where it is not there, or cannot be read, which is said."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["header"])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: the journal of the run is damaged: {error}") from error
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        say(f"{path}: this part of the journal is damaged, and what it held is done again: {error}")
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})["header"])
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+
+
+def _read_standing(path: Path) -> Standing:
+    tensors, header = _load(path)
+    outputs = {
+        name: (tree, [tensors[f"{name}/{place}"] for place in range(count)])
+        for name, (tree, count) in header["outputs"].items()
+    }
+    return Standing(outputs, header["digest"])
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

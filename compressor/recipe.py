@@ -34,6 +34,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -157,13 +158,16 @@ def _known_device(device: str) -> str:
 
 
 def _bytes(value: object) -> object:
-    """`16GB`, `512 MiB` or a number → bytes."""
+    """`16GB`, `512 MiB`, `16e9` or a number → bytes; capital or small letters."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B\s*", value)
+    text = value.strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?e\+?\d+", text):  # a number that YAML takes for text
+        return round(float(text))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", text)
     if not found:
-        raise ValueError(f"a size, such as 16GB or 512MiB, not {value!r}")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+        raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {value!r}")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
@@ -202,6 +206,13 @@ class Recipe(_Settings):
     )
     evaluate: Evaluation | None = Field(default=None, description="what is measured before and after")
     output: Path | None = Field(default=None, description="folder for the smaller model")
+
+    @field_validator("device_memory")
+    @classmethod
+    def _on_a_device(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if size is not None and info.data.get("device") == "cpu":
+            raise ValueError("would have no effect with `device: cpu`; give `memory`, or a device")
+        return size
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class _Walk:
         self._refuse_unseen()
         if self.journal is not None:
             self.processes.wait()
-            self.journal.close(first=self.processes.is_first)
+            self.journal.close(list(self.figures), first=self.processes.is_first)
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
     def _start(self, batches: Sequence[TokenBatch], stack: ExitStack) -> tuple[list[_Stream], list[_Stream]]:
@@ -286,6 +286,8 @@ class _Walk:
             stack.callback(setattr, self, "passed_before", frozenset())
             for number, stream in enumerate(streams):
                 stream.recorded = standing = self.journal.standing(snapshot.unit, number)
+                if standing is None:
+                    return False
                 try:
                     self._go_on(stream)
                 except Exception:  # whatever the model's own code says of answers that do not fit
@@ -375,7 +377,7 @@ class _Walk:
         passed = streams[0].passed if streams else []
         if passed and unit not in passed:
             with suppress(NotPlainError):
-                self.journal.put_streams(unit, passed, _standings(streams))
+                self.journal.put_streams(unit, passed, _standings(streams), list(self.figures))
         self.processes.wait()  # where all stand is known of all before where they stood is forgotten
         self.journal.forget_streams(but=unit)
 

@@ -217,7 +217,7 @@ class OnDisk(InMemory):
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
             carry_out(method, self.moe, decision)  # its weights are not read any more
             return dict(self.processes.exchange(noted)[0])
-        known = self.processes.exchange(noted if (stage / "config.json").exists() else None)[0]
+        known = self.processes.exchange(self._noted_of(stage))[0]
         if known is None:
             known = self._edit(method, decision, probe, stage)
             if self.journal is not None and self.processes.is_first:
@@ -233,7 +233,18 @@ class OnDisk(InMemory):
     def _is_behind(self, stage: Path) -> bool:
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
         assert self.work is not None
-        return not stage.exists() and any(self.work.glob("*/config.json"))
+        return not stage.exists() and any(self._noted_of(later) is not None for later in self.work.glob("*"))
+
+    def _noted_of(self, stage: Path) -> dict[str, float] | None:
+        """What a run before has noted of a checkpoint that it has left; None where it is to be written again."""
+        if self.journal is None or not (stage / "config.json").exists():
+            return None
+        try:
+            checkpoints.verify_files(stage)
+        except CheckpointError as error:
+            self.progress.say(f"{stage}: this checkpoint is damaged, and is written again: {error}")
+            return None
+        return self.journal.noted(f"edited {stage.name}")
 
     def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, float]:
         assert self.weights is not None

@@ -218,14 +218,25 @@ def test_why_it_cannot_be_read_from_disk_is_said_where_that_would_help(recipe: R
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("16GB", 16 * 10**9), ("512MiB", 512 * 2**20), ("1.5 TB", 15 * 10**11), ("7 B", 7), ("900 kB", 900_000)],
+    [
+        ("16GB", 16 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("1.5 TB", 15 * 10**11),
+        ("7 B", 7),
+        ("900 kB", 900_000),
+        ("0.9gb", 9 * 10**8),
+        ("2gib", 2 * 2**30),
+        ("1e9", 10**9),
+        ("1.5E+10", 15 * 10**9),
+        (10**9, 10**9),
+    ],
 )
-def test_sizes(recipe: Recipe, text: str, size: int) -> None:
+def test_sizes(recipe: Recipe, text: str | int, size: int) -> None:
     loaded = load_recipe(recipe | {"disk": text})
     assert loaded.recipe.disk == size
 
 
-@pytest.mark.parametrize("text", ["16", "16 gigabytes", "-1GB", "GB", 0])
+@pytest.mark.parametrize("text", ["16", "16 gigabytes", "-1GB", "GB", "1e9GB", "e9", "1e-9", 0])
 def test_sizes_that_are_none(recipe: Recipe, text: object) -> None:
     if text == "16":
         text = "16x"

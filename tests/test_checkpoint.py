@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AutoConfig
 from compressor import checkpoint
 from compressor.checkpoint import Checkpoint, OutputFolder, find_left_out, model_class
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.journal import Journal
 from compressor.testing import tiny
 
 
@@ -312,7 +315,7 @@ def test_output_appears_only_when_finished(tmp_path: Path) -> None:
     with OutputFolder(target) as output:
         (output.path / "file").write_text("x")
         assert not target.exists()
-        assert output.path.parent == target.parent
+        assert output.hidden.parent == target.parent
         output.finish()
     assert (target / "file").read_text() == "x"
     assert list(target.parent.iterdir()) == [target]
@@ -330,6 +333,84 @@ def test_overwriting_swaps_whole_folders(tmp_path: Path) -> None:
             (output.path / text).write_text(text)
             output.finish()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compressor", "second"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+class Killed(BaseException):
+    """What a kill is to a test: nothing catches it, and no context is left by it."""
+
+
+def killed_while_finishing(target: Path, number: int, *, overwrite: bool) -> bool:
+    """Whether `finish` was killed: before its `number`-th call of the file system."""
+    left: int | None = None
+
+    def hook(event: str, _: object) -> None:
+        nonlocal left
+        if left is not None and event.startswith(("os.", "shutil.", "open")):
+            left -= 1
+            if left == 0:
+                left = None
+                raise Killed
+
+    output = OutputFolder(target, overwrite=overwrite)
+    output.__enter__()
+    output.journal.begin()
+    output.journal.note("evaluation before", {})
+    (output.path / "new").write_text("new")
+    sys.addaudithook(hook)
+    left = number
+    try:
+        output.finish()
+    except Killed:
+        output._lock.release()
+        return True
+    finally:
+        left = None
+    return False
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_anywhere_while_finishing(tmp_path: Path, overwrite: bool) -> None:
+    """The journal is there to go on from, or the output gets its name; what it replaces is there till then."""
+    for number in itertools.count(1):
+        target = tmp_path / str(number) / "out"
+        if overwrite:
+            with OutputFolder(target) as output:
+                (output.path / "first").write_text("first")
+                output.finish()
+        if not killed_while_finishing(target, number, overwrite=overwrite):
+            break
+        was_completed = OutputFolder(target).complete()
+        if (target / "new").exists():
+            assert list(target.parent.iterdir()) == [target]
+            assert {path.name for path in target.iterdir()} == {"compressor", "new"}
+        else:
+            assert not was_completed
+            assert (target / "first").exists() == overwrite
+            assert Journal(checkpoint.journal_folder(target)).noted("evaluation before") == {}
+            with OutputFolder(target, resume=True) as output:
+                assert output.resume
+                (output.path / "new").write_text("again")
+                output.finish()
+            assert list(target.parent.iterdir()) == [target]
+    assert number > 15
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_target_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    says = rf"^{tmp_path / 'out'} exists, though it did not .* in {tmp_path / '.out.partial' / 'output'}: remove one"
+
+    def run() -> None:
+        with OutputFolder(tmp_path / "out") as output:
+            (tmp_path / "out").mkdir()
+            output.finish()
+
+    with pytest.raises(CheckpointError, match=says):
+        run()
+    with pytest.raises(CheckpointError, match=says):
+        OutputFolder(tmp_path / "out").complete()
+    (tmp_path / "out").rmdir()
+    assert OutputFolder(tmp_path / "out").complete()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 

@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, token_ids, write_token_file
 
 import compressor
-from compressor import CheckpointError, DiskError, RecipeError, Statistic, walk
+from compressor import (
+    CalibrationError,
+    CheckpointError,
+    CompressorError,
+    DiskError,
+    RecipeError,
+    Statistic,
+    VerificationError,
+    walk,
+)
 from compressor.calibration import TokenBatch
 from compressor.checkpoint import OutputFolder
 from compressor.journal import Journal, ObservationJournal, digest, flatten, unflatten
@@ -69,6 +78,16 @@ def interrupted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, after: int, **o
             compressor.compress(recipe, **others)
 
 
+def observed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layers that are observed from now on."""
+    layers: list[str] = []
+    put = ObservationJournal.put
+    monkeypatch.setattr(
+        ObservationJournal, "put", lambda self, layer, one: (layers.append(layer), put(self, layer, one))
+    )
+    return layers
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("after", [1, 2, 3, 5])
 def test_goes_on_and_ends_with_the_same_bytes(
@@ -78,12 +97,10 @@ def test_goes_on_and_ends_with_the_same_bytes(
     whole = compressor.compress(recipe, output=tmp_path / "whole")
     interrupted(recipe, monkeypatch, after)
     assert not (tmp_path / "out").exists()
-    seen: list[str] = []
-    put = ObservationJournal.put
-    monkeypatch.setattr(ObservationJournal, "put", lambda self, layer, one: (seen.append(layer), put(self, layer, one)))
+    layers = observed(monkeypatch)
     result = compressor.compress(recipe, resume=True)
     assert result.folder == tmp_path / "out"
-    assert len(seen) == 6 - after  # two passes of three layers; what was done is not done again
+    assert len(layers) == 6 - after  # two passes of three layers; what was done is not done again
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert result.record["evaluation"]["before"]["perplexity"] == whole.record["evaluation"]["before"]["perplexity"]
     assert result.record["evaluation"]["after"]["perplexity"] == whole.record["evaluation"]["after"]["perplexity"]
@@ -120,7 +137,7 @@ def test_another_recipe_is_refused(
     change(recipe)
     with pytest.raises(CheckpointError, match=f"^the run cannot go on: .*{says}"):
         compressor.compress(recipe, resume=True)
-    assert (tmp_path / ".out.partial" / "journal").is_dir() is False or not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +149,16 @@ def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pyte
         CheckpointError, match=r"^the run cannot go on: model\.fingerprint was 'sha256:\w+', is 'sha256:"
     ):
         compressor.compress(recipe, resume=True)
+
+
+def test_the_same_model_elsewhere_is_not_another(
+    recipe: Recipe, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(recipe, monkeypatch, 2)
+    recipe["model"] = str(model.rename(tmp_path / "moved"))
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
 
 
 def test_other_text_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +175,35 @@ def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPa
         compressor.compress(recipe, resume=True)
 
 
-def test_what_is_refused_is_still_there(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "error", "says"),
+    [
+        ({"passes": [{"expert_pruning": {"keep": 5}}, {"dynamic_skipping": {}}]}, CheckpointError, "keep was 6, is 5"),
+        ({"passes": [{"expert_pruning": {"keep": 99}}]}, RecipeError, "keep"),
+        ({"seed": 1}, CheckpointError, "recipe.seed was 0, is 1"),
+        ({"memory": "1MB"}, RecipeError, "memory"),
+        ({"model": "nowhere/nothing"}, CheckpointError, "the hub cannot be reached"),
+        ({"model": "demo"}, CheckpointError, "model.fingerprint was"),
+        ({"calibration": {"data": [{"tokens": "nothing.jsonl"}]}}, CalibrationError, "nothing.jsonl"),
+    ],
+)
+def test_a_refusal_to_go_on_costs_nothing_that_was_done(
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mistake: Recipe,
+    error: type[CompressorError],
+    says: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    interrupted(recipe, monkeypatch, 2)
+    kept = sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*"))
+    with pytest.raises(error, match=says):
+        compressor.compress({**recipe, **mistake}, resume=True)
+    assert sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*")) == kept
+
+
+def test_what_was_refused_can_go_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A mistake in the command costs nothing that was done."""
     compressor.compress(recipe, output=tmp_path / "whole")
     interrupted(recipe, monkeypatch, 2)
@@ -156,8 +211,22 @@ def test_what_is_refused_is_still_there(recipe: Recipe, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match="cannot go on"):
         compressor.compress(recipe, resume=True)
     recipe["passes"][0]["expert_pruning"]["keep"] = 6
+    layers = observed(monkeypatch)
     compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_an_error_that_comes_again_leaves_nothing_the_first_time(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise VerificationError("another answer")
+
+    monkeypatch.setattr("compressor.workpiece.save_verified", fails)
+    with pytest.raises(VerificationError, match="another answer"):
+        compressor.compress(recipe)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_work_of_another_run_is_not_thrown_away(
@@ -172,10 +241,68 @@ def test_work_of_another_run_is_not_thrown_away(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_to_go_on_from_begins_at_the_beginning(recipe: Recipe, tmp_path: Path) -> None:
-    compressor.compress(recipe, resume=True)
+def test_nothing_to_go_on_from_begins_at_the_beginning(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compressor.compress(recipe, resume=True, progress=Progress("lines"))
+    assert "there is nothing to go on from; the run starts at the beginning" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=f"^{tmp_path / 'out'} exists already"):
         compressor.compress(recipe, resume=True)
+
+
+def stopped_when_whole(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **others: Any) -> None:
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if target == Path(recipe["output"]):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe, **others)
+    assert not Path(recipe["output"]).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_stopped_when_its_output_was_whole_needs_only_the_name(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    whole = compressor.compress(recipe, output=tmp_path / "whole")
+    if overwrite:
+        compressor.compress({**recipe, "passes": recipe["passes"][:1]})
+    stopped_when_whole(recipe, monkeypatch, overwrite=overwrite)
+    monkeypatch.setattr("compressor.engine.InMemory", None)  # no model is read
+    result = compressor.compress(recipe, resume=True)
+    assert (result.folder, result.model) == (tmp_path / "out", None)
+    assert result.record["passes"][0]["decision"] == whole.record["passes"][0]["decision"]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_whole_output_is_not_taken_for_another_recipes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    stopped_when_whole(recipe, monkeypatch)
+    recipe["passes"][0]["expert_pruning"]["keep"] = 5
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'out'} exists already"):
+        compressor.compress(recipe, resume=resume)
+    assert 'num_local_experts": 6' in (tmp_path / "out" / "config.json").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_was_to_replace_goes_on_to_replace(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor.compress(recipe, output=tmp_path / "whole")
+    compressor.compress({**recipe, "passes": recipe["passes"][:1]})
+    interrupted(recipe, monkeypatch, 2, overwrite=True)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 4
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_live_models_do_not_go_on(recipe: Recipe, model: Path) -> None:
@@ -209,12 +336,106 @@ def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: p
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_damaged_journal_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EVALUATION = "evaluation before.json"
+FIRST, SECOND = "0.expert_pruning", "1.dynamic_skipping"
+LAYER = "model.layers.0.mlp.safetensors"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def other_kind(path: Path) -> None:
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("piece", "damage", "num_again"),
+    [
+        (EVALUATION, cut, 0),
+        (EVALUATION, other_kind, 0),
+        (EVALUATION, Path.unlink, 0),
+        (f"{FIRST}/{LAYER}", cut, 1),
+        (f"{FIRST}/{LAYER}", Path.unlink, 1),
+        (f"{FIRST}/done.json", cut, 0),
+        (f"{FIRST}/done.json", Path.unlink, 0),
+        (f"{SECOND}/{LAYER}", cut, 1),
+        (f"{SECOND}/{LAYER}", Path.unlink, 1),
+        (f"{SECOND}/streams-0-model.layers.1/standing.json", cut, 0),
+        (f"{SECOND}/streams-0-model.layers.1/standing.json", other_kind, 0),
+        (f"{SECOND}/streams-0-model.layers.1/0.safetensors", cut, 0),
+        (f"{SECOND}/streams-0-model.layers.1/0.safetensors", Path.unlink, 0),
+    ],
+)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_piece_is_named_and_done_again(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    progressive: bool,
+    piece: str,
+    damage: Callable[[Path], None],
+    num_again: int,
+) -> None:
+    recipe["passes"][0]["expert_pruning"]["progressive"] = progressive
+    compressor.compress(recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:  # before the last of five layers is there, all stand before the last but one
+        patch.setattr(ObservationJournal, "forget_streams", lambda *_, **__: None)
+        interrupted(recipe, monkeypatch, 5)
+    path = tmp_path / ".out.partial" / "journal" / piece
+    damage(path)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True, progress=Progress("lines"))
+    says = f"{path}: this part of the journal is damaged, and what it held is done again: "
+    assert capsys.readouterr().err.count(says) == (damage is not Path.unlink)
+    assert len(layers) == 1 + num_again
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [cut, other_kind, Path.unlink])
+def test_a_journal_of_which_nobody_knows_what_it_is_about_is_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
     interrupted(recipe, monkeypatch, 3)
-    (path,) = (tmp_path / ".out.partial" / "journal" / "0.expert_pruning").glob("*layers.0*")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"^{path}: the journal of the run is damaged"):
-        compressor.compress(recipe, resume=True)
+    path = tmp_path / ".out.partial" / "journal" / "run.json"
+    content = path.read_bytes()
+    damage(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"^the run cannot go on: {path} says what .* Put that file back, or"):
+            compressor.compress(recipe, resume=True)
+    path.write_bytes(content)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert len(layers) == 3
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "journal/edited 0.expert_pruning.json",
+        "journal/edited 1.expert_pruning.json",
+        f"stages/1.expert_pruning/{WEIGHTS}",
+    ],
+)
+def test_a_damaged_checkpoint_between_passes_is_written_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: str
+) -> None:
+    recipe |= {"weights": "disk", "passes": [{"expert_pruning": {"keep": 6}}, {"expert_pruning": {"keep": 4}}]}
+    compressor.compress(recipe, output=tmp_path / "whole")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.workpiece.OnDisk.save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe)
+    cut(tmp_path / ".out.partial" / piece)
+    layers = observed(monkeypatch)
+    compressor.compress(recipe, resume=True)
+    assert not layers
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 # --- the walk, whatever the model carries from layer to layer
@@ -288,9 +509,10 @@ def test_what_cannot_be_answered_from_the_record_is_run_again(tmp_path: Path) ->
                      journal=journal)  # fmt: skip
     [snapshot] = journal.snapshots().values()
     standing = journal.standing(snapshot.unit, 0)
+    assert standing is not None
     [(_, (tree, tensors))] = standing.outputs.items()
     changed = type(standing)({"model.layers": (tree, [tensors[0] + 1])}, standing.digest)
-    journal.put_streams(snapshot.unit, snapshot.passed, [changed])
+    journal.put_streams(snapshot.unit, snapshot.passed, [changed], snapshot.figures)
     found = walk.observe(moe, batches, {path: Recorded() for path in paths}, Progress(), journal=journal)
     assert all(torch.equal(found[path]["0"], expected[path]["0"]) for path in paths)
 

@@ -250,7 +250,9 @@ def test_model_that_is_not_there(reference: str, refused: Refused, recipe: Write
 
 
 def test_hub_model_offline(refused: Refused, recipe: WriteRecipe) -> None:
-    says = "owner/name: there is no folder of that name here, it is not in the hub's local cache, and the hub cannot be"
+    says = (
+        f"owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it is not in the hub's local cache, and the"
+    )
     both_commands(refused, recipe, "owner/name", says)
 
 
@@ -322,7 +324,7 @@ def truncated(folder: Path) -> str:
 def cut_to_nothing(folder: Path) -> str:
     path = first_shard(folder)
     path.write_bytes(b"")
-    return f"{path}: not a safetensors file, or damaged at its start: "
+    return f"{path}: not a safetensors file, or damaged at its start: the file has 0 bytes: it is empty, or cut short. "
 
 
 def a_single_file_too(folder: Path) -> str:
@@ -627,6 +629,11 @@ def test_device_that_is_not_there(refused_run: Refused, mixtral: Path) -> None:
     refused_run(device="cuda", says=f"{mixtral}: cannot be moved to device 'cuda': ")
 
 
+def test_memory_of_a_device_that_is_not_used(refused_run: Refused) -> None:
+    says = "device_memory: would have no effect with `device: cpu`; give `memory`, or a device"
+    refused_run("--device-memory", "1kB", says=says)
+
+
 # --- decisions
 
 OTHER = "model.layers.1.mlp"
@@ -709,17 +716,39 @@ def test_output_that_is_a_link(refused_run: Refused, tmp_path: Path) -> None:
     refused_run(output=link, says=f"{link} is a link. Give the folder that it should lead to as the output.")
 
 
-def test_output_that_is_or_holds_the_model(
+def test_output_that_is_holds_or_is_in_the_model(
     cli: Cli, refused: Refused, recipe: WriteRecipe, mixtral: Path, tmp_path: Path
 ) -> None:
     assert cli("run", "--quiet", recipe(output="run/first")).status == 0
     model = Path("run/first")
-    says = "is the model's own folder, or holds it. Choose another one."
-    for output in (model, tmp_path / "run" / "first", Path("run"), tmp_path):
+    says = "is the model's own folder, holds it, or is in it. Choose another one."
+    for output in (model, tmp_path / "run" / "first", Path("run"), tmp_path, model / "in" / "it"):
         path = recipe(model=model, output=output, passes=[{"expert_pruning": {"keep": 4}}])
         refused("run", "--quiet", path, "--overwrite", says=f"output {output} {says}")
     decision = model / "compressor" / "decision.json"
     refused("apply", decision, model, "--output", model, "--overwrite", says=f"output {model} {says}")
+
+
+def test_folders_made_for_an_output_that_does_not_appear(refused_run: Refused, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    refused_run(output="there/new/newer/out", device_memory="1kB", device="cuda", says="")
+
+
+def test_going_on_and_starting_anew_exclude_each_other(refused_run: Refused) -> None:
+    refused_run("--resume", "--overwrite", says="--resume goes on with an interrupted run, --overwrite starts anew: ")
+
+
+def test_interrupted_work_in_the_way_of_apply(cli: Cli, recipe: WriteRecipe, mixtral: Path, tmp_path: Path) -> None:
+    assert cli("run", "--quiet", recipe(output="first")).status == 0
+    journal = tmp_path / ".out.partial" / "journal"
+    journal.mkdir(parents=True)
+    (journal / "evaluation before.json").write_text("{}")
+    says = f"has left its work in {tmp_path / '.out.partial'}. Go on with it by `compressor run` and --resume, choose"
+    decision = Path("first") / "compressor" / "decision.json"
+    answer = cli("apply", decision, mixtral, "--output", tmp_path / "out")
+    assert (answer.status, answer.out) == (2, "")
+    assert says in answer.err
+    assert (journal / "evaluation before.json").exists()
 
 
 # --- the disk
@@ -738,6 +767,12 @@ def no_space(*_: object, **__: object) -> None:
 
 def no_space_for_safetensors(*_: object, **__: object) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def kept(folder: Path) -> str:
+    """The line that says, quiet or not, that there is something to go on from."""
+    hidden = folder / ".out.partial"
+    return f"what was done so far is kept in {hidden}: --resume goes on with it, --overwrite starts anew\n"
 
 
 @pytest.mark.parametrize(
@@ -762,7 +797,7 @@ def test_disk_that_fills_up(
     says = f"{tmp_path / 'out'}: writing failed: No space left on device. Nothing is left under that name."
     path = recipe()
     answer = cli("run", "--quiet", path)
-    assert (answer.status, answer.out, answer.err) == (2, "", f"error: {says}\n")
+    assert (answer.status, answer.out, answer.err) == (2, "", f"{kept(tmp_path)}error: {says}\n")
     assert sorted(tmp_path.iterdir()) == [tmp_path / ".out.partial", path]  # what was observed is kept
 
 
@@ -790,8 +825,9 @@ def test_ctrl_c(
     path = recipe()
     answer = cli("run", "--quiet", path)
     assert (answer.status, answer.out) == (130, "")
-    assert answer.err == "interrupted; nothing is left under the output's name\n"
     is_kept = name not in ("load_model", "observe")  # before anything is done there is nothing to keep
+    says = "interrupted; nothing is left under the output's name\n"
+    assert answer.err == (kept(tmp_path) if is_kept else "") + says
     assert sorted(tmp_path.iterdir()) == [*([tmp_path / ".out.partial"] if is_kept else []), path]
 
 
@@ -850,7 +886,7 @@ def test_error_in_a_process_of_its_own(recipe: WriteRecipe, copy_of: CopyOf, mix
 def test_offline_in_a_process_of_its_own() -> None:
     answer = command("inspect", "owner/name")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("error: owner/name: there is no folder of that name here, ")
+    assert answer.stderr.startswith(f"error: owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it")
     assert len(answer.stderr.splitlines()) == 1
 
 
