@@ -630,10 +630,8 @@ class _Run:
         if self.recipe.output is None or subject.fingerprint is None:
             return  # a live model could be another one next time
         recipe = self.loaded.to_mapping()
-        for key in (
-            *CHANGES_NO_FIGURE,
-            "model",
-        ):  # whatever its path, the model's fingerprint tells whether it is the same
+        # whatever the model's path: its fingerprint tells whether it is the same
+        for key in (*CHANGES_NO_FIGURE, "model"):
             recipe.pop(key, None)
         texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
         identity = {
