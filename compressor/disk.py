@@ -39,6 +39,7 @@ from torch import Tensor
 from compressor import checkpoint as checkpoints
 from compressor.checkpoint import BITS, INDEX, TORCH, Checkpoint, LeftOut, Shard
 from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
+from compressor.journal import force_to_disk
 from compressor.moe import (
     SWITCHED_OFF,
     Adapter,
@@ -528,9 +529,8 @@ def _write_shard(edit: ShardEdit, path: Path, *, hard_link: bool) -> Path | None
 
 
 def _finish(temporary: Path, path: Path) -> None:
-    """Have a file on the disk, and then give it its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have a file on the disk, and then give it its name; the folder follows when all are there."""
+    force_to_disk(temporary)
     temporary.replace(path)
 
 
@@ -629,10 +629,5 @@ def _sync_folder(folder: Path) -> None:
     """Have the names of its files on the disk too."""
     for path in folder.iterdir():
         if path.suffix == ".json":
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            force_to_disk(path)
+    force_to_disk(folder)

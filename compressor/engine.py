@@ -50,7 +50,7 @@ from compressor.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from compressor.journal import Journal
+from compressor.journal import Journal, write_json
 from compressor.method import Decision, Method, OptionError
 from compressor.moe import Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
@@ -310,7 +310,7 @@ def apply_decision(
         left_out = application.on_disk(hard_link=hard_link)
         decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
         written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
-        _write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out))
+        write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out))
         folder.finish()
 
 
@@ -618,7 +618,7 @@ class _Run:
         if folder:
             inside = folder.path / "compressor"
             (inside / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
-            _write_json(inside / RECORD, record)
+            write_json(inside / RECORD, record)
             (inside / "report.html").write_text(page(record), encoding="utf-8")
             (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
         return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
@@ -934,7 +934,7 @@ class _Run:
             if folder:
                 decided = [{key: one[key] for key in _DECIDED if key in one} for one in done]
                 written = {"format": FORMAT, "model": about["model"], "passes": decided}
-                _write_json(folder.path / "compressor" / DECISION, written)
+                write_json(folder.path / "compressor" / DECISION, written)
             if self.evaluation is not None and self.evaluation.random and _prunes(decision):
                 with self._timed("random decisions"):
                     compare = partial(self._compare_with_random, piece, decision, batches, sources)
@@ -1237,9 +1237,3 @@ def _evaluation_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _left_out_json(left_out: LeftOut | None) -> dict[str, Any]:
     return {"left_out": left_out.to_json()} if left_out else {}
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -277,18 +277,18 @@ def put_in_place(temporary: Path, path: Path) -> None:
     """Force a file to the disk and give it its name."""
     force_to_disk(temporary)
     temporary.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    force_to_disk(path.parent)
 
 
 def force_to_disk(path: Path) -> None:
-    """Have the system write a file's content now."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have the system write a file's content, or a folder's names, now."""
+    if path.is_dir() and os.name != "posix":
+        return  # only there a folder can be opened
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Any, *, at_once: bool = True) -> None:
