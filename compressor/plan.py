@@ -83,27 +83,8 @@ def preview(
     _check_evaluation(loaded, cls, config)
     quantisation = None if is_live else quantisation_of(checkpoints.read_config(found.folder))
     structure = structure_of(cls, config, adapters)
-    layers, notes = structure.layers, [left_out_note(left_out)] if left_out else []
-    rules: Mapping[str, SkipRule] = fitting_rules(structure, config)
-    notes += _skipping_notes(rules)
-    for resolved in loaded.passes:
-        plan = check_pass(loaded, resolved, layers)
-        if plan.skips and quantisation is not None:
-            raise loaded.error(
-                resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
-            )
-        _check_domains(loaded, resolved)
-        smaller = tuple(
-            dataclasses.replace(
-                layer,
-                num_experts=plan.num_kept.get(layer.path, layer.num_experts),
-                top_k=plan.top_k or layer.top_k,
-            )
-            for layer in layers
-        )
-        rules = plan.skips or _rules_after(loaded, resolved, plan, layers, smaller, rules)
-        layers = smaller
-        notes += plan.notes
+    notes = [left_out_note(left_out)] if left_out else []
+    layers = _check_passes(loaded, structure, config, notes, is_quantised=quantisation is not None)
     dtype = _dtype(loaded.recipe.dtype, config, None if is_live else found)
     dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
     removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
@@ -148,6 +129,36 @@ def preview(
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
     return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
+
+
+def _check_passes(
+    loaded: LoadedRecipe, structure: Structure, config: Any, notes: list[str], *, is_quantised: bool
+) -> Sequence[MoELayer]:
+    """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
+    be met by what the passes before it leave.
+    """
+    layers: Sequence[MoELayer] = structure.layers
+    rules: Mapping[str, SkipRule] = fitting_rules(structure, config)
+    notes += _skipping_notes(rules)
+    for resolved in loaded.passes:
+        plan = check_pass(loaded, resolved, layers)
+        if plan.skips and is_quantised:
+            raise loaded.error(
+                resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
+            )
+        _check_domains(loaded, resolved)
+        smaller = tuple(
+            dataclasses.replace(
+                layer,
+                num_experts=plan.num_kept.get(layer.path, layer.num_experts),
+                top_k=plan.top_k or layer.top_k,
+            )
+            for layer in layers
+        )
+        rules = plan.skips or _rules_after(loaded, resolved, plan, layers, smaller, rules)
+        layers = smaller
+        notes += plan.notes
+    return layers
 
 
 def _rules_after(
