@@ -48,7 +48,7 @@ from compressor.moe import (
     uneven_class,
     uneven_counts,
 )
-from compressor.quantised import quantisation_of, quantiser, refusal, to_dequantise, without_quantisation
+from compressor.quantised import quantisation_of, quantiser, refusal, to_dequantise
 
 DEMO = "demo"
 
@@ -116,6 +116,16 @@ class Checkpoint:
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer's files."""
         return any((self.folder / name).exists() for name in _TOKENIZER_FILES)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights: to look at a hub model, only its small files are downloaded."""
+        return any(self.folder.glob("*.safetensors"))
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """What its config.json says of quantisation; None where it is not quantised."""
+        return quantisation_of(read_config(self.folder))
 
 
 def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -203,7 +213,7 @@ def quantiser_of(checkpoint: Checkpoint) -> Any:
 
     Raises UnsupportedModelError for a format that cannot be read so.
     """
-    quantisation = quantisation_of(read_config(checkpoint.folder))
+    quantisation = checkpoint.quantisation
     return None if quantisation is None else quantiser(quantisation, checkpoint.reference)
 
 
@@ -659,12 +669,10 @@ def load_model(
     read; a quantised checkpoint's model is the dequantised one there. Raises CheckpointError.
     """
     config = load_config(checkpoint)
-    quantisation = quantisation_of(read_config(checkpoint.folder)) if device == "meta" else None
-    if quantisation is not None:
-        without_quantisation(config)
-    cls = _class_to_load(checkpoint, config, adapters)
+    quantisation = checkpoint.quantisation if device == "meta" else None
     if quantisation is not None:
         to_dequantise(config, quantisation)
+    cls = _class_to_load(checkpoint, config, adapters)
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):

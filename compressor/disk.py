@@ -289,7 +289,7 @@ class _Planner:
         self.shards = checkpoints.verify_files(found.folder)
         self.on_disk = {name: about for shard in self.shards for name, about in shard.tensors.items()}
         self.shard_of = {name: shard for shard in self.shards for name in shard.tensors}
-        self.quantisation = quantisation_of(checkpoints.read_config(found.folder))
+        self.quantisation = found.quantisation
         self.kept = {layer.path: list(range(layer.num_experts)) for layer in before.layers}
         off: dict[str, set[int]] = {}
         for removal in after.removals:

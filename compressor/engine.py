@@ -58,7 +58,6 @@ from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.progress import Progress
-from compressor.quantised import quantisation_of
 from compressor.recipe import (
     CHANGES_NO_FIGURE,
     Evaluation,
@@ -335,7 +334,7 @@ class _Application:
         after = copy.deepcopy(before)
         self._edit(after)
         left_out = self._left_out(type(after.model))
-        is_quantised = quantisation_of(checkpoints.read_config(self.found.folder)) is not None
+        is_quantised = self.found.quantisation is not None
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
                 f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "

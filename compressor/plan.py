@@ -18,7 +18,7 @@ from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
-from compressor.quantised import format_of, quantisation_of, without_quantisation
+from compressor.quantised import format_of, without_quantisation
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
 from compressor.sources import BaseSource, TaskSource
@@ -81,7 +81,7 @@ def preview(
 ) -> Preview:
     """The same for a model whose class and config are at hand; `is_live`: and whose weights are in memory."""
     _check_evaluation(loaded, cls, config)
-    quantisation = None if is_live else quantisation_of(checkpoints.read_config(found.folder))
+    quantisation = None if is_live else found.quantisation
     structure = structure_of(cls, config, adapters)
     notes = [left_out_note(left_out)] if left_out else []
     layers = _check_passes(loaded, structure, config, notes, is_quantised=quantisation is not None)
@@ -200,7 +200,7 @@ def _stored(
 
     Which experts go does not matter for it. Raises UnsupportedModelError where experts cannot be taken out.
     """
-    if not any(found.folder.glob("*.safetensors")):
+    if not found.has_weights:
         return None
     before = disk.meta_model(found, adapters)
     after = copy.deepcopy(before)
@@ -423,7 +423,7 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
 def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """A model's MoE layers and sizes from its config alone, as `report.print_inspection` takes them."""
     found = checkpoints.find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
-    quantisation = quantisation_of(checkpoints.read_config(found.folder))
+    quantisation = found.quantisation
     config = without_quantisation(checkpoints.load_config(found))
     cls = checkpoints.model_class(found, config)
     structure = structure_of(cls, config, adapters)
@@ -469,8 +469,7 @@ def _dtype(wanted: str, config: Any, found: Checkpoint | None) -> torch.dtype:
         return getattr(torch, wanted)  # type: ignore[no-any-return]
     if isinstance(named := getattr(config, "dtype", None), torch.dtype):
         return named
-    is_here = found is not None and any(found.folder.glob("*.safetensors"))
-    shards = checkpoints.verify_files(found.folder) if found is not None and is_here else []
+    shards = checkpoints.verify_files(found.folder) if found is not None and found.has_weights else []
     return checkpoints.first_dtype(shards) or torch.float32
 
 

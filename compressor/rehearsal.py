@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from compressor import walk
 from compressor.calibration import TokenBatch
 from compressor.errors import RecipeError
 from compressor.moe import MoEModel
-from compressor.plan import Preview
+from compressor.plan import Preview, batch_sizes
 from compressor.progress import Progress
 from compressor.recipe import LoadedRecipe
 from compressor.stream import StreamedWeights
@@ -110,7 +109,7 @@ def _whole(
     for one in loaded.passes:
         sources = (*one.method.sources(), *loaded.recipe.calibration.data)
         streams = 2 if one.method.progressive else 1
-        num_batches += streams * sum(ceil(len(source.lengths()) / size) for source in sources)
+        num_batches += streams * len(batch_sizes(sources, size))
     readings = preview.plan["needs"]["readings"]
     observing = num_layers * (num_batches * batch + len(loaded.passes) * layer)
     return Rehearsal(read, batch, layer, readings * num_layers * read, observing)

@@ -34,7 +34,6 @@ from compressor.moe import Adapter, Kept, MoEModel, structure_of
 from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
-from compressor.quantised import quantisation_of
 from compressor.statistics import Statistic
 from compressor.stream import StreamedWeights
 from compressor.tasks import LoadedTasks
@@ -186,12 +185,10 @@ class OnDisk(InMemory):
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         """Parameters, and the bytes that they take as they are stored: quantised ones less than the skeleton says."""
         found = super().size(routed)
+        if self.source.quantisation is None:
+            return found
         stored = sum(sum(shard.sizes.values()) for shard in checkpoints.verify_files(self.source.folder))
-        return dataclasses.replace(found, bytes=stored) if self._is_quantised else found
-
-    @property
-    def _is_quantised(self) -> bool:
-        return quantisation_of(checkpoints.read_config(self.source.folder)) is not None
+        return dataclasses.replace(found, bytes=stored)
 
     def _run_with(self, update: Update | None) -> measure.Run:
         def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:

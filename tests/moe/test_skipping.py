@@ -547,6 +547,16 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), untouched, rtol=1e-4, atol=1e-4)
 
 
+def write_with_entry(folder, **changes):
+    """A model that skips, whose entry in config.json says something else."""
+    moe = small("mixtral")
+    moe.skip(everywhere(moe))
+    save(moe, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["compressor"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -567,24 +577,14 @@ def test_a_process_without_us_runs_it_unskipped(tmp_path):
     ],
 )
 def test_damaged_rules_are_refused(tmp_path, part, message):
-    moe = small("mixtral")
-    moe.skip(everywhere(moe))
-    save(moe, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["compressor"]["skipping"] = part
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_with_entry(tmp_path, skipping=part)
     with pytest.raises(CheckpointError, match=message):
         compressor.load(tmp_path)
 
 
 @pytest.mark.parametrize("number", [1.0, True])
 def test_a_format_is_a_whole_number(tmp_path, number):
-    moe = small("mixtral")
-    moe.skip(everywhere(moe))
-    save(moe, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["compressor"]["format"] = number
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_with_entry(tmp_path, format=number)
     with pytest.raises(CheckpointError, match=r"`compressor` should be \{\"format\": 1"):
         compressor.load(tmp_path)
 
