@@ -779,7 +779,7 @@ def kept(folder: Path) -> str:
     ("where", "name", "failure"),
     [
         (engine, "save_statistics", no_space_for_safetensors),
-        (engine, "_write_json", no_space),
+        (engine, "write_json", no_space),
         (engine.checkpoints, "save_checkpoint", no_space_for_safetensors),
         (engine, "model_card", no_space),
     ],
