@@ -27,6 +27,7 @@ from typing import IO, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from compressor import hub
 from compressor.errors import (
     CalibrationError,
     CheckpointError,
@@ -165,7 +166,8 @@ def _download(repository: str, *, weights: bool) -> Path:
     here = Path(repository).absolute()
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        with hub.not_waited_for() as unreachable:
+            return Path(snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repository}: access is gated; accept its licence on the hub and log in first."
@@ -177,8 +179,8 @@ def _download(repository: str, *, weights: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{repository}: there is no folder {here}, it is not in the hub's local cache, and the hub cannot be "
-            f"reached ({type(error).__name__}). Download it where there is a network, and give its folder; a relative "
-            f"path starts from the folder that the command runs in."
+            f"reached ({unreachable or type(error).__name__}). Download it where there is a network, and give its "
+            f"folder; a relative path starts from the folder that the command runs in."
         ) from error
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from compressor import hub
 from compressor.errors import CalibrationError
 
 Split = Literal["train", "held-out"]
@@ -142,13 +144,16 @@ class DatasetSource(BaseSource):
         """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows."""
         import datasets
 
-        try:
-            rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
-        except Exception as error:
-            raise CalibrationError(
-                f"dataset {self.dataset!r} cannot be opened: {error}. Without a network, give a local "
-                f"folder, or use a `text:`, `jsonl:` or `demo:` source."
-            ) from error
+        is_local = Path(self.dataset).exists()
+        with nullcontext() if is_local else hub.not_waited_for() as unreachable:
+            try:
+                rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+            except Exception as error:
+                why = f"the hub cannot be reached ({unreachable})" if unreachable else error
+                raise CalibrationError(
+                    f"dataset {self.dataset!r} cannot be opened: {why}. Without a network, give a local "
+                    f"folder, or use a `text:`, `jsonl:` or `demo:` source."
+                ) from error
         for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=10_000)):
             yield _document(row, self.field, f"dataset {self.dataset!r}")
 

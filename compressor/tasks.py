@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import yaml
 
+from compressor import hub
 from compressor.errors import CalibrationError, EvaluationError
 
 LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
@@ -126,14 +127,16 @@ def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
 
 
 def _load(manager: Any, name: str) -> Any:
-    try:
-        return {"groups": {}, **manager.load([name])}
-    except Exception as error:
-        raise EvaluationError(
-            f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
-            f"Those of lm-eval's tasks come from the Hugging Face hub: without a network, download them "
-            f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
-        ) from error
+    with hub.not_waited_for() as unreachable:
+        try:
+            return {"groups": {}, **manager.load([name])}
+        except Exception as error:
+            cannot = f", which cannot be reached ({unreachable})" if unreachable else ""
+            raise EvaluationError(
+                f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
+                f"Those of lm-eval's tasks come from the Hugging Face hub{cannot}: without a network, download them "
+                f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
+            ) from error
 
 
 def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:

@@ -53,6 +53,7 @@ ORDER = (
     "demo",
     "budget",
     "environment",
+    "hub",
     "processes",
     "progress",
     "_version",
