@@ -27,7 +27,7 @@ from typing import IO, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from compressor import hub
+from compressor import network
 from compressor.errors import (
     CalibrationError,
     CheckpointError,
@@ -166,7 +166,7 @@ def _download(repository: str, *, weights: bool) -> Path:
     here = Path(repository).absolute()
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        with hub.not_waited_for() as unreachable:
+        with network.not_waited_for() as unreachable:
             return Path(snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from compressor import hub
+from compressor import network
 from compressor.errors import CalibrationError
 
 Split = Literal["train", "held-out"]
@@ -145,7 +145,7 @@ class DatasetSource(BaseSource):
         import datasets
 
         is_local = Path(self.dataset).exists()
-        with nullcontext() if is_local else hub.not_waited_for() as unreachable:
+        with nullcontext() if is_local else network.not_waited_for() as unreachable:
             try:
                 rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
             except Exception as error:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from compressor import hub
+from compressor import network
 from compressor.errors import CalibrationError, EvaluationError
 
 LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
@@ -127,7 +127,7 @@ def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
 
 
 def _load(manager: Any, name: str) -> Any:
-    with hub.not_waited_for() as unreachable:
+    with network.not_waited_for() as unreachable:
         try:
             return {"groups": {}, **manager.load([name])}
         except Exception as error:

@@ -53,7 +53,7 @@ ORDER = (
     "demo",
     "budget",
     "environment",
-    "hub",
+    "network",
     "processes",
     "progress",
     "_version",

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from compressor import CalibrationError, CheckpointError, EvaluationError, hub
+from compressor import CalibrationError, CheckpointError, EvaluationError, network
 from compressor.checkpoint import find_checkpoint
 from compressor.sources import DatasetSource
 from compressor.tasks import load_tasks
@@ -28,7 +28,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Makes this machine the hub: connections are accepted and answered with these bytes; None: no answer ever."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    monkeypatch.setattr(network, "SECONDS", 0.2)
     opened: list[socket.socket] = []
 
     def listen(answer: bytes | None) -> str:
@@ -74,7 +74,7 @@ def refusing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_silence_ends(silent: str) -> None:
     started = time.monotonic()
-    with hub.not_waited_for() as problem:
+    with network.not_waited_for() as problem:
         assert problem == f"{silent} does not answer within 0.2 s"
         assert constants.is_offline_mode()
         assert datasets.config.HF_HUB_OFFLINE
@@ -86,7 +86,7 @@ def test_silence_ends(silent: str) -> None:
 
 
 def test_refusal_is_told(refusing: str) -> None:
-    with hub.not_waited_for() as problem:
+    with network.not_waited_for() as problem:
         assert problem is not None
         assert problem.startswith(f"{refusing}: ConnectError: ")
 
@@ -94,30 +94,30 @@ def test_refusal_is_told(refusing: str) -> None:
 @pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found", b"503 Busy"])
 def test_any_answer_counts(serve: Serve, status: bytes) -> None:
     serve(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
-    with hub.not_waited_for() as problem:
+    with network.not_waited_for() as problem:
         assert problem is None
         assert not constants.is_offline_mode()
 
 
 def test_it_is_asked_once(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(hub, "_asked", lambda *question: asked.append(question) or "no")
+    monkeypatch.setattr(network, "_asked", lambda *question: asked.append(question) or "no")
     for _ in range(2):
-        with hub.not_waited_for() as problem, hub.not_waited_for():
+        with network.not_waited_for() as problem, network.not_waited_for():
             assert problem == "no"
     assert len(asked) == 1
-    monkeypatch.setattr(time, "monotonic", lambda: hub._answers[silent][0] + 61)
-    with hub.not_waited_for():
+    monkeypatch.setattr(time, "monotonic", lambda: network._answers[silent][0] + 61)
+    with network.not_waited_for():
         pass
     assert len(asked) == 2
 
 
 def test_whoever_wants_no_hub_asks_none(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with hub.not_waited_for() as problem:
+    with network.not_waited_for() as problem:
         assert problem == "HF_HUB_OFFLINE is set"
     assert constants.is_offline_mode()
-    assert silent not in hub._answers
+    assert silent not in network._answers
 
 
 # What asks the hub ------------------------------------------------------------------------------------------
@@ -161,4 +161,4 @@ def test_tasks(silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_local_data_need_no_hub(silent: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "hello"}\n')
     assert list(DatasetSource(dataset=str(tmp_path)).documents(seed=0, split="train")) == ["hello"]
-    assert silent not in hub._answers
+    assert silent not in network._answers
