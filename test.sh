@@ -8,4 +8,4 @@ install "[test,check]"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # one thread a worker: more threads than cores make small models many times slower
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${WORKERS:-2}" "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

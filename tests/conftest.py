@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ logging.raiseExceptions = False  # a library's handler keeps the stderr of the t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest_plugins = ["cpu_limit", "nightly"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -32,9 +35,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _tiny_models_removed() -> Iterator[None]:
     yield
-    from tiny_models import remove_session_folder
-
-    remove_session_folder()
+    if "tiny_models" in sys.modules:
+        sys.modules["tiny_models"].remove_session_folder()
 
 
 @pytest.fixture

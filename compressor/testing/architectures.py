@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import UnsupportedModelError
-from compressor.moe import MoELayer, MoEModel
+from compressor.moe import MoELayer, MoEModel, Structure
 from compressor.testing.checks import Report, check_model
 from compressor.testing.tiny import auto_class, candidate_types, tiny_inputs, tiny_model
 
@@ -78,6 +78,20 @@ def row(model_type: str, report: Report | None = None, model: Any = None) -> tup
             )
     assert report is not None
     structure = MoEModel(model).structure
+    return (
+        *structure_cells(model_type, structure),
+        _on_disk(model),
+        _passed(report, ("keep all", "removed = masked", "saved", "saved: generate")),
+        _skipping(report),
+        _passed(report, ("uneven", "uneven saved", "uneven saved twice", "uneven refused elsewhere")),
+        _passed(report, ("padded", "padded saved")),
+        _passed(report, ("read layer by layer", "edited on disk", "edited on disk (uneven)")),
+        "; ".join(_notes(structure, report)),
+    )
+
+
+def structure_cells(model_type: str, structure: Structure) -> tuple[str, ...]:
+    """The first cells of a row: what is found without weights."""
     layer = structure.layers[-1]
     return (
         model_type,
@@ -85,13 +99,6 @@ def row(model_type: str, report: Report | None = None, model: Any = None) -> tup
         f"`{structure.top_k_leaf}`" if structure.top_k_leaf else f"fixed ({layer.top_k})",
         _routers(structure.layers),
         layer.router_probe.call,
-        _on_disk(model, layer),
-        _passed(report, ("keep all", "removed = masked", "saved", "saved: generate")),
-        _skipping(report),
-        _passed(report, ("uneven", "uneven saved", "uneven saved twice", "uneven refused elsewhere")),
-        _passed(report, ("padded", "padded saved")),
-        _passed(report, ("read layer by layer", "edited on disk", "edited on disk (uneven)")),
-        "; ".join(_notes(structure, report)),
     )
 
 
@@ -122,7 +129,7 @@ def _routers(layers: tuple[MoELayer, ...]) -> str:
     return ", ".join(dict.fromkeys(layer.router_kind for layer in layers))
 
 
-def _on_disk(model: Any, layer: MoELayer) -> str:
+def _on_disk(model: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         from compressor.checkpoint import verify_files
