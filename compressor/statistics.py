@@ -31,10 +31,11 @@ Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
 """(pass → layer path → name → figures, what they are about)"""
 
 
-Rule = Literal["summed", "largest", "total", "batches", "columns", "same"]
+Rule = Literal["summed", "spread", "largest", "total", "batches", "columns", "same"]
 """How figures of several runs, or of several processes of one run, become one:
 
     summed      [D, …]  added, domain by domain
+    spread      [D, E]  as `joined_spread` says, domain by domain
     largest     [D, …]  the largest of them, domain by domain
     total       […]     added, where domains are not kept apart
     batches     [B, …]  one batch after another
@@ -45,6 +46,7 @@ Rule = Literal["summed", "largest", "total", "batches", "columns", "same"]
 RULES: Mapping[str, Rule] = {
     "sums.": "summed",
     "sums.largest": "largest",
+    "sums.spread": "spread",
     "pairs.loss": "summed",
     "batch.": "batches",
     "single.squared_error": "batches",
@@ -333,6 +335,8 @@ def joined_figures(
             lost.append(name)  # also the path of a search, or losses of other sets
         elif rule in ("summed", "largest"):
             found[name] = _over_domains(given, places, num_domains, rule)
+        elif rule == "spread":
+            found[name] = _spread_over_domains(parts, places, num_domains)
         elif rule == "total":
             found[name] = torch.stack(given).sum(0)
         elif rule == "same":
@@ -361,6 +365,33 @@ def _over_domains(given: Sequence[Tensor], places: Sequence[Sequence[int]], num_
         present = whole[list(at)]
         whole[list(at)] = present + figures if rule == "summed" else torch.maximum(present, figures)
     return whole
+
+
+def _spread_over_domains(
+    parts: Sequence[Mapping[str, Tensor]], places: Sequence[Sequence[int]], num_domains: int
+) -> Tensor:
+    spread_DE = parts[0]["sums.spread"]
+    whole_DE = spread_DE.new_zeros(num_domains, spread_DE.shape[1])
+    for domain in range(num_domains):
+        rows = [(of, at.index(domain)) for of, at in zip(parts, map(list, places), strict=True) if domain in at]
+        names = ("sums.spread", "sums.tokens", "sums.output")
+        whole_DE[domain] = joined_spread(*(torch.stack([of[name][row] for of, row in rows]) for name in names))
+    return whole_DE
+
+
+def joined_spread(spread_GE: Tensor, tokens_GE: Tensor, output_GEH: Tensor) -> Tensor:
+    """[E] float64: Σ ‖f − mean f‖² over the tokens of all G groups, from each group's own, its number of tokens and
+    its Σ f.
+
+    What lies within the groups, and Σ_g n_g ‖mean_g − mean‖² between them: nothing large is taken from something large,
+    as in Σ‖f‖² − ‖Σf‖²/n, which leaves rounding where the spread is small. Sums of float32 numbers are exact in float64
+    as long as these are alike, so an expert with one token, or with the same answer to all, has a spread of exactly 0
+    on every machine, however the text was shared out.
+    """
+    mean_GEH = output_GEH / tokens_GE.clamp_min(1)[..., None]
+    mean_EH = output_GEH.sum(0) / tokens_GE.sum(0).clamp_min(1)[..., None]
+    between_GE = tokens_GE * (mean_GEH - mean_EH).square().sum(-1)
+    return (spread_GE + between_GE).sum(0)
 
 
 def _alike_in_all(given: Sequence[Tensor]) -> bool:

@@ -28,8 +28,8 @@ pytest_plugins = ["nightly"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models run fastest so, and to the bit alike from run to run."""
-    torch.set_num_threads(1)
+    """Tiny models run fastest so, and to the bit alike from run to run; `OMP_NUM_THREADS=2` tries another number."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

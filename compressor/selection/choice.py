@@ -159,12 +159,15 @@ def by_criterion(
     seed: int,
 ) -> Choice:
     """The experts with the largest scores; those without figures go first."""
-    missing = [need for need in sorted(criterion.needs) if not any(name in figures for name in _NEEDED[need])]
-    if missing:
-        raise ChoiceError(
-            f"{layer.path}: the criterion {criterion.name} needs `{missing[0]}`, which were not gathered; observe "
-            f"again with this criterion, or with `gather: [{missing[0]}]`"
-        )
+    for need in sorted(criterion.needs):
+        missing = [name for name in _NEEDED[need] if name not in figures]
+        if missing:
+            is_old = len(missing) < len(_NEEDED[need])
+            were = f"an older version gathered without `{missing[0]}`" if is_old else "were not gathered"
+            raise ChoiceError(
+                f"{layer.path}: the criterion {criterion.name} needs `{need}`, which {were}; observe again with this "
+                f"criterion, or with `gather: [{need}]`"
+            )
     try:
         score_E = blended_scores(
             criterion,
@@ -194,7 +197,7 @@ def _seed_of(layer: MoELayer, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {layer.path}".encode()).digest()[:6])
 
 
-_NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output",), "weights": ("weights.l1",)}
+_NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output", "sums.spread"), "weights": ("weights.l1",)}
 
 
 def notes(figures: Mapping[str, Tensor], fixed: Fixed) -> Choice:

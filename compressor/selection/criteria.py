@@ -19,7 +19,8 @@ from torch import Tensor
 
 Need = Literal["pairs", "weights", "outputs"]
 """Figures that cost more than the sums, and are gathered only for criteria that ask for them: `pairs` (losses of pairs
-of experts, from one rank more), `weights` (norms of the experts' weights), `outputs` (each expert's summed output).
+of experts, from one rank more), `weights` (norms of the experts' weights), `outputs` (each expert's summed output, and
+how far its outputs are from their mean).
 """
 
 
@@ -58,6 +59,8 @@ class ExpertFigures:
     """The largest magnitude of a number in f, over all tokens."""
     output: Tensor | None = field(default=None, repr=False)
     """[E, H]: Σ f; only where a criterion needs `outputs`."""
+    spread: Tensor | None = None
+    """Σ ‖f − mean f‖²; only for `outputs`. Not from Σ‖f‖² and Σ f, whose difference is rounding where it is small."""
     pairs: Tensor | None = field(default=None, repr=False)
     """[E, E]: the squared loss of dropping one expert (diagonal) and what two share; only for `pairs`."""
     weight_l1: Tensor | None = None

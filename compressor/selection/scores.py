@@ -14,6 +14,7 @@ from torch import Tensor
 from compressor.selection.criteria import Criterion, ExpertFigures
 from compressor.selection.objective import Blend, blend_weights
 from compressor.selection.sums import SUMS
+from compressor.statistics import joined_spread
 
 SUPER_FACTOR = 20.0
 
@@ -36,6 +37,7 @@ def expert_figures(
     of_domains = list(domains)
     optional: dict[str, Any] = {
         "output": figures["sums.output"][of_domains].double().sum(0) if "sums.output" in figures else None,
+        "spread": _spread(figures, of_domains) if "sums.spread" in figures else None,
         "pairs": figures["pairs.loss"][of_domains].sum(0) if "pairs.loss" in figures else None,
         "weight_l1": figures.get("weights.l1"),
         "weight_squared": figures.get("weights.squared"),
@@ -51,6 +53,10 @@ def expert_figures(
         **{name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS},
         **optional,
     )
+
+
+def _spread(figures: Mapping[str, Tensor], domains: list[int]) -> Tensor:
+    return joined_spread(*(figures[f"sums.{name}"][domains] for name in ("spread", "tokens", "output")))
 
 
 def _blended_pairs(figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Tensor:

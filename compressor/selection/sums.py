@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from compressor.moe import MoELayer, RankedChunk, RoutedTokens
-from compressor.statistics import RankedStatistic
+from compressor.statistics import RankedStatistic, joined_spread
 
+_PAIRS_AT_ONCE = 4096
 SUMS = (
     "tokens",
     "weight",
@@ -28,7 +29,7 @@ SUMS = (
 class ExpertSums(RankedStatistic):
     """Sums over the tokens that chose an expert, per domain; and each batch's domain and size of output.
 
-    With `outputs` also each expert's summed output, [D, E, H].
+    With `outputs` also each expert's summed output, [D, E, H], and how far its outputs are from their mean.
     """
 
     weight_norms = True
@@ -40,7 +41,8 @@ class ExpertSums(RankedStatistic):
         self._sums: list[Tensor] = []
         """One [E, 8] a domain, in the order of SUMS."""
         self._largest: list[Tensor] = []
-        self._output: dict[int, Tensor] = {}
+        self._outputs: dict[int, tuple[Tensor, ...]] = {}
+        """A domain's Σ ‖f − mean f‖² [N], numbers of tokens [N] and Σ f [N, H]; float64."""
         self._squared_output_B: list[Tensor] = []
         self._num_tokens_B: list[int] = []
         self._domain_B: list[int] = []
@@ -81,10 +83,21 @@ class ExpertSums(RankedStatistic):
         magnitude_P = torch.maximum(-smallest_P, most_P)
         self._largest[domain].scatter_reduce_(0, index_P, magnitude_P, "amax")
         if self.outputs:
-            summed_NH = torch.zeros(self.layer.num_choices, outputs_PH.shape[1], device=outputs_PH.device)
-            summed_NH.index_add_(0, index_P, outputs_PH)
-            before = self._output.get(domain)
-            self._output[domain] = summed_NH.double() if before is None else before.add_(summed_NH)
+            for start in range(0, len(index_P), _PAIRS_AT_ONCE):
+                part = slice(start, start + _PAIRS_AT_ONCE)
+                self._add_outputs(domain, index_P[part], outputs_PH[part].double())
+
+    def _add_outputs(self, domain: int, index_P: Tensor, outputs_PH: Tensor) -> None:
+        """Add some outputs, float64, to Σ f, and their squared distances from the mean: first the mean, then those."""
+        tokens_N = torch.bincount(index_P, minlength=self.layer.num_choices).double()
+        summed_NH = outputs_PH.new_zeros(len(tokens_N), outputs_PH.shape[1]).index_add_(0, index_P, outputs_PH)
+        mean_NH = summed_NH / tokens_N.clamp_min(1)[:, None]
+        squared_P = (outputs_PH - mean_NH[index_P]).square_().sum(1)
+        spread_N = torch.zeros_like(tokens_N).index_add_(0, index_P, squared_P)
+        own = (spread_N, tokens_N, summed_NH)
+        before = self._outputs.get(domain) or tuple(map(torch.zeros_like, own))
+        both = [torch.stack(pair) for pair in zip(before, own, strict=True)]
+        self._outputs[domain] = (joined_spread(*both), both[1].sum(0), both[2].sum(0))
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Add what is known of a batch as a whole."""
@@ -93,6 +106,8 @@ class ExpertSums(RankedStatistic):
         self._squared_output_B.append(wanted_TH.float().square().sum(dtype=torch.float64).cpu())
         self._num_tokens_B.append(tokens.num_tokens)
         self._domain_B.append(self._domain(tokens))
+        if self.outputs and self._domain_B[-1] not in self._outputs:  # a domain without a token
+            self._add_outputs(self._domain_B[-1], tokens.index_TK.reshape(-1), wanted_TH.double())
 
     def largest(self) -> Tensor:
         """[E] float64: the largest magnitude of a number in each expert's outputs, over all tokens of all processes."""
@@ -102,17 +117,17 @@ class ExpertSums(RankedStatistic):
         return self.processes.largest(largest_N)[: self.layer.num_experts]
 
     def tensors(self) -> dict[str, Tensor]:
-        """sums.NAME [D, E] float64 for each of SUMS, sums.largest [D, E], sums.output [D, E, H] float32 if asked for;
-        batch.squared_output [B] float64, batch.num_tokens and batch.domain [B] int64.
+        """sums.NAME [D, E] float64 for each of SUMS, sums.largest [D, E]; if asked for, sums.output [D, E, H] and
+        sums.spread [D, E] float64; batch.squared_output [B] float64, batch.num_tokens and batch.domain [B] int64.
         """
         experts = slice(self.layer.num_experts)  # what else can be chosen stands behind them
         sums_DES = torch.stack(self._sums)[:, experts].cpu()
         found = {f"sums.{name}": sums_DES[..., place].contiguous() for place, name in enumerate(SUMS)}
         found["sums.largest"] = torch.stack(self._largest)[:, experts].double().cpu()
         if self.outputs:
-            nothing_NH = torch.zeros_like(next(iter(self._output.values())))  # of a domain without a token
-            output = [self._output.get(domain, nothing_NH) for domain in range(len(self._sums))]
-            found["sums.output"] = torch.stack(output)[:, experts].float().cpu()
+            outputs = [self._outputs[domain] for domain in range(len(self._sums))]
+            found["sums.spread"] = torch.stack([spread_N for spread_N, _, _ in outputs])[:, experts].cpu()
+            found["sums.output"] = torch.stack([summed_NH for _, _, summed_NH in outputs])[:, experts].cpu()
         return found | {
             "batch.squared_output": torch.stack(self._squared_output_B),
             "batch.num_tokens": torch.tensor(self._num_tokens_B),

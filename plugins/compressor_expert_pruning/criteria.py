@@ -18,7 +18,11 @@ def frequency(figures: ExpertFigures) -> Tensor:
 
 
 def seer(figures: ExpertFigures) -> Tensor:
-    """Σ g: the router's weights, summed."""
+    """Σ g: the router's weights, as it gives them, summed over the tokens that chose the expert.
+
+    The paper's soft counting, of Mixtral. We know of no published code to compare with: where a router renormalises, so
+    do these weights.
+    """
     return figures.weight
 
 
@@ -28,12 +32,29 @@ def ean(figures: ExpertFigures) -> Tensor:
 
 
 def weighted_ean(figures: ExpertFigures) -> Tensor:
-    """Σ g‖f‖: what the expert adds to the layer's output, in size."""
+    """Σ g‖f‖: what the expert adds to the layer's output, in size; g as in `reap`, whose published code has it too."""
     return figures.weighted_norm
 
 
 def reap(figures: ExpertFigures) -> Tensor:
-    """Σ s‖f‖ / N: router-weighted expert activation, mean over the expert's own tokens."""
+    """Σ g‖f‖ / N: router-weighted expert activation, mean over the expert's own tokens.
+
+    g is what the router gives: renormalised over the token's experts where the router does so, and else not. That is
+    the paper's gate value, and for softmax routers what the published code (CerebrasResearch/reap, since March 2026)
+    computes: softmax over all experts, divided by the sum of the chosen ones where the config says `norm_topk_prob`. It
+    leaves out a factor that all tokens of a layer share, such as `routed_scaling_factor`, which changes no order.
+    We differ where that code does not follow the router: Mixtral renormalises without such a key in its config, and
+    there the code does not; of a sigmoid router (GLM-4.5, DeepSeek-V3, Llama 4) it takes a softmax of the logits, and
+    as chosen the largest logits, without the router's bias and groups. Here experts and weights are those of the model.
+    """
+    return figures.mean(figures.weighted_norm)
+
+
+def reap_renormalised(figures: ExpertFigures) -> Tensor:
+    """Σ s‖f‖ / N: the same with weights renormalised whether the router does so or not. Equal to `reap`, up to a factor
+    for the layer, where it does; otherwise (OLMoE, Qwen2-MoE, DeepSeek-V2) every token counts the same, however much
+    of its weight the router leaves to experts that were not chosen.
+    """
     return figures.mean(figures.share_norm)
 
 
@@ -50,13 +71,15 @@ def msan(figures: ExpertFigures) -> Tensor:
 def mone(figures: ExpertFigures) -> Tensor:
     """‖std f‖ × Σ g: experts that are used little and answer much the same, so that a constant could stand in, go.
 
-    Variance unbiased and per dimension: ‖std f‖² = (Σ‖f‖² − ‖Σf‖² / N) / (N − 1), 0 for one token. The published code
-    (`fusion`) divides Σ g by the number of sequences, which changes no order. No constant is put in the place here.
+    Variance unbiased and per dimension: ‖std f‖² = Σ‖f − mean f‖² / (N − 1), 0 for one token. g is the router's own
+    weight, renormalised where the router does, as in the published code (`fusion` of mode-pd). That divides Σ g by the
+    number of sequences and multiplies by a quarter, which changes no order; its running variance leaves out the first
+    batch and takes means of what it has seen so far, ours is the variance of all tokens. No constant is put in the
+    place here.
     """
-    assert figures.output is not None
-    spread = figures.squared_norm - figures.mean(figures.output.square().sum(1))
-    deviation = (spread.clamp_min(0) / (figures.tokens - 1).clamp_min(1)).sqrt()
-    return deviation * figures.weight
+    assert figures.spread is not None
+    deviation = (figures.spread / (figures.tokens - 1).clamp_min(1)).sqrt()
+    return torch.where(figures.tokens > 0, deviation * figures.weight, torch.nan)
 
 
 def aimer(figures: ExpertFigures) -> Tensor:
@@ -98,6 +121,7 @@ CRITERIA = (
     Criterion("ean", ean, "Jaiswal et al. 2025, MoE Experts Compression Suite, arXiv 2504.05586"),
     Criterion("weighted_ean", weighted_ean, "EAN with the router's weight"),
     Criterion("reap", reap, "Lasby et al. 2025, REAP the Experts, arXiv 2510.13999"),
+    Criterion("reap_renormalised", reap_renormalised, "REAP with weights renormalised in every model"),
     Criterion("man", man, "Liu et al. 2026, arXiv 2606.15716"),
     Criterion("msan", msan, "Liu et al. 2026, arXiv 2606.15716"),
     Criterion("mone", mone, "Zhang et al. 2025, MoNE, arXiv 2507.00390", frozenset({"outputs"})),

@@ -15,5 +15,5 @@ class ExpertPruning(ExpertSelection[ExpertPruningOptions]):
     """Keep the experts that change each MoE layer's output least on calibration text (arXiv 2402.14800)."""
 
     name = "expert_pruning"
-    version = "2"
+    version = "3"
     options_type: ClassVar[type[Options]] = ExpertPruningOptions

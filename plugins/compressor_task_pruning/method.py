@@ -32,7 +32,7 @@ class TaskPruning(ExpertSelection[TaskPruningOptions]):
     """Keep the experts that change each MoE layer's output least on a task's training text (arXiv 2402.14800)."""
 
     name = "task_pruning"
-    version = "1"
+    version = "2"
     options_type: ClassVar[type[Options]] = TaskPruningOptions
 
     def sources(self) -> list[TaskSource]:

@@ -102,7 +102,20 @@ def test_sources_of_the_same_name(recipe: WriteRecipe, refused: Refused, two_dom
 
 @pytest.mark.parametrize(
     "criterion",
-    ["frequency", "seer", "ean", "weighted_ean", "reap", "man", "msan", "mone", "aimer", "single_removal", "quad_mix"],
+    [
+        "frequency",
+        "seer",
+        "ean",
+        "weighted_ean",
+        "reap",
+        "reap_renormalised",
+        "man",
+        "msan",
+        "mone",
+        "aimer",
+        "single_removal",
+        "quad_mix",
+    ],
 )
 def test_every_criterion_prunes(cli: Cli, recipe: WriteRecipe, tmp_path: Path, criterion: str) -> None:
     passes = [{"expert_pruning": {"keep": 6, "criterion": criterion}}]

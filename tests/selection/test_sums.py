@@ -80,7 +80,7 @@ def test_nothing_but_what_was_asked_for(three_tokens):
     names = {f"sums.{name}" for name in (*SUMS, "largest")}
     names |= {"batch.squared_output", "batch.num_tokens", "batch.domain"}
     assert figures(three_tokens()).keys() == names
-    assert figures(three_tokens(), outputs=True).keys() == names | {"sums.output"}
+    assert figures(three_tokens(), outputs=True).keys() == names | {"sums.output", "sums.spread"}
 
 
 def test_domains_are_kept_apart_in_order_of_first_appearance(three_tokens):
