@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from compressor.selection.method import ExpertSelection
     from compressor.selection.options import SelectionOptions
     from compressor.selection.pairs import fewest_losses
-    from compressor.sources import TaskSource
+    from compressor.sources import FileName, FilePath, TaskSource
     from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Rule, Statistic
 
 _HOME = {
@@ -60,6 +60,8 @@ _HOME = {
     "Decision": "method",
     "ExpertFigures": "selection.criteria",
     "ExpertSelection": "selection.method",
+    "FileName": "sources",
+    "FilePath": "sources",
     "Gathered": "statistics",
     "JoinedStatistic": "statistics",
     "Method": "method",
@@ -102,6 +104,8 @@ __all__ = [
     "EvaluationError",
     "ExpertFigures",
     "ExpertSelection",
+    "FileName",
+    "FilePath",
     "Gathered",
     "JoinedStatistic",
     "Method",

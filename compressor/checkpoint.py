@@ -139,10 +139,10 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         from compressor.demo import model_folder
 
         return Checkpoint(reference, model_folder())
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(reference))
+    if os.path.isdir(path):
         return Checkpoint(reference, path, trust_remote_code)
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(
             f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors)."
         )

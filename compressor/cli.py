@@ -117,8 +117,12 @@ def _notes_shown() -> Iterator[None]:
 
 def _budgets(weights: str | None, memory: str | None, device_memory: str | None, disk: str | None) -> list[str]:
     """The options that stand for keys of the recipe, as it takes them."""
-    given = {"weights": weights, "memory": memory, "device_memory": device_memory, "disk": disk}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return _settings({"weights": weights, "memory": memory, "device-memory": device_memory, "disk": disk})
+
+
+def _settings(given: dict[str, str | None]) -> list[str]:
+    """Options that were given, as a recipe reads them: as texts in YAML, like those of --set."""
+    return [f"--{key}={value}" for key, value in given.items() if value is not None]
 
 
 def _run(
@@ -201,13 +205,13 @@ def check(
 
 
 @app.command()
-def inspect(model: ModelArgument, trust_remote_code: TrustOption = False) -> None:
+def inspect(model: ModelArgument, trust_remote_code: TrustOption = False, without: WithoutOption = None) -> None:
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
     _calm()
     from compressor import plan, report
     from compressor.plugins import load_plugins
 
-    adapters = load_plugins().adapters
+    adapters = load_plugins(without or []).adapters
     report.print_inspection(plan.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters), _console())
 
 
@@ -234,6 +238,7 @@ def apply(
     hard_link: Annotated[
         bool, typer.Option("--hard-link", help="Link files of weights that stay as they are, instead of copying them.")
     ] = False,
+    without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Apply a decision made before to the original model, on disk: no calibration, the same experts."""
@@ -249,6 +254,7 @@ def apply(
         trust_remote_code=trust_remote_code,
         other_model=other_model,
         hard_link=hard_link,
+        without=without or [],
         progress=Progress.detect(quiet=quiet),
     )
     if not quiet:
@@ -266,7 +272,12 @@ def decide(
     criterion: Annotated[str | None, typer.Option("--criterion", help="Criterion, such as reap.")] = None,
     blend: Annotated[str | None, typer.Option("--blend", help="mean, worst, pooled or {code: 2, prose: 1}.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other option of the method.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other option of the method, such as search=greedy. May be given again.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     without: WithoutOption = None,
     overwrite: OverwriteOption = False,
@@ -276,21 +287,12 @@ def decide(
     _calm()
     import json
 
-    import yaml
-
     from compressor import engine, report
 
-    if output.exists() and not overwrite:
+    if os.path.exists(output) and not overwrite:
         raise RecipeError(f"{output} exists. Choose another file, or say --overwrite.")
-    given = dict(text.partition("=")[::2] for text in set_ or [])
-    given |= {
-        name: text for name, text in (("keep", keep), ("criterion", criterion), ("blend", blend)) if text is not None
-    }
-    try:
-        options = {name: yaml.safe_load(text) for name, text in given.items()}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"an option cannot be read: {error}") from error
-    decided = engine.decide(statistics, method, without=without or [], **options)
+    overrides = [*(set_ or []), *_settings({"keep": keep, "criterion": criterion, "blend": blend})]
+    decided = engine.decide(statistics, method, overrides=overrides, without=without or [])
     output.write_text(json.dumps(decided, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if not quiet:
         report.print_decisions(decided, _console())

@@ -52,7 +52,7 @@ from compressor.errors import (
 )
 from compressor.journal import Journal, write_json
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
 from compressor.page import page
 from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
@@ -139,21 +139,28 @@ def compress(
 
 
 def load(
-    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    without: Iterable[str] = (),
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer) from a folder that `compress` has written.
 
     The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused and with whatever a
-    checkpoint cannot hold put back by the methods that made it. The tokenizer is None where there is none.
+    checkpoint cannot hold put back by the methods that made it. The tokenizer is None where there is none. Plugins that
+    are named in `without` are not loaded.
     """
     folder = Path(folder)
     found = checkpoints.find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     checkpoints.verify_files(found.folder)
-    adapters = load_plugins().adapters
+    plugins = load_plugins(without)
+    adapters = plugins.adapters
     model = checkpoints.load_model(found, dtype=dtype, device=device, adapters=adapters)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
-        passes = [(_method_of(done, record_path), done["decision"]) for done in _read_decision(record_path)]
+        passes = [(_method_of(done, record_path, plugins), done["decision"]) for done in _read_decision(record_path)]
         restoring = [one for one in passes if type(one[0]).restore is not Method.restore]
         if restoring:
             moe = MoEModel(model, structure_of(type(model), model.config, adapters))
@@ -162,13 +169,13 @@ def load(
     return model, checkpoints.load_tokenizer(found)
 
 
-def restore(model: Any) -> Any:
+def restore(model: Any, *, without: Iterable[str] = ()) -> Any:
     """Put back what a checkpoint cannot hold, in a model that was loaded by other means than `compressor.load`, such as
     `from_pretrained` with a `device_map`: the model skips experts as its config says. Returns the model.
 
     Raises CheckpointError where what the config says does not fit the model.
     """
-    MoEModel(model, structure_of(type(model), model.config, load_plugins().adapters)).restore_skipping()
+    MoEModel(model, structure_of(type(model), model.config, load_plugins(without).adapters)).restore_skipping()
     return model
 
 
@@ -198,6 +205,7 @@ def decide(
     statistics: str | Path | Sequence[str | Path],
     method: str = "expert_pruning",
     *,
+    overrides: Sequence[str] = (),
     without: Iterable[str] = (),
     **options: Any,
 ) -> dict[str, Any]:
@@ -205,7 +213,8 @@ def decide(
 
     `statistics` is a `statistics.safetensors` that a run has left in its output's `compressor/` folder, or several of
     them, gathered on different text, which are added up. `options` are those of the method, such as `keep=64,
-    criterion="reap"`. Returns what decision.json holds: `apply_decision` makes the smaller model from it.
+    criterion="reap"`; `overrides` are such options as texts (`keep=64`), read as a recipe's. Returns what decision.json
+    holds: `apply_decision` makes the smaller model from it.
 
     Raises CheckpointError where the files do not belong together, RecipeError where options are wrong or the figures
     cannot answer them.
@@ -216,9 +225,9 @@ def decide(
     if method not in plugins.methods:
         raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")
     chosen = plugins.methods[method]
+    made = chosen(parse_options(chosen.options_type, method, options, overrides), plugins.criteria)
     passes, about = merge_statistics([load_statistics(file) for file in files])
     names = _passes_to_decide_on(passes, about, named, method)
-    made = chosen(parse_options(chosen.options_type, method, options), plugins.criteria)
     layers = [MoELayer.described(layer) for layer in about["layers"]]
     try:
         made.check(layers)
@@ -285,6 +294,7 @@ def apply_decision(
     trust_remote_code: bool = False,
     other_model: bool = False,
     hard_link: bool = False,
+    without: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> None:
     """Apply a decision.json, or a record.json, to the original model.
@@ -299,13 +309,14 @@ def apply_decision(
     progress = progress or Progress()
     passes = _read_decision(decision_file)
     _refuse_output_over_input(output, model_reference)
-    methods = [_method_of(done, decision_file) for done in passes]
+    plugins = load_plugins(without)
+    methods = [_method_of(done, decision_file, plugins) for done in passes]
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
         found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
         fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         if not other_model:
             _refuse_other_model(decision_file, fingerprint, model_reference)
-        application = _Application(decision_file, passes, methods, found, folder, progress)
+        application = _Application(decision_file, passes, methods, plugins.adapters, found, folder, progress)
         left_out = application.on_disk(hard_link=hard_link)
         decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
         written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
@@ -320,6 +331,7 @@ class _Application:
     file: Path
     passes: Sequence[Mapping[str, Any]]
     methods: Sequence[Method[Any]]
+    adapters: Sequence[Adapter]
     found: Checkpoint
     folder: OutputFolder
     progress: Progress
@@ -329,8 +341,7 @@ class _Application:
         needing = [method.name for method in self.methods if method.needs_weights]
         if needing:
             return self.in_memory(f"{needing[0]} needs weights")
-        adapters = load_plugins().adapters
-        before = disk.meta_model(self.found, adapters)
+        before = disk.meta_model(self.found, self.adapters)
         after = copy.deepcopy(before)
         self._edit(after)
         left_out = self._left_out(type(after.model))
@@ -354,12 +365,11 @@ class _Application:
     def in_memory(self, why: str) -> LeftOut | None:
         """Load the model, edit it, save it, and compare."""
         self.progress.say(f"loading {self.found.reference}: it cannot be edited on disk, because {why}")
-        adapters = load_plugins().adapters
-        model = checkpoints.load_model(self.found, adapters=adapters)
-        moe = MoEModel(model, structure_of(type(model), model.config, adapters))
+        model = checkpoints.load_model(self.found, adapters=self.adapters)
+        moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
         self._edit(moe)
         left_out = self._left_out(type(model))
-        save_verified(moe, self.found, self.folder, _random_batch(model), left_out, adapters)
+        save_verified(moe, self.found, self.folder, _random_batch(model), left_out, self.adapters)
         return left_out
 
     def _edit(self, moe: MoEModel) -> None:
@@ -417,15 +427,14 @@ def _read_decision(path: Path) -> list[dict[str, Any]]:
         raise RecipeError(f"{path}: not a decision that a run has written: {error}") from error
 
 
-def _method_of(done: Mapping[str, Any], file: Path) -> Method[Any]:
+def _method_of(done: Mapping[str, Any], file: Path, plugins: Plugins) -> Method[Any]:
     """The method that made a decision, with the options it was made with."""
-    available = load_plugins().methods
-    if done["method"] not in available:
+    if done["method"] not in plugins.methods:
         raise RecipeError(f"{file}: no installed plugin offers the method {done['method']!r}.")
-    method = available[done["method"]]
+    method = plugins.methods[done["method"]]
     try:
-        return method(method.options_type.model_validate(done["options"]))
-    except ValueError as error:
+        return method(parse_options(method.options_type, done["method"], done["options"]))
+    except RecipeError as error:
         raise RecipeError(f"{file}: options of {done['method']!r} that it does not know: {error}") from error
 
 

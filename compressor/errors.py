@@ -18,8 +18,24 @@ it is shown with its traceback and exits with status 1.
 from __future__ import annotations
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters: of a longer one the middle is left out."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
+
+
+_LONGEST_WORD, _LONGEST_LINE = 500, 2000
+
+
 class CompressorError(Exception):
-    """Something the user can mend. The message says where, what was found and what would be right."""
+    """Something the user can mend. The message says where, what was found and what would be right; what was found is
+    shortened there if nobody could read it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(
+            shortened(" ".join(shortened(word, _LONGEST_WORD) for word in line.split(" ")), _LONGEST_LINE)
+            for line in super().__str__().split("\n")
+        )
 
 
 class RecipeError(CompressorError):

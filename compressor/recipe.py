@@ -17,6 +17,7 @@ Not supported: YAML merge keys (`<<`), tags, several documents in one file.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -40,8 +41,8 @@ from pydantic import (
     model_validator,
 )
 
-from compressor.errors import RecipeError
-from compressor.sources import SOURCE_KINDS, Source
+from compressor.errors import RecipeError, shortened
+from compressor.sources import SOURCE_KINDS, FileName, FilePath, Source
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -54,6 +55,8 @@ KeyPath = tuple[str | int, ...]
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
+_TOO_LARGE = 2**63
+"""No count, seed or size is as large as this."""
 MAX_BYTES = 256 * 1024
 MAX_VALUES = 10_000
 
@@ -92,7 +95,7 @@ class Evaluation(_Settings):
     """What is measured before and after."""
 
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks, or the local ones of `task_path`")
-    task_path: Path | None = Field(
+    task_path: FilePath | None = Field(
         default=None, description="a folder of lm-eval task files (YAML), like lm-eval's include_path"
     )
     limit: int | None = Field(default=None, ge=1, description="documents per task; default all")
@@ -162,12 +165,16 @@ def _bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
-    if re.fullmatch(r"\d+(\.\d+)?e\+?\d+", text):  # a number that YAML takes for text
-        return round(float(text))
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", text)
-    if not found:
-        raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {value!r}")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    if found:
+        size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    elif re.fullmatch(r"\d+(\.\d+)?e\+?\d+", text):  # a number that YAML takes for text
+        size = float(text)
+    else:
+        raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {_in_yaml(value)}")
+    if size >= _TOO_LARGE:
+        raise ValueError(f"found {_in_yaml(value)}, which is more than any machine has")
+    return round(size)
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
@@ -177,7 +184,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 class Recipe(_Settings):
     """What to compress, on which text, with which passes, and what to measure."""
 
-    model: str = Field(min_length=1, description="the model to compress: a hub id, a local folder, or demo")
+    model: FileName = Field(min_length=1, description="the model to compress: a hub id, a local folder, or demo")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="number format to load the weights in; auto is the checkpoint's own"
     )
@@ -205,7 +212,7 @@ class Recipe(_Settings):
         min_length=1, description="a list of methods with their options, applied in order"
     )
     evaluate: Evaluation | None = Field(default=None, description="what is measured before and after")
-    output: Path | None = Field(default=None, description="folder for the smaller model")
+    output: FilePath | None = Field(default=None, description="folder for the smaller model")
 
     @field_validator("device_memory")
     @classmethod
@@ -331,14 +338,20 @@ def resolve_passes(loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]
     return passes
 
 
-def parse_options(options_type: type[_ModelT], method: str, given: Mapping[str, Any]) -> _ModelT:
-    """A method's options that stand in no recipe. Raises RecipeError with all mistakes, worded as those of a recipe."""
+def parse_options(
+    options_type: type[_ModelT], method: str, given: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> _ModelT:
+    """A method's options that stand in no recipe, and texts such as `keep=4` that change them. Raises RecipeError with
+    all mistakes, worded as those of a recipe.
+    """
     document, path = Document(), ("passes", 0, method)
     document.read_python({"passes": [{method: given}]})
+    for override in overrides:
+        document.override(override, inside=path)
     options = _validate(options_type, document, path)
-    mistakes = [f"{_dotted(one.path[2:])}: {one.message}" for one in document.mistakes]
+    mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes, key=_place_of)]
     if options is None or mistakes:
-        raise RecipeError("\n".join(mistakes))
+        raise RecipeError("\n".join(str(one).removeprefix("recipe ") for one in mistakes))
     return options
 
 
@@ -388,6 +401,10 @@ class _Mistake:
     def __str__(self) -> str:
         path = _dotted(self.path)
         return f"{self.place.text}{' ' if path else ''}{path}: {self.message}"
+
+
+def _place_of(mistake: _Mistake) -> _Place:
+    return mistake.place
 
 
 class _UnreadableError(Exception):
@@ -447,7 +464,7 @@ class Document:
 
     def raise_mistakes(self) -> None:
         """Raise one RecipeError with all mistakes in the order of the file, if there are any."""
-        mistakes, self._mistakes = sorted(self._mistakes, key=lambda mistake: mistake.place), []
+        mistakes, self._mistakes = sorted(self._mistakes, key=_place_of), []
         if mistakes:
             raise RecipeError("\n".join(dict.fromkeys(map(str, mistakes))))
 
@@ -518,6 +535,8 @@ class Document:
             value = yaml.constructor.SafeConstructor().construct_object(node)
         except (ValueError, LookupError):
             return self._refuse(path, f"found {_in_yaml(text)}, which is not a value of type {tag}")
+        if tag == "int" and abs(value) >= _TOO_LARGE:
+            return self._refuse(path, f"found {shortened(text, 60)}, {_LARGE}")
         if tag != "bool" and (re.match(r"[-+]?0[0-7_]", text) or ":" in text):
             advice = f'write {value}, or "{text}" in quotes if a text is meant'
             return self._refuse(path, f"found {text}, which YAML reads as {value}; {advice}")
@@ -558,19 +577,26 @@ class Document:
             return {k: self._copy(item, (*path, k)) for k, item in value.items() if isinstance(k, str)}
         if isinstance(value, list | tuple):
             return [self._copy(item, (*path, i)) for i, item in enumerate(value)]
+        if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+            return self._refuse(path, f"found a number of {value.bit_length()} bits, {_LARGE}")
         return str(value) if isinstance(value, Path) else value
 
     # From the command line
 
-    def override(self, text: str) -> None:
-        """Apply `PATH=VALUE`. What is wrong with it becomes a mistake."""
+    def override(self, text: str, *, inside: KeyPath = ()) -> None:
+        """Apply `PATH=VALUE`, PATH from `inside` on; or `--key=VALUE`, the option of a command that stands for a key.
+        What is wrong with it becomes a mistake.
+        """
         dotted, equals, written = text.partition("=")
-        keys = re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")
-        place = self._next_setting(f"--set {text}")
+        is_option = dotted.startswith("--")
+        place = self._next_setting(text if is_option else f"--set {text}")
+        dotted = dotted.removeprefix("--").replace("-", "_") if is_option else dotted.strip()
+        keys = re.sub(r"\[(\d+)\]", r".\1", dotted).split(".")
         try:
             if not equals or not all(keys):
-                raise _UnreadableError(place, "expected PATH=VALUE, such as passes.0.expert_pruning.keep=4")
-            path = self._find(keys, place)
+                example = "keep=4" if inside else "passes.0.expert_pruning.keep=4"
+                raise _UnreadableError(place, f"expected {'NAME' if inside else 'PATH'}=VALUE, such as {example}")
+            path = self._find(keys, place, inside)
             node = _compose(written, lambda line, column: place)
             self._forget(path)
             value = self._build(node, path, lambda line, column: place) if node else None
@@ -585,27 +611,30 @@ class Document:
 
     def _next_setting(self, text: str) -> _Place:
         self._num_settings += 1
-        return _Place((1, self._num_settings, 0), text)
+        return _Place((1, self._num_settings, 0), shortened(text, 120))
 
-    def _find(self, keys: Sequence[str], place: _Place) -> KeyPath:
-        """The path that an override names; only its last key may be new."""
-        path: KeyPath = ()
-        value: Any = self.data
+    def _find(self, keys: Sequence[str], place: _Place, inside: KeyPath) -> KeyPath:
+        """The path that an override names; only its last key may be new, but any key of a method's options: those are
+        known to the method.
+        """
+        path = inside
+        value: Any = self.at(inside)
         for num_left, key in zip(reversed(range(len(keys))), keys, strict=True):
-            name = _dotted(path) or "the recipe"
+            name = _dotted(path[len(inside[:2]) :]) or "the recipe"
             if isinstance(value, list):
                 if not key.isdecimal():
-                    raise _UnreadableError(place, f"{name} is a list, expected a number from 0 after it, found {key!r}")
-                if int(key) >= len(value):
+                    found = _in_yaml(key)
+                    raise _UnreadableError(place, f"{name} is a list, expected a number from 0 after it, found {found}")
+                if len(key) > 9 or int(key) >= len(value):
                     entries = "1 entry" if len(value) == 1 else f"{len(value)} entries"
                     raise _UnreadableError(place, f"{name} has {entries}, counted from 0")
                 path, value = (*path, int(key)), value[int(key)]
             elif isinstance(value, dict | None):
-                inside = value or {}
-                if num_left and key not in inside:
-                    message = f"{name} has no key {key!r}{_did_you_mean(key, inside)}"
+                known = value or {}
+                if num_left and key not in known and not _is_in_options(path):
+                    message = f"{name} has no key {_in_yaml(key)}{_did_you_mean(key, known)}"
                     raise _UnreadableError(place, f"{message} Only the last key may be new")
-                path, value = (*path, key), inside.get(key)
+                path, value = (*path, key), known.get(key)
             else:
                 raise _UnreadableError(place, f"{name} is {_in_yaml(value)}, which has nothing inside to set")
         return path
@@ -620,9 +649,11 @@ class Document:
     def _put(self, path: KeyPath, value: Any, place: _Place) -> None:
         self._values[path] = self._keys[path] = place
         parent: Any = self.data
-        for key in path[:-1]:
-            if parent[key] is None:
+        for number, key in enumerate(path[:-1], start=1):
+            if isinstance(parent, dict) and parent.get(key) is None:
                 parent[key] = {}
+                for known in (self._values, self._keys):
+                    known.setdefault(path[:number], place)
             parent = parent[key]
         parent[path[-1]] = value
 
@@ -630,6 +661,7 @@ class Document:
 # YAML text → nodes -----------------------------------------------------------------------------------------
 
 _TAG = "tag:yaml.org,2002:"
+_LARGE = "expected one between -2^63 and 2^63"
 _RECIPE_MAPPING = "a mapping with at least model, calibration and passes"
 
 
@@ -693,11 +725,16 @@ def _unknown_tag(node: yaml.Node) -> str:
     return f"found the tag {tag.replace(_TAG, '!!')}, expected a value without a tag"
 
 
+def _is_in_options(path: KeyPath) -> bool:
+    """Whether the mapping at `path` is a method's options, or is in them."""
+    return path[:1] == ("passes",) and len(path) >= 3
+
+
 def _may_be_number(path: KeyPath) -> bool:
     """Whether keys of the mapping at `path` may be whole numbers, which are kept as texts: those inside an option of a
     method may, such as numbers of layers.
     """
-    return path[:1] == ("passes",) and len(path) > 3
+    return _is_in_options(path) and len(path) > 3
 
 
 def _is_number(node: yaml.Node) -> bool:
@@ -877,7 +914,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _dotted(path: KeyPath) -> str:
     """`("passes", 0, "expert_pruning", "keep")` → `passes[0].expert_pruning.keep`."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    keys = (f"[{key}]" if isinstance(key, int) else f".{shortened(key, 120)}" for key in path)
+    return "".join(keys).removeprefix(".")
 
 
 def _in_yaml(value: Any) -> str:
@@ -890,8 +928,7 @@ def _in_yaml(value: Any) -> str:
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(repr(value), 60)
 
 
 def _found(value: Any, plain: str | None) -> str:

@@ -8,13 +8,14 @@ makes batches of what is read.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from compressor import network
 from compressor.errors import CalibrationError
@@ -23,6 +24,32 @@ Split = Literal["train", "held-out"]
 Messages = list[dict[str, Any]]
 """A chat: `[{"role": "user", "content": "…"}, …]`, rendered by the tokenizer's chat template."""
 Document = str | Messages
+MOST = 10_000_000
+"""Sequences of a source, and tokens of a sequence: more is a slip of the pen."""
+
+
+_NameT = TypeVar("_NameT", str, Path)
+
+
+def _possible_name(name: _NameT) -> _NameT:
+    """Refuses what no file can be called, so that nothing fails on it later."""
+    try:
+        lengths = [len(os.fsencode(part)) for part in Path(name).parts]
+    except UnicodeEncodeError as error:
+        raise ValueError("found half of a UTF-16 pair in a name, which no file can have") from error
+    if "\0" in str(name):
+        raise ValueError("found a NUL character in a name, which no file can have")
+    if max(lengths, default=0) > 255 or sum(lengths) + len(lengths) > 4095:
+        raise ValueError(
+            f"found a name of {max(lengths):,} bytes in a path of {sum(lengths):,}; a file can have 255 and 4,095"
+        )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_possible_name)]
+"""A text that may be a path: a hub id or a folder, a task or its file."""
+FilePath = Annotated[Path, AfterValidator(_possible_name)]
+"""A path that a file can have."""
 
 
 class BaseSource(BaseModel):
@@ -31,8 +58,8 @@ class BaseSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str | None = Field(default=None, description="what the figures of this source are called")
-    samples: int = Field(default=128, ge=1, description="number of sequences to take")
-    length: int = Field(default=2048, ge=2, description="tokens per sequence")
+    samples: int = Field(default=128, ge=1, le=MOST, description="number of sequences to take")
+    length: int = Field(default=2048, ge=2, le=MOST, description="tokens per sequence")
 
     @property
     def title(self) -> str:
@@ -85,7 +112,7 @@ class DemoSource(BaseSource):
 class TextSource(BaseSource):
     """A UTF-8 text file, one document: `text: corpus.txt`. Sequences are cut from its start."""
 
-    text: Path = Field(description="a UTF-8 text file")
+    text: FilePath = Field(description="a UTF-8 text file")
 
     def _default_title(self) -> str:
         return self.text.stem
@@ -106,7 +133,7 @@ class JsonLinesSource(BaseSource):
     A chat is a list of messages, each with `role` and `content`. Without `field`, that is `text`, or else `messages`.
     """
 
-    jsonl: Path = Field(description="a JSON-lines file, one document a line")
+    jsonl: FilePath = Field(description="a JSON-lines file, one document a line")
     field: str | None = Field(
         default=None, description="the key that holds the text, or the messages of a chat; default text or messages"
     )
@@ -130,7 +157,7 @@ class JsonLinesSource(BaseSource):
 class DatasetSource(BaseSource):
     """A Hugging Face dataset, on the hub or in a folder, streamed: `dataset: allenai/c4, config: en`."""
 
-    dataset: str = Field(description="hub id or local folder of a Hugging Face dataset")
+    dataset: FileName = Field(description="hub id or local folder of a Hugging Face dataset")
     config: str | None = Field(default=None, description="the dataset's configuration, such as a language")
     split: str = Field(default="train", description="the dataset's split")
     field: str | None = Field(
@@ -168,12 +195,12 @@ class DatasetSource(BaseSource):
 class TokensSource(BaseSource):
     """Ready-made ids, in order, without a tokenizer: `tokens: ids.jsonl`, lines of `{"input_ids": [...]}`."""
 
-    tokens: Path = Field(description='a JSON-lines file of {"input_ids": [...]}')
+    tokens: FilePath = Field(description='a JSON-lines file of {"input_ids": [...]}')
     samples: int | None = Field(  # type: ignore[assignment]
-        default=None, ge=1, description="number of sequences to take; default all"
+        default=None, ge=1, le=MOST, description="number of sequences to take; default all"
     )
     length: int | None = Field(  # type: ignore[assignment]
-        default=None, ge=2, description="cut sequences to so many tokens; default whole"
+        default=None, ge=2, le=MOST, description="cut sequences to so many tokens; default whole"
     )
 
     def _default_title(self) -> str:
@@ -202,8 +229,8 @@ class TaskSource(BaseSource):
     Never the documents that the task is measured on, unless `split` names them.
     """
 
-    task: str = Field(min_length=1, description="lm-eval task or group; or the path of a task's YAML file")
-    task_path: Path | None = Field(
+    task: FileName = Field(min_length=1, description="lm-eval task or group; or the path of a task's YAML file")
+    task_path: FilePath | None = Field(
         default=None, description="a folder of lm-eval task files (YAML) in which the task is looked for first"
     )
     split: Literal["train", "validation", "test"] | None = Field(
@@ -305,7 +332,7 @@ def _shuffled(documents: Iterable[_T], seed: int) -> list[_T]:
 
 
 def _check_file(path: Path, title: str) -> None:
-    if not path.exists():
+    if not os.path.exists(path):
         raise CalibrationError(f"source {title!r}: there is no file {path}.")
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compressor import ExpertSelection, Options, SelectionOptions, TaskSource
+from compressor import ExpertSelection, FileName, FilePath, Options, SelectionOptions, TaskSource
 
 
 class TaskPruningOptions(SelectionOptions):
     """The task, how much of its text, and how experts are chosen (`keep` or `drop`, one of them)."""
 
-    task: str = Field(
+    task: FileName = Field(
         min_length=1, description="lm-eval task or group whose training documents are the text; or a task's YAML file"
     )
-    task_path: Path | None = Field(
+    task_path: FilePath | None = Field(
         default=None, description="a folder of lm-eval task files (YAML) in which the task is looked for first"
     )
     split: Literal["train", "validation", "test"] | None = Field(
@@ -24,8 +23,10 @@ class TaskPruningOptions(SelectionOptions):
         description="take this split's documents; default the training split, or else a validation split that the task "
         "is not measured on",
     )
-    samples: int = Field(default=128, ge=1, description="number of sequences of the task's text to take, at most")
-    length: int = Field(default=2048, ge=2, description="tokens per sequence")
+    samples: int = Field(
+        default=128, ge=1, le=10_000_000, description="number of sequences of the task's text to take, at most"
+    )
+    length: int = Field(default=2048, ge=2, le=10_000_000, description="tokens per sequence")
 
 
 class TaskPruning(ExpertSelection[TaskPruningOptions]):
