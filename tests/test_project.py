@@ -74,6 +74,8 @@ PUBLIC = [
     "EvaluationError",
     "ExpertFigures",
     "ExpertSelection",
+    "FileName",
+    "FilePath",
     "Gathered",
     "JoinedStatistic",
     "Method",
