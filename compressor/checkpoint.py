@@ -21,13 +21,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
-from compressor import network
 from compressor.errors import (
     CalibrationError,
     CheckpointError,
@@ -37,6 +36,8 @@ from compressor.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from compressor.files import INDEX, SINGLE, each_name_once, files_beside, names_of_weights, read_index, refuse_adapter
+from compressor.hub import download_side_files, download_weights
 from compressor.journal import Journal, force_to_disk, put_in_place
 from compressor.moe import (
     KEY,
@@ -53,22 +54,6 @@ from compressor.quantised import quantisation_of, quantiser, refusal, to_dequant
 
 DEMO = "demo"
 
-INDEX = "model.safetensors.index.json"
-"""The file that says which shard holds which tensor."""
-_SINGLE = "model.safetensors"
-_NOT_CARRIED = {"config.json", INDEX, "README.md", ".gitattributes"}
-_WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".pkl",
-}
 _EXTRA = "mtp|nextn"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -107,11 +92,14 @@ _T = TypeVar("_T", bound=Hashable)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint found: how the user called it, the local folder, and whether its Python code may run."""
+    """A checkpoint found: how the user called it, the local folder, whether its Python code may run, and whether the
+    folder is the hub's cache of it.
+    """
 
     reference: str
     folder: Path
     trust_remote_code: bool = False
+    is_of_hub: bool = False
 
     @property
     def has_tokenizer(self) -> bool:
@@ -120,8 +108,11 @@ class Checkpoint:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds weights: to look at a hub model, only its small files are downloaded."""
-        return any(self.folder.glob("*.safetensors"))
+        """Whether the folder holds weights: to look at a hub model, all but these is downloaded, and all or none of
+        them count.
+        """
+        read = {*(read_index(self.folder) or {"": SINGLE}).values()} if self.is_of_hub else ()
+        return all((self.folder / name).exists() for name in read) if read else any(self.folder.glob("*.safetensors"))
 
     @property
     def quantisation(self) -> dict[str, Any] | None:
@@ -132,8 +123,8 @@ class Checkpoint:
 def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
 
-    With `weights` False only the small files are needed and downloaded. Raises CheckpointError if there is no such
-    folder, or the hub cannot be reached and its cache does not hold the model.
+    With `weights` False all but weights is needed and downloaded. Raises CheckpointError if there is no such folder, or
+    the hub cannot be reached and its cache does not hold the model, or an adapter lies in it.
     """
     if reference == DEMO:
         from compressor.demo import model_folder
@@ -141,6 +132,7 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         return Checkpoint(reference, model_folder())
     path = Path(os.path.expanduser(reference))
     if os.path.isdir(path):
+        refuse_adapter(path, reference)
         return Checkpoint(reference, path, trust_remote_code)
     if os.path.exists(path):
         raise CheckpointError(
@@ -151,37 +143,16 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
             f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
             f"is called `{DEMO}`."
         )
-    return Checkpoint(reference, _download(reference, weights=weights), trust_remote_code)
+    found = Checkpoint(reference, download_side_files(reference), trust_remote_code, is_of_hub=True)
+    refuse_adapter(found.folder, reference)
+    return with_weights(found) if weights else found
 
 
-def _download(repository: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    here = Path(repository).absolute()
-    patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"] + (["*.safetensors"] if weights else [])
-    try:
-        with network.not_waited_for() as unreachable:
-            return Path(snapshot_download(repository, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repository}: access is gated; accept its licence on the hub and log in first."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repository}: there is no folder {here}, and there is no such model on the hub, or it is private."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{repository}: there is no folder {here}, it is not in the hub's local cache, and the hub cannot be "
-            f"reached ({unreachable or type(error).__name__}). Download it where there is a network, and give its "
-            f"folder; a relative path starts from the folder that the command runs in."
-        ) from error
+def with_weights(found: Checkpoint) -> Checkpoint:
+    """The checkpoint, its weights downloaded where they are on the hub. Raises CheckpointError as above."""
+    if found.is_of_hub:
+        download_weights(found.reference, found.folder)
+    return found
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -358,23 +329,8 @@ def verify_files(folder: Path) -> list[Shard]:
     Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard,
     and for weights in a format other than safetensors.
     """
-    weight_map = _read_index(folder)
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
-        if _SINGLE not in names and (folder / _SINGLE).exists():
-            raise CheckpointError(
-                f"{folder}: it holds {_SINGLE} and an index of other files, {INDEX}: two models, of which readers take "
-                f"one or the other. Move the one away that is not meant."
-            )
-    elif (folder / _SINGLE).exists():
-        names = [_SINGLE]
-    else:
-        other = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
-        found = f"found {', '.join(other[:3])}" if other else "found no weights at all"
-        raise CheckpointError(
-            f"{folder}: expected {_SINGLE} or {INDEX}, {found}. Only safetensors are read: convert other formats with "
-            f"`from_pretrained` and `save_pretrained` of a transformers you trust."
-        )
+    weight_map = read_index(folder)
+    names = names_of_weights([path.name for path in folder.iterdir()], weight_map, str(folder))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(
@@ -392,23 +348,6 @@ def first_dtype(shards: Iterable[Shard]) -> torch.dtype | None:
     return next((dtype for dtype in known if dtype is not None and dtype.is_floating_point), None)
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name → file, as the index of shards says; None where there is no index."""
-    path = folder / INDEX
-    if not path.exists():
-        return None
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_name_once)["weight_map"]
-        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError("`weight_map` does not map names of tensors to names of files")
-        outside = [name for name in weight_map.values() if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
-        if outside:
-            raise ValueError(f"it names {outside[0]}, which is outside the checkpoint's folder")
-        return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as an index of shards: {error}") from error
-
-
 def _read_header(path: Path) -> Shard:
     size = path.stat().st_size
     try:
@@ -419,7 +358,7 @@ def _read_header(path: Path) -> Shard:
             if length > min(size, 2**30):
                 raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
             text = file.read(length)
-        header = json.loads(text, object_pairs_hook=_each_name_once)
+        header = json.loads(text, object_pairs_hook=each_name_once)
         metadata = header.pop("__metadata__", {})
         places = sorted((entry["data_offsets"], name) for name, entry in header.items())
         tensors = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for _, name in places}
@@ -444,15 +383,6 @@ def _read_header(path: Path) -> Shard:
     sizes = {name: end - begin for (begin, end), name in places}
     offsets = {name: 8 + length + begin for (begin, _), name in places}
     return Shard(path, tensors, sizes, offsets, metadata, hashlib.sha256(text).hexdigest(), size)
-
-
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which every name may stand once only."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name} is listed twice")
-    return found
 
 
 def _check_entry(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
@@ -575,8 +505,8 @@ def find_left_out(folder: Path, config: Any, cls: Any) -> LeftOut | None:
 
 def _tensor_sizes(folder: Path) -> dict[str, int | None]:
     """Tensor name → bytes, or None where its file is not there."""
-    files = _read_index(folder)
-    shards = {*files.values()} if files else {_SINGLE}
+    files = read_index(folder)
+    shards = {*files.values()} if files else {SINGLE}
     known = [_read_header(folder / name) for name in sorted(shards) if (folder / name).exists()]
     return dict.fromkeys(files or (), None) | {name: size for shard in known for name, size in shard.sizes.items()}
 
@@ -1073,14 +1003,13 @@ def save_checkpoint(
     with quiet_transformers():
         model.save_pretrained(folder)
     dtype = str(model.dtype).removeprefix("torch.")
-    write_beside_weights(source, folder, model.config, read_config(folder), dtype, counts, left_out)
+    write_beside_weights(source, folder, model.config, dtype, counts, left_out)
 
 
 def write_beside_weights(
     source: Path | None,
     folder: Path,
     config: Any,
-    written: Mapping[str, Any],
     dtype: str | None,
     counts: Mapping[ConfigLeaf, int],
     left_out: LeftOut | None = None,
@@ -1088,10 +1017,10 @@ def write_beside_weights(
 ) -> None:
     """Write all that a checkpoint holds beside its weights: config.json, and the source's other files.
 
-    `config` is that of the smaller model, `written` the same as transformers writes it. `dtype` None leaves that as it
-    is; `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
+    `config` is that of the smaller model. `dtype` is what all weights have now, None that they have what they had;
+    `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
     """
-    raw = (read_config(source) if source else dict(written)) | copy.deepcopy(dict(changes or {}))
+    raw = read_config(source or folder) | copy.deepcopy(dict(changes or {}))
     for leaf, value in counts.items():
         _patch_count(raw, leaf, config, value)
     raw.pop(KEY, None)
@@ -1099,12 +1028,11 @@ def write_beside_weights(
         raw[KEY] = getattr(config, KEY)
     if left_out:
         left_out.patch(raw)
-    _patch_rope(raw, written)
-    if dtype:
-        raw |= {"dtype": dtype, "torch_dtype": dtype}
+    _patch_rope(raw, config.to_dict())
+    _patch_dtype(raw, dtype)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if source:
-        _carry_over(source, folder)
+        files_beside(source).copy(folder)
 
 
 def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int) -> None:
@@ -1113,25 +1041,43 @@ def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int)
         _holder(raw, (*leaf.path, name))[name] = value
 
 
-def _patch_rope(raw: dict[str, Any], written: Mapping[str, Any]) -> None:
-    """Add the other spelling of the rotary embedding's settings: `rope_parameters`, or `rope_theta` and
-    `rope_scaling`.
+def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
+    """Add the other spelling of the rotary embedding's settings, in every part that has some: `rope_parameters`, or
+    `rope_theta` and `rope_scaling`. `read` is the config as transformers reads it.
+
+    Where kinds of layers have settings of their own, those of full attention are the ones without a name, and of the
+    others only the base has an older one; a `rope_scaling` there would count for all of them.
     """
-    rope = written.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
+    for key, part in read.items():
+        if isinstance(part, dict) and isinstance(raw.get(key), dict) and key != "rope_parameters":
+            _patch_rope(raw[key], part)
+    rope = read.get("rope_parameters") or {}
+    main, local = (rope, {}) if "rope_theta" in rope else (rope.get("full_attention"), rope.get("sliding_attention"))
+    found = {"rope_parameters": rope, "rope_theta": (main or {}).get("rope_theta")}
+    if found["rope_theta"] is None:
         return
-    raw.setdefault("rope_parameters", rope)
-    raw.setdefault("rope_theta", rope["rope_theta"])
-    if rope.get("rope_type", "default") != "default":
-        raw.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    found["rope_local_base_freq"] = (local or {}).get("rope_theta")
+    if main is rope and rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    raw |= {key: value for key, value in found.items() if value is not None and raw.get(key) is None}
 
 
-def _carry_over(source: Path, folder: Path) -> None:
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in _NOT_CARRIED and path.suffix not in _WEIGHT_SUFFIXES:
-            if path.name.endswith(".index.json"):
-                continue
-            shutil.copyfile(path, folder / path.name)
+def _patch_dtype(raw: dict[str, Any], dtype: str | None) -> None:
+    """Write the dtype by both of its names, in config.json itself and in every part that names one; None leaves each
+    part's own.
+    """
+    for part in (raw, *_parts(raw)):
+        own = dtype or part.get("dtype") or part.get("torch_dtype")
+        if own and (part is raw or "dtype" in part or "torch_dtype" in part):
+            part |= {"dtype": own, "torch_dtype": own}
+
+
+def _parts(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configs inside a config.json, at any depth; what it says of quantisation is none."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and key not in ("quantization_config", KEY):
+            yield value
+            yield from _parts(value)
 
 
 @contextmanager

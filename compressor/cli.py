@@ -198,8 +198,10 @@ def check(
     if probe:
         import dataclasses
 
+        from compressor.checkpoint import with_weights
         from compressor.rehearsal import rehearse
 
+        with_weights(preview.checkpoint)
         needs["seconds"] = dataclasses.asdict(rehearse(loaded, preview, plugins.adapters))
     report.print_plan({**preview.plan, "needs": needs}, _console())
 

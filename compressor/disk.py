@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor.checkpoint import BITS, INDEX, TORCH, Checkpoint, LeftOut, Shard
+from compressor.checkpoint import BITS, TORCH, Checkpoint, LeftOut, Shard
 from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
+from compressor.files import INDEX
 from compressor.journal import force_to_disk
 from compressor.moe import (
     SWITCHED_OFF,
@@ -234,11 +235,10 @@ class Edit:
         leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
         counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
         raw = checkpoints.read_config(source)
-        written = json.loads(config.to_json_string())
-        dtype = None if quantisation_of(raw) is not None else self._dtype()
-        checkpoints.write_beside_weights(
-            source, folder, config, written, dtype, counts, self.left_out, self._quantisation_after(raw)
-        )
+        changes = self._quantisation_after(raw)
+        if quantisation_of(raw) is None and (dtype := self._dtype()):
+            changes["dtype"] = dtype
+        checkpoints.write_beside_weights(source, folder, config, None, counts, self.left_out, changes)
         for name in _QUANTISATION_FILES:
             if (source / name).exists():
                 beside = self._in_new_names(json.loads((source / name).read_text(encoding="utf-8")))

@@ -50,6 +50,7 @@ from compressor.errors import (
     RecipeError,
     UnsupportedModelError,
 )
+from compressor.files import files_beside
 from compressor.journal import Journal, write_json
 from compressor.method import Decision, Method, OptionError
 from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
@@ -316,11 +317,15 @@ def apply_decision(
         fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         if not other_model:
             _refuse_other_model(decision_file, fingerprint, model_reference)
+        beside = files_beside(found.folder)
+        if beside.left:
+            progress.say(beside.note)
         application = _Application(decision_file, passes, methods, plugins.adapters, found, folder, progress)
         left_out = application.on_disk(hard_link=hard_link)
         decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
         written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
-        write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out))
+        left_behind = {"left_behind": list(beside.left)} if beside.left else {}
+        write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out) | left_behind)
         folder.finish()
 
 
@@ -357,7 +362,8 @@ class _Application:
             if is_quantised:
                 raise
             return self.in_memory(str(error))
-        self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link))
+        beside = files_beside(self.found.folder).num_bytes
+        self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link) + beside)
         with self.progress.task("editing on disk, without loading the model: bytes") as update:
             edit.write(self.folder.path, hard_link=hard_link, progress=update)
         return left_out
@@ -582,12 +588,16 @@ class _Run:
     def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
         with self._timed("check"):
             subject = self._subject(given_model)
+            beside = files_beside(subject.checkpoint.folder) if folder and subject.checkpoint else None
             if folder:
+                num_bytes = beside.num_bytes if beside else 0
                 folder.require_space(
-                    subject.preview.plan["needs"]["disk"], who="the run, with what it keeps of the text,"
+                    subject.preview.plan["needs"]["disk"] + num_bytes, who="the run, with what it keeps of the text,"
                 )
         if subject.preview.left_out:
             self.progress.say(plan.left_out_note(subject.preview.left_out))
+        if beside and beside.left:
+            self.progress.say(beside.note)
         with self._timed("read text"):
             tokenizer = given_tokenizer
             if tokenizer is None and subject.checkpoint is not None:
@@ -609,6 +619,8 @@ class _Run:
                 piece.save(folder, _check_batch(self._batches(sources.by_pass[0])[0]))
         moe = piece.moe
         record = self._record(subject, sources, passes, about)
+        if beside and beside.left:
+            record["left_behind"] = list(beside.left)
         if before is not None and after is not None:
             if subject.checkpoint:
                 before["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
@@ -680,7 +692,7 @@ class _Run:
             loaded = dataclasses.replace(loaded, recipe=recipe, passes=())
         if given_model is None:
             preview = plan.check(loaded, self.plugins.adapters)
-            found = checkpoints.find_checkpoint(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
+            found = checkpoints.with_weights(preview.checkpoint)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             return _Subject(found, None, checkpoints.load_config(found), preview, digest)
         config = given_model.config

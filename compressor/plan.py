@@ -16,6 +16,7 @@ from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
+from compressor.files import files_beside
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
 from compressor.quantised import format_of, without_quantisation
@@ -49,7 +50,11 @@ def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
     config = without_quantisation(checkpoints.load_config(found))
     checkpoints.quantiser_of(found)  # refuses what cannot be read
     cls = checkpoints.model_class(found, config)
-    return preview(loaded, found, config, cls, checkpoints.find_left_out(found.folder, config, cls), adapters)
+    left_out = checkpoints.find_left_out(found.folder, config, cls)
+    made = preview(loaded, found, config, cls, left_out, adapters)
+    if loaded.passes and (beside := files_beside(found.folder)).left:
+        made.plan["notes"].append(beside.note)
+    return made
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:

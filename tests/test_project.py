@@ -44,6 +44,8 @@ ORDER = (
     "stream",
     "disk",
     "checkpoint",
+    "hub",
+    "files",
     "quantised",
     "journal",
     "parking",
