@@ -592,23 +592,27 @@ def load_model(
     device: str = "cpu",
     like: Any = None,
     adapters: Sequence[Adapter] = (),
+    unskipped: bool = False,
 ) -> Any:
     """Load the model and refuse what transformers would only warn of.
 
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
     tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
-    config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
-    read; a quantised checkpoint's model is the dequantised one there. Raises CheckpointError.
+    config says that it skips experts does, if not `unskipped`. On `device` "meta" names, shapes and dtypes are checked
+    and no weight is read; a quantised checkpoint's model is the dequantised one there, elsewhere as transformers' own
+    quantiser loads it. Raises CheckpointError.
     """
-    config = load_config(checkpoint)
-    quantisation = checkpoint.quantisation if device == "meta" else None
-    if quantisation is not None:
+    config, quantisation = load_config(checkpoint), checkpoint.quantisation
+    is_packed = quantisation is not None and device != "meta"
+    if quantisation is not None and device == "meta":
         to_dequantise(config, quantisation)
     cls = _class_to_load(checkpoint, config, adapters)
     extra: dict[str, Any] = {}
     if like is not None:
         for name in ("attn_implementation", "experts_implementation"):
             extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
+    if quantisation is not None and quantisation.get("quant_method") == "torchao":
+        extra["experts_implementation"] = "eager"  # of its kinds of tensors not all know what the faster ones ask
     if device == "meta":  # names, shapes and dtypes from the headers: transformers would read the files
         tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
         extra["state_dict"] = {
@@ -623,12 +627,12 @@ def load_model(
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
-                device_map={"": "meta"} if device == "meta" else None,
+                device_map={"": device} if device == "meta" or is_packed else None,
                 **extra,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = uneven_experts(verify_files(checkpoint.folder)) or error
-        if quantisation is not None and why is error:
+        if quantisation is not None and not is_packed and why is error:
             raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     if uneven_counts(config):
@@ -636,13 +640,13 @@ def load_model(
     refuse_bad_keys(checkpoint, info)
     if device == "meta":
         model.config.name_or_path = str(checkpoint.folder)
-    else:
+    elif not is_packed:
         align(model)
     try:
-        model = model.eval() if device == "meta" else model.eval().to(device)
+        model = model.eval() if device == "meta" or is_packed else model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
-    if "skipping" in read_entry(config):
+    if "skipping" in read_entry(config) and not unskipped:
         MoEModel(model, structure_of(type(model), model.config, adapters)).restore_skipping()
     return model
 
@@ -1051,13 +1055,15 @@ def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
     for key, part in read.items():
         if isinstance(part, dict) and isinstance(raw.get(key), dict) and key != "rope_parameters":
             _patch_rope(raw[key], part)
-    rope = read.get("rope_parameters") or {}
-    main, local = (rope, {}) if "rope_theta" in rope else (rope.get("full_attention"), rope.get("sliding_attention"))
-    found = {"rope_parameters": rope, "rope_theta": (main or {}).get("rope_theta")}
-    if found["rope_theta"] is None:
+    rope: dict[str, Any] = read.get("rope_parameters") or {}
+    has_kinds = "rope_theta" not in rope
+    main, local = (rope.get(kind) or {} if has_kinds else rope for kind in ("full_attention", "sliding_attention"))
+    if "rope_theta" not in main:
         return
-    found["rope_local_base_freq"] = (local or {}).get("rope_theta")
-    if main is rope and rope.get("rope_type", "default") != "default":
+    found = {"rope_parameters": rope, "rope_theta": main["rope_theta"]}
+    if has_kinds:
+        found["rope_local_base_freq"] = local.get("rope_theta")
+    elif rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     raw |= {key: value for key, value in found.items() if value is not None and raw.get(key) is None}
 

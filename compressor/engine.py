@@ -53,7 +53,17 @@ from compressor.errors import (
 from compressor.files import files_beside
 from compressor.journal import Journal, write_json
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, refuse_quantised, structure_of, uneven_counts
+from compressor.moe import (
+    Adapter,
+    Counter,
+    Kept,
+    MoELayer,
+    MoEModel,
+    read_entry,
+    refuse_quantised,
+    structure_of,
+    uneven_counts,
+)
 from compressor.page import page
 from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
@@ -73,7 +83,7 @@ from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.tasks import LoadedTasks, load_tasks
-from compressor.workpiece import InMemory, OnDisk, carry_out, save_verified
+from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, save_verified
 
 FORMAT = 1
 RECORD = "record.json"
@@ -491,7 +501,7 @@ class _Subject:
             "architecture": plan.architecture(self.config),
             "model_type": self.config.model_type,
             "auto_class": self.preview.auto_class,
-            "routers": sorted({layer.router_kind for layer in self.preview.structure.layers}),
+            "routers": sorted({layer.router_kind for layer in self.preview.layers}),
         }
 
 
@@ -672,11 +682,11 @@ class _Run:
 
     def evaluate_only(self) -> dict[str, Any]:
         """Measure the recipe's model as it is."""
-        subject = self._subject(None, with_passes=False)
+        subject = self._to_measure()
         assert subject.checkpoint is not None
         tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
         sources = self._read_sources(tokenizer, subject, calibrate=False)
-        figures = self._evaluate(self._workpiece(subject), tokenizer, sources, "measuring")
+        figures = self._evaluate(self._piece_to_measure(subject), tokenizer, sources, "measuring")
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
@@ -684,12 +694,34 @@ class _Run:
 
     # load
 
-    def _subject(self, given_model: Any, *, with_passes: bool = True) -> _Subject:
+    def _to_measure(self) -> _Subject:
+        """The same as `_subject` for a model that is measured as it is: nothing of it need be known but how it runs."""
+        assert self.recipe.evaluate is not None
+        evaluation = self.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
+        recipe = self.recipe.model_copy(update={"output": None, "evaluate": evaluation})
+        loaded = dataclasses.replace(self.loaded, recipe=recipe, passes=())
+        preview = plan.measuring(loaded, self.plugins.adapters)
+        found = checkpoints.with_weights(preview.checkpoint)
+        digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+        return _Subject(found, None, checkpoints.load_config(found), preview, digest)
+
+    def _piece_to_measure(self, subject: _Subject) -> AsLoaded:
+        """What is measured: a model whose experts we know, from memory or disk, or else as transformers loads it."""
+        found, preview = subject.checkpoint, subject.preview
+        assert found is not None
+        if preview.place.weights == "disk" or (preview.structure is not None and found.quantisation is None):
+            return self._workpiece(subject)
+        self.progress.say(f"loading {self.recipe.model} as transformers loads it")
+        if "skipping" in read_entry(subject.config):
+            self.progress.say("its config says that it skips experts, which here it does not: it is measured unskipped")
+        model = self._load_model(found, unskipped=True)
+        if found.quantisation is None:
+            checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
+        return AsLoaded(model, preview.layers, found, self.processes)
+
+    def _subject(self, given_model: Any) -> _Subject:
         """Everything that can be known, or refused, before weights are read."""
         loaded = self.loaded
-        if not with_passes:
-            recipe = self.recipe.model_copy(update={"output": None})
-            loaded = dataclasses.replace(loaded, recipe=recipe, passes=())
         if given_model is None:
             preview = plan.check(loaded, self.plugins.adapters)
             found = checkpoints.with_weights(preview.checkpoint)
@@ -748,9 +780,13 @@ class _Run:
         checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
         return MoEModel(model, subject.preview.structure)
 
-    def _load_model(self, found: Checkpoint) -> Any:
+    def _load_model(self, found: Checkpoint, *, unskipped: bool = False) -> Any:
         return checkpoints.load_model(
-            found, dtype=self.recipe.dtype, device=self.device, adapters=self.plugins.adapters
+            found,
+            dtype=self.recipe.dtype,
+            device=self.device,
+            adapters=self.plugins.adapters,
+            unskipped=unskipped,
         )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
@@ -854,7 +890,7 @@ class _Run:
             "model": {"reference": self.recipe.model, **subject.about()},
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "domains": [_about(sequences) for sequences in sources.all_calibration()],
-            "layers": [layer.description() for layer in subject.preview.structure.layers],
+            "layers": [layer.description() for layer in subject.preview.layers],
             "recipe_fingerprint": self.loaded.fingerprint,
         }
 
@@ -872,7 +908,7 @@ class _Run:
             "calibration": about["domains"],
             "layers": [
                 {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
-                for layer in subject.preview.structure.layers
+                for layer in subject.preview.layers
             ],
             "passes": passes,
         } | _left_out_json(subject.preview.left_out)
@@ -1071,7 +1107,7 @@ class _Run:
     # evaluate
 
     def _evaluate(
-        self, piece: InMemory, tokenizer: Any, sources: _Sources, when: str, *, name: str | None = None
+        self, piece: AsLoaded, tokenizer: Any, sources: _Sources, when: str, *, name: str | None = None
     ) -> dict[str, Any] | None:
         """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation. The journal keeps them
         under a `name`, by default `when`.
@@ -1081,17 +1117,20 @@ class _Run:
         measured = self._noted(f"evaluation {name or when}", lambda: self._measure(piece, tokenizer, sources, when))
         return _evaluation_from_json(measured)
 
-    def _measure(self, piece: InMemory, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
-        moe, evaluation = piece.moe, self.evaluation
+    def _measure(self, piece: AsLoaded, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
+        evaluation = self.evaluation
         assert evaluation is not None
         perplexities, used = {}, {}
         for sequences in sources.perplexity:
-            with self.progress.task(f"{when}: perplexity {sequences.name}") as update, moe.counted() as counter:
+            with self.progress.task(f"{when}: perplexity {sequences.name}") as update, piece.counted() as counter:
                 perplexities[sequences.name] = piece.perplexity(sequences, evaluation.batch_size, update)
-            used[sequences.name] = _used(moe, counter, self.processes)
+            used[sequences.name] = _used(piece.layers, counter, self.processes)
         tasks = {}
         if sources.tasks is not None:
-            with self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update, moe.counted() as counter:
+            with (
+                self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update,
+                piece.counted() as counter,
+            ):
                 tasks = piece.ask(
                     sources.tasks,
                     tokenizer,
@@ -1101,14 +1140,14 @@ class _Run:
                     seed=self.recipe.seed,
                 )
             if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
-                used["tasks"] = _used(moe, counter, self.processes)
+                used["tasks"] = _used(piece.layers, counter, self.processes)
         routed = [
             measure.RoutedSize(
                 layer.num_experts,
                 statistics.mean([by_layer[layer.path] for by_layer in used.values()] or [layer.top_k]),
                 layer.parameters_per_expert,
             )
-            for layer in moe.layers
+            for layer in piece.layers
         ]
         found = {
             **({"experts_per_token": used} if used else {}),
@@ -1194,12 +1233,12 @@ class _Sources:
         return [one for of_pass in self.held_out for one in of_pass]
 
 
-def _used(moe: MoEModel, counter: Counter, processes: Processes) -> dict[str, float]:
+def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) -> dict[str, float]:
     """Layer path → experts that a token used: as counted where it skips some, else as many as it chooses."""
     whole = Counter()
     for sums in processes.exchange(counter.sums):
         whole.add_sums(sums)
-    return {layer.path: float(layer.top_k) for layer in moe.layers} | whole.experts_per_token
+    return {layer.path: float(layer.top_k) for layer in layers} | whole.experts_per_token
 
 
 def _prunes(decision: Decision) -> bool:

@@ -16,10 +16,18 @@ from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
 from compressor.environment import available_memory, available_on
+from compressor.errors import UnsupportedModelError
 from compressor.files import files_beside
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
-from compressor.quantised import format_of, without_quantisation
+from compressor.quantised import (
+    editing_problem,
+    format_of,
+    loading_problem,
+    reading_problem,
+    what_helps,
+    without_quantisation,
+)
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report import human_bytes
 from compressor.sources import BaseSource, TaskSource
@@ -33,7 +41,8 @@ class Preview:
     """
 
     checkpoint: Checkpoint
-    structure: Structure
+    structure: Structure | None
+    """None where nothing is known of its experts, if it has any: such a model can be measured."""
     auto_class: str
     left_out: LeftOut | None
     plan: dict[str, Any]
@@ -41,6 +50,11 @@ class Preview:
     """Where weights and hidden states are to be."""
     tokens_at_once: int = 0
     """How much text passes a layer together while it is measured from disk."""
+
+    @property
+    def layers(self) -> Sequence[MoELayer]:
+        """The MoE layers that are known of."""
+        return self.structure.layers if self.structure else ()
 
 
 def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
@@ -55,6 +69,40 @@ def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
     if loaded.passes and (beside := files_beside(found.folder)).left:
         made.plan["notes"].append(beside.note)
     return made
+
+
+def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
+    """How the recipe's model is measured alone: whatever transformers can load and run, known to us or not. From disk
+    where it does not fit, as long as it can be read layer by layer. Reads no weights.
+
+    Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that neither way can be read.
+    """
+    recipe = loaded.recipe
+    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+    quantisation, config = found.quantisation, without_quantisation(checkpoints.load_config(found))
+    cls = checkpoints.model_class(found, config)
+    _check_evaluation(loaded, cls, config)
+    structure, unknown = None, None
+    try:
+        structure = structure_of(cls, config, adapters)
+    except UnsupportedModelError as error:
+        unknown = str(error)
+    layers = structure.layers if structure else ()
+    work = _work(loaded, cls, config, layers, _dtype(recipe.dtype, config, found), (0, 0))
+    problems: dict[str, _Problem | None] = {"disk": (("weights",), unknown) if unknown else None, "memory": None}
+    if structure:
+        problems["disk"] = _disk_problem(loaded, structure, work, config, is_live=False)
+    if quantisation is not None:
+        here, as_numbers = loading_problem(quantisation, recipe.device), reading_problem(quantisation)
+        if here and (problems["disk"] or as_numbers):
+            raise UnsupportedModelError(
+                f"{found.reference}: the checkpoint is quantised ({format_of(quantisation)}), and transformers cannot "
+                f"load it here: {here}."
+            )
+        problems["memory"] = (("weights",), f"transformers cannot load it here: {here}") if here else None
+        problems["disk"] = (("weights",), as_numbers) if as_numbers else problems["disk"]
+    place = _placement(loaded, work, problems)
+    return Preview(found, structure, checkpoints.auto_class(cls, config), None, {}, place, work.tokens_at_once)
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
@@ -130,7 +178,7 @@ def preview(
             place = _placement(loaded, work, problems)
             plan_json["bytes"] = {"before": stored[0], "after": stored[1]}
         if quantisation is not None:
-            notes.append(_quantised_note(quantisation, dtype, is_estimate=stored is None))
+            notes.append(_quantised_note(quantisation, dtype, found.reference, is_estimate=stored is None))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
     return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
@@ -377,9 +425,14 @@ def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
     return [f"the model skips experts in {len(rules)} layers ({kinds}), by `config.compressor`"] if rules else []
 
 
-def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, *, is_estimate: bool) -> str:
-    """What a quantised checkpoint is treated like, in one sentence."""
+def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, reference: str, *, is_estimate: bool) -> str:
+    """What a quantised checkpoint is treated like, in one sentence or two."""
     kind = str(dtype).removeprefix("torch.")
+    if why := editing_problem(quantisation) or reading_problem(quantisation):
+        return (
+            f"the checkpoint is quantised ({format_of(quantisation)}), and a recipe cannot work on it: {why}; the "
+            f"bytes named are those of the unquantised model in {kind}. {what_helps(quantisation, reference)}"
+        )
     sizes = "; the bytes named are those of such numbers, the checkpoint has fewer" if is_estimate else ""
     return (
         f"the checkpoint is quantised ({format_of(quantisation)}): it is observed as the {kind} numbers that its "
@@ -445,7 +498,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         notes.append(left_out_note(left_out))
     notes += _skipping_notes(fitting_rules(structure, config))
     if quantisation is not None:
-        notes.append(_quantised_note(quantisation, dtype, is_estimate=True))
+        notes.append(_quantised_note(quantisation, dtype, reference, is_estimate=True))
     return {
         "model": reference,
         "architecture": architecture(config),

@@ -3,6 +3,7 @@
     observe, measure    as the numbers that the stored weights stand for: transformers' own loader dequantises each
                         tensor when it is read, one decoder layer at a time (`stream`)
     edit                as they are stored (`disk`): nothing is dequantised, so nothing is quantised anew
+    measure alone       as transformers loads them, with its quantiser: nothing is edited, so nothing else is asked
 
 So a quantised checkpoint goes in, and a smaller one of the same format comes out. Which formats can be read is
 transformers' to say: those with a load operation that dequantises (FP8; MXFP4; compressed-tensors, with its package).
@@ -11,6 +12,7 @@ transformers' to say: those with a load operation that dequantises (FP8; MXFP4; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from compressor.errors import UnsupportedModelError
@@ -50,26 +52,71 @@ def quantiser(quantisation: Mapping[str, Any], reference: str) -> Any:
 
     Raises UnsupportedModelError, naming the format, where transformers cannot, or a package is missing for it.
     """
+    if why := reading_problem(quantisation):
+        raise refusal(quantisation, reference, why)
+    return _quantiser({**quantisation, "dequantize": True}, None)
+
+
+def reading_problem(quantisation: Mapping[str, Any]) -> str | None:
+    """Why the weights of such a checkpoint cannot be read as numbers; None where they can."""
+    return (
+        _missing(quantisation)
+        or _packed_only(quantisation.get("quant_method"))
+        or _problem({**quantisation, "dequantize": True}, None)
+    )
+
+
+def loading_problem(quantisation: Mapping[str, Any], device: str) -> str | None:
+    """Why transformers cannot load such a checkpoint as it is on this machine, in its words; None where it can."""
+    return _missing(quantisation) or _problem(quantisation, {"": device})
+
+
+def _quantiser(quantisation: Mapping[str, Any], device_map: dict[str, str] | None) -> Any:
     from transformers.quantizers import AutoHfQuantizer
 
-    why = _packed_only(quantisation.get("quant_method"))
-    if why is None:
-        try:
-            found: Any = AutoHfQuantizer.from_config({**quantisation, "dequantize": True}, pre_quantized=True)
-            found.validate_environment(device_map=None)
-            return found
-        except Exception as error:  # many kinds: a package that is missing, options it does not know
-            why = str(error).strip().rstrip(".")
-    raise refusal(quantisation, reference, why)
+    found: Any = AutoHfQuantizer.from_config(dict(quantisation), pre_quantized=True)
+    found.validate_environment(device_map=device_map)
+    return found
+
+
+def _problem(quantisation: Mapping[str, Any], device_map: dict[str, str] | None) -> str | None:
+    try:
+        _quantiser(quantisation, device_map)
+    except Exception as error:  # many kinds: a package that is missing, options it does not know
+        return str(error).strip().rstrip(".")
+    return None
+
+
+def _missing(quantisation: Mapping[str, Any]) -> str | None:
+    """That the package of a format is not here which our extra brings; transformers would name its own ways."""
+    if quantisation.get("quant_method") != "compressed-tensors" or find_spec("compressed_tensors"):
+        return None
+    return 'the package compressed-tensors is missing (`pip install "moe-compressor[quantised]"`)'
 
 
 def refusal(quantisation: Mapping[str, Any], reference: str, why: str) -> UnsupportedModelError:
     """The error for a checkpoint that cannot be dequantised, with what helps."""
     return UnsupportedModelError(
         f"{reference}: the checkpoint is quantised ({format_of(quantisation)}), and its weights cannot be read as "
-        f"numbers: {why}. Decide on the unquantised model, then apply the decision to this one, which keeps its "
-        f"format: `compressor apply RUN/compressor/decision.json {reference} --other-model`."
+        f"numbers: {why}. {what_helps(quantisation, reference)}"
     )
+
+
+def what_helps(quantisation: Mapping[str, Any], reference: str) -> str:
+    """How to a smaller checkpoint of a format that cannot be read, in one sentence."""
+    if editing_problem(quantisation):
+        return "Prune the unquantised model, then quantise the result; `compressor evaluate` measures both."
+    return (
+        f"Decide on the unquantised model, then apply the decision to this one, which keeps its format: `compressor "
+        f"apply RUN/compressor/decision.json {reference} --other-model`."
+    )
+
+
+def editing_problem(quantisation: Mapping[str, Any]) -> str | None:
+    """Why experts cannot be taken out of such files; None for a format whose tensors are what they are called."""
+    if quantisation.get("quant_method") != "torchao":
+        return None
+    return "torchao stores every weight in pieces whose meaning stands in its files' headers, and these are not edited"
 
 
 def _packed_only(name: object) -> str | None:

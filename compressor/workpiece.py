@@ -1,10 +1,11 @@
 """The model that passes work on, one after another: with all of its weights in memory, or with its weights on disk.
 
+    AsLoaded    a model that is only measured: whatever transformers loads
     InMemory    a live model: edited in place, compared with what was previewed, saved, loaded again, compared
     OnDisk      a skeleton whose weights are read layer by layer (`stream`): every edit writes a smaller checkpoint
                 (`disk`), which the next pass reads; the last one is the output
 
-Both answer the same questions, to the bit.
+The last two answer the same questions, to the bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluate import Perplexity, RoutedSize, Size
 from compressor.journal import Journal, ObservationJournal
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Adapter, Kept, MoEModel, structure_of
+from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, structure_of
 from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
+from compressor.quantised import without_quantisation
 from compressor.statistics import Statistic
 from compressor.stream import StreamedWeights
 from compressor.tasks import LoadedTasks
@@ -44,10 +46,55 @@ _TIES_ALLOWED = 0.25
 TaskResults = dict[str, measure.TaskResult]
 
 
-class InMemory:
-    """A model whose weights are all there. `source` is the checkpoint that it came from, if any; with `parking` hidden
-    states wait there.
+class AsLoaded:
+    """A model as transformers loads it, quantised or not, to be measured alone. `layers` are its MoE layers, as far as
+    something is known of them.
     """
+
+    def __init__(self, model: Any, layers: Sequence[MoELayer], source: Checkpoint, processes: Processes) -> None:
+        self._model, self._layers, self.source, self.processes = model, layers, source, processes
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @property
+    def layers(self) -> Sequence[MoELayer]:
+        """Its MoE layers that are known of."""
+        return self._layers
+
+    def counted(self) -> AbstractContextManager[Counter]:
+        """Within the context the experts that tokens use are counted, where a model skips some."""
+        return nullcontext(Counter())
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        """How well the model predicts a text."""
+        return measure.perplexity(self.model, sequences, batch_size, update, self.processes)
+
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        """Answers to tasks; see `evaluate.run_tasks`, which takes `limit`, `batch_size` and `seed` too."""
+        return measure.run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
+
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Parameters, and the bytes that they take; see `evaluate.size`. Of a quantised checkpoint the parameters that
+        are stored, and the bytes that they take as they are.
+        """
+        assert self.source is not None
+        if self.source.quantisation is None:
+            return measure.size(self.model, routed)
+        config = without_quantisation(checkpoints.load_config(self.source))
+        with torch.device("meta"), checkpoints.quiet_transformers():
+            unquantised = checkpoints.model_class(self.source, config)(config)
+        return dataclasses.replace(measure.size(unquantised, routed), bytes=_stored_bytes(self.source))
+
+
+class InMemory(AsLoaded):
+    """A model whose weights are all there, and whose experts are known. `source` is the checkpoint that it came from,
+    if any; with `parking` hidden states wait there.
+    """
+
+    source: Checkpoint | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -62,6 +109,20 @@ class InMemory:
     ) -> None:
         self.moe, self.source, self.left_out, self.adapters = moe, source, left_out, adapters
         self.progress, self.processes, self.parking = progress, processes, parking
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self.moe.model
+
+    @property
+    def layers(self) -> Sequence[MoELayer]:
+        """Its MoE layers."""
+        return self.moe.layers
+
+    def counted(self) -> AbstractContextManager[Counter]:
+        """See `MoEModel.counted`."""
+        return self.moe.counted()
 
     weights: StreamedWeights | None = None
 
@@ -92,17 +153,9 @@ class InMemory:
         """Within the context only these experts can be chosen; see `MoEModel.masked`."""
         return self.moe.masked(kept, top_k=top_k)
 
-    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        """How well the model predicts a text."""
-        return measure.perplexity(self.moe.model, sequences, batch_size, update, self.processes)
-
-    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
-        """Answers to tasks; see `evaluate.run_tasks`, which takes `limit`, `batch_size` and `seed` too."""
-        return measure.run_tasks(self.moe.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
-
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         """Parameters, and the bytes that they take; see `evaluate.size`."""
-        return measure.size(self.moe.model, routed)
+        return measure.size(self.model, routed)
 
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
         """Carry a decision out, and compare the answers on `probe` with those of the method's preview; the differences.
@@ -187,8 +240,7 @@ class OnDisk(InMemory):
         found = super().size(routed)
         if self.source.quantisation is None:
             return found
-        stored = sum(sum(shard.sizes.values()) for shard in checkpoints.verify_files(self.source.folder))
-        return dataclasses.replace(found, bytes=stored)
+        return dataclasses.replace(found, bytes=_stored_bytes(self.source))
 
     def _run_with(self, update: Update | None) -> measure.Run:
         def run(batches: Sequence[TokenBatch], consume: walk.Consume) -> None:
@@ -281,6 +333,11 @@ class OnDisk(InMemory):
             path.rename(folder.path / path.name)
         shutil.rmtree(self.work)
         self.source = Checkpoint(str(folder.target), folder.path, self.source.trust_remote_code)
+
+
+def _stored_bytes(found: Checkpoint) -> int:
+    """Bytes of all tensors in a checkpoint's files."""
+    return sum(sum(shard.sizes.values()) for shard in checkpoints.verify_files(found.folder))
 
 
 def _in_parts(batches: Sequence[TokenBatch], most: int) -> list[list[TokenBatch]]:
