@@ -37,7 +37,7 @@ from compressor.errors import (
     VerificationError,
 )
 from compressor.files import INDEX, SINGLE, each_name_once, files_beside, names_of_weights, read_index, refuse_adapter
-from compressor.hub import download_side_files, download_weights
+from compressor.hub import download_side_files, download_weights, may_be_hub_id
 from compressor.journal import Journal, force_to_disk, put_in_place
 from compressor.moe import (
     KEY,
@@ -138,7 +138,7 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         raise CheckpointError(
             f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors)."
         )
-    if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or "\\" in reference:
+    if not may_be_hub_id(reference):
         raise CheckpointError(
             f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
             f"is called `{DEMO}`."

@@ -1,11 +1,12 @@
 """The command `compressor`: parse, call, print.
 
 Nothing heavy is imported before a command needs it, so that `--help` is quick. Exit status: 0 done, 1 our bug, 2 the
-user can mend it, 130 interrupted.
+user can mend it, 130 interrupted, 141 whoever read the output is gone (`| head`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _LONGEST_SAYING = 30.0
 """Seconds."""
+_READER_GONE = 141
+"""The status of a command that SIGPIPE has ended."""
 
 app = typer.Typer(
     name="compressor",
@@ -73,7 +76,8 @@ def options(
 ) -> None:
     """Make Mixture-of-Experts language models smaller, and measure what it costs."""
     if version:
-        print(__version__)
+        with _printing():
+            print(__version__)
         raise typer.Exit
 
 
@@ -111,7 +115,7 @@ def _notes_shown() -> Iterator[None]:
         yield
     except (CompressorError, KeyboardInterrupt, SystemExit) as error:
         for note in getattr(error, "__notes__", ()):
-            print(note, file=sys.stderr)
+            _complain(note)
         raise
 
 
@@ -160,10 +164,11 @@ def _run(
         processes=processes,
     )
     if not quiet and processes.is_first:
-        report.print_summary(result.record, _console())
         others = "" if "uneven" in result.record else " or plain transformers"
         others += ", which runs it unskipped" if others and "skipping" in result.record else ""
-        print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
+        with _printing():
+            report.print_summary(result.record, _console())
+            print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 
 @app.command()
@@ -203,7 +208,8 @@ def check(
 
         with_weights(preview.checkpoint)
         needs["seconds"] = dataclasses.asdict(rehearse(loaded, preview, plugins.adapters))
-    report.print_plan({**preview.plan, "needs": needs}, _console())
+    with _printing():
+        report.print_plan({**preview.plan, "needs": needs}, _console())
 
 
 @app.command()
@@ -214,7 +220,9 @@ def inspect(model: ModelArgument, trust_remote_code: TrustOption = False, withou
     from compressor.plugins import load_plugins
 
     adapters = load_plugins(without or []).adapters
-    report.print_inspection(plan.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters), _console())
+    info = plan.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters)
+    with _printing():
+        report.print_inspection(info, _console())
 
 
 @app.command()
@@ -224,7 +232,9 @@ def methods(without: WithoutOption = None) -> None:
     from compressor.plugins import load_plugins
     from compressor.report import print_methods
 
-    print_methods(load_plugins(without or []).plugins, _console())
+    plugins = load_plugins(without or []).plugins
+    with _printing():
+        print_methods(plugins, _console())
 
 
 @app.command()
@@ -260,7 +270,8 @@ def apply(
         progress=Progress.detect(quiet=quiet),
     )
     if not quiet:
-        print(f"Written to {output}.")
+        with _printing():
+            print(f"Written to {output}.")
 
 
 @app.command()
@@ -297,8 +308,9 @@ def decide(
     decided = engine.decide(statistics, method, overrides=overrides, without=without or [])
     output.write_text(json.dumps(decided, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if not quiet:
-        report.print_decisions(decided, _console())
-        print(f"\nWritten to {output}. `compressor apply {output} MODEL --output FOLDER` makes the smaller model.")
+        with _printing():
+            report.print_decisions(decided, _console())
+            print(f"\nWritten to {output}. `compressor apply {output} MODEL --output FOLDER` makes the smaller model.")
 
 
 @app.command()
@@ -328,7 +340,8 @@ def evaluate(
             processes=processes,
         )
         if processes.is_first:
-            report.print_summary(record, _console())
+            with _printing():
+                report.print_summary(record, _console())
 
 
 def _calm() -> None:
@@ -336,6 +349,19 @@ def _calm() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Nothing but printing is done within, so that what fails is known to be standard output."""
+    try:
+        yield
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries once more at its end, and complains
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CompressorError(f"standard output cannot be written: {error.strerror}.") from error
 
 
 def _console() -> Console:
@@ -346,19 +372,29 @@ def _console() -> Console:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script. Never returns."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack letters that tables are drawn with
     sys.exit(_exit_status(arguments))
+
+
+def _complain(text: str) -> None:
+    """One line for the user, if there is somebody to read it."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
 
 
 def _exit_status(arguments: list[str] | None) -> int:
     try:
         status: Any = app(arguments, standalone_mode=False)
-    except ProcessError as error:
-        if not error.told:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     except CompressorError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not (isinstance(error, ProcessError) and error.told):
+            _complain(f"error: {error}")
         return 2
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _READER_GONE  # rich and click end a command themselves then
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
@@ -371,7 +407,7 @@ def _exit_status(arguments: list[str] | None) -> int:
             return 2
         raise
     if status == 130:  # some typers raise at Ctrl-C, others answer with this status
-        print("interrupted; nothing is left under the output's name", file=sys.stderr)
+        _complain("interrupted; nothing is left under the output's name")
     return status if isinstance(status, int) else 0
 
 

@@ -124,7 +124,8 @@ def compress(
     """Run a recipe.
 
     `recipe` is a YAML file's path, a mapping with the same keys, or a Recipe. `model` (a live transformers model) and
-    `tokenizer` replace what the recipe's `model:` would load; the model given is copied and never changed. Without an
+    `tokenizer` replace what the recipe's `model:` would load, which may be left out then: the record calls the model by
+    the name in its config, or else by its class. The model given is copied and never changed. Without an
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
     interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
@@ -136,17 +137,34 @@ def compress(
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
     output's name then. What was observed until then is kept in a hidden folder beside it.
     """
+    _refuse_names(model, tokenizer)
     plugins = load_plugins(without)
     loaded = load_recipe(
         recipe,
         overrides=overrides,
         model=model_reference,
         output=output,
+        live=None if model is None else model.config._name_or_path or f"live {type(model).__name__}",
         methods=plugins.methods,
         criteria=plugins.criteria,
     )
     run = _Run.of(loaded, plugins, progress, processes)
     return run.run(model, tokenizer, overwrite=overwrite, resume=resume)
+
+
+def _refuse_names(model: Any, tokenizer: Any) -> None:
+    """Raise RecipeError for what is no live model, or no tokenizer."""
+    if isinstance(model, str | Path):
+        raise RecipeError(
+            f"model: found the name {str(model)!r}, expected a live transformers model. Say "
+            f"model_reference={str(model)!r} for a hub id or a folder."
+        )
+    if model is not None and not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        raise RecipeError(f"model: found an object of type {type(model).__name__}, expected a live transformers model.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise RecipeError(
+            f"tokenizer: found an object of type {type(tokenizer).__name__}, expected a live transformers tokenizer."
+        )
 
 
 def load(
@@ -498,6 +516,7 @@ class _Subject:
         """What the record says of the model, beside the name that the user gave it."""
         return {
             "fingerprint": self.fingerprint,
+            **({"live": True} if self.live is not None else {}),
             "architecture": plan.architecture(self.config),
             "model_type": self.config.model_type,
             "auto_class": self.preview.auto_class,

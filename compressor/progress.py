@@ -24,14 +24,18 @@ class Progress:
     @classmethod
     def detect(cls, *, quiet: bool = False) -> Progress:
         """Bars where standard error is a terminal, plain lines where it is not."""
-        if quiet:
+        if quiet or sys.stderr is None:
             return cls("quiet")
         return cls("bar" if sys.stderr.isatty() else "lines")
 
     def say(self, text: str) -> None:
         """One line about a step."""
-        if self.style != "quiet":
+        if self.style == "quiet":
+            return
+        try:
             print(text, file=sys.stderr, flush=True)
+        except OSError:  # whoever read it is gone, or its disk is full: no reason to end the work
+            self.style = "quiet"
 
     @contextmanager
     def task(self, title: str) -> Iterator[Update]:

@@ -292,13 +292,15 @@ def load_recipe(
     overrides: Sequence[str] = (),
     model: str | None = None,
     output: Path | None = None,
+    live: str | None = None,
     methods: Mapping[str, type[Method[Any]]] | None = None,
     criteria: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
     """Read and check a recipe: a YAML file by its path, a mapping with the same keys, or a Recipe.
 
     `overrides` are texts such as `passes.0.expert_pruning.keep=4`, applied in order; `model` and `output`
-    replace those of the recipe. With `methods` (by name) the passes are checked as well; `criteria` are handed to them.
+    replace those of the recipe; `live` is what a model is called that is at hand, where the recipe names none. With
+    `methods` (by name) the passes are checked as well; `criteria` are handed to them.
     Raises one RecipeError that lists every mistake of all of them, in the order of the file.
     """
     document = Document()
@@ -311,6 +313,8 @@ def load_recipe(
     for key, value in (("model", model), ("output", output)):
         if value is not None:
             document.replace(key, str(value), f"--{key} {value}")
+    if live is not None and document.data.get("model") is None:
+        document.replace("model", live, "the model given")
 
     recipe = _validate(Recipe, document, ())
     passes = _resolve(document, methods, criteria) if methods is not None else ()

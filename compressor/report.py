@@ -273,10 +273,11 @@ def model_card(record: Json) -> str:
     methods = [done["method"] for done in record.get("passes", [])]
     front["tags"] = ["moe", "moe-compressor", *dict.fromkeys(method.replace("_", "-") for method in methods)]
     name = str(output).rstrip("/").rsplit("/", 1)[-1]
+    given = ", as it was in memory," if record["model"].get("live") else ""
     parts = [
         f"---\n{_yaml(front)}---",
         f"# {name}",
-        f"`{reference}` compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
+        f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
     ]
     if rows := figures(record):

@@ -696,8 +696,9 @@ def test_output_below_a_file(inside: str, refused_run: Refused, tmp_path: Path) 
 
 
 def test_output_that_cannot_be_made(refused_run: Refused, tmp_path: Path) -> None:
-    output = tmp_path / ("o" * 300)
+    output = tmp_path / ("o" * 250)  # the hidden folder beside it has a longer name
     refused_run(output=output, says=f"{output}: the output cannot be written there: File name too long.")
+    refused_run(output=tmp_path / ("o" * 300), says=" output: found a name of 300 bytes in a path of ")
     if sys.platform == "linux":
         says = "/proc/nope/out: the output cannot be written there: No such file or directory."
         refused_run(output="/proc/nope/out", says=says)

@@ -1,0 +1,62 @@
+"""`compressor.compress` as people call it: live models without a name, and names where a model is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+import compressor
+from compressor.report import model_card
+
+from .conftest import tiny_config
+
+
+def recipe(tokens: Path, **changes: Any) -> dict[str, Any]:
+    data = [{"tokens": str(tokens), "samples": 2}]
+    return {"calibration": {"data": data}, "passes": [{"expert_pruning": {"keep": 6}}], **changes}
+
+
+def test_a_name_is_no_live_model(mixtral: Path, tokens: Path) -> None:
+    says = (
+        r"^model: found the name '.*mixtral', expected a live transformers model. Say model_reference='.*mixtral' for"
+    )
+    for name in (mixtral, str(mixtral)):
+        with pytest.raises(compressor.RecipeError, match=says):
+            compressor.compress(recipe(tokens), name)
+    with pytest.raises(
+        compressor.RecipeError, match="model: found an object of type dict, expected a live transformers"
+    ):
+        compressor.compress(recipe(tokens), {})
+    model = MixtralForCausalLM(tiny_config())
+    with pytest.raises(compressor.RecipeError, match="tokenizer: found an object of type str, expected a live tr"):
+        compressor.compress(recipe(tokens), model, "gpt2")
+
+
+def test_a_live_model_needs_no_name_and_the_record_calls_it_by_its_own(mixtral: Path, tokens: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(mixtral)
+    record = compressor.compress(recipe(tokens), model).record
+    assert record["model"]["reference"] == record["recipe"]["model"] == str(mixtral)
+    assert (record["model"]["live"], record["model"]["fingerprint"]) == (True, None)
+    assert f"`{mixtral}`, as it was in memory, compressed with" in model_card(record)
+
+
+def test_a_live_model_made_from_scratch_is_called_by_its_class(tokens: Path, tmp_path: Path) -> None:
+    result = compressor.compress(recipe(tokens, output="out"), MixtralForCausalLM(tiny_config()))
+    assert result.record["model"]["reference"] == "live MixtralForCausalLM"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    with pytest.raises(
+        compressor.CheckpointError, match="live MixtralForCausalLM: there is no such folder, and it is not"
+    ):
+        compressor.compress("out/compressor/recipe.yaml", output=Path("again"))
+
+
+def test_without_a_live_model_a_name_is_needed(tokens: Path) -> None:
+    with pytest.raises(
+        compressor.RecipeError, match="recipe model: missing, expected the model to compress: a hub id, "
+    ):
+        compressor.compress(recipe(tokens))
