@@ -78,7 +78,7 @@ from compressor.recipe import (
     load_recipe,
     parse_options,
 )
-from compressor.report import model_card
+from compressor.report import cut_prompts, model_card
 from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
@@ -1158,6 +1158,8 @@ class _Run:
                     batch_size=evaluation.batch_size,
                     seed=self.recipe.seed,
                 )
+            for sentence in cut_prompts({name: result.to_json() for name, result in tasks.items()}):
+                self.progress.say(f"{when}: {sentence}")
             if not used:  # lm-eval's padding is among the tokens then: nobody tells which they are
                 used["tasks"] = _used(piece.layers, counter, self.processes)
         routed = [

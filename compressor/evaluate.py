@@ -17,6 +17,7 @@ Dimensions: B sequences of a batch, S positions, C positions of a chunk, V vocab
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -26,6 +27,7 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +40,9 @@ from torch import Tensor
 
 from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make_batches
-from compressor.errors import CheckpointError, EvaluationError
+from compressor.errors import CheckpointError, CompressorError, EvaluationError
 from compressor.processes import Processes
-from compressor.tasks import LoadedTasks, members, quietly, seeded
+from compressor.tasks import LoadedTasks, members, quietly, refuse_long_answers, seeded
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -214,8 +216,9 @@ class TaskResult:
     ``metrics`` have lm-eval's names without its ``,none``: ``acc``, ``acc_norm``,
     ``exact_match,strict-match``. ``correct[metric][i]`` says whether document ``doc_ids[i]`` was answered
     rightly, for each metric that is the mean of rights and wrongs. ``fingerprint`` is a digest of documents,
-    prompts and answers asked for. A group has ``subtasks``, and its metrics are lm-eval's means over them;
-    ``group`` names the group through which a task came.
+    prompts and answers asked for. ``cut`` is how many of the documents were asked without the beginning of their
+    prompts, for which the model has too few positions. A group has ``subtasks``, and its metrics are lm-eval's means
+    over them; ``group`` names the group through which a task came.
     """
 
     name: str
@@ -228,6 +231,7 @@ class TaskResult:
     correct: dict[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
     subtasks: tuple[str, ...] = ()
     group: str | None = None
+    cut: int = 0
 
     def to_json(self) -> Json:
         """The figures as JSON types; the answers as one string of ``1`` (right) and ``0`` for each metric."""
@@ -242,6 +246,7 @@ class TaskResult:
             "correct": {name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()},
             "subtasks": list(self.subtasks),
             "group": self.group,
+            "cut": self.cut,
         }
 
     @classmethod
@@ -292,7 +297,8 @@ def run_tasks(
     together, progress is told by `run`, and a task that has the model write raises EvaluationError. The figures are
     the same to the bit.
 
-    The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer.
+    The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer, for answers
+    longer than the model, and for whatever lm-eval itself refuses.
     """
     from lm_eval.evaluator import evaluate
 
@@ -303,10 +309,12 @@ def run_tasks(
         )
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
-    with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model):
+    with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model), _refusals_of_lm_eval(tasks):
+        lm = _language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device)
+        refuse_long_answers(tasks.tasks, lm.max_length)
         try:
             raw = evaluate(
-                lm=_language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device),
+                lm=lm,
                 task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
                 limit=limit,
                 bootstrap_iters=0,
@@ -315,7 +323,7 @@ def run_tasks(
         finally:
             for task in tasks.tasks.values():
                 task._instances = None  # the prompts with this model's answers
-    results = {name: _task_result(name, task, raw, tasks) for name, task in tasks.tasks.items()}
+    results = {name: _task_result(name, task, raw, tasks, len(lm.cut[name])) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
 
@@ -335,24 +343,52 @@ def _language_model(
     other prompts than in one process. So to lm-eval each process is alone, and the requests are shared out here.
     """
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     class CountedHFLM(HFLM):  # type: ignore[misc]
-        """Tells how many of the requests have been through the model."""
+        """Tells how many of the requests have been through the model, and whose prompts it cut: task → documents."""
 
         done = total = 0
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.cut: dict[str, set[int]] = collections.defaultdict(set)
+            self._asked: Sequence[Any] = ()
 
         def _count(self, number: int) -> None:
             self.done = min(self.done + number, self.total)
             if progress is not None:
                 progress(self.done, self.total)
 
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            self._asked = requests
+            try:
+                return super().loglikelihood(requests, disable_tqdm)
+            finally:
+                self._asked = ()
+
+        def _note_cut(self, request: Any, num_tokens: int, limit: int) -> None:
+            if num_tokens > limit:
+                self.cut[request.task_name].add(request.doc_id)
+
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for asked, (_, context, answer) in zip(self._asked, requests, strict=False):  # windows were asked by nobody
+                if len(answer) > self.max_length:
+                    raise EvaluationError(
+                        f"task {asked.task_name!r}: an answer to document {asked.doc_id} has {len(answer)} tokens, but "
+                        f"the model takes {self.max_length} positions. Leave the task out."
+                    )
+                self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
             own = [requests[number] for number in processes.own(len(requests))]
             self.total += len(own)
             answers = super()._loglikelihood_tokens(own, *args, **kwargs) if own else []
             return [tuple(answer) for answer in processes.in_order(answers)]
 
         def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for asked in requests:
+                prompt, settings = asked.args
+                room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+                self._note_cut(asked, len(self.tok_encode(prompt)), room)
             own = [requests[number] for number in processes.own(len(requests))]
             self.total += len(own)
             return processes.in_order(super().generate_until(own, *args, **kwargs) if own else [])
@@ -431,6 +467,27 @@ def _language_model(
     return found
 
 
+@contextlib.contextmanager
+def _refusals_of_lm_eval(tasks: LoadedTasks) -> Iterator[None]:
+    """What lm-eval, or a task's own templates and functions, refuse is an EvaluationError; what goes wrong in a model
+    or in this library stays as it is.
+    """
+    try:
+        yield
+    except CompressorError:
+        raise
+    except Exception as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        within = [name.startswith("lm_eval.") for name in modules]
+        innermost = len(within) - within[::-1].index(True) if True in within else len(within)
+        in_model = any(name.startswith(("compressor.", "torch.nn.")) for name in modules[innermost:])
+        if True not in within or in_model:
+            raise
+        raise EvaluationError(
+            f"lm-eval cannot ask the model {', '.join(tasks.names)}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def writes_problem(names: Iterable[str]) -> str:
     """What to say of tasks that have the model write, where its weights are on disk."""
     return (
@@ -440,7 +497,7 @@ def writes_problem(names: Iterable[str]) -> str:
     )
 
 
-def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTasks) -> TaskResult:
+def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTasks, cut: int) -> TaskResult:
     from lm_eval.api.metrics import mean
 
     samples = raw["samples"][name]
@@ -467,6 +524,7 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         doc_ids=tuple(sample["doc_id"] for sample in first_filter),
         correct=correct,
         group=tasks.group_of(name),
+        cut=cut,
     )
 
 
@@ -498,6 +556,7 @@ def _group_result(
         fingerprint=_digest(member.fingerprint for member in parts),
         subtasks=tuple(member.name for member in parts),
         group=tasks.group_of(group.name),
+        cut=sum(member.cut for member in parts),
     )
 
 

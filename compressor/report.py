@@ -515,9 +515,21 @@ def _legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
         yield "+ answers that became right, − that became wrong; p: McNemar's exact test."
     if any("[" in row.change for row in rows):
         yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
-    speed = (record.get("evaluation") or {}).get("speed") or {}
+    evaluation = record.get("evaluation") or {}
+    yield from cut_prompts((evaluation.get("after") or {}).get("tasks", {}))
+    speed = evaluation.get("speed") or {}
     if speed.get("decode_reason"):
         yield f"No decode speed: {speed['decode_reason']}"
+
+
+def cut_prompts(tasks: Json) -> Iterator[str]:
+    """A sentence for each task (name → its figures as JSON) that was asked without the beginnings of some prompts."""
+    for name, task in tasks.items():
+        if task.get("cut"):
+            yield (
+                f"{name}: {task['cut']} of {task['documents']} prompts are longer than the model takes, and were asked "
+                f"without their beginnings."
+            )
 
 
 # --- what was kept ---

@@ -164,6 +164,29 @@ def _check_task(name: str, task: Any) -> None:
         raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
 
 
+_ANSWER_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names for how many tokens a task has the model write at most; the first one given counts."""
+
+
+def refuse_long_answers(tasks: Mapping[str, Any], max_positions: int | None) -> None:
+    """Raise EvaluationError for a task that has the model write as many tokens as it has positions, or more: none would
+    be left for the question. `max_positions`: None where the model's config names no limit. Needs no weights.
+    """
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until" or max_positions is None:
+            continue
+        settings = task.get_config("generation_kwargs") or {}
+        option = next((one for one in _ANSWER_LENGTH if settings.get(one) is not None), None)
+        wanted = int(settings[option]) if option else 256
+        if wanted >= max_positions:
+            said = f"`generation_kwargs: {option}: {wanted}`" if option else f"{wanted} tokens, as lm-eval has it"
+            raise EvaluationError(
+                f"task {name!r} has the model write {said}, but the model takes {max_positions} positions, question "
+                f"and answer together. Give the task's file a smaller `{option or _ANSWER_LENGTH[0]}`, or leave the "
+                f"task out."
+            )
+
+
 def members(group: Any) -> list[str]:
     """Names of a group's tasks, those of its subgroups included."""
     return [task.task_name for task in group.get_all_tasks()]
