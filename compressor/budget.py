@@ -3,6 +3,7 @@ memory or read one decoder layer at a time.
 
     in memory    process + weights, twice while the result is compared + text + batch
     from disk    process + what is in no layer + largest layer, twice while it is put together + text + batch
+    before       process + what reading the text takes, if that is more: nothing else is in memory by then
 
 *text* are the hidden states of all calibration text, unless they wait in files, and what a search keeps of each token;
 *batch* is the work on one batch. `benchmarks/streaming.py` compares the estimate with what is used.
@@ -57,7 +58,7 @@ class Work:
     and after, which are fewer where weights are quantised; `tokens` the calibration text of the largest pass;
     `batch_tokens` one batch; `hidden` the width of a token, `num_experts` those of the largest layer, `itemsize` the
     bytes of a number, `per_token` what a search keeps of a token; `streams` 2 in progressive mode. `copies` is how
-    often all weights are in memory at most.
+    often all weights are in memory at most; `reading` the bytes that it takes to read the text and cut it into tokens.
     """
 
     bytes_total: int
@@ -78,6 +79,7 @@ class Work:
     has_tasks: bool
     measures_text: bool
     is_quantised: bool = False
+    reading: int = 0
 
     @property
     def tokens_at_once(self) -> int:
@@ -109,9 +111,9 @@ class Work:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
         others = PROCESS + (TASKS if self.has_tasks else 0)
         if device == "cpu":
-            return others + self.text(place) + self.batch + self._held(place.weights)
+            return others + max(self.reading, self.text(place) + self.batch + self._held(place.weights))
         largest = max(self.bytes_by_layer.values(), default=0)
-        return others + ACCELERATOR + (self.bytes_total if place.weights == "memory" else largest)
+        return others + max(self.reading, ACCELERATOR + (self.bytes_total if place.weights == "memory" else largest))
 
     def device_memory(self, place: Placement) -> int:
         """Bytes of the accelerator's memory at the peak, where the model computes on one."""

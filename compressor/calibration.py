@@ -1,41 +1,80 @@
 """Named data sources → batches of token ids with padding masks.
 
-Every source yields *sequences*: 1-D int64 tensors of token ids. Text is tokenised document by document, the
-documents are joined with the tokenizer's end-of-text id (where it has one) and cut into sequences of exactly
-`length` tokens; the remainder that does not fill a sequence is dropped. Ready-made ids (`tokens:`) are taken
-as they are, in order.
+Every source yields *sequences*: 1-D int64 tensors of token ids. Text is tokenised document by document, as far as it is
+wanted; each document begins as the tokenizer begins a text, ends as it ends one or with the end-of-text id (where it
+has one), and all are cut into sequences of exactly `length` tokens; the remainder that does not fill a sequence is
+dropped. Ready-made ids (`tokens:`) are taken as they are, in order.
 
-Chats are rendered by the tokenizer's chat template. Every source is a *domain*, whose figures are kept apart.
+Chats are rendered by the tokenizer's chat template, which begins them itself. Every source is a *domain*, whose figures
+are kept apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.chats import choose_template, render, unread
 from compressor.errors import CalibrationError
-from compressor.sources import BaseSource, DemoSource, Document, Split, TokensSource
+from compressor.sources import (
+    BaseSource,
+    Chat,
+    DemoSource,
+    Document,
+    GivenSource,
+    JsonLinesSource,
+    Split,
+    Text,
+    TextualSource,
+    TokensSource,
+)
+from compressor.tokenisation import Tokenisation
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The token sequences of one source, and a digest of the ids by which a record can tell them apart."""
+    """The token sequences of one source, and a digest of the ids by which a record can tell them apart.
+
+    `asked` is how many sequences were asked for, None for all; `special_tokens` those that were put before and behind
+    each document, None for ready-made ids; `notes` are sentences for the user about what was read.
+    """
 
     name: str
     ids: tuple[Tensor, ...]
     fingerprint: str
+    asked: int | None = None
+    special_tokens: Mapping[str, Sequence[str]] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all sequences together."""
         return sum(len(ids) for ids in self.ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a record says of the text."""
+        return {
+            "name": self.name,
+            "sequences": len(self.ids),
+            "asked": self.asked,
+            "tokens": self.num_tokens,
+            **({"special_tokens": self.special_tokens} if self.special_tokens is not None else {}),
+            "fingerprint": self.fingerprint,
+        }
+
+    def first(self, asked: int) -> Sequences:
+        """The first so many of these sequences, as if they had been asked for."""
+        ids = self.ids[:asked]
+        return dataclasses.replace(self, ids=ids, fingerprint=fingerprint(ids), asked=asked)
 
 
 @dataclass(frozen=True)
@@ -61,16 +100,18 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, spli
         ids = [torch.tensor(row, dtype=torch.int64) for row in source.sequences()]
         if not ids:
             raise CalibrationError(f"calibration source {source.title!r} ({source.tokens}) is empty.")
-    else:
-        if tokenizer is None:
-            raise CalibrationError(
-                f"calibration source {source.title!r} is text, but the model's folder has no tokenizer. "
-                f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
-            )
-        parts = source.parts() if isinstance(source, DemoSource) else [source]
-        packed = [_pack(part, tokenizer, part.documents(seed=seed, split=split)) for part in parts]
-        ids = [sequence for turn in itertools.zip_longest(*packed) for sequence in turn if sequence is not None]
-    return Sequences(source.title, tuple(ids), fingerprint(ids))
+        return Sequences(source.title, tuple(ids), fingerprint(ids), source.samples)
+    if tokenizer is None:
+        raise CalibrationError(
+            f"calibration source {source.title!r} is text, but the model's folder has no tokenizer. "
+            f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
+        )
+    assert isinstance(source, TextualSource)
+    parts = source.parts() if isinstance(source, DemoSource) else [source]
+    packed = [_pack(part, tokenizer, part.documents(seed=seed, split=split)) for part in parts]
+    turns = itertools.zip_longest(*(one.ids for one in packed))
+    ids = [sequence for turn in turns for sequence in turn if sequence is not None]
+    return dataclasses.replace(packed[0], ids=tuple(ids), fingerprint=fingerprint(ids), asked=source.samples)
 
 
 def load_with_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> tuple[Sequences, Sequences | None]:
@@ -89,9 +130,8 @@ def load_with_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) 
         others = load_sequences(source.model_copy(update=update), tokenizer, seed=seed, split=split).ids
     else:
         longer = source.model_copy(update={"samples": source.samples + num_others})
-        ids = load_sequences(longer, tokenizer, seed=seed).ids
-        own_ids, others = ids[: source.samples], ids[source.samples :]
-        own = Sequences(source.title, own_ids, fingerprint(own_ids))
+        found = load_sequences(longer, tokenizer, seed=seed)
+        own, others = found.first(source.samples), found.ids[source.samples :]
     return own, Sequences(held_out_name(source.title), others, fingerprint(others)) if others else None
 
 
@@ -150,34 +190,61 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _as_text(document: Document, tokenizer: Any, source: BaseSource) -> str:
-    """A text as it is; a chat as the tokenizer's template renders it."""
-    if isinstance(document, str):
-        return document
-    if not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(
-            f"source {source.title!r} holds chats, but the tokenizer has no chat template to render them with. Take "
-            f"the tokenizer of a chat model, or give the text itself."
-        )
-    try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False))
-    except Exception as error:  # templates raise what they like
-        raise CalibrationError(
-            f"source {source.title!r}: the tokenizer's chat template refuses a chat that begins with "
-            f"{str(document)[:80]!r}: {error}"
-        ) from error
+def refuse_chats(source: BaseSource, tokenizer: Any | None) -> None:
+    """Raise CalibrationError where the first row of a JSON-lines file is a chat that this tokenizer cannot render, for
+    want of a template. Reads one row, so that this can be told before weights are read.
+    """
+    if not isinstance(source, JsonLinesSource) or tokenizer is None:
+        return
+    first = source.first()
+    if isinstance(first, Chat):
+        choose_template(tokenizer, source.template, source.title, has_tools="tools" in first.others)
 
 
-def _pack(source: BaseSource, tokenizer: Any, documents: Iterable[Document]) -> list[Tensor]:
-    """Join the documents' tokens, separated by end-of-text, and cut `samples` sequences of `length`."""
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def missing_sequences(found: Sequence[Sequences]) -> Iterator[str]:
+    """A sentence for each text that gave fewer sequences than were asked for."""
+    for one in found:
+        if one.asked is not None and len(one.ids) < one.asked:
+            yield f"source {one.name!r} has text for {len(one.ids)} of the {one.asked} sequences asked for"
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _pieces(document: Document, tokenizer: Any, source: TextualSource) -> Iterator[str]:
+    """The document's text; a chat as the tokenizer's template renders it. Raises CalibrationError for half a surrogate
+    pair, which is no text, unless the source says to replace it.
+    """
+    pieces = document.pieces if isinstance(document, Text) else [_rendered(document, tokenizer, source)]
+    for piece in pieces:
+        if piece.isascii() or not (lone := _LONE_SURROGATE.search(piece)):
+            yield piece
+        elif isinstance(source, GivenSource) and source.errors == "replace":
+            yield _LONE_SURROGATE.sub("\ufffd", piece)
+        else:
+            raise CalibrationError(
+                f"source {source.title!r}: {document.where}: {lone[0]!r} after {piece[: lone.start()][-20:]!r} is "
+                f"half of a surrogate pair, which is no text. Say `errors: replace` to have U+FFFD there."
+            )
+
+
+def _rendered(chat: Chat, tokenizer: Any, source: TextualSource) -> str:
+    return render(tokenizer, chat, getattr(source, "template", None), source.title)
+
+
+def _pack(source: TextualSource, tokenizer: Any, documents: Iterable[Document]) -> Sequences:
+    """Join the documents' tokens and cut `samples` sequences of `length`."""
     wanted = source.samples * source.length
-    stream: list[int] = []
+    tokens = Tokenisation(tokenizer, source.title, special_tokens=source.special_tokens)
+    lost: dict[str, None] = {}
     for document in documents:
-        text = _as_text(document, tokenizer, source)
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= wanted:
+        is_chat = isinstance(document, Chat)
+        tokens.add(_pieces(document, tokenizer, source), wanted, is_rendered=is_chat)
+        if isinstance(document, Chat):
+            lost |= dict.fromkeys(unread(tokenizer, document, getattr(source, "template", None), source.title))
+        if len(tokens.stream) >= wanted:
             break
+    stream = tokens.stream
     count = min(source.samples, len(stream) // source.length)
     if not count:
         what = "is empty" if len(stream) <= 1 else f"has only {len(stream)} tokens"
@@ -186,4 +253,6 @@ def _pack(source: BaseSource, tokenizer: Any, documents: Iterable[Document]) -> 
             f"Give more text, or a smaller `length:`."
         )
     whole = torch.tensor(stream[: count * source.length], dtype=torch.int64)
-    return list(whole.view(count, source.length))
+    ids = tuple(whole.view(count, source.length))
+    notes = tuple(f"source {source.title!r}: the chat template does not read the rows' {key}" for key in lost)
+    return Sequences(source.title, ids, fingerprint(ids), source.samples, tokens.special_tokens, notes)

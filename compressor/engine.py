@@ -40,6 +40,7 @@ from compressor.calibration import (
     load_sequences,
     load_with_held_out,
     make_batches,
+    missing_sequences,
     tokenizer_fingerprint,
 )
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
@@ -709,7 +710,8 @@ class _Run:
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
-        return {"format": FORMAT, "model": about, "evaluation": {"after": _evaluation_json(figures)}}
+        text = [sequences.to_json() for sequences in sources.perplexity]
+        return {"format": FORMAT, "model": about, "evaluation": {"text": text, "after": _evaluation_json(figures)}}
 
     # load
 
@@ -831,6 +833,9 @@ class _Run:
             load_sequences(source, tokenizer, seed=seed, split="held-out")
             for source in (evaluation.perplexity if evaluation else ())
         ]
+        texts = [*read.values(), *perplexity]
+        for sentence in (*(note for one in texts for note in one.notes), *missing_sequences(texts)):
+            self.progress.say(sentence)
         limit = subject.max_positions
         for sequences in [*read.values(), *filter(None, others.values())]:
             longest = max(len(ids) for ids in sequences.ids)
@@ -908,7 +913,7 @@ class _Run:
         return {
             "model": {"reference": self.recipe.model, **subject.about()},
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "domains": [_about(sequences) for sequences in sources.all_calibration()],
+            "domains": [sequences.to_json() for sequences in sources.all_calibration()],
             "layers": [layer.description() for layer in subject.preview.layers],
             "recipe_fingerprint": self.loaded.fingerprint,
         }
@@ -951,6 +956,7 @@ class _Run:
     ) -> dict[str, Any]:
         """The record's `evaluation`: figures before and after, answers flipped, and speed side by side."""
         compared: dict[str, Any] = {
+            "text": [sequences.to_json() for sequences in sources.perplexity],
             "before": _evaluation_json(before),
             "after": _evaluation_json(after),
             "paired": {
@@ -1002,7 +1008,7 @@ class _Run:
                 "version": method.version,
                 "options": method.options.model_dump(mode="json"),
                 "domains": [name for name in figures.domains if name not in figures.held_out],
-                **({"held_out": [_about(one) for one in held_out]} if held_out else {}),
+                **({"held_out": [one.to_json() for one in held_out]} if held_out else {}),
                 "decision": _in_original_ids(decision, original_ids),
             }
             done.append(entry)
@@ -1285,15 +1291,6 @@ def _in_original_ids(decision: Decision, original_ids: Mapping[str, Sequence[int
 def _vocabulary(model: Any) -> int:
     """Rows of the input embedding: the ids that the model knows."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _about(sequences: Sequences) -> dict[str, Any]:
-    return {
-        "name": sequences.name,
-        "sequences": len(sequences.ids),
-        "tokens": sequences.num_tokens,
-        "fingerprint": sequences.fingerprint,
-    }
 
 
 def _evaluation_json(figures: Mapping[str, Any]) -> dict[str, Any]:

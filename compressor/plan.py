@@ -318,6 +318,7 @@ def _work(
         copies=2 if recipe.output or (evaluation and (evaluation.speed or evaluation.each_pass)) else 1,
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
+        reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),
     )
 
 

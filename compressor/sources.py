@@ -7,11 +7,12 @@ makes batches of what is read.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,11 +20,37 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from compressor import network
 from compressor.errors import CalibrationError
+from compressor.lines import find_rows, read_rows, text_blocks
 
 Split = Literal["train", "held-out"]
 Messages = list[dict[str, Any]]
-"""A chat: `[{"role": "user", "content": "…"}, …]`, rendered by the tokenizer's chat template."""
-Document = str | Messages
+"""`[{"role": "user", "content": "…"}, …]`"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document's text, in pieces that are read as they are wanted; and what says, as `str`, where it stands."""
+
+    pieces: Iterable[str]
+    where: object
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat, which the tokenizer's chat template renders; with it the row's other values, such as `tools`, of which
+    the template gets those that it reads; and what says, as `str`, where it stands.
+    """
+
+    messages: Messages
+    others: Mapping[str, Any]
+    where: object
+
+
+Document = Text | Chat
+
+_BYTES_PER_TOKEN = 500
+"""Bytes that making a token takes while a document is cut into tokens, about."""
+
 MOST = 10_000_000
 """Sequences of a source, and tokens of a sequence: more is a slip of the pen."""
 
@@ -75,12 +102,46 @@ class BaseSource(BaseModel):
         """
         return [self.length] * self.samples
 
+    def memory(self) -> int:
+        """Bytes that reading it takes at most, about. Raises CalibrationError where a file cannot be read."""
+        return _BYTES_PER_TOKEN * sum(self.lengths())
+
     def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
         """The texts or chats, in the order in which they are to be used."""
         raise NotImplementedError
 
 
-class DemoSource(BaseSource):
+class TextualSource(BaseSource):
+    """What a source of text, which a tokenizer has to cut, can say beside that."""
+
+    special_tokens: bool = Field(
+        default=True,
+        description="begin and end each text as the tokenizer does, such as with a beginning-of-text token; a chat is "
+        "begun by its template",
+    )
+
+
+class GivenSource(TextualSource):
+    """What a source of text from outside can say beside that."""
+
+    errors: Literal["refuse", "replace"] = Field(
+        default="refuse", description="what is no text, such as half a surrogate pair: refuse it, or read U+FFFD there"
+    )
+
+
+class RowsSource(GivenSource):
+    """What a source of rows, each a text or a chat, can say beside that."""
+
+    field: str | None = Field(
+        default=None, description="the key that holds the text, or the messages of a chat; default text or messages"
+    )
+    template: str | None = Field(
+        default=None,
+        description="which of the tokenizer's named chat templates renders the chats; default its own choice",
+    )
+
+
+class DemoSource(TextualSource):
     """Text that every Python carries: `demo: code`, `prose`, `arithmetic`, or `mix` of the three."""
 
     demo: Literal["code", "prose", "arithmetic", "mix"] = Field(description="which text, or a mix of the three")
@@ -89,12 +150,12 @@ class DemoSource(BaseSource):
     def _default_title(self) -> str:
         return f"demo:{self.demo}"
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
         """One domain's documents of the split, shuffled by `seed`; a `mix` is read through its `parts`."""
         from compressor.demo.corpus import documents
 
         assert self.demo != "mix"
-        return _shuffled(documents(self.demo, self.split or split), seed)
+        return [Text([text], self.title) for text in _shuffled(documents(self.demo, self.split or split), seed)]
 
     def parts(self) -> list[DemoSource]:
         """One source for each domain, with equal shares of the sequences: the first ones get what is left over."""
@@ -109,7 +170,7 @@ class DemoSource(BaseSource):
         ]
 
 
-class TextSource(BaseSource):
+class TextSource(GivenSource):
     """A UTF-8 text file, one document: `text: corpus.txt`. Sequences are cut from its start."""
 
     text: FilePath = Field(description="a UTF-8 text file")
@@ -122,21 +183,18 @@ class TextSource(BaseSource):
         _check_file(self.text, self.title)
         return super().lengths()
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
         """The whole file as one document."""
-        return [_read_text(self.text, self.title)]
+        return [Text(text_blocks(self.text, self.title, replace=self.errors == "replace"), self.text)]
 
 
-class JsonLinesSource(BaseSource):
+class JsonLinesSource(RowsSource):
     """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text or its chat under `field`.
 
     A chat is a list of messages, each with `role` and `content`. Without `field`, that is `text`, or else `messages`.
     """
 
     jsonl: FilePath = Field(description="a JSON-lines file, one document a line")
-    field: str | None = Field(
-        default=None, description="the key that holds the text, or the messages of a chat; default text or messages"
-    )
 
     def _default_title(self) -> str:
         return self.jsonl.stem
@@ -146,50 +204,149 @@ class JsonLinesSource(BaseSource):
         _check_file(self.jsonl, self.title)
         return super().lengths()
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
+    def memory(self) -> int:
+        """As others, and where the rows begin, in the file's order and in another one, and the longest row: its bytes,
+        its text, and what is made of it.
+        """
+        rows = find_rows(self.jsonl, self.title)
+        return super().memory() + 16 * len(rows.starts) + 8 * rows.longest
+
+    def first(self) -> Document | None:
+        """The file's first text or chat, None if there is none."""
+        rows = read_rows(self.jsonl, self.title, replace=self.errors == "replace")
+        return next((_document(row, self.field, where) for where, row in rows), None)
+
+    def documents(self, *, seed: int, split: Split) -> Iterator[Document]:
         """The lines' texts or chats, shuffled by `seed`."""
-        found = [
-            _document(row, self.field, f"{self.jsonl}:{number}") for number, row in _json_lines(self.jsonl, self.title)
-        ]
-        return _shuffled(found, seed)
+        starts = find_rows(self.jsonl, self.title).starts[:]
+        random.Random(seed).shuffle(starts)
+        for where, row in read_rows(self.jsonl, self.title, starts, replace=self.errors == "replace"):
+            yield _document(row, self.field, where)
 
 
-class DatasetSource(BaseSource):
-    """A Hugging Face dataset, on the hub or in a folder, streamed: `dataset: allenai/c4, config: en`."""
+class DatasetSource(RowsSource):
+    """A Hugging Face dataset, streamed: `dataset: allenai/c4, config: en`. It is on the hub, or in a folder (of data
+    files, or as `save_to_disk` writes it), or a single `.parquet`, `.arrow`, `.json`, `.jsonl`, `.csv` or `.txt` file.
+    """
 
-    dataset: FileName = Field(description="hub id or local folder of a Hugging Face dataset")
+    dataset: FileName = Field(description="hub id, local folder or local file of a Hugging Face dataset")
     config: str | None = Field(default=None, description="the dataset's configuration, such as a language")
-    split: str = Field(default="train", description="the dataset's split")
-    field: str | None = Field(
-        default=None, description="the column that holds the text, or the messages of a chat; default text or messages"
-    )
+    split: str | None = Field(default=None, description="the dataset's split; default train, or else the only one")
 
     def _default_title(self) -> str:
-        return self.dataset.rstrip("/").rsplit("/", 1)[-1]
+        return Path(self.dataset).stem if self._is_file else self.dataset.rstrip("/").rsplit("/", 1)[-1]
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
-        """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows."""
-        import datasets
+    @property
+    def _is_file(self) -> bool:
+        return Path(self.dataset).is_file()
 
+    @property
+    def _lines(self) -> JsonLinesSource | None:
+        """A JSON-lines file's rows are read without the library, which names no lines and fills absent keys."""
+        if not self._is_file or _suffix(self.dataset) not in (".jsonl", ".ndjson") or _is_packed(self.dataset):
+            return None
+        own = self.model_dump(exclude={"dataset", "config", "split"})
+        return JsonLinesSource(jsonl=Path(self.dataset), **own)
+
+    def memory(self) -> int:
+        """As others, and the library with its buffers."""
+        return self._lines.memory() if self._lines is not None else super().memory() + _LIBRARY + 4 * _BUFFER
+
+    def documents(self, *, seed: int, split: Split) -> Iterator[Document]:
+        """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows, or of fewer that are large."""
+        if self._lines is not None:
+            yield from self._lines.documents(seed=seed, split=split)
+            return
+        rows = self._opened()
+        first = [len(str(row)) for row in itertools.islice(self._rows_read(rows), 16)]
+        size = min(10_000, max(1, _BUFFER * len(first) // max(1, sum(first))))
+        for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=size)):
+            yield _document(row, self.field, _DatasetRow(self, row), is_arrow=True)
+
+    def _opened(self) -> Any:
+        """The split's rows, nothing read yet, in the file's order."""
         is_local = Path(self.dataset).exists()
         with nullcontext() if is_local else network.not_waited_for() as unreachable:
             try:
-                rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
-            except Exception as error:
+                found = self._load()
+            except Exception as error:  # every format and place has its own kinds
                 why = f"the hub cannot be reached ({unreachable})" if unreachable else error
-                raise CalibrationError(
-                    f"dataset {self.dataset!r} cannot be opened: {why}. Without a network, give a local "
-                    f"folder, or use a `text:`, `jsonl:` or `demo:` source."
-                ) from error
-        for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=10_000)):
-            yield _document(row, self.field, f"dataset {self.dataset!r}")
+                advice = "Without a network, give a local folder, or use a `text:`, `jsonl:` or `demo:` source."
+                if is_local:
+                    advice = "Give a file or folder of parquet, arrow, JSON or CSV, or as `save_to_disk` writes it."
+                raise CalibrationError(f"dataset {self.dataset!r} cannot be opened: {why}. {advice}") from error
+        if not isinstance(found, Mapping):
+            return found
+        name = self.split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
+        if name not in found:
+            raise CalibrationError(
+                f"dataset {self.dataset!r} has no split {name!r}; it has {', '.join(map(str, found))}. Say `split:`."
+            )
+        return found[name]
+
+    def _load(self) -> Any:
+        """An iterable dataset, or a mapping of them by split."""
+        import datasets
+
+        path = Path(self.dataset)
+        if self._is_file:
+            suffix = _suffix(self.dataset)
+            if suffix not in _FILE_KINDS:
+                raise ValueError(f"files that can be read end in {', '.join(_FILE_KINDS)}")
+            return datasets.load_dataset(_FILE_KINDS[suffix], data_files=str(path), streaming=True)
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            by_split = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}
+            return {name: one.to_iterable_dataset() for name, one in by_split.items()}
+        # naming the split spares the others; without one, they have to be known
+        return datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
 
     def _rows_read(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The rows; streaming meets damaged files and lost connections only here."""
         try:
             yield from rows
         except Exception as error:  # every format has its own kinds
-            raise CalibrationError(f"dataset {self.dataset!r} cannot be read: {error}") from error
+            advice = " Give the file as a `jsonl:` source, which can name the line or replace it."
+            raise CalibrationError(
+                f"dataset {self.dataset!r} cannot be read: {error}.{advice if 'surrogate' in str(error) else ''}"
+            ) from error
+
+
+_FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"} | dict.fromkeys(
+    (".json", ".jsonl", ".ndjson"), "json"
+)
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def _is_packed(name: str) -> bool:
+    return name.endswith(_PACKED)
+
+
+def _suffix(name: str) -> str:
+    """How a file's name ends, but for how it is packed."""
+    path = Path(name)
+    return path.with_suffix("").suffix if _is_packed(name) else path.suffix
+
+
+_BUFFER = 64_000_000
+"""Characters of rows that are held to be shuffled, about."""
+_LIBRARY = 200_000_000
+"""Bytes of the datasets library with what it reads ahead."""
+
+
+@dataclass(frozen=True)
+class _DatasetRow:
+    """A row of a dataset; as text, its number if the dataset is here, which is looked through for it, or its start."""
+
+    source: DatasetSource
+    row: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        if Path(self.source.dataset).exists():
+            for number, row in enumerate(self.source._opened(), start=1):
+                if row == self.row:
+                    return f"dataset {self.source.dataset!r}, row {number}"
+        return f"dataset {self.source.dataset!r}, the row that begins {str(self.row)[:80]!r}"
 
 
 class TokensSource(BaseSource):
@@ -210,20 +367,22 @@ class TokensSource(BaseSource):
         """Those of the file, which is read for it."""
         return [len(ids) for ids in self.sequences()]
 
-    def sequences(self) -> list[list[int]]:
+    def memory(self) -> int:
+        """Bytes of the ids, and of the longest line as it is read."""
+        return 8 * sum(self.lengths()) + 16 * find_rows(self.tokens, self.title).longest
+
+    def sequences(self) -> Iterator[list[int]]:
         """The file's sequences of token ids, in order."""
-        sequences = []
-        for number, row in _json_lines(self.tokens, self.title):
+        for where, row in itertools.islice(read_rows(self.tokens, self.title), self.samples):
             ids = row.get("input_ids")
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
-                raise CalibrationError(f'{self.tokens}:{number}: expected {{"input_ids": [token ids ≥ 0]}}.')
+                raise CalibrationError(f'{where}: expected {{"input_ids": [token ids ≥ 0]}}.')
             if len(ids) < 2:
-                raise CalibrationError(f"{self.tokens}:{number}: a sequence needs at least 2 tokens, found {len(ids)}.")
-            sequences.append(ids[: self.length])
-        return sequences[: self.samples]
+                raise CalibrationError(f"{where}: a sequence needs at least 2 tokens, found {len(ids)}.")
+            yield ids[: self.length]
 
 
-class TaskSource(BaseSource):
+class TaskSource(GivenSource):
     """An lm-eval task's training documents, prompt and answer as the task renders them: `task: gsm8k`.
 
     Never the documents that the task is measured on, unless `split` names them.
@@ -257,11 +416,12 @@ class TaskSource(BaseSource):
         """Where lm-eval looks for the task first."""
         return Path(self.task).parent if self.is_file else self.task_path
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[str]:
+    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
         """The task's training documents, shuffled by `seed`."""
         from compressor.tasks import training_texts
 
-        return training_texts(self.name_in_index, task_path=self.folder, split=self.split, seed=seed)
+        found = training_texts(self.name_in_index, task_path=self.folder, split=self.split, seed=seed)
+        return (Text([text], where) for text, where in found)
 
 
 _KINDS = {
@@ -300,26 +460,43 @@ Source = Annotated[
 ]
 
 
-def _document(row: Mapping[str, Any], field: str | None, where: str) -> Document:
-    """The text or the chat of one row."""
+def _document(row: Mapping[str, Any], field: str | None, where: object, *, is_arrow: bool = False) -> Document:
+    """The text or the chat of one row. Arrow fills keys that a struct lacks with null: `is_arrow` leaves these out."""
     name = field or next((one for one in ("text", "messages") if row.get(one) is not None), "text")
     value = row.get(name)
     if isinstance(value, str):
-        return value
+        return Text([value], where)
+    if value is None and name in row:
+        raise CalibrationError(f"{where}: the value under {name!r} is null; a text or the messages of a chat go there.")
     if not isinstance(value, list):
         raise CalibrationError(
             f"{where}: no text under {name!r}; found the keys {sorted(row)}. Say `field:` to name the one that holds "
             f"the text, or the messages of a chat."
         )
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if not _is_message(message):
             raise CalibrationError(
                 f'{where}: the chat under {name!r} is no list of messages such as {{"role": "user", "content": "…"}}; '
                 f"found {str(message)[:80]!r}."
             )
     if not value:
         raise CalibrationError(f"{where}: the chat under {name!r} has no messages.")
-    return value
+    others = {key: one for key, one in row.items() if key != name and one is not None}
+    if is_arrow:
+        value, others = [{"content": None, **_without_nulls(message)} for message in value], _without_nulls(others)
+    return Chat(value, others, where)
+
+
+def _is_message(message: Any) -> bool:
+    """Whether this has a role, and says something or calls a tool."""
+    is_named = isinstance(message, dict) and isinstance(message.get("role"), str)
+    return is_named and bool("content" in message or message.get("tool_calls") or message.get("function_call"))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 _T = TypeVar("_T")
@@ -334,27 +511,3 @@ def _shuffled(documents: Iterable[_T], seed: int) -> list[_T]:
 def _check_file(path: Path, title: str) -> None:
     if not os.path.exists(path):
         raise CalibrationError(f"source {title!r}: there is no file {path}.")
-
-
-def _read_text(path: Path, title: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CalibrationError(f"source {title!r}: there is no file {path}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"source {title!r}: {path} cannot be read as UTF-8 text: {error}.") from error
-
-
-def _json_lines(path: Path, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path, title).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}.") from error
-        except RecursionError as error:
-            raise CalibrationError(f"{path}:{number}: not a document: nested too deeply.") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
-        yield number, row

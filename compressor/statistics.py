@@ -301,9 +301,9 @@ def _refuse_mixing(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
 def _joined_domains(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {domain["name"]: dict(domain) for domain in ours}
     for domain in theirs:
-        same = found.setdefault(domain["name"], {**domain, "sequences": 0, "tokens": 0, "fingerprint": ""})
-        same["sequences"] += domain["sequences"]
-        same["tokens"] += domain["tokens"]
+        numbers = [key for key in ("sequences", "asked", "tokens") if domain.get(key) is not None]
+        same = found.setdefault(domain["name"], {**domain, **dict.fromkeys(numbers, 0), "fingerprint": ""})
+        same |= {key: same.get(key, 0) + domain[key] for key in numbers}
         same["fingerprint"] = "+".join(filter(None, (same["fingerprint"], domain["fingerprint"])))
     return list(found.values())
 

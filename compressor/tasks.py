@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -249,8 +250,11 @@ class _WithoutFunctions(yaml.SafeLoader):
 _WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
-def training_texts(name: str, *, task_path: Path | None = None, split: str | None = None, seed: int = 0) -> list[str]:
-    """The documents of a task, or of a group's tasks in turn, as texts: prompt and right answer, shuffled by ``seed``.
+def training_texts(
+    name: str, *, task_path: Path | None = None, split: str | None = None, seed: int = 0
+) -> Iterator[tuple[str, str]]:
+    """The documents of a task, or of a group's tasks in turn, as texts: prompt and right answer, shuffled by ``seed``;
+    each with its place, such as ``task 'x', document 7`` (from 0, in its split). They are rendered as they are wanted.
 
     They are those of the training split, or else of a validation split that the task is not measured on; ``split``
     (train, validation, test) names another one. Raises CalibrationError where there is none, or where they cannot be
@@ -260,18 +264,27 @@ def training_texts(name: str, *, task_path: Path | None = None, split: str | Non
         loaded = load_tasks([name], task_path=task_path, seed=seed)
     except EvaluationError as error:
         raise CalibrationError(f"calibration task {name!r}: {error}") from error
-    texts = []
+    found = []
     with quietly(True), seeded(seed):
         for task_name, task in loaded.tasks.items():
             documents = _training_documents(task_name, task, split)
-            of_task = [_rendered(task_name, task, document) for document in documents]
-            random.Random(seed).shuffle(of_task)
-            texts.append(of_task)
-    longest = max((len(of_task) for of_task in texts), default=0)
-    return [of_task[i] for i in range(longest) for of_task in texts if i < len(of_task)]
+            order = list(range(len(documents)))
+            random.Random(seed).shuffle(order)
+            found.append([(task_name, task, documents, number) for number in order])
+    return _rendered_in_turn(found, seed)
 
 
-def _training_documents(name: str, task: Any, split: str | None) -> list[Any]:
+def _rendered_in_turn(
+    found: Sequence[Sequence[tuple[str, Any, Sequence[Any], int]]], seed: int
+) -> Iterator[tuple[str, str]]:
+    for turn in itertools.zip_longest(*found):
+        for name, task, documents, number in filter(None, turn):
+            with quietly(True), seeded(seed):
+                text = _rendered(name, task, documents[number])
+            yield text, f"task {name!r}, document {number}"
+
+
+def _training_documents(name: str, task: Any, split: str | None) -> Sequence[Any]:
     config = task.config
     splits = {"train": config.training_split, "validation": config.validation_split, "test": config.test_split}
     measured = "test" if splits["test"] is not None else "validation"
@@ -289,10 +302,12 @@ def _training_documents(name: str, task: Any, split: str | None) -> list[Any]:
         has = ", ".join(one for one, value in splits.items() if value is not None)
         raise CalibrationError(f"task {name!r} has no {split} split; it has {has}.")
     read = {"train": task.training_docs, "validation": task.validation_docs, "test": task.test_docs}[split]
-    documents = list(read())
+    documents = read()
+    if not hasattr(documents, "__getitem__"):
+        documents = list(documents)
     if not documents:
         raise CalibrationError(f"task {name!r}: its {split} split has no documents.")
-    return documents
+    return documents  # type: ignore[no-any-return]
 
 
 def _rendered(name: str, task: Any, document: Any) -> str:

@@ -13,9 +13,13 @@ from compressor.calibration import load_sequences
 from compressor.demo import model_folder
 from compressor.errors import CalibrationError
 from compressor.sources import TaskSource
-from compressor.tasks import named_in, training_texts
+from compressor.tasks import named_in
 
 ROWS = [{"question": f"q{i}", "answer": i % 2, "text": f"a{i}", "choices": ["no", "yes"]} for i in range(6)]
+
+
+def training_texts(*arguments: Any, **options: Any) -> list[str]:
+    return [text for text, _ in tasks.training_texts(*arguments, **options)]
 
 
 @pytest.fixture

@@ -590,7 +590,7 @@ def test_tokenizer_of_another_model(refused_run: Refused, make_model: MakeModel,
         (
             '{"text": "w1 w2 w3"}',
             {"field": "words"},
-            ": no text under 'words'; found the keys ['text']. Say `field:` to name",
+            ", row 1: no text under 'words'; found the keys ['text']. Say `field:` to name",
         ),
         ('{"text": "w1 w2 w3"}', {"split": "test"}, " cannot be opened: Bad split: test. Available splits: ['train']."),
         ("{oops", {}, " cannot be read: "),

@@ -1,0 +1,154 @@
+"""Text files and JSON-lines files, of which only what is asked for is in memory.
+
+A text is read from its start, in blocks. Of a JSON-lines file it is first found where the rows begin (8 bytes each are
+kept); then the rows that are wanted are read, in any order. What is wrong in a row that nobody wants is not seen.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CalibrationError
+
+_BLOCK = 2**18
+"""Characters of a text, or bytes of a file, that are read at one time."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file, by its first byte; as text `FILE:NUMBER`, for which the file is read up to there."""
+
+    path: Path
+    start: int
+
+    @property
+    def number(self) -> int:
+        """Which line it is, from 1."""
+        number, left = 1, self.start
+        with self.path.open("rb") as file:
+            while block := file.read(min(_BLOCK, left)):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return number
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a JSON-lines file begin, in bytes, blank lines left out; and the longest one's bytes."""
+
+    starts: array[int]
+    longest: int
+
+
+def find_rows(path: Path, title: str) -> Rows:
+    """Look through a file once for where its rows begin. Raises CalibrationError if it cannot be read."""
+    try:
+        state = path.stat()
+        return _find_rows(path, state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise _unreadable(path, title, error) from error
+
+
+@lru_cache(maxsize=16)  # a run that was checked before has no need to look again
+def _find_rows(path: Path, size: int, changed: int) -> Rows:
+    starts, longest, start, end, is_blank = array("Q"), 0, 0, 0, True
+    with path.open("rb") as file:
+        while piece := file.readline(_BLOCK):
+            end += len(piece)
+            is_blank = is_blank and piece.isspace()
+            if piece.endswith(b"\n") or end == size:
+                if not is_blank:
+                    starts.append(start)
+                    longest = max(longest, end - start)
+                start, is_blank = end, True
+    return Rows(starts, longest)
+
+
+def read_rows(
+    path: Path, title: str, starts: Iterable[int] | None = None, *, replace: bool = False
+) -> Iterator[tuple[Line, dict[str, Any]]]:
+    """The JSON objects in the lines that begin at `starts`, by default all in order, blank lines left out; each with
+    the place where it stands. `replace` puts U+FFFD for bytes that are no UTF-8. Raises CalibrationError for the first
+    row that is no object, by file and line.
+    """
+    try:
+        with path.open("rb") as file:
+            for start, line in _all_lines(file) if starts is None else _lines_at(file, starts):
+                where = Line(path, start)
+                text = _decoded(line, where, title, replace=replace)
+                if text.strip():
+                    yield where, _parsed(text, where)
+    except OSError as error:
+        raise _unreadable(path, title, error) from error
+
+
+def _all_lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    start = 0
+    for line in file:
+        yield start, line
+        start += len(line)
+
+
+def _lines_at(file: Any, starts: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    for start in starts:
+        file.seek(start)
+        yield start, file.readline()
+
+
+def _decoded(line: bytes, where: Line, title: str, *, replace: bool) -> str:
+    try:
+        return line.decode("utf-8" if where.start else "utf-8-sig", "replace" if replace else "strict")
+    except UnicodeDecodeError as error:
+        raise _no_text(where, title, error) from error
+
+
+def _parsed(text: str, where: Line) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
+    except RecursionError as error:
+        raise CalibrationError(f"{where}: not a document: nested too deeply.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise CalibrationError(f"{where}: not JSON that can be read: {error}.") from error
+    if not isinstance(row, dict):
+        raise CalibrationError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+    return row
+
+
+def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[str]:
+    """A UTF-8 text, block by block; `replace` puts U+FFFD for bytes that are none. Raises CalibrationError if it cannot
+    be read, naming the line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace" if replace else "strict") as file:
+            while block := file.read(_BLOCK):
+                yield block
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            for start, line in _all_lines(file):
+                _decoded(line, Line(path, start), title, replace=False)
+        raise
+    except OSError as error:
+        raise _unreadable(path, title, error) from error
+
+
+def _no_text(where: Line, title: str, error: UnicodeDecodeError) -> CalibrationError:
+    return CalibrationError(
+        f"source {title!r}: {where.path} cannot be read as UTF-8 text: {error}, in line {where.number}. Say `errors: "
+        f"replace` to have U+FFFD there."
+    )
+
+
+def _unreadable(path: Path, title: str, error: OSError) -> CalibrationError:
+    if isinstance(error, FileNotFoundError):
+        return CalibrationError(f"source {title!r}: there is no file {path}.")
+    return CalibrationError(f"source {title!r}: {path} cannot be read: {error.strerror or error}.")
