@@ -29,7 +29,7 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.engine import CompressionResult, compress, decide, load, restore
+    from compressor.engine import CompressionResult, apply, compress, decide, load, restore
     from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
     from compressor.moe import (
         Adapter,
@@ -81,6 +81,7 @@ _HOME = {
     "Statistic": "statistics",
     "Structure": "moe",
     "TaskSource": "sources",
+    "apply": "engine",
     "check_layer_names": "method",
     "compress": "engine",
     "count_problem": "moe",
@@ -131,6 +132,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "apply",
     "check_layer_names",
     "compress",
     "count_problem",

@@ -258,7 +258,7 @@ def apply(
     from compressor import engine
     from compressor.progress import Progress
 
-    engine.apply_decision(
+    engine.apply(
         decision,
         model,
         output,
@@ -279,7 +279,7 @@ def decide(
     statistics: Annotated[
         list[Path], typer.Argument(help="statistics.safetensors of a run; of several runs, to add them up.")
     ],
-    output: Annotated[Path, typer.Option("--output", help="File for the decision, for `compressor apply`.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the decision and its page; or a .json file.")],
     method: Annotated[str, typer.Option("--method", help="The method whose options follow.")] = "expert_pruning",
     keep: Annotated[str | None, typer.Option("--keep", help="Experts to keep: 64, 0.5 or {0: 64, 1: 48}.")] = None,
     criterion: Annotated[str | None, typer.Option("--criterion", help="Criterion, such as reap.")] = None,
@@ -298,19 +298,16 @@ def decide(
 ) -> None:
     """Decide again from figures gathered before: another ratio, criterion or blend. Needs no model."""
     _calm()
-    import json
-
     from compressor import engine, report
 
-    if os.path.exists(output) and not overwrite:
-        raise RecipeError(f"{output} exists. Choose another file, or say --overwrite.")
     overrides = [*(set_ or []), *_settings({"keep": keep, "criterion": criterion, "blend": blend})]
-    decided = engine.decide(statistics, method, overrides=overrides, without=without or [])
-    output.write_text(json.dumps(decided, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+    decided = engine.decide(statistics, method, **where, overrides=overrides, without=without or [])
     if not quiet:
+        file = engine.decision_file(output)
         with _printing():
             report.print_decisions(decided, _console())
-            print(f"\nWritten to {output}. `compressor apply {output} MODEL --output FOLDER` makes the smaller model.")
+            print(f"\nWritten to {output}. `compressor apply {file} MODEL --output FOLDER` makes the smaller model.")
 
 
 @app.command()

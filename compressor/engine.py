@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor import disk, plan
+from compressor import controls, disk, plan
 from compressor import evaluate as measure
 from compressor.calibration import (
     Sequences,
@@ -80,18 +81,20 @@ from compressor.recipe import (
     parse_options,
 )
 from compressor.report import cut_prompts, model_card
-from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.tasks import LoadedTasks, load_tasks
-from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, save_verified
+from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
-FORMAT = 1
+FORMAT = 2
+"""Of record.json and decision.json. In format 1 `kept` and `dropped` of every pass were in the original's ids, now they
+are in those that the pass saw, like all other ids; for one pass that is the same.
+"""
 RECORD = "record.json"
 DECISION = "decision.json"
 STATISTICS = "statistics.safetensors"
 
-_DECIDED = ("method", "version", "options", "domains", "held_out", "decision")
+_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision")
 """What decision.json says of a pass; the record says more, such as how long it took."""
 _CHECK_SEQUENCES, _CHECK_TOKENS = 4, 256
 
@@ -190,9 +193,11 @@ def load(
     model = checkpoints.load_model(found, dtype=dtype, device=device, adapters=adapters)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
-        passes = [(_method_of(done, record_path, plugins), done["decision"]) for done in _read_decision(record_path)]
+        decided = _Decided.read(record_path, plugins.methods)
+        passes = [(decided.method_of(done), done["decision"]) for done in decided.passes]
         restoring = [one for one in passes if type(one[0]).restore is not Method.restore]
         if restoring:
+            decided.refuse_original_ids()
             moe = MoEModel(model, structure_of(type(model), model.config, adapters))
             for method, decision in restoring:
                 method.restore(moe, decision)
@@ -235,6 +240,8 @@ def decide(
     statistics: str | Path | Sequence[str | Path],
     method: str = "expert_pruning",
     *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
     **options: Any,
@@ -244,11 +251,15 @@ def decide(
     `statistics` is a `statistics.safetensors` that a run has left in its output's `compressor/` folder, or several of
     them, gathered on different text, which are added up. `options` are those of the method, such as `keep=64,
     criterion="reap"`; `overrides` are such options as texts (`keep=64`), read as a recipe's. Returns what decision.json
-    holds: `apply_decision` makes the smaller model from it.
+    holds: `apply` makes the smaller model from it. It is written to `output`, a file if that ends in .json, else a
+    folder, with report.html beside it.
 
-    Raises CheckpointError where the files do not belong together, RecipeError where options are wrong or the figures
-    cannot answer them.
+    Raises CheckpointError where the files do not belong together, RecipeError where options are wrong, the figures
+    cannot answer them or the output exists (unless `overwrite`).
     """
+    file = None if output is None else decision_file(output)
+    if file is not None and os.path.exists(file) and not overwrite:
+        raise RecipeError(f"{file} exists. Choose another output, or say --overwrite.")
     files = [Path(statistics)] if isinstance(statistics, str | Path) else [Path(file) for file in statistics]
     plugins = load_plugins(without)
     named = ", ".join(map(str, files))
@@ -271,7 +282,20 @@ def decide(
         "domains": domains,
         "decision": decision,
     }
-    return {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
+    decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
+    if file is not None:
+        with checkpoints.disk_errors_named(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, decided)
+            if file != Path(output or ""):
+                (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
+    return decided
+
+
+def decision_file(output: str | Path) -> Path:
+    """Where a decision is written: the output itself, if its name ends in .json, else in that folder."""
+    output = Path(output)
+    return output if output.suffix == ".json" else output / DECISION
 
 
 def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> list[str]:
@@ -315,10 +339,10 @@ def _decide_on_first(
     raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")
 
 
-def apply_decision(
-    decision_file: Path,
-    model_reference: str,
-    output: Path,
+def apply(
+    decision: str | Path | Mapping[str, Any],
+    model: str,
+    output: str | Path,
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -326,58 +350,67 @@ def apply_decision(
     hard_link: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
-) -> None:
-    """Apply a decision.json, or a record.json, to the original model.
+) -> CompressionResult:
+    """Apply a decision made before, a decision.json, a record.json or what `decide` returns, to the original model.
 
     On disk, without loading the model, where no method of it needs weights (`Method.needs_weights`): then quantised
     models can be pruned too, and `hard_link` links files of weights that do not change, where the file system can.
-    Otherwise the model is loaded, edited, saved, loaded again and compared.
+    Otherwise the model is loaded, edited, saved, loaded again and compared. The output has a record, a page and a model
+    card, as a run's has, with nothing measured.
 
     A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
     meant: a fine-tuned version, say.
     """
-    progress = progress or Progress()
-    passes = _read_decision(decision_file)
-    _refuse_output_over_input(output, model_reference)
-    plugins = load_plugins(without)
-    methods = [_method_of(done, decision_file, plugins) for done in passes]
+    progress, plugins, output = progress or Progress(), load_plugins(without), Path(output)
+    decided = _Decided.read(decision, plugins.methods)
+    decided.refuse_original_ids()
+    methods = [decided.method_of(done) for done in decided.passes]
+    _refuse_output_over_input(output, model)
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
-        found = checkpoints.find_checkpoint(model_reference, trust_remote_code=trust_remote_code)
+        found = checkpoints.find_checkpoint(model, trust_remote_code=trust_remote_code)
         fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         if not other_model:
-            _refuse_other_model(decision_file, fingerprint, model_reference)
+            decided.refuse_other_model(fingerprint, model)
         beside = files_beside(found.folder)
         if beside.left:
             progress.say(beside.note)
-        application = _Application(decision_file, passes, methods, plugins.adapters, found, folder, progress)
-        left_out = application.on_disk(hard_link=hard_link)
-        decided_on = json.loads(decision_file.read_text(encoding="utf-8")).get("model")
-        written = {"format": FORMAT} | ({"model": decided_on} if decided_on else {}) | {"passes": passes}
-        left_behind = {"left_behind": list(beside.left)} if beside.left else {}
-        write_json(folder.path / "compressor" / DECISION, written | _left_out_json(left_out) | left_behind)
+        application = _Application(decided, methods, found, folder, plugins.adapters, progress)
+        record = application.on_disk(hard_link=hard_link)
+        record["model"]["fingerprint"] = fingerprint
+        record["versions"] = versions({plugin.distribution: plugin.version for plugin in plugins.plugins})
+        record["output"] = str(output)
+        if beside.left:
+            record["left_behind"] = list(beside.left)
+        about = {"model": decided.model} if decided.model else {}
+        passes = {"passes": record["passes"]} | {
+            key: record[key] for key in ("left_out", "left_behind") if key in record
+        }
+        write_json(folder.path / "compressor" / DECISION, {"format": FORMAT} | about | passes)
+        _write_record(folder.path, record)
         folder.finish()
+    return CompressionResult(record, output, None, None)
 
 
 @dataclass(frozen=True)
 class _Application:
     """A decision that is applied to a checkpoint: its passes, one after another, on disk or in memory."""
 
-    file: Path
-    passes: Sequence[Mapping[str, Any]]
+    decided: _Decided
     methods: Sequence[Method[Any]]
     adapters: Sequence[Adapter]
     found: Checkpoint
     folder: OutputFolder
+    adapters: Sequence[Adapter]
     progress: Progress
 
-    def on_disk(self, *, hard_link: bool) -> LeftOut | None:
-        """Edit the checkpoint on disk, or in memory where that cannot be; returns what of it is left out."""
+    def on_disk(self, *, hard_link: bool) -> dict[str, Any]:
+        """Edit the checkpoint on disk, or in memory where that cannot be; returns the record."""
         needing = [method.name for method in self.methods if method.needs_weights]
         if needing:
             return self.in_memory(f"{needing[0]} needs weights")
         before = disk.meta_model(self.found, self.adapters)
         after = copy.deepcopy(before)
-        self._edit(after)
+        passes = self._edit(after)
         left_out = self._left_out(type(after.model))
         is_quantised = self.found.quantisation is not None
         if is_quantised and after.skip_rules:
@@ -395,33 +428,60 @@ class _Application:
         self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link) + beside)
         with self.progress.task("editing on disk, without loading the model: bytes") as update:
             edit.write(self.folder.path, hard_link=hard_link, progress=update)
-        return left_out
+        return self._record(before.layers, after, passes, left_out)
 
-    def in_memory(self, why: str) -> LeftOut | None:
-        """Load the model, edit it, save it, and compare."""
+    def in_memory(self, why: str) -> dict[str, Any]:
+        """Load the model, edit it, save it, and compare; returns the record."""
         self.progress.say(f"loading {self.found.reference}: it cannot be edited on disk, because {why}")
         model = checkpoints.load_model(self.found, adapters=self.adapters)
         moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
-        self._edit(moe)
+        layers = moe.layers
+        passes = self._edit(moe)
         left_out = self._left_out(type(model))
         save_verified(moe, self.found, self.folder, _random_batch(model), left_out, self.adapters)
-        return left_out
+        return self._record(layers, moe, passes, left_out)
 
-    def _edit(self, moe: MoEModel) -> None:
-        original_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
-        for done, method in zip(self.passes, self.methods, strict=True):
+    def _edit(self, moe: MoEModel) -> list[dict[str, Any]]:
+        """Carry the passes out; what the record says of them."""
+        original_ids = all_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        passes = []
+        for done, method in zip(self.decided.passes, self.methods, strict=True):
+            num_removals = len(moe.removals)
             try:
-                method.edit(moe, _in_current_ids(done["decision"], original_ids))
+                self._refuse_other_layers(done["decision"], moe)
+                method.edit(moe, done["decision"])
             except (ValueError, UnsupportedModelError) as error:
-                raise RecipeError(f"{self.file} does not fit {self.found.reference}: {error}") from error
-            for path, layer in done["decision"]["layers"].items():
-                original_ids[path] = layer.get("kept", original_ids[path])
+                raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {error}") from error
+            decision = done["decision"]
+            passes.append({**done, **_original_ids_json(original_ids, all_ids), "decision": decision})
+            original_ids = ids_left(original_ids, moe.removals[num_removals:])
+        return passes
+
+    def _refuse_other_layers(self, decision: Decision, moe: MoEModel) -> None:
+        known = [layer.path for layer in moe.layers]
+        for path in decision["layers"]:
+            if path not in known:
+                raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(known)}")
 
     def _left_out(self, cls: Any) -> LeftOut | None:
         left_out = checkpoints.find_left_out(self.found.folder, checkpoints.load_config(self.found), cls)
         if left_out:
             self.progress.say(plan.left_out_note(left_out))
         return left_out
+
+    def _record(
+        self, layers: Sequence[MoELayer], after: MoEModel, passes: list[dict[str, Any]], left_out: LeftOut | None
+    ) -> dict[str, Any]:
+        about = _model_json(after.config, checkpoints.auto_class(type(after.model), after.config), layers)
+        return {
+            "format": FORMAT,
+            "model": {"reference": self.found.reference, **about},
+            **({"decided_on": self.decided.model} if self.decided.model else {}),
+            "layers": _layers_json(layers),
+            "passes": passes,
+            **_left_out_json(left_out),
+            **_counts_and_rules_json(after),
+        }
 
 
 def _refuse_output_over_input(output: Path, reference: str) -> None:
@@ -433,59 +493,67 @@ def _refuse_output_over_input(output: Path, reference: str) -> None:
         raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
 
 
-def _refuse_other_model(decision_file: Path, fingerprint: str, reference: str) -> None:
-    model = json.loads(decision_file.read_text(encoding="utf-8")).get("model") or {}
-    decided_on = model.get("fingerprint")
-    if decided_on is not None and decided_on != fingerprint:
-        raise RecipeError(
-            f"{decision_file} was decided on {model.get('reference')} ({decided_on}), and {reference} is another model "
-            f"({fingerprint}). If it should be applied all the same, say so with --other-model."
-        )
+@dataclass(frozen=True)
+class _Decided:
+    """A decision.json or record.json that was read: what messages call it, its format, the model that it was decided
+    on, and its passes.
+    """
 
+    name: str
+    format: int
+    model: Mapping[str, Any]
+    passes: Sequence[Mapping[str, Any]]
+    methods: Mapping[str, type[Method[Any]]]
 
-def _read_decision(path: Path) -> list[dict[str, Any]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
-        keys = ("method", "version", "options", "domains", "decision")
-        passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
-        if not passes:
-            raise ValueError("it has no passes")
-        for done in passes:
-            if not all(isinstance(layer, dict) for layer in done["decision"]["layers"].values()):
-                raise ValueError("its layers are no mappings")
-        return passes
-    except KeyError as error:
-        raise RecipeError(f"{path}: not a decision that a run has written: it has no key {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RecipeError(f"{path}: not a decision that a run has written: {error}") from error
+    @classmethod
+    def read(cls, source: str | Path | Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> _Decided:
+        """From a file, or what would be in one. Raises RecipeError where it is none."""
+        name = "the decision" if isinstance(source, Mapping) else str(source)
+        try:
+            data = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+            if data["format"] not in (1, FORMAT):
+                raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
+            keys = ("method", "version", "options", "domains", "decision")
+            passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
+            if not passes:
+                raise ValueError("it has no passes")
+            for done in passes:
+                if not all(isinstance(layer, dict) for layer in done["decision"]["layers"].values()):
+                    raise ValueError("its layers are no mappings")
+            return cls(name, data["format"], data.get("model") or {}, passes, methods)
+        except KeyError as error:
+            raise RecipeError(f"{name}: not a decision that a run has written: it has no key {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise RecipeError(f"{name}: not a decision that a run has written: {error}") from error
 
+    def method_of(self, done: Mapping[str, Any]) -> Method[Any]:
+        """The method that made a pass's decision, with the options it was made with."""
+        if done["method"] not in self.methods:
+            raise RecipeError(f"{self.name}: no installed plugin offers the method {done['method']!r}.")
+        method = self.methods[done["method"]]
+        try:
+            return method(parse_options(method.options_type, done["method"], done["options"]))
+        except RecipeError as error:
+            raise RecipeError(f"{self.name}: options of {done['method']!r} that it does not know: {error}") from error
 
-def _method_of(done: Mapping[str, Any], file: Path, plugins: Plugins) -> Method[Any]:
-    """The method that made a decision, with the options it was made with."""
-    if done["method"] not in plugins.methods:
-        raise RecipeError(f"{file}: no installed plugin offers the method {done['method']!r}.")
-    method = plugins.methods[done["method"]]
-    try:
-        return method(parse_options(method.options_type, done["method"], done["options"]))
-    except RecipeError as error:
-        raise RecipeError(f"{file}: options of {done['method']!r} that it does not know: {error}") from error
+    def refuse_other_model(self, fingerprint: str, reference: str) -> None:
+        """Raise RecipeError unless this is the model that was decided on, as far as that is known."""
+        decided_on = self.model.get("fingerprint")
+        if decided_on is not None and decided_on != fingerprint:
+            raise RecipeError(
+                f"{self.name} was decided on {self.model.get('reference')} ({decided_on}), and {reference} is another "
+                f"model ({fingerprint}). If it should be applied all the same, say so with --other-model."
+            )
 
-
-def _in_current_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]]) -> Decision:
-    """The inverse of `_in_original_ids`."""
-    layers = {}
-    for path, layer in decision["layers"].items():
-        if path not in original_ids:
-            raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(original_ids)}")
-        place = {expert: position for position, expert in enumerate(original_ids[path])}
-        relabelled = {key: layer[key] for key in ("kept", "dropped") if key in layer}
-        unknown = [expert for ids in relabelled.values() for expert in ids if expert not in place]
-        if unknown:
-            raise ValueError(f"{path} has no expert {unknown[0]}")
-        layers[path] = layer | {key: [place[expert] for expert in ids] for key, ids in relabelled.items()}
-    return {**decision, "layers": layers}
+    def refuse_original_ids(self) -> None:
+        """Raise RecipeError where ids are not those that their pass saw: of a second pruning pass in format 1."""
+        pruning = [done for done in self.passes if any("kept" in one for one in done["decision"]["layers"].values())]
+        if self.format == 1 and len(pruning) > 1:
+            raise RecipeError(
+                f"{self.name}: it is of format 1, in which {len(pruning)} pruning passes name experts by the ids of "
+                f"the original model; this version reads ids that each pass saw (format {FORMAT}). Run the recipe "
+                f"again, or apply the decision with the version that wrote it."
+            )
 
 
 def _random_batch(model: Any) -> TokenBatch:
@@ -515,14 +583,9 @@ class _Subject:
 
     def about(self) -> dict[str, Any]:
         """What the record says of the model, beside the name that the user gave it."""
-        return {
-            "fingerprint": self.fingerprint,
-            **({"live": True} if self.live is not None else {}),
-            "architecture": plan.architecture(self.config),
-            "model_type": self.config.model_type,
-            "auto_class": self.preview.auto_class,
-            "routers": sorted({layer.router_kind for layer in self.preview.layers}),
-        }
+        about = _model_json(self.config, self.preview.auto_class, self.preview.layers)
+        is_live = {"live": True} if self.live is not None else {}
+        return {"fingerprint": self.fingerprint, **is_live, **about}
 
 
 @dataclass
@@ -535,6 +598,8 @@ class _Run:
     processes: Processes
     seconds: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
+    fingerprint: str | None = None
+    """Of what the run is about, where it has an output and another one could be about the same."""
 
     @classmethod
     def of(cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None) -> _Run:
@@ -578,14 +643,32 @@ class _Run:
         return dataclasses.replace(result, folder=self.recipe.output)
 
     def _record_before(self) -> dict[str, Any] | None:
-        """What a run of this recipe has recorded that was stopped when its output was whole; that gets its name."""
+        """What a run before has recorded that did all of this: a whole output gets its name first, if it was stopped
+        just then. None where something else is there, or work to go on with.
+        """
         output = self.recipe.output
-        if output is None or not self.processes.is_first or not OutputFolder(output).complete():
+        if output is None or not self.processes.is_first:
             return None
-        self.progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
-        path = output / "compressor" / RECORD
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return record if record.get("recipe_fingerprint") == self.loaded.fingerprint else None
+        if OutputFolder(output).complete():
+            self.progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
+        if Journal(checkpoints.journal_folder(output)).has_work:
+            return None
+        try:
+            record: dict[str, Any] = json.loads((output / "compressor" / RECORD).read_text(encoding="utf-8"))
+            fingerprint = record.get("run_fingerprint")
+        except (OSError, ValueError, AttributeError):  # whatever it is, it is in the way, and refused as that
+            return None
+        if fingerprint is None or fingerprint != self._fingerprint_now():
+            return None
+        self.progress.say(f"{output}: a run of this recipe has written it already; nothing is left to do")
+        return record
+
+    def _fingerprint_now(self) -> str:
+        """What a run would have for its `run_fingerprint`."""
+        subject = self._subject(None)
+        assert subject.checkpoint is not None
+        tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
+        return _fingerprint(self._identity(subject, tokenizer, self._read_sources(tokenizer, subject)))
 
     def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool) -> CompressionResult:
         if self.recipe.output is None or not self.processes.is_first:
@@ -634,7 +717,7 @@ class _Run:
                 tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
             sources = self._read_sources(tokenizer, subject)
         about = self._about(subject, sources, tokenizer)
-        self._open_journal(folder, subject, about, sources)
+        self._open_journal(folder, subject, tokenizer, sources)
         with self._timed("load"):
             piece = self._workpiece(subject)
         for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
@@ -644,6 +727,9 @@ class _Run:
         passes = self._apply_passes(piece, sources, about, folder)
         with self._timed("evaluate after"):
             after = self._evaluate(piece, tokenizer, sources, "after")
+        if after is not None and "perplexity" in passes[-1].get("random", ()):
+            ours = {name: found.perplexity for name, found in after["perplexity"].items()}
+            passes[-1]["random"] = controls.with_ours(passes[-1]["random"], ours)
         if folder:
             with self._timed("save"):
                 piece.save(folder, _check_batch(self._batches(sources.by_pass[0])[0]))
@@ -660,38 +746,18 @@ class _Run:
             if self.evaluation is not None and self.evaluation.each_pass:
                 with self._timed("each pass alone"):
                     record["evaluation"]["alone"] = self._alone(subject, tokenizer, sources, passes, before)
-        if counts := uneven_counts(moe.config):
-            record["uneven"] = counts
-        if rules := moe.skip_rules:
-            record["skipping"] = {path: rule.to_json() for path, rule in rules.items()}
-        record |= self._circumstances()
+        record |= _counts_and_rules_json(moe) | self._circumstances()
         if folder:
-            inside = folder.path / "compressor"
-            (inside / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
-            write_json(inside / RECORD, record)
-            (inside / "report.html").write_text(page(record), encoding="utf-8")
-            (folder.path / "README.md").write_text(model_card(record), encoding="utf-8")
+            (folder.path / "compressor" / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
+            _write_record(folder.path, record)
         return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
 
-    def _open_journal(
-        self, folder: OutputFolder | None, subject: _Subject, about: Mapping[str, Any], sources: _Sources
-    ) -> None:
+    def _open_journal(self, folder: OutputFolder | None, subject: _Subject, tokenizer: Any, sources: _Sources) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
         if self.recipe.output is None or subject.fingerprint is None:
             return  # a live model could be another one next time
-        recipe = self.loaded.to_mapping()
-        # whatever the model's path: its fingerprint tells whether it is the same
-        for key in (*CHANGES_NO_FIGURE, "model"):
-            recipe.pop(key, None)
-        texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
-        identity = {
-            "recipe": recipe,
-            "model": subject.about(),
-            "tokenizer": about["tokenizer"],
-            "text": {sequences.name: sequences.fingerprint for sequences in texts},
-            "processes": self.processes.size,
-            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
-        }
+        identity = self._identity(subject, tokenizer, sources)
+        self.fingerprint = _fingerprint(identity)
         self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity, self.progress.say)
         if folder and folder.resume:
             self.journal.go_on()
@@ -699,6 +765,22 @@ class _Run:
         elif folder:
             self.journal.begin()
         self.processes.wait()
+
+    def _identity(self, subject: _Subject, tokenizer: Any, sources: _Sources) -> dict[str, Any]:
+        """What a run is about: two of which this is the same find the same, wherever they put it."""
+        recipe = self.loaded.to_mapping()
+        # whatever the model's path: its fingerprint tells whether it is the same
+        for key in (*CHANGES_NO_FIGURE, "model"):
+            recipe.pop(key, None)
+        texts = [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]
+        return {
+            "recipe": recipe,
+            "model": subject.about(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "text": {sequences.name: sequences.fingerprint for sequences in texts},
+            "processes": self.processes.size,
+            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+        }
 
     def evaluate_only(self) -> dict[str, Any]:
         """Measure the recipe's model as it is."""
@@ -928,12 +1010,10 @@ class _Run:
             "tokenizer": about["tokenizer"],
             "recipe": self.loaded.to_mapping(),
             "recipe_fingerprint": self.loaded.fingerprint,
+            **({"run_fingerprint": self.fingerprint} if self.fingerprint else {}),
             "seed": self.recipe.seed,
             "calibration": about["domains"],
-            "layers": [
-                {"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k}
-                for layer in subject.preview.layers
-            ],
+            "layers": _layers_json(subject.preview.layers),
             "passes": passes,
         } | _left_out_json(subject.preview.left_out)
 
@@ -977,7 +1057,7 @@ class _Run:
         self, piece: InMemory, sources: _Sources, about: Mapping[str, Any], folder: OutputFolder | None
     ) -> list[dict[str, Any]]:
         """Observe, decide and edit for every pass; each step leaves its file in the output's folder."""
-        original_ids = {layer.path: list(range(layer.num_experts)) for layer in piece.moe.layers}
+        all_ids = piece.original_ids
         gathered: dict[str, Gathered] = {}
         passes_about: dict[str, Any] = {}
         done: list[dict[str, Any]] = []
@@ -1003,28 +1083,24 @@ class _Run:
                     if folder and is_of_original and not method.progressive:
                         raise self._with_figures_kept(folder, error, resolved) from error
                     raise
-            entry = {
+            entry: dict[str, Any] = {
                 "method": resolved.spec.method,
                 "version": method.version,
                 "options": method.options.model_dump(mode="json"),
                 "domains": [name for name in figures.domains if name not in figures.held_out],
                 **({"held_out": [one.to_json() for one in held_out]} if held_out else {}),
-                "decision": _in_original_ids(decision, original_ids),
+                **_original_ids_json(piece.original_ids, all_ids),
+                "decision": decision,
             }
             done.append(entry)
             if folder:
                 decided = [{key: one[key] for key in _DECIDED if key in one} for one in done]
                 written = {"format": FORMAT, "model": about["model"], "passes": decided}
                 write_json(folder.path / "compressor" / DECISION, written)
-            if self.evaluation is not None and self.evaluation.random and _prunes(decision):
-                with self._timed("random decisions"):
-                    compare = partial(self._compare_with_random, piece, decision, batches, sources)
-                    entry["random"] = self._noted(f"random {name}", compare)
-            with self._timed("edit"):
-                entry["checks"] = self._edit(resolved, piece, decision, _check_batch(batches[0]), name)
-            for path, layer in decision["layers"].items():
-                if "kept" in layer:
-                    original_ids[path] = [original_ids[path][expert] for expert in layer["kept"]]
+            probe = _check_batch(batches[0])
+            beside = self._random_beside(entry, piece, resolved, decision, probe, batches, sources, name)
+            with beside, self._timed("edit"):
+                entry["checks"] = self._edit(resolved, piece, decision, probe, name)
             entry["seconds"] = round(time.perf_counter() - started, 3)
         return done
 
@@ -1086,48 +1162,51 @@ class _Run:
             return piece.edit(resolved.method, decision, probe, name)
 
     @contextmanager
+    def _random_beside(
+        self,
+        entry: dict[str, Any],
+        piece: InMemory,
+        resolved: ResolvedPass,
+        decision: Decision,
+        probe: TokenBatch,
+        batches: Sequence[TokenBatch],
+        sources: _Sources,
+        name: str,
+    ) -> Iterator[None]:
+        """Around a pass's edit: random decisions, measured before it, beside what it has made of the model, in the
+        pass's entry. The last pass's own perplexities are those of the evaluation.
+        """
+        evaluation = self.evaluation
+        if evaluation is None or not evaluation.random:
+            yield
+            return
+        with self._timed("random decisions"):
+            chosen = controls.AsMasked(piece, resolved.method, decision, probe)
+            found: dict[str, Any] = {}
+            if chosen.problem is None:
+                seeds = [self.recipe.seed + number for number in range(evaluation.random)]
+                how = (chosen, seeds, batches, sources.perplexity, evaluation.batch_size)
+                found = self._noted(f"random {name}", lambda: controls.measure(piece, *how))
+        yield
+        with self._timed("random decisions"):
+            chosen.after(piece)
+            entry["random"] = found if chosen.problem is None else {"problem": chosen.problem}
+            if chosen.problem is None and resolved is not self.loaded.passes[-1]:
+                ours = self._noted(f"perplexity after {name}", lambda: self._perplexities(piece, sources))
+                entry["random"] = controls.with_ours(found, ours)
+
+    def _perplexities(self, piece: InMemory, sources: _Sources) -> dict[str, float]:
+        assert self.evaluation is not None
+        batch_size = self.evaluation.batch_size
+        return {text.name: piece.perplexity(text, batch_size).perplexity for text in sources.perplexity}
+
+    @contextmanager
     def _placed(self, resolved: ResolvedPass) -> Iterator[None]:
         """Errors of a pass get its place in the recipe."""
         try:
             yield
         except OptionError as error:
             raise self.loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
-
-    def _compare_with_random(
-        self, piece: InMemory, decision: Decision, batches: Sequence[TokenBatch], sources: _Sources
-    ) -> dict[str, Any]:
-        """The decision beside random ones of the same size: loss on the calibration text, and perplexities."""
-        moe, evaluation = piece.moe, self.evaluation
-        assert evaluation is not None
-        seeds = [self.recipe.seed + number for number in range(evaluation.random)]
-        ours = {path: layer["kept"] for path, layer in decision["layers"].items()}
-        others = [random_kept(moe.layers, {path: len(kept) for path, kept in ours.items()}, seed) for seed in seeds]
-        top_k = decision.get("top_k")
-        losses = self._losses(piece, [ours, *others], batches, top_k)
-        perplexity: dict[str, Any] = {}
-        for sequences in sources.perplexity:
-            values = []
-            with self.progress.task(f"random decisions: perplexity {sequences.name}") as update:
-                for number, kept in enumerate([ours, *others]):
-                    with piece.masked(kept, top_k=top_k):
-                        values.append(piece.perplexity(sequences, evaluation.batch_size).perplexity)
-                    update(number + 1, 1 + len(others))
-            perplexity[sequences.name] = {"ours": values[0], "random": values[1:]}
-        return {"seeds": seeds, "relative_loss": losses, "perplexity": perplexity}
-
-    def _losses(
-        self, piece: InMemory, sets: Sequence[Kept], batches: Sequence[TokenBatch], top_k: int | None
-    ) -> dict[str, Any]:
-        """Mean over the layers of the loss as a fraction of the layer's output; the first set is ours."""
-        statistics = {
-            layer.path: SetLosses(layer, [kept[layer.path] for kept in sets], top_k)
-            for layer in piece.moe.layers
-            if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
-        }
-        figures = piece.observe(batches, statistics, title="random decisions: loss")
-        relative_LS = torch.stack([relative_losses(one) for one in figures.values()])
-        mean_S = relative_LS.mean(0).tolist()
-        return {"ours": mean_S[0], "random": mean_S[1:]}
 
     # evaluate
 
@@ -1268,24 +1347,18 @@ def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) ->
     return {layer.path: float(layer.top_k) for layer in layers} | whole.experts_per_token
 
 
-def _prunes(decision: Decision) -> bool:
-    return any(layer.get("dropped") for layer in decision["layers"].values())
-
-
 def _check_batch(batch: TokenBatch) -> TokenBatch:
     """The first few tokens of a batch's first few sequences."""
     rows, columns = slice(0, _CHECK_SEQUENCES), slice(0, _CHECK_TOKENS)
     return TokenBatch(batch.input_ids[rows, columns], batch.attention_mask[rows, columns])
 
 
-def _in_original_ids(decision: Decision, original_ids: Mapping[str, Sequence[int]]) -> Decision:
-    """The decision with expert ids as the original model counts them, whatever passes came before."""
-    layers = {}
-    for path, layer in decision["layers"].items():
-        ids = original_ids[path]
-        relabelled = {key: [ids[expert] for expert in layer[key]] for key in ("kept", "dropped") if key in layer}
-        layers[path] = {**layer, **relabelled}
-    return {**decision, "layers": layers}
+def _original_ids_json(ids: Kept, all_ids: Kept) -> dict[str, Any]:
+    """What an entry says of the ids in its decision: what the original model calls these experts, of the layers from
+    which the passes before have taken some.
+    """
+    fewer = {path: list(of_layer) for path, of_layer in ids.items() if of_layer != all_ids[path]}
+    return {"original_ids": fewer} if fewer else {}
 
 
 def _vocabulary(model: Any) -> int:
@@ -1314,3 +1387,36 @@ def _evaluation_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _left_out_json(left_out: LeftOut | None) -> dict[str, Any]:
     return {"left_out": left_out.to_json()} if left_out else {}
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    text = json.dumps(identity, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _model_json(config: Any, auto_class: str, layers: Sequence[MoELayer]) -> dict[str, Any]:
+    """What a record says of a model, beside its name and fingerprint."""
+    return {
+        "architecture": plan.architecture(config),
+        "model_type": config.model_type,
+        "auto_class": auto_class,
+        "routers": sorted({layer.router_kind for layer in layers}),
+    }
+
+
+def _layers_json(layers: Sequence[MoELayer]) -> list[dict[str, Any]]:
+    return [{"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k} for layer in layers]
+
+
+def _counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
+    """What a reader of the checkpoint has to know: layers of different counts, and experts that are skipped."""
+    counts, rules = uneven_counts(moe.config), moe.skip_rules
+    skipping = {path: rule.to_json() for path, rule in rules.items()}
+    return ({"uneven": counts} if counts else {}) | ({"skipping": skipping} if rules else {})
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """The record, its page and the model card, in an output's folder."""
+    write_json(folder / "compressor" / RECORD, record)
+    (folder / "compressor" / "report.html").write_text(page(record), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")

@@ -12,7 +12,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from compressor.report import alone_rows, decision_notes, figures, random_rows
+from compressor.report import alone_rows, decision_notes, figures, random_rows, shown_layers
 
 Json = Mapping[str, Any]
 
@@ -42,13 +42,13 @@ def page(record: Json) -> str:
         alone_heading=heading,
         alone=alone,
         passes=passes,
-        recipe=_recipe_lines(record.get("recipe", {})),
+        recipe=_recipe_lines(record["recipe"]) if "recipe" in record else "",
         versions=record.get("versions", {}),
     )
 
 
 def _pass(done: Json, record: Json) -> dict[str, Any]:
-    layers: dict[str, Json] = done["decision"].get("layers", {})
+    layers = shown_layers(done, record)
     keys = [key for key in dict.fromkeys(key for one in layers.values() for key in one) if _is_shown(layers, key)]
     rows = [[path, *(_text(one.get(key)) for key in keys)] for path, one in layers.items()]
     return {

@@ -74,8 +74,8 @@ def print_summary(record: Json, console: Console) -> None:
         for cells in alone:
             table.add_row(*map(Text, cells))
         _print_table(console, "Each pass alone", table)
-    for done, dropped in _with_dropped(record):
-        _print_decision(done, dropped, console)
+    for done in record.get("passes", []):
+        _print_decision(done, shown_layers(done, record), console)
 
 
 def figures(record: Json) -> list[Figure]:
@@ -298,8 +298,7 @@ def model_card(record: Json) -> str:
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     parts += [
-        "## Recipe",
-        f"```yaml\n{_yaml(record['recipe'])}```",
+        *(["## Recipe", f"```yaml\n{_yaml(record['recipe'])}```"] if "recipe" in record else []),
         "## Load it",
         f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
         _who_reads_it(record, auto_class),
@@ -535,20 +534,28 @@ def cut_prompts(tasks: Json) -> Iterator[str]:
 # --- what was kept ---
 
 
-def _with_dropped(record: Json) -> Iterator[tuple[Json, dict[str, list[int]]]]:
-    """Each pass, and the experts that it dropped from those which the passes before it had left."""
-    left = {layer["path"]: list(range(layer["num_experts"])) for layer in record.get("layers", [])}
-    for done in record.get("passes", []):
-        dropped = {}
-        for path, decided in done["decision"].get("layers", {}).items():
-            if "kept" in decided and path in left:
-                dropped[path] = [expert for expert in left[path] if expert not in set(decided["kept"])]
-                left[path] = decided["kept"]
-        yield done, dropped
+_ID_LISTS = ("kept", "dropped", "unreached", "super_experts", "protected_super_experts")
+"""What of a layer's decision are ids of experts, as its pass saw them."""
 
 
-def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: Console) -> None:
-    decided_layers = done["decision"].get("layers", {})
+def shown_layers(done: Json, record: Json | None = None) -> dict[str, dict[str, Any]]:
+    """A pass's layers with ids as the original model has them, and what was dropped of those that the pass saw."""
+    seen = {path: range(count) for path, count in _num_experts(record or {}).items()} | done.get("original_ids", {})
+    shown = {}
+    for path, decided in done["decision"].get("layers", {}).items():
+        layer = shown[path] = dict(decided)
+        if path in seen:
+            layer |= {key: [seen[path][expert] for expert in decided[key]] for key in _ID_LISTS if key in decided}
+            if "kept" in layer:
+                layer["dropped"] = [expert for expert in seen[path] if expert not in set(layer["kept"])]
+    return shown
+
+
+def _num_experts(record: Json) -> dict[str, int]:
+    return {layer["path"]: layer["num_experts"] for layer in record.get("layers", [])}
+
+
+def _print_decision(done: Json, decided_layers: Mapping[str, Json], console: Console) -> None:
     layers = _with_domain_losses(decided_layers)
     if not layers:
         return
@@ -561,7 +568,7 @@ def _print_decision(done: Json, dropped: Mapping[str, Sequence[int]], console: C
     table = _table(*columns, wrap=("kept", "dropped"))
     for path, decided in layers.items():
         numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
-        ids = [_few_ids(decided.get("kept", [])), _few_ids(dropped.get(path, []))] if has_kept else []
+        ids = [_few_ids(decided.get(key, [])) for key in ("kept", "dropped")] if has_kept else []
         table.add_row(*map(Text, (labels[path], *numbers, *ids)))
     _print_table(console, f"{done['method']}: {pattern}", table)
     for note in decision_notes(done):
@@ -598,8 +605,12 @@ def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
 
 def decision_notes(done: Json) -> list[str]:
     """What a reader of a decision should know of some of its layers, one sentence for each kind of finding."""
-    layers = done["decision"].get("layers", {})
+    layers = shown_layers(done)
     notes = [*_skipping_notes(done["decision"])]
+    if done.get("original_ids"):
+        notes.append("experts have the original model's ids here; the decision itself has those that this pass saw")
+    if problem := (done.get("random") or {}).get("problem"):
+        notes.append(f"no random experts to compare with: {problem}")
     unreached = {path: decided["unreached"] for path, decided in layers.items() if decided.get("unreached")}
     if unreached:
         number = sum(map(len, unreached.values()))
@@ -646,7 +657,7 @@ def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
 
 def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
     """(figure, the decision's value, median of the random ones, their range, how many of them it beats)."""
-    compared = {"loss on calibration text": random["relative_loss"]} if random else {}
+    compared = {"loss on calibration text": random["relative_loss"]} if "relative_loss" in random else {}
     compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}
     rows = []
     for name, values in compared.items():
@@ -669,9 +680,7 @@ def _random_markdown(rows: Sequence[Sequence[str]]) -> str:
 def print_decisions(decided: Json, console: Console) -> None:
     """The passes of a decision.json: kept and dropped experts, and what each layer loses."""
     for done in decided["passes"]:
-        layers = done["decision"].get("layers", {})
-        dropped = {path: layer["dropped"] for path, layer in layers.items() if "dropped" in layer}
-        _print_decision(done, dropped, console)
+        _print_decision(done, shown_layers(done), console)
 
 
 def _all_numbers(layers: Json, key: str) -> bool:
@@ -681,11 +690,9 @@ def _all_numbers(layers: Json, key: str) -> bool:
 
 def _kept_lines(record: Json) -> str:
     """The experts that all passes together left and dropped, as a Markdown table; empty without any."""
-    kept: dict[str, list[int]] = {}
-    for done in record.get("passes", []):
-        layers = done["decision"].get("layers", {})
-        kept |= {path: decided["kept"] for path, decided in layers.items() if "kept" in decided}
-    num_experts = {layer["path"]: layer["num_experts"] for layer in record.get("layers", [])}
+    num_experts = _num_experts(record)
+    shown = [layer for done in record.get("passes", []) for layer in shown_layers(done, record).items()]
+    kept = {path: layer["kept"] for path, layer in shown if "kept" in layer}
     lines = []
     for path, ids in kept.items():
         dropped = [expert for expert in range(num_experts.get(path, 0)) if expert not in set(ids)]

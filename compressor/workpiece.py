@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluate import Perplexity, RoutedSize, Size
 from compressor.journal import Journal, ObservationJournal
 from compressor.method import Decision, Method, OptionError
-from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, structure_of
+from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, Removal, structure_of
 from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
@@ -109,6 +109,9 @@ class InMemory(AsLoaded):
     ) -> None:
         self.moe, self.source, self.left_out, self.adapters = moe, source, left_out, adapters
         self.progress, self.processes, self.parking = progress, processes, parking
+        self.original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        """Layer path → what the original model calls the experts that are there now, in their order."""
+        self._answered: tuple[TokenBatch, Tensor] | None = None
 
     @property
     def model(self) -> Any:
@@ -163,12 +166,39 @@ class InMemory(AsLoaded):
         `name` tells the edits of a run apart. Raises VerificationError where the answers are others, OptionError where
         the model cannot be edited like this.
         """
-        return edit_verified(self.moe, method, decision, probe)
+        untouched, self._answered = self.answers(probe), None
+        with self._followed(self.moe):
+            differences, answers = edit_verified(self.moe, method, decision, probe, untouched)
+        self._answered = probe, answers
+        return differences
+
+    @contextmanager
+    def _followed(self, moe: MoEModel) -> Iterator[None]:
+        """What is removed within the context is gone from `original_ids`."""
+        before = len(moe.removals)
+        yield
+        self.original_ids = ids_left(self.original_ids, moe.removals[before:])
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The model's logits [N, V] at a batch's N real tokens."""
+        return walk.logits(self.moe.model, batch)
+
+    def answers(self, batch: TokenBatch) -> Tensor:
+        """The same, outside any context that masks experts; not computed again where the last edit was compared on this
+        batch.
+        """
+        if self._answered is not None:
+            known, logits_NV = self._answered
+            if torch.equal(known.input_ids, batch.input_ids) and torch.equal(
+                known.attention_mask, batch.attention_mask
+            ):
+                return logits_NV
+        return self.logits(batch)
 
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         """Write the checkpoint into the output's folder."""
         self.progress.say("saving, and loading again to compare")
-        save_verified(self.moe, self.source, folder, probe, self.left_out, self.adapters)
+        save_verified(self.moe, self.source, folder, probe, self.left_out, self.adapters, self.answers(probe))
 
 
 class OnDisk(InMemory):
@@ -264,7 +294,8 @@ class OnDisk(InMemory):
         stage = self.work / name
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
-            carry_out(method, self.moe, decision)  # its weights are not read any more
+            with self._followed(self.moe):
+                carry_out(method, self.moe, decision)  # its weights are not read any more
             return dict(self.processes.exchange(noted)[0])
         known = self.processes.exchange(self._noted_of(stage))[0]
         if known is None:
@@ -272,6 +303,8 @@ class OnDisk(InMemory):
             if self.journal is not None and self.processes.is_first:
                 self.journal.note(f"edited {name}", known)
         else:
+            with self._followed(self.moe):
+                carry_out(method, self.moe, decision)
             self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
         before, self.stage = self.stage, stage
         self.processes.wait()
@@ -311,7 +344,8 @@ class OnDisk(InMemory):
                 raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
         before = disk.meta_model(self.source, self.adapters)
         after = copy.deepcopy(before)
-        carry_out(method, after, decision)
+        with self._followed(after):
+            carry_out(method, after, decision)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
@@ -363,6 +397,13 @@ def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:
     return MoEModel(model, structure_of(type(model), model.config, adapters))
 
 
+def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
+    """Layer path → those of the ids, given in the experts' order, that are left after these removals."""
+    for removal in removals:
+        ids = {path: [of_layer[expert] for expert in removal.kept[path]] for path, of_layer in ids.items()}
+    return ids
+
+
 def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> None:
     """Edit the model. Raises OptionError where it cannot keep or skip what was decided: only the figures could tell."""
     try:
@@ -371,14 +412,16 @@ def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> None:
         raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
 
 
-def edit_verified(moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch) -> dict[str, float]:
-    """Edit the live model and check, on one batch, that it then computes what was decided.
+def edit_verified(
+    moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch, untouched: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """Edit the live model and check, on one batch, that it then computes what was decided. `untouched` are its logits
+    [N, V] there.
 
     First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
     under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
-    returns the differences.
+    returns (the differences, the edited model's logits).
     """
-    untouched = walk.logits(moe.model, probe)
     if not torch.isfinite(untouched).all():
         raise CheckpointError(
             "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
@@ -395,9 +438,9 @@ def edit_verified(moe: MoEModel, method: Method[Any], decision: Decision, probe:
         with preview:
             expected = walk.logits(moe.model, probe)
     carry_out(method, moe, decision)
-    if expected is None:
-        return {"keep_all_difference": 0.0}
-    return {"keep_all_difference": 0.0, **compare_answers(expected, walk.logits(moe.model, probe))}
+    answers = walk.logits(moe.model, probe)
+    compared = {} if expected is None else compare_answers(expected, answers)
+    return {"keep_all_difference": 0.0, **compared}, answers
 
 
 def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
@@ -427,8 +470,10 @@ def save_verified(
     probe: TokenBatch,
     left_out: LeftOut | None = None,
     adapters: Sequence[Adapter] = (),
+    answers: Tensor | None = None,
 ) -> None:
     """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
+    `answers` are the latter [N, V], where they are known.
 
     Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
     """
@@ -449,7 +494,8 @@ def save_verified(
             f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
             f"({', '.join(different[:3])}). Nothing was kept."
         )
-    expected, answered = walk.logits(moe.model, probe), walk.logits(again, probe)
+    expected = walk.logits(moe.model, probe) if answers is None else answers
+    answered = walk.logits(again, probe)
     if not torch.equal(expected, answered):
         difference = float((expected.float() - answered.float()).abs().max())
         raise VerificationError(

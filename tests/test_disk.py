@@ -638,13 +638,13 @@ def decision_of(folder: Path, kept: Mapping[str, list[int]], path: Path) -> Path
 
 
 def test_apply_to_a_quantised_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compressor.engine import apply_decision
+    from compressor.engine import apply
     from compressor.progress import Progress
 
     source = write_changed("mixtral", tmp_path / "source", per_expert_fp8, quantization_config=FP8)
     kept = keep_six(disk.meta_model(Checkpoint("mine", source)))
     decision = decision_of(source, kept, tmp_path / "decision.json")
-    apply_decision(decision, str(source), tmp_path / "out", progress=Progress("lines"))
+    apply(decision, str(source), tmp_path / "out", progress=Progress("lines"))
     assert "editing on disk, without loading the model" in capsys.readouterr().err
     edited(source, tmp_path / "expected", six)
     assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
@@ -654,7 +654,7 @@ def test_apply_to_a_quantised_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
     """It would run unskipped everywhere."""
-    from compressor.engine import apply_decision
+    from compressor.engine import apply
 
     source = write_changed("mixtral", tmp_path / "source", per_expert_fp8, quantization_config=FP8)
     rule = {"rule": "ratio", "renormalise": True, "beta": 0.5}
@@ -662,7 +662,7 @@ def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
     done = {"method": "dynamic_skipping", "version": "1", "options": {}, "decision": {"layers": layers}}
     (tmp_path / "decision.json").write_text(json.dumps({"format": 1, "passes": [done]}))
     with pytest.raises(UnsupportedModelError, match="quantised, and nothing reads one that skips experts"):
-        apply_decision(tmp_path / "decision.json", str(source), tmp_path / "out")
+        apply(tmp_path / "decision.json", str(source), tmp_path / "out")
 
 
 def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,7 +671,7 @@ def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine.checkpoints, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     kept = keep_six(disk.meta_model(Checkpoint("mine", tiny_folder("mixtral"))))
     decision = decision_of(tiny_folder("mixtral"), kept, tmp_path / "decision.json")
-    engine.apply_decision(decision, str(tiny_folder("mixtral")), tmp_path / "out", hard_link=True)
+    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "out", hard_link=True)
     compressor_folder = tmp_path / "out" / "compressor"
     assert json.loads((compressor_folder / "decision.json").read_text())["passes"][0]["method"] == "expert_pruning"
 
@@ -685,9 +685,9 @@ def test_apply_says_why_it_loads_the_model(
 
     kept = keep_six(disk.meta_model(Checkpoint("mine", tiny_folder("mixtral"))))
     decision = decision_of(tiny_folder("mixtral"), kept, tmp_path / "decision.json")
-    engine.apply_decision(decision, str(tiny_folder("mixtral")), tmp_path / "disk")
+    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "disk")
     monkeypatch.setattr(load_plugins().methods["expert_pruning"], "needs_weights", True)
-    engine.apply_decision(decision, str(tiny_folder("mixtral")), tmp_path / "memory", progress=Progress("lines"))
+    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "memory", progress=Progress("lines"))
     assert "it cannot be edited on disk, because expert_pruning needs weights" in capsys.readouterr().err
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()

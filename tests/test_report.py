@@ -36,7 +36,7 @@ def size(parameters: int, active: int) -> dict[str, Any]:
 
 LAYERS = [f"model.layers.{number}.mlp" for number in range(3)]
 RECORD: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "model": {
         "reference": "mistralai/Mixtral-8x7B-v0.1",
         "fingerprint": "f",
@@ -50,9 +50,14 @@ RECORD: dict[str, Any] = {
         },
         {
             "method": "expert_pruning",
-            "decision": {"layers": {p: {"kept": [0, 2, 4, 7], "loss": 45.6} for p in LAYERS}},
+            "original_ids": {p: [0, 1, 2, 4, 6, 7] for p in LAYERS},
+            "decision": {"layers": {p: {"kept": [0, 2, 3, 5], "loss": 45.6} for p in LAYERS}},
         },
-        {"method": "dynamic_skipping", "decision": {"layers": {p: {"beta": 0.4321} for p in LAYERS}}},
+        {
+            "method": "dynamic_skipping",
+            "original_ids": {p: [0, 2, 4, 7] for p in LAYERS},
+            "decision": {"layers": {p: {"beta": 0.4321} for p in LAYERS}},
+        },
     ],
     "layers": [{"path": path, "num_experts": 8, "top_k": 2} for path in LAYERS],
     "evaluation": {
@@ -139,6 +144,8 @@ def test_summary_shows_what_each_pass_kept_and_dropped() -> None:
     assert "0 12.35 0–2, 4, 6, 7 3, 5" in squeezed(text[first:second])
     # The second pass dropped two of the six that the first one left.
     assert "2 45.6 0, 2, 4, 7 1, 6" in squeezed(text[second:])
+    assert "original model's ids here" not in text[first:second]
+    assert "original model's ids here" in text[second:]
     assert "1 0.4321" in squeezed(text[text.index("dynamic_skipping: model.layers.N.mlp") :])
 
 

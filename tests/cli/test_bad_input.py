@@ -649,7 +649,7 @@ def a_pass(layers: Any, method: str = "expert_pruning", options: Any = None) -> 
     [
         ("{oops", "not a decision that a run has written: Expecting property name"),
         ("[]", "not a decision that a run has written: list indices must be integers"),
-        ('{"format": 2, "passes": []}', "not a decision that a run has written: its format is 2, this version reads 1"),
+        ('{"format": 3, "passes": []}', "not a decision that a run has written: its format is 3, this version reads 2"),
         ('{"format": 1}', "not a decision that a run has written: it has no key 'passes'"),
         ('{"format": 1, "passes": []}', "not a decision that a run has written: it has no passes"),
         ('{"format": 1, "passes": 3}', "not a decision that a run has written: 'int' object is not iterable"),
@@ -659,7 +659,10 @@ def a_pass(layers: Any, method: str = "expert_pruning", options: Any = None) -> 
         (a_pass({MOE: [0, 1]}), "not a decision that a run has written: its layers are no mappings"),
         (a_pass({}), " does not fit {model}: keep() must name every MoE layer; model.layers.0.mlp is missing"),
         (a_pass({"nope": {"kept": [0]}}), " does not fit {model}: it has no MoE layer 'nope'; its layers are model.la"),
-        (a_pass({MOE: {"kept": [0, 1, 8]}}), f" does not fit {{model}}: {MOE} has no expert 8"),
+        (
+            a_pass({MOE: {"kept": [0, 1, 8]}, OTHER: {"kept": [0, 1]}}),
+            f" does not fit {{model}}: {MOE}: kept experts must be different ids from 0 to 7, got [0, 1, 8]",
+        ),
         (a_pass({MOE: {"kept": [0]}, OTHER: {"kept": [0]}}), f" does not fit {{model}}: {MOE}: cannot keep 1 experts"),
     ],
 )

@@ -297,7 +297,7 @@ def test_deciding_what_cannot_be(gathered: Path, refused: Refused, arguments: li
 def test_decisions_are_not_overwritten(cli: Cli, gathered: Path, refused: Refused) -> None:
     arguments = ["decide", gathered, "--keep", "6", "--output", "d.json", "--quiet"]
     assert cli(*arguments).status == 0
-    refused(*arguments, says="d.json exists. Choose another file, or say --overwrite.")
+    refused(*arguments, says="d.json exists. Choose another output, or say --overwrite.")
     assert cli(*arguments, "--overwrite").status == 0
 
 

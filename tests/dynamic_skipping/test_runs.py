@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import MoEModel, OptionError, RecipeError, SkipRule, plan
-from compressor.engine import apply_decision
+from compressor.engine import apply
 from compressor.page import page
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe
@@ -74,7 +74,7 @@ def test_median_of_a_top_2_model(tokens, tmp_path):
     assert tokenizer is not None
     close(logits(model), expected)
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(original))
-    apply_decision(tmp_path / "out" / "compressor" / "decision.json", str(folder), tmp_path / "applied")
+    apply(tmp_path / "out" / "compressor" / "decision.json", str(folder), tmp_path / "applied")
     close(logits(compressor.load(tmp_path / "applied")[0]), expected)
     assert result.record["skipping"] == {path: rule.to_json() for path, rule in rules.items()}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -142,7 +142,7 @@ def test_prune_then_skip(eight, tokens, tmp_path):
     model, _ = compressor.load(tmp_path / "both")
     close(logits(model), logits(both.model))
     assert [layer.num_experts for layer in MoEModel(model).layers] == [6, 6, 6]
-    apply_decision(tmp_path / "both" / "compressor" / "record.json", str(eight), tmp_path / "applied")
+    apply(tmp_path / "both" / "compressor" / "record.json", str(eight), tmp_path / "applied")
     close(logits(compressor.load(tmp_path / "applied")[0]), logits(both.model))
 
 
@@ -275,7 +275,7 @@ def test_decided_again_without_the_model(eight, tokens, tmp_path):
     assert other["passes"][0]["decision"]["mean_experts"] == pytest.approx(2.0, abs=0.05)
     file = tmp_path / "other.json"
     file.write_text(json.dumps(other))
-    apply_decision(file, str(eight), tmp_path / "applied")
+    apply(file, str(eight), tmp_path / "applied")
     assert {rule.rule for rule in MoEModel(compressor.load(tmp_path / "applied")[0]).skip_rules.values()} == {
         "tail_mass"
     }
@@ -293,7 +293,7 @@ def test_a_decision_that_skips_nothing_is_not_applied(eight, tokens, tmp_path):
     file = tmp_path / "nothing.json"
     file.write_text(json.dumps(decision))
     with pytest.raises(RecipeError, match="the decision says of every layer that it skips nothing"):
-        apply_decision(file, str(eight), tmp_path / "applied")
+        apply(file, str(eight), tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
 
 
@@ -341,19 +341,19 @@ def test_a_decision_for_another_model_is_refused(eight, tokens, tmp_path):
     decision = tmp_path / "out" / "compressor" / "decision.json"
     deeper = write_checkpoint(random_model("qwen3_moe", num_hidden_layers=4), tmp_path / "deeper")
     with pytest.raises(RecipeError, match=r"was decided on .* is another model"):
-        apply_decision(decision, str(deeper), tmp_path / "applied")
+        apply(decision, str(deeper), tmp_path / "applied")
     with pytest.raises(
         RecipeError, match=r"made for 3 MoE layers, the model has 4: model.layers.3.mlp: it says nothing"
     ):
-        apply_decision(decision, str(deeper), tmp_path / "applied", other_model=True)
+        apply(decision, str(deeper), tmp_path / "applied", other_model=True)
     with pytest.raises(RecipeError, match=r"it has no MoE layer .model\.layers\.0\.mlp.; its layers are model\.layers"):
-        apply_decision(decision, str(tiny_folder("deepseek_v3")), tmp_path / "applied", other_model=True)
+        apply(decision, str(tiny_folder("deepseek_v3")), tmp_path / "applied", other_model=True)
     data = json.loads(decision.read_text())
     layer = next(iter(data["passes"][0]["decision"]["layers"].values()))
     layer["beta"] = 7
     decision.write_text(json.dumps(data))
     with pytest.raises(RecipeError, match=r"`beta` should be a number above 0, up to 1, found 7"):
-        apply_decision(decision, str(eight), tmp_path / "applied")
+        apply(decision, str(eight), tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
 
 

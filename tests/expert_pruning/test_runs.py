@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import MoEModel
-from compressor.engine import apply_decision
+from compressor.engine import apply
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_counts_by_layer(run, tmp_path):
     assert done["options"]["keep"] == {"0": 5, "2": 3}
     model, _ = compressor.load(folder)
     assert_as_masked(done, model, original)
-    apply_decision(folder / "compressor" / "record.json", str(tiny_folder("mixtral")), tmp_path / "applied")
+    apply(folder / "compressor" / "record.json", str(tiny_folder("mixtral")), tmp_path / "applied")
     again, _ = compressor.load(tmp_path / "applied")
     assert torch.equal(logits(again), logits(model))
 
@@ -76,7 +76,7 @@ def test_fewer_experts_per_token(run, tmp_path, name, options):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.num_experts_per_tok == 1
     assert_as_masked(done, model, original)
-    apply_decision(folder / "compressor" / "decision.json", str(tiny_folder(name)), tmp_path / "applied")
+    apply(folder / "compressor" / "decision.json", str(tiny_folder(name)), tmp_path / "applied")
     assert (tmp_path / "applied" / "config.json").read_text() == (folder / "config.json").read_text()
 
 
