@@ -443,7 +443,8 @@ class _Application:
 
     def _edit(self, moe: MoEModel) -> list[dict[str, Any]]:
         """Carry the passes out; what the record says of them."""
-        original_ids = all_ids = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        all_ids = original_ids
         passes = []
         for done, method in zip(self.decided.passes, self.methods, strict=True):
             num_removals = len(moe.removals)
