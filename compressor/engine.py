@@ -49,6 +49,7 @@ from compressor.environment import hardware, versions
 from compressor.errors import (
     CalibrationError,
     CompressorError,
+    DiskError,
     RecipeError,
     UnsupportedModelError,
 )
@@ -284,12 +285,18 @@ def decide(
     }
     decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
     if file is not None:
-        with checkpoints.disk_errors_named(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, decided)
-            if file != Path(output or ""):
-                (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
+        _write_decision(file, decided, with_page=file != Path(output or ""))
     return decided
+
+
+def _write_decision(file: Path, decided: Mapping[str, Any], *, with_page: bool) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, decided)
+        if with_page:
+            (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{file}: it cannot be written there: {error.strerror}. Choose another output.") from error
 
 
 def decision_file(output: str | Path) -> Path:
@@ -374,7 +381,7 @@ def apply(
         beside = files_beside(found.folder)
         if beside.left:
             progress.say(beside.note)
-        application = _Application(decided, methods, found, folder, plugins.adapters, progress)
+        application = _Application(decided, methods, plugins.adapters, found, folder, progress)
         record = application.on_disk(hard_link=hard_link)
         record["model"]["fingerprint"] = fingerprint
         record["versions"] = versions({plugin.distribution: plugin.version for plugin in plugins.plugins})
@@ -400,7 +407,6 @@ class _Application:
     adapters: Sequence[Adapter]
     found: Checkpoint
     folder: OutputFolder
-    adapters: Sequence[Adapter]
     progress: Progress
 
     def on_disk(self, *, hard_link: bool) -> dict[str, Any]:

@@ -161,6 +161,10 @@ def test_apply_writes_a_record_a_page_and_a_card(recipe: Callable[..., dict[str,
     decided = compressor.decide(figures, output=tmp_path / "decided", keep={0: 5, 1: 6, 2: 6}, criterion="reap")
     assert json.loads((tmp_path / "decided" / "decision.json").read_text()) == decided
     assert "expert_pruning" in (tmp_path / "decided" / "report.html").read_text()
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below", "x" * 300):
+        with pytest.raises(compressor.DiskError, match=r"it cannot be written there: .*\. Choose another output"):
+            compressor.decide(figures, output=tmp_path / place, keep=5, criterion="reap")
     with pytest.raises(RecipeError, match=r"decision\.json exists\. Choose another output, or say --overwrite"):
         compressor.decide(figures, output=tmp_path / "decided", keep=5, criterion="reap")
     result = compressor.apply(decided, model, tmp_path / "applied")
