@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.chats import choose_template, render, unread
+from compressor.chats import render, unread
 from compressor.errors import CalibrationError
 from compressor.sources import (
     BaseSource,
@@ -31,7 +31,6 @@ from compressor.sources import (
     DemoSource,
     Document,
     GivenSource,
-    JsonLinesSource,
     Split,
     Text,
     TextualSource,
@@ -89,11 +88,12 @@ class TokenBatch:
     held_out: bool = False
 
 
-def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, split: Split = "train") -> Sequences:
+def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | None, split: Split = "train") -> Sequences:
     """Read a source.
 
     `tokenizer` is a transformers tokenizer, or None for a model without one (only `tokens:` sources work).
-    `seed` orders the documents; `split` is what a `demo:` source uses unless it says otherwise.
+    `seed` orders the documents; `split` is what a `demo:` source uses unless it says otherwise. Without a `seed` it is
+    a look at the source: of text only the first sequence is read, of the documents that stand first.
     Raises CalibrationError when the source is missing, empty, or shorter than one sequence.
     """
     if isinstance(source, TokensSource):
@@ -107,7 +107,9 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int, spli
             f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
         )
     assert isinstance(source, TextualSource)
-    parts = source.parts() if isinstance(source, DemoSource) else [source]
+    parts: Sequence[TextualSource] = source.parts() if isinstance(source, DemoSource) else [source]
+    if seed is None:
+        parts = [part.model_copy(update={"samples": 1}) for part in parts]
     packed = [_pack(part, tokenizer, part.documents(seed=seed, split=split)) for part in parts]
     turns = itertools.zip_longest(*(one.ids for one in packed))
     ids = [sequence for turn in turns for sequence in turn if sequence is not None]
@@ -188,17 +190,6 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
         text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def refuse_chats(source: BaseSource, tokenizer: Any | None) -> None:
-    """Raise CalibrationError where the first row of a JSON-lines file is a chat that this tokenizer cannot render, for
-    want of a template. Reads one row, so that this can be told before weights are read.
-    """
-    if not isinstance(source, JsonLinesSource) or tokenizer is None:
-        return
-    first = source.first()
-    if isinstance(first, Chat):
-        choose_template(tokenizer, source.template, source.title, has_tools="tools" in first.others)
 
 
 def missing_sequences(found: Sequence[Sequences]) -> Iterator[str]:

@@ -106,8 +106,10 @@ class BaseSource(BaseModel):
         """Bytes that reading it takes at most, about. Raises CalibrationError where a file cannot be read."""
         return _BYTES_PER_TOKEN * sum(self.lengths())
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Document]:
-        """The texts or chats, in the order in which they are to be used."""
+    def documents(self, *, seed: int | None, split: Split) -> Iterable[Document]:
+        """The texts or chats, in the order in which they are to be used; without a `seed` in the order in which they
+        stand, for a look at the first of them.
+        """
         raise NotImplementedError
 
 
@@ -150,12 +152,12 @@ class DemoSource(TextualSource):
     def _default_title(self) -> str:
         return f"demo:{self.demo}"
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
+    def documents(self, *, seed: int | None, split: Split) -> Iterable[Text]:
         """One domain's documents of the split, shuffled by `seed`; a `mix` is read through its `parts`."""
         from compressor.demo.corpus import documents
 
         assert self.demo != "mix"
-        return [Text([text], self.title) for text in _shuffled(documents(self.demo, self.split or split), seed)]
+        return (Text([text], self.title) for text in _shuffled(documents(self.demo, self.split or split), seed))
 
     def parts(self) -> list[DemoSource]:
         """One source for each domain, with equal shares of the sequences: the first ones get what is left over."""
@@ -183,7 +185,7 @@ class TextSource(GivenSource):
         _check_file(self.text, self.title)
         return super().lengths()
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
+    def documents(self, *, seed: int | None, split: Split) -> Iterable[Text]:
         """The whole file as one document."""
         return [Text(text_blocks(self.text, self.title, replace=self.errors == "replace"), self.text)]
 
@@ -211,15 +213,12 @@ class JsonLinesSource(RowsSource):
         rows = find_rows(self.jsonl, self.title)
         return super().memory() + 16 * len(rows.starts) + 8 * rows.longest
 
-    def first(self) -> Document | None:
-        """The file's first text or chat, None if there is none."""
-        rows = read_rows(self.jsonl, self.title, replace=self.errors == "replace")
-        return next((_document(row, self.field, where) for where, row in rows), None)
-
-    def documents(self, *, seed: int, split: Split) -> Iterator[Document]:
+    def documents(self, *, seed: int | None, split: Split) -> Iterator[Document]:
         """The lines' texts or chats, shuffled by `seed`."""
-        starts = find_rows(self.jsonl, self.title).starts[:]
-        random.Random(seed).shuffle(starts)
+        starts = None
+        if seed is not None:
+            starts = find_rows(self.jsonl, self.title).starts[:]
+            random.Random(seed).shuffle(starts)
         for where, row in read_rows(self.jsonl, self.title, starts, replace=self.errors == "replace"):
             yield _document(row, self.field, where)
 
@@ -252,15 +251,17 @@ class DatasetSource(RowsSource):
         """As others, and the library with its buffers."""
         return self._lines.memory() if self._lines is not None else super().memory() + _LIBRARY + 4 * _BUFFER
 
-    def documents(self, *, seed: int, split: Split) -> Iterator[Document]:
+    def documents(self, *, seed: int | None, split: Split) -> Iterator[Document]:
         """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows, or of fewer that are large."""
         if self._lines is not None:
             yield from self._lines.documents(seed=seed, split=split)
             return
         rows = self._opened()
-        first = [len(str(row)) for row in itertools.islice(self._rows_read(rows), 16)]
-        size = min(10_000, max(1, _BUFFER * len(first) // max(1, sum(first))))
-        for row in self._rows_read(rows.shuffle(seed=seed, buffer_size=size)):
+        if seed is not None:
+            first = [len(str(row)) for row in itertools.islice(self._rows_read(rows), 16)]
+            size = min(10_000, max(1, _BUFFER * len(first) // max(1, sum(first))))
+            rows = rows.shuffle(seed=seed, buffer_size=size)
+        for row in self._rows_read(rows):
             yield _document(row, self.field, _DatasetRow(self, row), is_arrow=True)
 
     def _opened(self) -> Any:
@@ -416,11 +417,11 @@ class TaskSource(GivenSource):
         """Where lm-eval looks for the task first."""
         return Path(self.task).parent if self.is_file else self.task_path
 
-    def documents(self, *, seed: int, split: Split) -> Iterable[Text]:
+    def documents(self, *, seed: int | None, split: Split) -> Iterable[Text]:
         """The task's training documents, shuffled by `seed`."""
         from compressor.tasks import training_texts
 
-        found = training_texts(self.name_in_index, task_path=self.folder, split=self.split, seed=seed)
+        found = training_texts(self.name_in_index, task_path=self.folder, split=self.split, seed=seed or 0)
         return (Text([text], where) for text, where in found)
 
 
@@ -502,7 +503,9 @@ def _without_nulls(value: Any) -> Any:
 _T = TypeVar("_T")
 
 
-def _shuffled(documents: Iterable[_T], seed: int) -> list[_T]:
+def _shuffled(documents: Iterable[_T], seed: int | None) -> Iterable[_T]:
+    if seed is None:
+        return documents
     documents = list(documents)
     random.Random(seed).shuffle(documents)
     return documents

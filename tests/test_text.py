@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from compressor import chats
-from compressor.calibration import load_sequences, load_with_held_out, missing_sequences, refuse_chats
+from compressor.calibration import load_sequences, load_with_held_out, missing_sequences
 from compressor.errors import CalibrationError
 from compressor.sources import Chat, Source
 
@@ -373,15 +373,15 @@ def test_named_templates_are_chosen(tmp_path: Path) -> None:
         load_sequences(source(jsonl=path, template="x"), Words(), seed=0)
 
 
-def test_a_missing_template_is_told_by_the_first_row(tmp_path: Path) -> None:
-    (tmp_path / "chats.jsonl").write_text(json.dumps(PLAIN) + "\n{oops\n")
-    asked = source(jsonl=tmp_path / "chats.jsonl")
-    refuse_chats(asked, Words())
-    refuse_chats(asked, None)  # told elsewhere
-    refuse_chats(source(jsonl=lines(tmp_path / "texts.jsonl", {"text": "a"})), Words(None))
-    refuse_chats(source(text=tmp_path / "chats.jsonl"), Words(None))
+def test_a_look_reads_the_first_row(tmp_path: Path) -> None:
+    """Enough to tell that a template is missing, before weights are read."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(PLAIN) + "\n{oops\n")
+    asked = source(jsonl=path, samples=512)
+    assert len(load_sequences(asked, Words(), seed=None).ids) == 1
     with pytest.raises(CalibrationError, match=r"source 'chats' holds chats, but the tokenizer has no chat template"):
-        refuse_chats(asked, Words(None))
+        load_sequences(asked, Words(None), seed=None)
+    assert len(load_sequences(source(dataset=str(CASES / "tool_rows_parquet")), Words(), seed=None).ids) == 1
 
 
 def test_a_name_that_a_template_gives_a_default(tmp_path: Path) -> None:
