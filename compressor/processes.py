@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -260,7 +261,8 @@ def _ends_when_told() -> Iterator[None]:
         return
 
     def leave(number: int, frame: object) -> None:
-        raise SystemExit(_TERMINATED)
+        if sys.exc_info()[0] is None:  # otherwise it is leaving, and what it tidies up is not to be cut short
+            raise SystemExit(_TERMINATED)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:

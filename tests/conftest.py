@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,43 @@ def _tiny_models_removed() -> Iterator[None]:
     yield
     if "tiny_models" in sys.modules:
         sys.modules["tiny_models"].remove_session_folder()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Call the command in this process: a hundred times quicker than in one of its own."""
+    from compressor.cli import _exit_status
+
+    monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
+
+    def call(*arguments: str | Path) -> Answer:
+        capsys.readouterr()
+        status = _exit_status([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Answer(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def install_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Have the distributions that are laid out in a folder installed until the test ends."""
+
+    def install(folder: Path) -> None:
+        monkeypatch.syspath_prepend(folder)
+        for path in folder.glob("*.py"):
+            monkeypatch.delitem(sys.modules, path.stem, raising=False)
+
+    return install
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,9 @@ import pytest
 import yaml
 from test_plugins import write_distribution
 from tiny_models import REMOTE_CODE, random_model, write_checkpoint, write_token_file
+
+Cli = Callable[..., Any]
+InstallFrom = Callable[[Path], None]
 
 ADAPTER = """
 import compressor
@@ -45,16 +46,6 @@ def specialists(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(plugins: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "compressor.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(plugins)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def recipe_file(folder: Path, model: Path, keep: Any) -> Path:
     ids = write_token_file(
         folder / "ids.jsonl", [[(7 * row + column) % 60 + 2 for column in range(24)] for row in range(4)]
@@ -71,20 +62,21 @@ def recipe_file(folder: Path, model: Path, keep: Any) -> Path:
     return path
 
 
-def test_structure_alone_refuses(specialists: Path, tmp_path: Path) -> None:
-    done = command(tmp_path, "run", recipe_file(tmp_path, specialists, 6))
-    assert done.returncode == 2, done.stderr
-    assert "specialists: no routed experts found" in done.stderr
+def test_structure_alone_refuses(specialists: Path, tmp_path: Path, cli: Cli) -> None:
+    done = cli("run", recipe_file(tmp_path, specialists, 6))
+    assert done.status == 2, done.err
+    assert "specialists: no routed experts found" in done.err
     assert not (tmp_path / "smaller").exists()
 
 
 @pytest.mark.parametrize("keep", [6, {0: 4, 1: 6}])
-def test_with_its_adapter(specialists: Path, tmp_path: Path, keep: Any) -> None:
+def test_with_its_adapter(specialists: Path, tmp_path: Path, keep: Any, cli: Cli, install_from: InstallFrom) -> None:
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     write_distribution(plugins, "specialists-adapter", {"specialists": ""}, ADAPTER)
-    done = command(plugins, "run", recipe_file(tmp_path, specialists, keep), "--quiet")
-    assert done.returncode == 0, done.stderr
+    install_from(plugins)
+    done = cli("run", recipe_file(tmp_path, specialists, keep), "--quiet")
+    assert done.status == 0, done.err
     config = json.loads((tmp_path / "smaller" / "config.json").read_text())
     if keep == 6:
         assert config["num_specialists"] == 6
@@ -95,14 +87,15 @@ def test_with_its_adapter(specialists: Path, tmp_path: Path, keep: Any) -> None:
         assert "`compressor.load` reads it, `AutoModelForCausalLM.from_pretrained`" in " ".join(
             (tmp_path / "smaller" / "README.md").read_text().split()
         )
-    inspected = command(plugins, "inspect", specialists, "--trust-remote-code")
-    assert inspected.returncode == 0, inspected.stderr
-    assert "num_specialists" in inspected.stdout
+    inspected = cli("inspect", specialists, "--trust-remote-code")
+    assert inspected.status == 0, inspected.err
+    assert "num_specialists" in inspected.out
 
 
-def test_an_adapter_that_is_none(tmp_path: Path) -> None:
+def test_an_adapter_that_is_none(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
     source = "import compressor\n\n\n@compressor.hookimpl\ndef compressor_adapters():\n    return [object()]\n"
     write_distribution(tmp_path, "wrong", {"wrong": ""}, source)
-    done = command(tmp_path, "methods")
-    assert done.returncode == 2
-    assert "is not an instance of compressor.Adapter with a `name`" in done.stderr
+    install_from(tmp_path)
+    done = cli("methods")
+    assert done.status == 2
+    assert "is not an instance of compressor.Adapter with a `name`" in done.err

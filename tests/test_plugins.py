@@ -20,7 +20,9 @@ from tiny_models import tiny_folder
 from compressor.errors import PluginError
 from compressor.plugins import load_plugins
 
+Cli = Callable[..., Any]
 Install = Callable[..., list[EntryPoint]]
+InstallFrom = Callable[[Path], None]
 
 METHOD = """
 from collections.abc import Mapping, Sequence
@@ -239,20 +241,11 @@ def test_the_same_plugin_whole_is_taken(install: Install) -> None:
     assert list(load_plugins(found=install({"half": offer("[Half]", WHOLE)})).methods) == ["half"]
 
 
-# --- a third party's plugin, in a process of its own
-
-
-def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "compressor.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# --- a third party's plugin
 
 
 def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
+    """In a process of its own: found on its path, as any installed distribution."""
     write_distribution(tmp_path, "keep-first", {"keep-first": ""}, METHOD)
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(16))}))
     recipe: dict[str, Any] = {
@@ -263,7 +256,11 @@ def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    answer = command(tmp_path, "run", "--quiet", path)
+    answer = subprocess.run(
+        [sys.executable, "-m", "compressor.cli", "run", "--quiet", path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert (answer.returncode, answer.stderr) == (0, "")
     record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
     assert record["versions"]["keep-first"] == "1.2"
@@ -279,7 +276,7 @@ def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
         compressor.load(tmp_path / "out")
 
 
-def test_the_tutorials_plugin_works(tmp_path: Path) -> None:
+def test_the_tutorials_plugin_works(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
     """The code in docs/plugins.md, as it stands there, installed as a distribution and run by its recipe."""
     tutorial = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
     [source] = re.findall(r"```python\n(# my_least_used.py\n.*?)```", tutorial, re.DOTALL)
@@ -293,21 +290,25 @@ def test_the_tutorials_plugin_works(tmp_path: Path) -> None:
         **yaml.safe_load(passes),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    answer = command(tmp_path, "run", "--quiet", tmp_path / "recipe.yaml")
-    assert (answer.returncode, answer.stderr) == (0, "")
+    install_from(tmp_path)
+    answer = cli("run", "--quiet", tmp_path / "recipe.yaml")
+    assert (answer.status, answer.err) == (0, "")
     record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
     assert record["passes"][0]["method"] == "least_used"
     assert all(len(layer["kept"]) == 6 for layer in record["passes"][0]["decision"]["layers"].values())
 
 
-def test_broken_plugin_stops_the_command_and_without_heals_it(tmp_path: Path) -> None:
+def test_broken_plugin_stops_the_command_and_without_heals_it(
+    tmp_path: Path, cli: Cli, install_from: InstallFrom
+) -> None:
     write_distribution(tmp_path, "broken", {"broken": ""}, "import not_there_at_all")
-    answer = command(tmp_path, "methods")
-    assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr == (
+    install_from(tmp_path)
+    answer = cli("methods")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == (
         "error: plugin 'broken' (from broken 1.2) cannot be loaded: ModuleNotFoundError: No module named "
         "'not_there_at_all'. Mend or uninstall it, or run with --without broken.\n"
     )
-    answer = command(tmp_path, "methods", "--without", "broken")
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert "expert_pruning" in answer.stdout
+    answer = cli("methods", "--without", "broken")
+    assert (answer.status, answer.err) == (0, "")
+    assert "expert_pruning" in answer.out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from compressor.engine import _Run
 from compressor.evaluate import perplexity
 from compressor.moe import find_structure
 from compressor.plugins import load_plugins
-from compressor.processes import SeveralProcesses
+from compressor.processes import SeveralProcesses, _ends_when_told
 from compressor.progress import Progress
 from compressor.recipe import load_recipe
 from compressor.selection.greedy import GreedySearch
@@ -413,15 +415,58 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         device("cuda", third)
 
 
+def test_one_that_is_told_to_end_while_it_is_leaving_tidies_up() -> None:
+    tidied = []
+    with pytest.raises(KeyError), _ends_when_told():
+        try:
+            raise KeyError
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(True)
+    assert tidied
+    with pytest.raises(SystemExit), _ends_when_told():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+
 # Whole runs ------------------------------------------------------------------------------------------------
 
 
 def torchrun(*arguments: str | Path, size: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment, check=False
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment(), check=False
     )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of two processes: statuses by rank, and what they said."""
+
+    statuses: list[int]
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Callable[..., Ended]]:
+    """Have two processes do something as torchrun would, without starting an interpreter for each."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def do(*words: str | Path) -> Ended:
+            print(json.dumps([str(word) for word in words]), file=server.stdin, flush=True)
+            return Ended(**json.loads(server.stdout.readline()))
+
+        yield do
+        server.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +509,7 @@ def assert_near(found: Any, expected: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(text: Path) -> Path:
+def runs(text: Path, forked: Callable[..., Ended]) -> Path:
     """Every recipe in one process and, all with one start, in two: folders NAME-one and NAME-several."""
     folder = text / "runs"
     folder.mkdir()
@@ -486,8 +531,8 @@ def runs(text: Path) -> Path:
     write_recipe(text, folder / "disk.yaml", "fine", progressive, skip, evaluate=measure, weights="disk")
     for recipe in folder.glob("*.yaml"):
         compress(recipe, output=folder / f"{recipe.stem}-one")
-    answer = torchrun(SCRIPT, "recipes", folder)
-    assert answer.returncode == 0, answer.stderr
+    ended = forked("recipes", folder)
+    assert ended.statuses == [0, 0], ended.err
     return folder
 
 
@@ -534,14 +579,27 @@ def test_the_command_in_two_processes(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_is_said_once(recipe: Path) -> None:
+def test_torchrun_says_who_was_the_first_to_fail(recipe: Path) -> None:
+    """It stops the other, which works for ten more minutes, and nothing is left behind."""
+    started = time.monotonic()
+    answer = torchrun(SCRIPT, "fails_busy", recipe, "--output", recipe.parent / "out")
+    assert time.monotonic() - started < 300
+    assert answer.returncode != 0
+    assert answer.stderr.count("error: this text cannot be used\n") == 1
+    assert "exitcode  : 2" in answer.stderr.partition("Root Cause")[2]
+    assert "Written to" not in answer.stdout
+    assert_nothing_left(recipe.parent)
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(recipe: Path, forked: Callable[..., Ended]) -> None:
     """Only the first process looks at the output; the others are cut off where they wait."""
     (recipe.parent / "out").mkdir()
-    answer = torchrun("-m", "compressor", "run", recipe, "--output", recipe.parent / "out")
-    assert answer.returncode != 0
-    assert answer.stderr.count("error: ") == 1
-    assert "out exists already. Choose another output" in answer.stderr
-    assert "exitcode  : 2" in answer.stderr
+    ended = forked("run", recipe, "--output", recipe.parent / "out")
+    assert ended.statuses[0] == 2
+    assert ended.statuses[1] != 0
+    assert ended.err.count("error: ") == 1
+    assert "out exists already. Choose another output" in ended.err
     assert list((recipe.parent / "out").iterdir()) == []
 
 
@@ -549,45 +607,48 @@ def test_an_error_is_said_once(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "says", "status"),
     [
-        ("fails", "error: this text cannot be used\n", "exitcode  : 2"),
-        ("fails_busy", "error: this text cannot be used\n", "exitcode  : 2"),
-        ("has_bug", "KeyError: 'a bug'", "exitcode  : 1"),
-        ("dies_busy", "Signal 9 (SIGKILL) received", "exitcode  : -9"),
+        ("fails", "error: this text cannot be used\n", 2),
+        ("has_bug", "KeyError: 'a bug'", 1),
+        ("dies_busy", "", -signal.SIGKILL),
     ],
 )
-def test_what_breaks_one_process_ends_all(word: str, says: str, status: str, recipe: Path) -> None:
-    """At once, whether the others wait or work for another minute, and nothing is left behind."""
+def test_what_breaks_one_process_ends_all(
+    word: str, says: str, status: int, recipe: Path, forked: Callable[..., Ended]
+) -> None:
+    """At once, whether the others wait or work for ten more minutes, and nothing is left behind."""
     started = time.monotonic()
-    answer = torchrun(SCRIPT, word, recipe, "--output", recipe.parent / "out")
-    assert time.monotonic() - started < 45
-    assert answer.returncode != 0
-    assert answer.stderr.count(says) == 1
-    assert status in answer.stderr.partition("Root Cause")[2]
-    assert "Written to" not in answer.stdout
+    ended = forked(word, recipe, "--output", recipe.parent / "out")
+    assert time.monotonic() - started < 300
+    assert ended.statuses[1] == status
+    assert ended.statuses[0] not in (0, -signal.SIGKILL)
+    assert ended.err.count(says) == 1 or not says
+    assert "Written to" not in ended.out
     assert_nothing_left(recipe.parent)
 
 
 @pytest.mark.slow
-def test_processes_go_on_where_they_stood(text: Path, tmp_path: Path) -> None:
+def test_processes_go_on_where_they_stood(text: Path, tmp_path: Path, forked: Callable[..., Ended]) -> None:
     recipe = write_recipe(text, tmp_path / "r.yaml", "fine", "expert_pruning: {keep: 16, progressive: true}")
-    command = ("run", recipe, "--output", tmp_path / "out")
-    answer = torchrun(SCRIPT, "fails_late", *command[1:])
-    assert answer.returncode != 0
-    assert "what was done so far is kept in" in answer.stderr
+    ended = forked("fails_late", recipe, "--output", tmp_path / "out")
+    assert ended.statuses[1] == 2
+    assert "what was done so far is kept in" in ended.err
     journal = tmp_path / ".out.partial" / "journal" / "0.expert_pruning"
     assert {path.name for path in journal.iterdir()} >= {
         "model.layers.0.mlp.safetensors", "streams-0-model.layers.1", "streams-1-model.layers.1",
     }  # fmt: skip
-    answer = torchrun("-m", "compressor", *command, "--resume")
-    assert answer.returncode == 0, answer.stderr
-    assert "going on with what was done" in answer.stderr
+    ended = forked("run", recipe, "--output", tmp_path / "out", "--resume")
+    assert ended.statuses == [0, 0], ended.err
+    assert "going on with what was done" in ended.err
     compress(recipe, output=tmp_path / "one")
     decisions = [json.loads((tmp_path / one / "compressor" / "decision.json").read_text()) for one in ("out", "one")]
     assert_near(*decisions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "r.yaml"]
 
 
-@pytest.mark.slow
-def test_wrong_usage_is_said_once() -> None:
-    answer = torchrun("-m", "compressor", "run", "--no-such-option")
-    assert answer.stderr.count("No such option") == 1
+@pytest.mark.parametrize("rank", [0, 1])
+def test_wrong_usage_is_said_by_the_first(rank: int, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("compressor.cli._LONGEST_SAYING", 0.0)
+    answer = cli("run", "--no-such-option")
+    assert answer.status == 2
+    assert ("No such option" in answer.err) == (rank == 0)

@@ -86,6 +86,11 @@ _NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _REMOTE = {"mixtral4": "mixtral4", "deepseek4": "deepseek4"}
 ARCHITECTURES = (*_NATIVE, *_REMOTE)
+FEW = ("mixtral", "qwen2_moe", "phimoe", "deepseek_v3", "gpt_oss", "mixtral4", "deepseek4")
+"""One of each: the plain case; weights that are not renormalised, with a shared expert; no closed rule; groups with a
+bias; biases of experts and router; experts in a list; a list with groups' code. What the checks of every architecture
+prove of all (tests/testing) is looked at more closely on these.
+"""
 DTYPES = ("float32", "bfloat16")
 
 

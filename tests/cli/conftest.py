@@ -1,4 +1,4 @@
-"""One tiny Mixtral for the whole session, and the command line called in this process."""
+"""One tiny Mixtral for the whole session, and commands that must refuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from compressor.cli import _exit_status
-
 VOCAB_SIZE = 64
 MAX_POSITIONS = 32
 WORDS = ["</s>", *(f"w{number}" for number in range(1, VOCAB_SIZE))]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Answer]
+Cli = Callable[..., Any]
 WriteRecipe = Callable[..., Path]
 MakeModel = Callable[..., Path]
 CopyOf = Callable[[Path], Path]
@@ -44,22 +32,8 @@ Refused = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every test works in its own folder, with tables wide enough not to be folded."""
+    """Every test works in its own folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Call the command in this process."""
-
-    def call(*arguments: str | Path) -> Answer:
-        capsys.readouterr()
-        status = _exit_status([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Answer(status, captured.out, captured.err)
-
-    return call
 
 
 def save_tokenizer(folder: Path, words: list[str] = WORDS) -> None:

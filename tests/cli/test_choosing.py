@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +190,9 @@ def test_an_expert_that_no_token_reaches_is_told(
     assert "reached by no token of the calibration text, so nothing is known of them" in answer.out
 
 
-def test_a_third_party_criterion_is_one_function(tmp_path: Path, recipe: WriteRecipe) -> None:
+def test_a_third_party_criterion_is_one_function(
+    tmp_path: Path, cli: Cli, recipe: WriteRecipe, install_from: Callable[[Path], None]
+) -> None:
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     write_distribution(
@@ -206,14 +205,11 @@ def test_a_third_party_criterion_is_one_function(tmp_path: Path, recipe: WriteRe
         "    return [compressor.Criterion('loudest', loudest, 'a test')]\n",
     )
     path = recipe(passes=[{"expert_pruning": {"keep": 6, "criterion": "loudest"}}])
-    environment = {**os.environ, "PYTHONPATH": str(plugins)}
-    for command in (["methods"], ["run", str(path), "--quiet"]):
-        answer = subprocess.run(
-            [sys.executable, "-m", "compressor.cli", *command],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert answer.returncode == 0, answer.stderr
-        assert ("loudest" in answer.stdout) == (command == ["methods"])
+    install_from(plugins)
+    for command in (["methods"], ["run", path, "--quiet"]):
+        answer = cli(*command)
+        assert answer.status == 0, answer.err
+        assert ("loudest" in answer.out) == (command == ["methods"])
     layers = record_of(tmp_path / "out")["passes"][0]["decision"]["layers"]
     assert {layer["search"] for layer in layers.values()} == {"loudest"}
 

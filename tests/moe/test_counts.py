@@ -171,8 +171,14 @@ _COLLISIONS = {
     "biases, all equal": ("gpt_oss", {"num_local_experts": 32, "hidden_size": 32, "intermediate_size": 32}),
 }
 
+_EACH_PUSH = ("hidden = experts = width, groups", "biases, all equal")
 
-@pytest.mark.parametrize("name", _COLLISIONS)
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in _EACH_PUSH else pytest.mark.nightly) for name in _COLLISIONS],
+)
 def test_sizes_that_collide(name):
     """A dimension that happens to equal the number of experts is not taken for it."""
     model_type, changes = _COLLISIONS[name]
@@ -182,7 +188,8 @@ def test_sizes_that_collide(name):
     assert report["keep all"].passed
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 12))])
 def test_random_small_configs(seed):
     """Any sizes: everything that is not refused is right."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import pytest
 import torch
 from by_hand import ROUTING, expert_outputs, routing_weights
-from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
+from tiny_models import FEW, random_model, tiny_model, token_ids
 
 from compressor import Gathered, MoEModel
 from compressor.calibration import make_batches
@@ -90,12 +90,12 @@ def assert_exact(moe, num_kept, batches=BATCHES):
         assert found[layer.path]["batch.num_tokens"].tolist() == [int(batch.attention_mask.sum()) for batch in batches]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_losses_of_all_sets_of_six(name):
     assert_exact(MoEModel(tiny_model(name)), 6)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_losses_of_all_sets_of_four(name):
     assert_exact(MoEModel(tiny_model(name)), 4, BATCHES[:1])
 
@@ -119,7 +119,7 @@ def test_losses_under_other_settings(name, changes, num_kept):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_losses_by_hand(name):
     """Once more without any of the model's code: Σ_e (w_e(S) − w_e) E_e(x) from the weights, in float64."""
     moe = MoEModel(tiny_model(name))
@@ -137,7 +137,7 @@ def test_losses_by_hand(name):
     assert float(found[layer.path]["batch.squared_output"][0]) == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_padding_changes_no_loss(name):
     """A batch, and the same batch with more padding of another id."""
     moe = MoEModel(tiny_model(name))
@@ -191,7 +191,7 @@ def test_number_and_order_of_sets():
     assert dropped_subsets(grouped, 6)[:5] == [(0, 4), (0, 5), (0, 6), (0, 7), (1, 4)]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_half_precision_losses_are_near(name):
     """Outputs are rounded to 8 bits and ties may fall otherwise, so: to a few percent, and the best set is among the
     best.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import ROUTING, choose, correction_bias, router_logits
-from tiny_models import ARCHITECTURES, DTYPES, keep_six, tiny_model, token_ids
+from tiny_models import FEW, keep_six, tiny_model, token_ids
 from torch.overrides import _get_current_function_mode_stack
 from traces import assert_untouched, traces
 
@@ -22,10 +22,9 @@ def logits(model):
     return model(IDS, attention_mask=ATTENTION_MASK).logits[ATTENTION_MASK.bool()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_keeping_all_changes_no_logit(name, dtype):
-    moe = MoEModel(tiny_model(name, dtype))
+@pytest.mark.parametrize("name", FEW)
+def test_keeping_all_changes_no_logit(name):
+    moe = MoEModel(tiny_model(name))
     every = {layer.path: range(layer.num_experts) for layer in moe.layers}
     before = logits(moe.model)
     with moe.masked(every):
@@ -34,10 +33,9 @@ def test_keeping_all_changes_no_logit(name, dtype):
     assert torch.equal(logits(moe.model), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_masking_leaves_no_trace(name, dtype):
-    moe = MoEModel(tiny_model(name, dtype))
+@pytest.mark.parametrize("name", FEW)
+def test_masking_leaves_no_trace(name):
+    moe = MoEModel(tiny_model(name))
     before, untouched = traces(moe.model), logits(moe.model)
     with moe.masked(keep_six(moe)):
         masked = logits(moe.model)
@@ -74,7 +72,7 @@ def test_router_that_fails_within_its_forward(name):
     assert torch.equal(logits(moe.model), untouched)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_masking_one_layer_of_several_and_masks_within_masks(name):
     moe = MoEModel(tiny_model(name))
     first, second = moe.layers[0].path, moe.layers[1].path
@@ -89,7 +87,7 @@ def test_masking_one_layer_of_several_and_masks_within_masks(name):
         assert torch.equal(logits(moe.model), once)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_removed_equals_masked(name):
     moe = MoEModel(tiny_model(name))
     untouched = logits(moe.model)
@@ -102,7 +100,7 @@ def test_removed_equals_masked(name):
     assert ((masked - untouched).norm(dim=-1) / untouched.norm(dim=-1)).max() > 0.1  # there is something to see
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_removed_equals_masked_in_bfloat16_but_for_ties(name):
     """A router of six rows may round otherwise than one of eight. Every token answers alike, but those whose choice
     hangs on that rounding in some layer, and those that attend to such a token.
@@ -186,7 +184,7 @@ class chosen_experts:
 # What else a model may be in when it is pruned -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "deepseek4"])
 def test_batch_of_one_token(name):
     moe = MoEModel(tiny_model(name))
     ids = token_ids(1, 1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from by_hand import ROUTING, choose, correction_bias, router_logits
-from tiny_models import ARCHITECTURES, DTYPES, random_model, tiny_model, token_ids
+from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
 
 from compressor import MoEModel, RoutingRule
 from compressor.moe import RealTokens
@@ -51,8 +51,10 @@ def rules(moe, ids):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in ARCHITECTURES), *((name, "bfloat16") for name in ("qwen2_moe", "deepseek_v3"))],
+)
 def test_rule_found(name, dtype):
     moe = MoEModel(tiny_model(name, dtype))
     assert rules(moe, token_ids(4, 32)) == [RULES[name]] * len(moe.layers)
@@ -173,8 +175,8 @@ def test_rule_must_explain_every_batch(name):
 @pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe", "deepseek_v2"])
 def test_rule_is_found_on_few_tokens_too(name):
     """A first batch of one token leaves more than one rule possible in principle; the masks tell them apart."""
+    moe = MoEModel(tiny_model(name))
     for seed in range(10):
-        moe = MoEModel(tiny_model(name))
         assert rules(moe, token_ids(1, 1 + seed % 3, seed=seed)) == [RULES[name]] * len(moe.layers)
 
 

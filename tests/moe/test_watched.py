@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from by_hand import expert_outputs, router_logits, routing_weights, weighted_sum
-from tiny_models import ARCHITECTURES, DTYPES, keep_six, tiny_model, token_ids
+from tiny_models import FEW, keep_six, tiny_model, token_ids
 from traces import assert_untouched, traces
 
 from compressor import CheckpointError, MoEModel, UnsupportedModelError
@@ -60,9 +60,8 @@ def all_outputs(tokens, num_ranks=8):
     return torch.cat([chunk.order_cM for chunk in chunks]), torch.cat([chunk.outputs_cMH for chunk in chunks])
 
 
-@pytest.mark.parametrize("num_ranks", [0, 2, 5, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "num_ranks"), [("float32", 0), ("float32", 3), ("float32", 8), ("bfloat16", 8)])
+@pytest.mark.parametrize("name", FEW)
 def test_model_answers_as_before(name, dtype, num_ranks):
     """To rounding: the layer's output is put together from the outputs that the visitor asked for, if any."""
     moe = MoEModel(tiny_model(name, dtype))
@@ -78,7 +77,7 @@ def test_model_answers_as_before(name, dtype, num_ranks):
     assert (relative < (2e-6 if dtype == "float32" else 5e-2)).double().mean() >= (1.0 if dtype == "float32" else 0.8)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_what_a_statistic_is_given(name):
     """Against plain loops over tokens and experts, in float64."""
     moe = MoEModel(tiny_model(name))
@@ -110,7 +109,7 @@ def test_what_a_statistic_is_given(name):
     assert seen == [layer.path for layer in moe.layers]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_order(name):
     """The chosen experts first, then the rest by rank; each expert once."""
     moe = MoEModel(tiny_model(name))
@@ -156,7 +155,7 @@ def test_shared_experts_are_not_counted(name):
     torch.testing.assert_close(routed[0][0] + routed[0][1] * own[0], outputs[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_padding_changes_no_figure(name):
     """The same sequence alone, padded with zeros, and padded with other ids."""
     moe = MoEModel(tiny_model(name))
@@ -182,7 +181,7 @@ def test_padding_changes_no_figure(name):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_replay_is_what_fewer_experts_would_be_chosen_by(name):
     """Run within a watched forward, for any set; against plain loops that never knew the other experts."""
     moe = MoEModel(tiny_model(name))

@@ -6,7 +6,7 @@ import pytest
 import routers
 import torch
 from by_hand import expert_outputs, routing_weights
-from tiny_models import ARCHITECTURES, tiny_model, token_ids
+from tiny_models import FEW, tiny_model, token_ids
 
 from compressor import MoEModel
 from compressor.calibration import TokenBatch, make_batches
@@ -163,7 +163,7 @@ def observed(moe, batches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FEW)
 def test_real_models(name):
     """From the weights alone, in float64, on what the last block is given; with padding between the tokens."""
     moe = MoEModel(tiny_model(name))
