@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,20 @@ from torch.distributed import TCPStore
 
 from compressor import CalibrationError, Processes, RoutedTokens, compress
 from compressor.cli import main
+from compressor.plugins import load_plugins
 from compressor.selection.sums import ExpertSums
 
 SIZE = 2
 SECONDS_TO_LEAVE = 30.0
+WARM = (
+    "compressor.engine",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+)
+"""What runs import on their way."""
 
 torch.set_num_threads(1)
 
@@ -148,6 +159,9 @@ def group(words: list[str]) -> dict[str, Any]:
 
 
 def serve() -> None:
+    for name in WARM:  # here, not in every child
+        import_module(name)
+    load_plugins()
     for line in sys.stdin:
         print(json.dumps(group(json.loads(line))), flush=True)
 

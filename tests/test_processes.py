@@ -417,14 +417,14 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_that_is_told_to_end_while_it_is_leaving_tidies_up() -> None:
     tidied = []
-    with pytest.raises(KeyError), _ends_when_told():
+    with pytest.raises(KeyError), _ends_when_told():  # noqa: PT012
         try:
             raise KeyError
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             tidied.append(True)
     assert tidied
-    with pytest.raises(SystemExit), _ends_when_told():
+    with pytest.raises(SystemExit), _ends_when_told():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
 
