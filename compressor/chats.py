@@ -85,8 +85,9 @@ def _with_the_form_it_takes(rendered: Callable[[Callable[[Any], Any]], str], mes
             return rendered(_as_text)
         except Exception:
             raise error from None
-    is_python = any(one and not isinstance(one, str) and str(one) in text for one in arguments)
-    return rendered(_as_text) if is_python else text
+    said = str([message.get("content") for message in messages])
+    printed = [str(one) for one in arguments if one and not isinstance(one, str)]
+    return rendered(_as_text) if any(one in text and one not in said for one in printed) else text
 
 
 _GLOBALS = frozenset(["range", "lipsum", "dict", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"])

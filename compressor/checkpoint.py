@@ -730,9 +730,27 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
     if not checkpoint.has_tokenizer:
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+        found = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+        found.chat_template = _chat_templates(checkpoint.folder, found.chat_template)
+        return found
     except Exception as error:  # many kinds, as for configs
         raise CheckpointError(f"{checkpoint.reference}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _chat_templates(folder: Path, known: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """A tokenizer's chat template, or its templates by name, with those that transformers does not read with a
+    tokenizer: of `chat_template.json`, as processors have it, and a default beside `additional_chat_templates`.
+    """
+    if isinstance(known, str) or "default" in (known or {}):
+        return known
+    named = dict(known or {})
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        more = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.exists() else None
+        if isinstance(more, list):
+            more = {one["name"]: one["template"] for one in more}
+        named = ({"default": more} if isinstance(more, str) else more or {}) | named
+    return named["default"] if [*named] == ["default"] else named or None
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], reference: str) -> None:

@@ -396,3 +396,27 @@ def test_a_template_that_cannot_be_parsed(tmp_path: Path) -> None:
     chat = Chat(PLAIN["messages"], {}, "here")
     with pytest.raises(CalibrationError, match=r"^source 'x': here: the tokenizer's chat template refuses a chat"):
         chats.render(Words("{% if %}"), chat, None, "x")
+
+
+def templates_of(folder: Path) -> Any:
+    from compressor.checkpoint import Checkpoint, load_tokenizer
+
+    return load_tokenizer(Checkpoint("x", folder)).chat_template
+
+
+def test_templates_as_folders_have_them(tmp_path: Path) -> None:
+    """A processor's file, files by name, a list in the tokenizer's config; none of it is lost."""
+    Words(None).own.save_pretrained(tmp_path)
+    assert templates_of(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "one"}))
+    assert templates_of(tmp_path) == "one"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("two")
+    assert templates_of(tmp_path) == {"default": "one", "tool_use": "two"}
+    (tmp_path / "chat_template.json").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for own in ("three", [{"name": "default", "template": "three"}, {"name": "tool_use", "template": "old"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own}))
+        assert templates_of(tmp_path) == {"default": "three", "tool_use": "two"}
+    (tmp_path / "chat_template.jinja").write_text("four")
+    assert templates_of(tmp_path) == {"default": "four", "tool_use": "two"}
