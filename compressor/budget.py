@@ -2,6 +2,7 @@
 memory or read one decoder layer at a time.
 
     in memory    process + weights, twice while the result is compared + text + batch
+                 on several GPUs, each: its share of the weights, twice, + text + batch
     from disk    process + what is in no layer + largest layer, twice while it is put together + text + batch
     before       process + what reading the text takes, if that is more: nothing else is in memory by then
 
@@ -11,7 +12,7 @@ memory or read one decoder layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +22,11 @@ States = Literal["memory", "file"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights and hidden states are."""
+    """Where weights and hidden states are, and over how many GPUs weights in memory are spread."""
 
     weights: Weights
     states: States
+    num_gpus: int = 1
 
 
 PLACEMENTS = (
@@ -116,12 +118,13 @@ class Work:
         return others + max(self.reading, ACCELERATOR + (self.bytes_total if place.weights == "memory" else largest))
 
     def device_memory(self, place: Placement) -> int:
-        """Bytes of the accelerator's memory at the peak, where the model computes on one."""
-        return self.text(place) + self.batch + self._held(place.weights)
+        """Bytes of the accelerator's memory at the peak, where the model computes on one; of several, the fullest's."""
+        return self.text(place) + self.batch + self._held(place.weights, place.num_gpus)
 
-    def _held(self, weights: Weights) -> int:
+    def _held(self, weights: Weights, num_gpus: int = 1) -> int:
         if weights == "memory":
-            return self.copies * self.bytes_total
+            sizes = list(self.bytes_by_layer.values())
+            return self.copies * max(shares(self.bytes_outside, sizes, num_gpus)[1])
         largest = max(self.bytes_by_layer.values(), default=0)
         packed = largest * self.bytes_stored // self.bytes_total if self.is_quantised else 0
         return self.bytes_outside + 2 * largest + packed
@@ -160,3 +163,35 @@ class Work:
             "text": self.hidden_states(place.weights),
             "tasks_at_once": self.tokens_at_once if self.has_tasks and place.weights == "disk" else None,
         }
+
+
+def shares(outside: int, sizes: Sequence[int], num_devices: int) -> tuple[list[int], list[int]]:
+    """Layers of these `sizes` in bytes, dealt out in order so that the fullest device holds as little as possible; the
+    first one holds what is `outside` layers too.
+
+    Returns each layer's device, by its number, and each device's bytes.
+    """
+    least, enough = 0, outside + sum(sizes)
+    while least < enough:
+        limit = (least + enough) // 2
+        if _dealt(outside, sizes, num_devices, limit) is None:
+            least = limit + 1
+        else:
+            enough = limit
+    found = _dealt(outside, sizes, num_devices, enough)
+    assert found is not None
+    return found
+
+
+def _dealt(outside: int, sizes: Sequence[int], num_devices: int, limit: int) -> tuple[list[int], list[int]] | None:
+    """The same with no more than `limit` bytes on a device; None where that cannot be."""
+    places, held = [], [outside] + [0] * (num_devices - 1)
+    place = 0
+    for size in sizes:
+        if held[place] + size > limit:
+            place += 1
+        if place == num_devices:
+            return None
+        held[place] += size
+        places.append(place)
+    return (places, held) if max(held) <= limit else None

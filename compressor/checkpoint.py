@@ -589,7 +589,7 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | Mapping[str, Any] = "cpu",
     like: Any = None,
     adapters: Sequence[Adapter] = (),
     unskipped: bool = False,
@@ -600,10 +600,13 @@ def load_model(
     tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
     config says that it skips experts does, if not `unskipped`. On `device` "meta" names, shapes and dtypes are checked
     and no weight is read; a quantised checkpoint's model is the dequantised one there, elsewhere as transformers' own
-    quantiser loads it. Raises CheckpointError.
+    quantiser loads it. A mapping, such as `stream.spread` makes, says which part of the model goes to which device.
+    Raises CheckpointError.
     """
     config, quantisation = load_config(checkpoint), checkpoint.quantisation
     is_packed = quantisation is not None and device != "meta"
+    device_map = dict(device) if isinstance(device, Mapping) else {"": device}
+    is_mapped = device == "meta" or is_packed or isinstance(device, Mapping)
     if quantisation is not None and device == "meta":
         to_dequantise(config, quantisation)
     cls = _class_to_load(checkpoint, config, adapters)
@@ -627,7 +630,7 @@ def load_model(
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
-                device_map={"": device} if device == "meta" or is_packed else None,
+                device_map=device_map if is_mapped else None,
                 **extra,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
@@ -643,7 +646,7 @@ def load_model(
     elif not is_packed:
         align(model)
     try:
-        model = model.eval() if device == "meta" or is_packed else model.eval().to(device)
+        model = model.eval() if is_mapped else model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
     if "skipping" in read_entry(config) and not unskipped:
@@ -673,7 +676,7 @@ def align(model: Any) -> None:
     differ in the last bit from those of the same weights elsewhere: then equal models would not answer equally.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.data_ptr() % 64:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor import controls, disk, plan
+from compressor import controls, disk, plan, walk
 from compressor import evaluate as measure
 from compressor.calibration import (
     Sequences,
@@ -45,7 +45,7 @@ from compressor.calibration import (
     tokenizer_fingerprint,
 )
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
-from compressor.environment import hardware, versions
+from compressor.environment import gpus, hardware, versions
 from compressor.errors import (
     CalibrationError,
     CompressorError,
@@ -84,6 +84,7 @@ from compressor.recipe import (
 from compressor.report import cut_prompts, model_card
 from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
+from compressor.stream import spread
 from compressor.tasks import LoadedTasks, load_tasks
 from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
@@ -183,15 +184,16 @@ def load(
     """Load (model, tokenizer) from a folder that `compress` has written.
 
     The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused and with whatever a
-    checkpoint cannot hold put back by the methods that made it. The tokenizer is None where there is none. Plugins that
-    are named in `without` are not loaded.
+    checkpoint cannot hold put back by the methods that made it. By the device `auto` the model is spread over all GPUs
+    of this machine. The tokenizer is None where there is none. Plugins that are named in `without` are not loaded.
     """
     folder = Path(folder)
     found = checkpoints.find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     checkpoints.verify_files(found.folder)
     plugins = load_plugins(without)
     adapters = plugins.adapters
-    model = checkpoints.load_model(found, dtype=dtype, device=device, adapters=adapters)
+    place = _place_of(found, gpus() or ("cpu",), adapters) if device == "auto" else device
+    model = checkpoints.load_model(found, dtype=dtype, device=place, adapters=adapters)
     record_path = found.folder / "compressor" / RECORD
     if record_path.exists():
         decided = _Decided.read(record_path, plugins.methods)
@@ -607,6 +609,8 @@ class _Run:
     journal: Journal | None = None
     fingerprint: str | None = None
     """Of what the run is about, where it has an output and another one could be about the same."""
+    devices: tuple[str, ...] = ()
+    """Where this process's model goes; see `_own_devices`."""
 
     @classmethod
     def of(cls, loaded: LoadedRecipe, plugins: Plugins, progress: Progress | None, processes: Processes | None) -> _Run:
@@ -620,18 +624,23 @@ class _Run:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    @property
-    def device(self) -> str:
+    def _own_devices(self, planned: tuple[str, ...]) -> tuple[str, ...]:
         """Where this process's model goes: of several processes on a machine each takes a GPU of its own."""
         device, place = self.recipe.device, self.processes.local_rank
+        if self.processes.size > 1 and device == "auto":
+            raise self.loaded.error(
+                ("device",),
+                f"`auto` is for one process, and this is one of {self.processes.size}: with `device: cuda` each takes "
+                f"a GPU of its own",
+            )
         if self.processes.size == 1 or device != "cuda":
-            return device
+            return planned
         if place >= torch.cuda.device_count():
             raise RecipeError(
                 f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
                 f"{torch.cuda.device_count()} GPU(s), numbered from 0. Start as many processes as there are GPUs."
             )
-        return f"cuda:{place}"
+        return (f"cuda:{place}",)
 
     def run(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool = False) -> CompressionResult:
         """All steps; in the first process within the output's hidden folder, if there is an output."""
@@ -811,6 +820,7 @@ class _Run:
         recipe = self.recipe.model_copy(update={"output": None, "evaluate": evaluation})
         loaded = dataclasses.replace(self.loaded, recipe=recipe, passes=())
         preview = plan.measuring(loaded, self.plugins.adapters)
+        self.devices = self._own_devices(preview.devices)
         found = checkpoints.with_weights(preview.checkpoint)
         digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         return _Subject(found, None, checkpoints.load_config(found), preview, digest)
@@ -834,6 +844,7 @@ class _Run:
         loaded = self.loaded
         if given_model is None:
             preview = plan.check(loaded, self.plugins.adapters)
+            self.devices = self._own_devices(preview.devices)
             found = checkpoints.with_weights(preview.checkpoint)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             return _Subject(found, None, checkpoints.load_config(found), preview, digest)
@@ -843,7 +854,10 @@ class _Run:
         origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
         has_folder = bool(config._name_or_path) and (source / "config.json").exists()
         left_out = checkpoints.find_left_out(source, config, type(given_model)) if has_folder else None
-        preview = plan.preview(loaded, origin, config, type(given_model), left_out, self.plugins.adapters, is_live=True)
+        self.devices = _devices_of(given_model)
+        preview = plan.preview(
+            loaded, origin, config, type(given_model), left_out, self.plugins.adapters, live_on=self.devices
+        )
         return _Subject(origin if has_folder else None, given_model, config, preview, None)
 
     def _workpiece(self, subject: _Subject) -> InMemory:
@@ -867,7 +881,7 @@ class _Run:
         return OnDisk(
             subject.checkpoint,
             work,
-            device=self.device,
+            device=self.devices[0],
             journal=self.journal,
             tokens_at_once=subject.preview.tokens_at_once,
             **shared,
@@ -891,11 +905,12 @@ class _Run:
         return MoEModel(model, subject.preview.structure)
 
     def _load_model(self, found: Checkpoint, *, unskipped: bool = False) -> Any:
+        adapters = self.plugins.adapters
         return checkpoints.load_model(
             found,
             dtype=self.recipe.dtype,
-            device=self.device,
-            adapters=self.plugins.adapters,
+            device=_place_of(found, self.devices, adapters),
+            adapters=adapters,
             unskipped=unskipped,
         )
 
@@ -1027,7 +1042,7 @@ class _Run:
     def _circumstances(self) -> dict[str, Any]:
         return {
             "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
-            "hardware": hardware(self.device),
+            "hardware": hardware(*self.devices),
             **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
             "output": str(self.recipe.output) if self.recipe.output else None,
@@ -1267,7 +1282,7 @@ class _Run:
             "perplexity": perplexities,
             "tasks": tasks,
             "size": piece.size(routed),
-            "peak_memory": measure.peak_memory(self.device),
+            "peak_memory": measure.peak_memory(*self.devices),
         }
         return _evaluation_json(found)
 
@@ -1344,6 +1359,25 @@ class _Sources:
     def all_held_out(self) -> list[Sequences]:
         """Every text that some pass is shown and may not decide by."""
         return [one for of_pass in self.held_out for one in of_pass]
+
+
+def _place_of(found: Checkpoint, devices: Sequence[str], adapters: Sequence[Adapter]) -> str | dict[str, int]:
+    """The device that a model goes to; or, of several, all from the first on, which part of it goes to which."""
+    if len(devices) == 1:
+        return devices[0]
+    return spread(checkpoints.load_model(found, device="meta", adapters=adapters), len(devices))
+
+
+def _devices_of(model: Any) -> tuple[str, ...]:
+    """Those of a live model's weights. Raises UnsupportedModelError where some of its weights are on none."""
+    offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if offloaded is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {offloaded} is on no device: accelerate keeps it elsewhere, or it was never "
+            f"loaded, so it cannot be edited. Give the checkpoint instead: with `weights: disk` it is read one decoder "
+            f"layer at a time, with `device: auto` it is spread over all GPUs."
+        )
+    return walk.devices_of(model)
 
 
 def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) -> dict[str, float]:

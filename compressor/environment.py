@@ -38,16 +38,22 @@ def versions(plugins: Mapping[str, str]) -> dict[str, str]:
     return {**found, **plugins}
 
 
-def hardware(device: str) -> dict[str, Any]:
-    """The processor, its threads and memory (bytes), and the accelerator in use."""
+def gpus() -> tuple[str, ...]:
+    """The GPUs of this machine: cuda:0, cuda:1, …"""
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+
+
+def hardware(*devices: str) -> dict[str, Any]:
+    """The processor, its threads and memory (bytes), and the accelerators in use."""
+    names = [torch.cuda.get_device_name(device) for device in devices if device.startswith("cuda")]
     return {
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
-        "device": device,
-        "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "device": ", ".join(devices),
+        "accelerator": ", ".join(names) or None,
     }
 
 

@@ -823,19 +823,19 @@ def speed(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
-        device=str(models[second].device),
+        device=", ".join(walk.devices_of(models[second])),
     )
 
 
-def peak_memory(device: torch.device | str) -> dict[str, int | None]:
-    """The most memory so far, in bytes: of this process on the host, and allocated by torch on a CUDA device.
+def peak_memory(*devices: str) -> dict[str, int | None]:
+    """The most memory so far, in bytes: of this process on the host, and allocated by torch on CUDA devices, the sum of
+    what was the most on each.
 
     ``host_bytes`` cannot be reset, so of two models measured one after the other it is the larger one's; None
-    where the system does not tell. ``device_bytes`` is None unless ``device`` is CUDA.
+    where the system does not tell. ``device_bytes`` is None where no device is CUDA.
     """
-    device = torch.device(device)
-    device_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"host_bytes": _host_bytes(), "device_bytes": device_bytes}
+    peaks = [torch.cuda.max_memory_allocated(device) for device in devices if device.startswith("cuda")]
+    return {"host_bytes": _host_bytes(), "device_bytes": sum(peaks) if peaks else None}
 
 
 @dataclass(frozen=True)
@@ -864,17 +864,17 @@ def _warm_up(models: Mapping[str, Any], prompt_BS: Tensor, new_tokens: int) -> s
 
 
 def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
-    device = model.device
-    prompt_BS = prompt_BS.to(device)
+    gpus = _gpus_of(model)
+    prompt_BS = prompt_BS.to(walk.device_of(model))
     takes = inspect.signature(model.forward).parameters
     extra: Json = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     two_parts = "decoder_input_ids" in takes
     extra |= {"decoder_input_ids": prompt_BS} if two_parts else {"use_cache": True}
     cache_name = "cache" if "cache" in takes else "past_key_values"  # as it was called before transformers 5.24
-    with _undisturbed(model), _counted_memory(model) as peak:
-        start = _now(device)
+    with _undisturbed(model), _counted_memory(model, gpus) as peak:
+        start = _now(gpus)
         output = model(input_ids=prompt_BS, **extra)
-        middle = _now(device)
+        middle = _now(gpus)
         for _ in range(new_tokens):
             cache = getattr(output, cache_name, None)
             if two_parts or not hasattr(output, "logits"):
@@ -883,27 +883,31 @@ def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
                 raise _CannotDecodeError("the model returns no key-value cache")
             token_B1 = output.logits[:, -1:].argmax(-1)
             output = model(input_ids=token_B1, use_cache=True, **{cache_name: cache})
-        end = _now(device)
+        end = _now(gpus)
     return _Timing(middle - start, end - middle, peak())
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _gpus_of(model: Any) -> list[str]:
+    return [device for device in walk.devices_of(model) if device.startswith("cuda")]
+
+
+def _now(gpus: Sequence[str]) -> float:
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
     return time.perf_counter()
 
 
 @contextlib.contextmanager
-def _counted_memory(model: Any) -> Iterator[Callable[[], int | None]]:
-    """Yields a function: bytes of the model's weights and of what its CUDA device allocated meanwhile."""
-    device = model.device
-    if device.type != "cuda":
+def _counted_memory(model: Any, gpus: Sequence[str]) -> Iterator[Callable[[], int | None]]:
+    """Yields a function: bytes of the model's weights and of what its CUDA devices allocated meanwhile."""
+    if not gpus:
         yield lambda: None
         return
-    torch.cuda.reset_peak_memory_stats(device)
-    resting = torch.cuda.memory_allocated(device)
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    resting = sum(map(torch.cuda.memory_allocated, gpus))
     weights = size(model).bytes
-    yield lambda: weights + torch.cuda.max_memory_allocated(device) - resting
+    yield lambda: weights + sum(map(torch.cuda.max_memory_allocated, gpus)) - resting
 
 
 def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:

@@ -15,7 +15,7 @@ from compressor import disk
 from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
 from compressor.checkpoint import Checkpoint, LeftOut
-from compressor.environment import available_memory, available_on
+from compressor.environment import available_memory, available_on, gpus
 from compressor.errors import UnsupportedModelError
 from compressor.files import files_beside
 from compressor.method import OptionError, Plan
@@ -48,6 +48,8 @@ class Preview:
     plan: dict[str, Any]
     place: Placement = PLACEMENTS[0]
     """Where weights and hidden states are to be."""
+    devices: tuple[str, ...] = ("cpu",)
+    """What computes: of several devices, each some of the layers."""
     tokens_at_once: int = 0
     """How much text passes a layer together while it is measured from disk."""
 
@@ -82,7 +84,7 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
     quantisation, config = found.quantisation, without_quantisation(checkpoints.load_config(found))
     cls = checkpoints.model_class(found, config)
     _check_evaluation(loaded, cls, config)
-    structure, unknown = None, None
+    structure, unknown, devices = None, None, _devices(recipe)
     try:
         structure = structure_of(cls, config, adapters)
     except UnsupportedModelError as error:
@@ -93,7 +95,7 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
     if structure:
         problems["disk"] = _disk_problem(loaded, structure, work, config, is_live=False)
     if quantisation is not None:
-        here, as_numbers = loading_problem(quantisation, recipe.device), reading_problem(quantisation)
+        here, as_numbers = loading_problem(quantisation, devices[0]), reading_problem(quantisation)
         if here and (problems["disk"] or as_numbers):
             raise UnsupportedModelError(
                 f"{found.reference}: the checkpoint is quantised ({format_of(quantisation)}), and transformers cannot "
@@ -101,8 +103,9 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
             )
         problems["memory"] = (("weights",), f"transformers cannot load it here: {here}") if here else None
         problems["disk"] = (("weights",), as_numbers) if as_numbers else problems["disk"]
-    place = _placement(loaded, work, problems)
-    return Preview(found, structure, checkpoints.auto_class(cls, config), None, {}, place, work.tokens_at_once)
+    place = _placement(loaded, work, problems, devices)
+    used = devices[: place.num_gpus]
+    return Preview(found, structure, checkpoints.auto_class(cls, config), None, {}, place, used, work.tokens_at_once)
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
@@ -130,9 +133,10 @@ def preview(
     left_out: LeftOut | None,
     adapters: Sequence[Adapter] = (),
     *,
-    is_live: bool = False,
+    live_on: Sequence[str] = (),
 ) -> Preview:
-    """The same for a model whose class and config are at hand; `is_live`: and whose weights are in memory."""
+    """The same for a model whose class and config are at hand; `live_on`: the devices that hold its weights already."""
+    is_live = bool(live_on)
     _check_evaluation(loaded, cls, config)
     quantisation = None if is_live else found.quantisation
     structure = structure_of(cls, config, adapters)
@@ -168,20 +172,24 @@ def preview(
         "disk": _disk_problem(loaded, structure, work, config, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
     }
-    place = _placement(loaded, work, problems)
+    devices = tuple(live_on) or _devices(loaded.recipe)
+    place = _placement(loaded, work, problems, devices, is_live=is_live)
     if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
         kept = {layer.path: layer.num_experts for layer in layers}
         stored = _stored(found, structure, kept, left_out, adapters)
         if stored is not None:
             is_quantised = quantisation is not None
             work = dataclasses.replace(work, bytes_stored=stored[0], bytes_after=stored[1], is_quantised=is_quantised)
-            place = _placement(loaded, work, problems)
+            place = _placement(loaded, work, problems, devices)
             plan_json["bytes"] = {"before": stored[0], "after": stored[1]}
         if quantisation is not None:
             notes.append(_quantised_note(quantisation, dtype, found.reference, is_estimate=stored is None))
+    if loaded.recipe.device == "auto" and not is_live:
+        notes.append(_auto_note(devices, place))
+    used = devices[: place.num_gpus]
     available = loaded.recipe.memory or available_memory()
-    plan_json["needs"] = work.to_json(place, device=loaded.recipe.device, available=available)
-    return Preview(found, structure, auto_class, left_out, plan_json, place, work.tokens_at_once)
+    plan_json["needs"] = work.to_json(place, device=used[0], available=available)
+    return Preview(found, structure, auto_class, left_out, plan_json, place, used, work.tokens_at_once)
 
 
 def _check_passes(
@@ -359,9 +367,22 @@ def _disk_problem(
     return None
 
 
-def _placement(loaded: LoadedRecipe, work: Work, problems: Mapping[str, _Problem | None]) -> Placement:
-    """Where weights and hidden states are to be: the fastest way that keeps the budgets. `problems` are why weights
-    cannot be on disk, or in memory. Raises RecipeError if no way is left.
+def _devices(recipe: Recipe) -> tuple[str, ...]:
+    """Devices that the recipe allows; by `auto` all GPUs of this machine, or its CPU."""
+    return (gpus() or ("cpu",)) if recipe.device == "auto" else (recipe.device,)
+
+
+def _placement(
+    loaded: LoadedRecipe,
+    work: Work,
+    problems: Mapping[str, _Problem | None],
+    devices: Sequence[str],
+    *,
+    is_live: bool = False,
+) -> Placement:
+    """Where weights and hidden states are to be: the fastest way that keeps the budgets, and of several devices as few
+    as hold the weights. `problems` are why weights cannot be on disk, or in memory. Raises RecipeError if no way is
+    left.
     """
     recipe, problem = loaded.recipe, problems["disk"]
     if problem and problems["memory"]:
@@ -379,8 +400,9 @@ def _placement(loaded: LoadedRecipe, work: Work, problems: Mapping[str, _Problem
             f"they are stored. Leave `weights` out",
         )
     possible = [
-        place
+        dataclasses.replace(place, num_gpus=number)
         for place in PLACEMENTS
+        for number in _numbers_of_gpus(place, len(devices), is_live=is_live)
         if recipe.weights in ("auto", place.weights)
         and recipe.hidden_states in ("auto", place.states)
         and not problems[place.weights]
@@ -388,7 +410,7 @@ def _placement(loaded: LoadedRecipe, work: Work, problems: Mapping[str, _Problem
     ]
     if not possible:
         raise loaded.error(("hidden_states",), "they wait in files beside the output, so this needs an `output`")
-    lacking = {place: _lacking(recipe, work, place) for place in possible}
+    lacking = {place: _lacking(recipe, work, place, devices) for place in possible}
     for place in possible:
         if not lacking[place]:
             return place
@@ -402,13 +424,23 @@ def _placement(loaded: LoadedRecipe, work: Work, problems: Mapping[str, _Problem
     raise loaded.error((key,), f"{what}. {advice}. The estimate is rough: where you know better, give a larger `{key}`")
 
 
-def _lacking(recipe: Recipe, work: Work, place: Placement) -> list[tuple[str, str]]:
+def _numbers_of_gpus(place: Placement, available: int, *, is_live: bool) -> Sequence[int]:
+    """Over how many GPUs weights can be spread; those of a live model are."""
+    if place.weights == "disk":
+        return (1,)
+    return (available,) if is_live else range(1, available + 1)
+
+
+def _lacking(recipe: Recipe, work: Work, place: Placement, devices: Sequence[str]) -> list[tuple[str, str]]:
     """Budgets that would not be kept: (key of the recipe, what is needed and what is there)."""
-    device, found = recipe.device, []
+    device, found = devices[0], []
     held = "all weights in it" if place.weights == "memory" else "one decoder layer in it at a time"
+    if place.num_gpus > 1:
+        held = f"the weights spread over {place.num_gpus} GPUs"
+    free = [size for gpu in devices[: place.num_gpus] if (size := available_on(gpu)) is not None]
     for key, needed, given in (
         ("memory", work.memory(place, device=device), recipe.memory or available_memory()),
-        ("device_memory", work.device_memory(place), recipe.device_memory or available_on(device)),
+        ("device_memory", work.device_memory(place), recipe.device_memory or min(free, default=None)),
         ("disk", work.disk(place), recipe.disk),
     ):
         if given is not None and needed > given and (key != "device_memory" or device != "cpu"):
@@ -439,6 +471,18 @@ def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, referen
         f"the checkpoint is quantised ({format_of(quantisation)}): it is observed as the {kind} numbers that its "
         f"weights stand for, and edited as it is stored{sizes}"
     )
+
+
+def _auto_note(devices: Sequence[str], place: Placement) -> str:
+    """What `device: auto` has come to, in one sentence."""
+    if devices == ("cpu",):
+        return "device auto: torch sees no GPU on this machine, so the CPU computes"
+    if place.weights == "disk":
+        there = f" of this machine's {len(devices)} GPUs" if len(devices) > 1 else ""
+        return f"device auto: {devices[0]}{there}, weights are read from disk one decoder layer at a time"
+    used = devices[: place.num_gpus]
+    each = ", each has some of the layers" if len(used) > 1 else ""
+    return f"device auto: {', '.join(used)} (of {len(devices)} GPUs) hold{'s' * (len(used) == 1)} the model{each}"
 
 
 def left_out_note(left_out: LeftOut) -> str:

@@ -155,8 +155,8 @@ def _one_method(value: Any) -> Any:
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"found {device!r}, expected cpu, cuda, or one GPU by its number such as cuda:0")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"found {device!r}, expected auto, cpu, cuda, or one GPU by its number such as cuda:0")
     return device
 
 
@@ -189,7 +189,8 @@ class Recipe(_Settings):
         default="auto", description="number format to load the weights in; auto is the checkpoint's own"
     )
     device: Annotated[str, AfterValidator(_known_device)] = Field(
-        default="cpu", description="where to compute: cpu, cuda or cuda:N"
+        default="cpu",
+        description="where to compute: cpu, cuda or cuda:N; auto: on as few of this machine's GPUs as hold the model",
     )
     weights: Literal["auto", "memory", "disk"] = Field(
         default="auto",

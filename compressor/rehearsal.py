@@ -62,7 +62,7 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     """
     recipe, found = loaded.recipe, preview.checkpoint
     moe = MoEModel(checkpoints.load_model(found, device="meta", adapters=adapters), preview.structure)
-    weights = _Timed(moe.model, found, device=recipe.device)
+    weights = _Timed(moe.model, found, device=preview.devices[0])
     observed = [
         (one, layer) for one in loaded.passes for layer in moe.layers if one.method.statistic(layer) is not None
     ]

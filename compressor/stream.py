@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.budget import shares
 from compressor.checkpoint import (
     Checkpoint,
     Shard,
@@ -70,6 +71,30 @@ def sizes_of(model: nn.Module) -> tuple[int, dict[str, int]]:
         else:
             by_unit[unit] += size
     return outside, by_unit
+
+
+def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
+    """Which GPU, by its number, each part of a model goes to, as `from_pretrained` takes it for a `device_map`: decoder
+    layers whole, in their order, as evenly as that goes (`budget.shares`); what is in no layer is on the first one. The
+    model may be on the meta device.
+
+    Numbers, not names: accelerate picks the device that it brings text to from a set, which has names in no order.
+    """
+    outside, by_unit = sizes_of(model)
+    found = dict(zip(by_unit, shares(outside, list(by_unit.values()), num_gpus)[0], strict=True))
+
+    def rest(module: nn.Module, prefix: str) -> None:
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            found[prefix + name] = 0
+        for name, child in module.named_children():
+            path = prefix + name
+            if not any(f"{unit}.".startswith(f"{path}.") for unit in by_unit):
+                found[path] = 0
+            elif path not in by_unit:
+                rest(child, f"{path}.")
+
+    rest(model, "")
+    return found
 
 
 def list_of(unit: str) -> str:

@@ -197,7 +197,8 @@ def members(group: Any) -> list[str]:
 def seeded(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's generators start from ``seed`` inside; after it they are as before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(gpus, device_type="cuda"):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -321,11 +321,14 @@ class _Walk:
             assert self.stream.recorded is not None
             return unflatten(*self.stream.recorded.outputs[list_of(unit)])
 
+        had_its_own = module.__dict__.get("forward")  # accelerate, for one, wraps forward on the instance
         module.forward = answer
         try:
             yield
         finally:
             del module.forward
+            if had_its_own is not None:
+                module.forward = had_its_own
 
     def _keep_output_of(self, unit: str) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
@@ -540,8 +543,17 @@ def _keep_output(stream: _Stream) -> Callable[[RoutedTokens], None]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model's weights are, or those of them that are anywhere."""
-    return next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    """Where a model takes its text: its input embedding's device, or that of the first of its weights that are
+    anywhere.
+    """
+    embedding = model.get_input_embeddings()
+    weights = [*(embedding.parameters() if embedding is not None else ()), *model.parameters()]
+    return next((tensor.device for tensor in weights if not tensor.is_meta), torch.device("cpu"))
+
+
+def devices_of(model: Any) -> tuple[str, ...]:
+    """All devices that hold a model's weights, by name."""
+    return tuple(sorted({str(tensor.device) for tensor in model.parameters()}))
 
 
 def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:

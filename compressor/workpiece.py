@@ -483,9 +483,9 @@ def save_verified(
     checkpoints.save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
     checkpoints.verify_files(folder.path)
     trust = found.trust_remote_code if found else False
-    device = str(next(moe.model.parameters()).device)
+    where = getattr(moe.model, "hf_device_map", None) or str(next(moe.model.parameters()).device)
     again = checkpoints.load_model(
-        Checkpoint(str(folder.target), folder.path, trust), device=device, like=moe.model, adapters=adapters
+        Checkpoint(str(folder.target), folder.path, trust), device=where, like=moe.model, adapters=adapters
     )
     live, loaded = moe.model.state_dict(), again.state_dict()
     different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]

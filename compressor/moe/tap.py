@@ -161,14 +161,15 @@ class _Tap:
             )
         self._logits, self._router_output = mode.seen, output
 
-    def _mask(self, num_rows: int) -> Tensor:
+    def _mask(self, rows: Tensor) -> Tensor:
+        """Which of these rows are real tokens; where the layer is, wherever the batch came in."""
         mask_T = self.real.mask_T
-        if mask_T is None or len(mask_T) != num_rows:
+        if mask_T is None or len(mask_T) != len(rows):
             raise UnsupportedModelError(
-                f"{self.layer.path}: its experts are given {num_rows} tokens where the batch has "
+                f"{self.layer.path}: its experts are given {len(rows)} tokens where the batch has "
                 f"{None if mask_T is None else len(mask_T)}, so padding cannot be told from text."
             )
-        return mask_T
+        return mask_T.to(rows.device)
 
     def _logits_TE(self, mask_T: Tensor, dtype: torch.dtype) -> Tensor:
         assert self._logits is not None
@@ -371,7 +372,7 @@ class _ChoicesTap(_CalledTap):
         given, index, weights = self._sorted_call((*args, *kwargs.values()))
         hidden = given.reshape(-1, given.shape[-1])
         index, weights = index.reshape(len(hidden), -1), weights.reshape(len(hidden), -1)
-        mask_T = self._mask(len(hidden))
+        mask_T = self._mask(hidden)
         tokens = self._tokens(hidden, index, weights, mask_T)
         self._visit(tokens)
         if tokens.experts_output_TH is None:
@@ -442,7 +443,7 @@ class _MasksTap(_CalledTap):
 
     def _watch(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden, mask, weights = (*args, *kwargs.values())
-        mask_T = self._mask(len(hidden))
+        mask_T = self._mask(hidden)
         index_TK, weights_TK = self._choice(mask, weights, mask_T)
         logits_TE = self._logits_TE(mask_T, hidden.dtype)
         experts = self.model.get_submodule(self.layer.experts)
@@ -485,7 +486,7 @@ class _ScaledInputsTap(_CalledTap):
         (given,) = (*args, *kwargs.values())
         hidden = self._router_call[0][0]
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        mask_T = self._mask(len(hidden))
+        mask_T = self._mask(hidden)
         logits_TE = self._logits_TE(mask_T, hidden.dtype)
         index_TK, weights_TK = self._choice(self._router_output, mask_T)
         self._refuse_other_scores(given, hidden, logits_TE, index_TK, mask_T)
@@ -556,7 +557,7 @@ class _ListTap(_Tap):
             return
         hidden = args[0] if args else next(iter(kwargs.values()))
         flat = hidden.reshape(-1, hidden.shape[-1])
-        mask_T = self._mask(len(flat))
+        mask_T = self._mask(flat)
         logits_TE = self._logits_TE(mask_T, hidden.dtype)
         (container, names), *others = self.layer.containers.items()
         if others:
@@ -613,7 +614,7 @@ class _PairsTap(_Tap):
         index, weights = PairLists.of(
             output, self.layer.path, args[0].reshape(-1, args[0].shape[-1]).shape[0]
         ).choices()
-        mask_T = self._mask(len(index))
+        mask_T = self._mask(index)
         hidden = args[0].reshape(len(index), -1)
 
         def refused(*_: Any, **__: Any) -> Any:

@@ -89,7 +89,7 @@ class Mixtral4Model(Mixtral4PreTrainedModel):
         length = input_ids.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None]
         if attention_mask is not None:
-            mask = mask & (attention_mask[:, None, :].bool() | torch.eye(length, dtype=torch.bool))
+            mask = mask & (attention_mask[:, None, :].bool() | torch.eye(length, dtype=torch.bool, device=mask.device))
         hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask)
