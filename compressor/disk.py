@@ -22,7 +22,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -58,6 +57,7 @@ from compressor.moe import (
     uneven_class,
     uneven_counts,
 )
+from compressor.naming import Names, renamed
 from compressor.quantised import editing_problem, quantisation_of, without_quantisation
 
 Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
@@ -161,8 +161,8 @@ class Edit:
     """The smaller model, on the meta device; its config is what config.json will say."""
     shards: tuple[ShardEdit, ...]
     left_out: LeftOut | None = None
-    renamed_modules: Mapping[str, str | None] = field(default_factory=dict)
-    """Modules of single experts by their names on disk → their names afterwards, None where they go."""
+    modules: Names = field(default_factory=dict)
+    """Modules by their names on disk → their names afterwards, None where they go."""
 
     @property
     def tensors(self) -> Mapping[str, TensorEdit]:
@@ -255,7 +255,7 @@ class Edit:
         return changes
 
     def _in_new_names(self, value: Any) -> Any:
-        return _renamed(value, self.renamed_modules, self.found.reference)
+        return renamed(value, self.modules, self.found.reference)
 
     def _dtype(self) -> str | None:
         """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
@@ -454,58 +454,15 @@ def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
     return tuple(sorted(edits, key=lambda edit: -BITS[edit.dtype]))
 
 
-def _modules(found: Mapping[str, Fate]) -> dict[str, str | None]:
-    """Modules whose name on disk changes, all of their tensors alike → their new name, None where they go."""
+def _modules(found: Mapping[str, Fate]) -> Names:
+    """Modules on disk → their new name, None where they go; without those that lose a part of what they hold."""
     seen: dict[str, set[str | None]] = {}
     for name, fate in found.items():
         parts, others = name.split("."), None if fate.name is None else fate.name.split(".")
         for end in range(1, len(parts)):
             new = None if others is None else ".".join(others[:end])
             seen.setdefault(".".join(parts[:end]), set()).add(new)
-    return {name: next(iter(new)) for name, new in seen.items() if len(new) == 1 and new != {name}}
-
-
-def _renamed(value: Any, modules: Mapping[str, str | None], reference: str) -> Any:
-    """A value of a JSON file in which names of modules, in lists and as keys, are those that they have afterwards."""
-    if isinstance(value, dict):
-        pairs = [(_renamed_name(key, modules, reference), one) for key, one in value.items()]
-        return {key: _renamed(one, modules, reference) for key, one in pairs if key is not None}
-    if isinstance(value, list):
-        new = [_renamed_name(one, modules, reference) if isinstance(one, str) else one for one in value]
-        return [
-            _renamed(one, modules, reference)
-            for one, old in zip(new, value, strict=True)
-            if one is not None or old is None
-        ]
-    return value
-
-
-def _renamed_name(name: str, modules: Mapping[str, str | None], reference: str) -> str | None:
-    pattern = re.match(r"(re|[+-]):(.*)", name)
-    if pattern:
-        fits = re.compile(pattern[2])
-        for old, new in modules.items():
-            if new is not None and bool(fits.search(old)) != bool(fits.search(new)):
-                raise UnsupportedModelError(
-                    f"{reference}: its quantisation treats single experts apart by the pattern {name!r}, which fits "
-                    f"{old} and not {new}, or the other way round. Name the experts one by one instead."
-                )
-        return name
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        head = ".".join(parts[:end])
-        for known, prefix in (
-            (head, ""),
-            (head.partition(".")[2], head.partition(".")[0] + "."),
-            ("model." + head, ""),
-        ):
-            if known in modules:
-                new = modules[known]
-                if new is None:
-                    return None
-                new = new.removeprefix("model.") if known == "model." + head else new
-                return ".".join([prefix + new, *parts[end:]])
-    return name
+    return {name: next(iter(new)) for name, new in seen.items() if len(new) == 1}
 
 
 # Writing ---------------------------------------------------------------------------------------------------

@@ -467,13 +467,6 @@ def test_lists_of_modules_that_are_not_quantised(tmp_path: Path) -> None:
     assert beside == {"quantization": {"exclude_modules": [MOE + "experts.2.w1"]}}
 
 
-def test_patterns_that_tell_single_experts_apart_are_refused(tmp_path: Path) -> None:
-    settings = {"quant_method": "x", "ignore": [r"re:.*experts\.3\.w1"]}
-    source = write_changed("mixtral", tmp_path / "source", companions(*FORMATS["fp8"]), quantization_config=settings)
-    with pytest.raises(UnsupportedModelError, match=r"treats single experts apart by the pattern 're:\.\*experts"):
-        edited(source, tmp_path / "out", six)
-
-
 def test_an_expert_that_is_not_there(tmp_path: Path) -> None:
     def lacking(name: str, tensor: torch.Tensor) -> Tensors:
         return {} if name.startswith(MOE + "experts.7.") else companions(*FORMATS["gptq"])(name, tensor)

@@ -46,6 +46,7 @@ ORDER = (
     "chats",
     "stream",
     "disk",
+    "naming",
     "checkpoint",
     "hub",
     "files",
