@@ -58,7 +58,7 @@ from compressor.moe import (
     uneven_counts,
 )
 from compressor.naming import Names, renamed
-from compressor.quantised import editing_problem, quantisation_of, without_quantisation
+from compressor.quantised import quantisation_of, without_quantisation
 
 Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
 
@@ -301,10 +301,6 @@ class _Planner:
         }
 
     def plan(self) -> Edit:
-        if self.quantisation is not None and (why := editing_problem(self.quantisation)):
-            raise UnsupportedModelError(
-                f"{self.found.reference}: {why}. Apply the decision to the unquantised model, then quantise the result."
-            )
         self._check_before()
         shapes = {name: shape for name, (_, shape) in self.on_disk.items()}
         found = fates(self.before, self.after, self.kept, shapes, quantisation=self.quantisation)

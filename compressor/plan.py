@@ -21,7 +21,6 @@ from compressor.files import files_beside
 from compressor.method import OptionError, Plan
 from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
 from compressor.quantised import (
-    editing_problem,
     format_of,
     loading_problem,
     reading_problem,
@@ -461,7 +460,7 @@ def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
 def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, reference: str, *, is_estimate: bool) -> str:
     """What a quantised checkpoint is treated like, in one sentence or two."""
     kind = str(dtype).removeprefix("torch.")
-    if why := editing_problem(quantisation) or reading_problem(quantisation):
+    if why := reading_problem(quantisation):
         return (
             f"the checkpoint is quantised ({format_of(quantisation)}), and a recipe cannot work on it: {why}; the "
             f"bytes named are those of the unquantised model in {kind}. {what_helps(quantisation, reference)}"

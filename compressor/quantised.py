@@ -104,19 +104,12 @@ def refusal(quantisation: Mapping[str, Any], reference: str, why: str) -> Unsupp
 
 def what_helps(quantisation: Mapping[str, Any], reference: str) -> str:
     """How to a smaller checkpoint of a format that cannot be read, in one sentence."""
-    if editing_problem(quantisation):
+    if quantisation.get("quant_method") == "torchao":
         return "Prune the unquantised model, then quantise the result; `compressor evaluate` measures both."
     return (
         f"Decide on the unquantised model, then apply the decision to this one, which keeps its format: `compressor "
         f"apply RUN/compressor/decision.json {reference} --other-model`."
     )
-
-
-def editing_problem(quantisation: Mapping[str, Any]) -> str | None:
-    """Why experts cannot be taken out of such files; None for a format whose tensors are what they are called."""
-    if quantisation.get("quant_method") != "torchao":
-        return None
-    return "torchao stores every weight in pieces whose meaning stands in its files' headers, and these are not edited"
 
 
 def _packed_only(name: object) -> str | None:

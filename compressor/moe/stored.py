@@ -467,6 +467,11 @@ class _Planner:
             if layer is None:
                 result[name] = Fate(name)
                 continue
+            if (self.quantisation or {}).get("quant_method") == "torchao":
+                raise UnsupportedModelError(
+                    f"{name}: a piece of a weight that torchao has taken apart, and its experts cannot be taken out of "
+                    f"that. Apply the decision to the unquantised model, then quantise the result."
+                )
             number, _, rest = renamed.removeprefix(_under(layer.experts)).partition(".")
             if not renamed.startswith(_under(layer.experts)) or not number.isdecimal() or not rest:
                 raise UnsupportedModelError(
