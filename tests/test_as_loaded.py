@@ -55,12 +55,16 @@ def torchao_folder(folder: Path, *, with_experts: bool = True) -> Path:
             ("zero_point", torch.zeros_like(scale).to(torch.int8)),
         ):
             pieces[f"{on_disk}._{leaf}_{piece}"] = value.contiguous()
-        data = {"act_quant_kwargs": None, "reduce_range": False, "block_size": [*[1] * (tensor.dim() - 1), tensor.shape[-1]],
-                "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}  # fmt: skip
+        data = {
+            "act_quant_kwargs": None,
+            "reduce_range": False,
+            "block_size": [*[1] * (tensor.dim() - 1), tensor.shape[-1]],
+            "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+        }
         about[name] = {"_type": "Int8Tensor", "_data": data, "_tensor_data_names": ["zero_point", "qdata", "scale"]}
     header = {name: json.dumps(value) for name, value in about.items()}
     save_file(pieces, folder / "model.safetensors", header | {"tensor_names": json.dumps([*about]), "format": "pt"})
-    by_name = {"_default": INT8} | (dict.fromkeys(EXPERTS, INT8) if with_experts else {})
+    by_name = dict.fromkeys((r"re:.*self_attn\..*_proj", *EXPERTS), INT8)
     kinds = {
         "_type": "FqnToConfig",
         "_version": 1,
