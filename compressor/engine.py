@@ -1278,7 +1278,7 @@ class _Run:
             for layer in piece.layers
         ]
         found = {
-            **({"experts_per_token": used} if used else {}),
+            **({"experts_per_token": used} if any(used.values()) else {}),
             "perplexity": perplexities,
             "tasks": tasks,
             "size": piece.size(routed),

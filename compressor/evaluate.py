@@ -696,10 +696,12 @@ class RoutedSize:
 
 @dataclass(frozen=True)
 class Size(_Result):
-    """``parameters`` of the model, those that one token uses, and what they take in memory, in ``bytes``."""
+    """``parameters`` of the model, those that one token uses (None where that is not known), and what they take in
+    memory, in ``bytes``.
+    """
 
     parameters: int
-    active_parameters: int
+    active_parameters: int | None
     bytes: int
 
 

@@ -31,7 +31,7 @@ WEIGHTS = (
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _OURS = "compressor"
 _WRITTEN_ANEW = ("config.json", INDEX)
-_STAYS = ("README.md", _OURS, "__pycache__")
+_STAYS = ("README.md", _OURS, *ADAPTER)
 
 
 def is_weights(name: str) -> bool:

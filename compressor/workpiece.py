@@ -77,16 +77,18 @@ class AsLoaded:
         return measure.run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
-        """Parameters, and the bytes that they take; see `evaluate.size`. Of a quantised checkpoint the parameters that
-        are stored, and the bytes that they take as they are.
+        """Parameters, and the bytes that they take; see `evaluate.size`. Of a quantised checkpoint the parameters are
+        those that its numbers stand for, and the bytes those that are stored.
         """
         assert self.source is not None
-        if self.source.quantisation is None:
-            return measure.size(self.model, routed)
         config = without_quantisation(checkpoints.load_config(self.source))
         with torch.device("meta"), checkpoints.quiet_transformers():
             unquantised = checkpoints.model_class(self.source, config)(config)
-        return dataclasses.replace(measure.size(unquantised, routed), bytes=_stored_bytes(self.source))
+        found = dataclasses.replace(measure.size(unquantised, routed), bytes=_stored_bytes(self.source))
+        if self.source.quantisation is None:
+            found = measure.size(self.model, routed)
+        is_known = routed or not any("expert" in name for name, _ in unquantised.named_parameters())
+        return found if is_known else dataclasses.replace(found, active_parameters=None)
 
 
 class InMemory(AsLoaded):

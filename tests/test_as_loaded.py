@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_quantised import planned_for, recipe_for, source_of
 from tiny_models import tiny_folder, token_ids
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compressor
-from compressor import CheckpointError, RecipeError, UnsupportedModelError, plan
+from compressor import CheckpointError, RecipeError, UnsupportedModelError, plan, report
 from compressor.checkpoint import read_config
 from compressor.engine import apply_decision, evaluate
 from compressor.quantised import loading_problem, reading_problem
@@ -210,8 +212,29 @@ def test_a_dense_model_is_measured(tmp_path: Path) -> None:
     size = {"parameters": parameters, "active_parameters": parameters, "bytes": 4 * parameters}
     assert found["evaluation"]["after"]["size"] == size
     assert found["model"]["routers"] == []
+    assert "experts_per_token" not in found["evaluation"]["after"]
+    report.print_summary(found, console := Console(file=io.StringIO()))
+    assert "active parameters" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedModelError, match="no routed experts found"):
         compressor.compress(recipe)
+
+
+def test_a_model_whose_experts_cannot_be_understood_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_folder("mixtral")
+    recipe = recipe_for(source, tmp_path)
+    known = evaluate(recipe, str(source))["evaluation"]["after"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsupportedModelError("its experts hang on each other.")
+
+    monkeypatch.setattr(plan, "structure_of", refuse)
+    found = evaluate(recipe, str(source))["evaluation"]["after"]
+    assert found["perplexity"] == known["perplexity"]
+    assert found["size"] == known["size"] | {"active_parameters": None}
+    with pytest.raises(RecipeError, match="weights cannot be read from disk: its experts hang on each other"):
+        evaluate(recipe | {"weights": "disk"}, str(source))
 
 
 def test_a_dense_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -200,6 +200,11 @@ def test_an_adapter_alone_is_refused_with_its_base(tmp_path: Path) -> None:
     )
 
 
+def test_a_live_model_of_such_a_folder_is_saved_without_the_adapter(tmp_path: Path) -> None:
+    write(tmp_path, {"config.json": b"{}", "model.safetensors": b"x", ADAPTER[0]: b"{}", ADAPTER[1]: b"x"})
+    assert files_beside(tmp_path) == Beside(tmp_path, (), ADAPTER[:2])
+
+
 def test_weights_of_an_adapter_whose_config_is_gone_mean_nothing(tmp_path: Path) -> None:
     write(tmp_path, {"config.json": b"{}", "model.safetensors": b"x", ADAPTER[1]: b"x"})
     assert files_beside(checkpoints.find_checkpoint(str(tmp_path)).folder).left == (ADAPTER[1],)
