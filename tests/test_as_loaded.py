@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import compressor
 from compressor import CheckpointError, RecipeError, UnsupportedModelError, plan, report
 from compressor.checkpoint import read_config
-from compressor.engine import apply_decision, evaluate
+from compressor.engine import apply, evaluate
 from compressor.quantised import loading_problem, reading_problem
 
 INT8 = {
@@ -124,7 +124,7 @@ def test_what_is_said_of_torchao_is_true_and_leads_somewhere(tmp_path: Path) -> 
             f"`compressor evaluate` measures both."
         )
     with pytest.raises(UnsupportedModelError) as refusal:
-        apply_decision(decision, str(source), tmp_path / "out", other_model=True)
+        apply(decision, str(source), tmp_path / "out", other_model=True)
     assert str(refusal.value) == (
         "model.layers.0.block_sparse_moe.experts._down_proj_qdata: a piece of a weight that torchao has taken apart, "
         "and its experts cannot be taken out of that. Apply the decision to the unquantised model, then quantise the "
@@ -136,7 +136,7 @@ def test_what_is_said_of_torchao_is_true_and_leads_somewhere(tmp_path: Path) -> 
 def test_torchao_that_has_left_experts_alone_is_edited(tmp_path: Path) -> None:
     source = torchao_folder(tmp_path / "source", with_experts=False)
     # experts are stacked there, as transformers' loader takes them too
-    apply_decision(decision_of(tmp_path), str(source), tmp_path / "out", other_model=True)
+    apply(decision_of(tmp_path), str(source), tmp_path / "out", other_model=True)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     name = "model.layers.0.self_attn.k_proj._weight_qdata"

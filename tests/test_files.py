@@ -13,7 +13,7 @@ from tiny_models import tiny_folder, token_ids, write_token_file
 import compressor
 from compressor import CheckpointError, plan
 from compressor import checkpoint as checkpoints
-from compressor.engine import apply_decision, evaluate
+from compressor.engine import apply, evaluate
 from compressor.files import ADAPTER, Beside, files_beside
 from compressor.plugins import load_plugins
 from compressor.progress import Progress
@@ -129,7 +129,7 @@ def test_so_it_is_from_disk_and_by_apply_and_check_says_it(folder: Path) -> None
     result = compressor.compress(recipe)
     assert_carried(folder, folder.parent / "out")
     assert result.record["left_behind"] == list(LISTED)
-    apply_decision(folder.parent / "out/compressor/decision.json", str(folder), again, progress=said)
+    apply(folder.parent / "out/compressor/decision.json", str(folder), again, progress=said)
     assert_carried(folder, again)
     assert SAYS in said.lines
     assert json.loads((again / "compressor/decision.json").read_text())["left_behind"] == list(LISTED)
@@ -166,7 +166,7 @@ def commands(folder: Path) -> list[Any]:
     return [
         lambda: compressor.compress(recipe),
         lambda: evaluate(recipe, str(folder)),
-        lambda: apply_decision(decision, str(folder), folder.parent / "out"),
+        lambda: apply(decision, str(folder), folder.parent / "out"),
         lambda: plan.inspect(str(folder)),
         lambda: compressor.load(folder),
     ]
