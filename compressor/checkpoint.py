@@ -51,6 +51,7 @@ from compressor.moe import (
     uneven_counts,
 )
 from compressor.quantised import quantisation_of, quantiser, refusal, to_dequantise
+from compressor.wording import human_bytes
 
 DEMO = "demo"
 
@@ -903,7 +904,7 @@ class OutputFolder:
         free = shutil.disk_usage(self.hidden).free
         if free < num_bytes:
             raise CheckpointError(
-                f"{self.target}: {who} needs {num_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free."
+                f"{self.target}: {who} needs {human_bytes(num_bytes)} of disk, {human_bytes(free)} are free."
             )
 
     def finish(self) -> None:

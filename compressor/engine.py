@@ -86,6 +86,7 @@ from compressor.sources import BaseSource, TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.stream import spread
 from compressor.tasks import LoadedTasks, load_tasks
+from compressor.wording import counted
 from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
 FORMAT = 2
@@ -638,7 +639,7 @@ class _Run:
         if place >= torch.cuda.device_count():
             raise RecipeError(
                 f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
-                f"{torch.cuda.device_count()} GPU(s), numbered from 0. Start as many processes as there are GPUs."
+                f"{counted(torch.cuda.device_count(), 'GPU')}, numbered from 0. Start as many processes as GPUs."
             )
         return (f"cuda:{place}",)
 
@@ -1151,7 +1152,9 @@ class _Run:
         moe = piece.moe
         method, num_idle = resolved.method, self.processes.size - len(batches)
         if num_idle > 0:
-            self.progress.say(f"{len(batches)} calibration batches: {num_idle} process(es) have nothing to observe")
+            self.progress.say(
+                f"{counted(len(batches), 'calibration batch')}: {counted(num_idle, 'process')} with nothing to observe"
+            )
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
         domains = list(dict.fromkeys(batch.domain for batch in batches))
@@ -1254,7 +1257,7 @@ class _Run:
         tasks = {}
         if sources.tasks is not None:
             with (
-                self.progress.task(f"{when}: {len(sources.tasks.names)} task(s)") as update,
+                self.progress.task(f"{when}: {counted(len(sources.tasks.names), 'task')}") as update,
                 piece.counted() as counter,
             ):
                 tasks = piece.ask(

@@ -17,11 +17,7 @@ it is shown with its traceback and exits with status 1.
 
 from __future__ import annotations
 
-
-def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters: of a longer one the middle is left out."""
-    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
-
+from compressor.wording import shortened
 
 _LONGEST_WORD, _LONGEST_LINE = 500, 2000
 

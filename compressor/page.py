@@ -12,7 +12,9 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from compressor.report import alone_rows, decision_notes, figures, random_rows, shown_layers
+from compressor.report import decision_notes, random_table, shown_layers, summary_tables
+from compressor.tables import Table
+from compressor.wording import counted
 
 Json = Mapping[str, Any]
 
@@ -33,18 +35,22 @@ class Series:
 def page(record: Json) -> str:
     """The whole page, as text. Everything from the record is escaped."""
     passes = [_pass(done, record) for done in record.get("passes", [])]
-    heading, *alone = alone_rows(record) or [()]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         record=record,
         title=str(record.get("output") or record["model"]["reference"]).rstrip("/").rsplit("/", 1)[-1],
-        figures=figures(record),
-        alone_heading=heading,
-        alone=alone,
+        tables=summary_tables(record),
         passes=passes,
         recipe=_recipe_lines(record["recipe"]) if "recipe" in record else "",
         versions=record.get("versions", {}),
     )
+
+
+def summary(record: Json) -> str:
+    """The tables of the page alone, for a notebook."""
+    compared = [random_table(done) for done in record.get("passes", [])]
+    tables = [*summary_tables(record), *(table for table in compared if table.rows)]
+    return Markup("\n").join(tables) or str(escape(record["model"]["reference"]))
 
 
 def _pass(done: Json, record: Json) -> dict[str, Any]:
@@ -54,10 +60,10 @@ def _pass(done: Json, record: Json) -> dict[str, Any]:
     return {
         "method": done["method"],
         "options": {key: value for key, value in done.get("options", {}).items() if value not in (None, {}, [])},
-        "keys": keys,
-        "rows": rows,
+        "layers": Table("", ("layer", *keys), rows),
+        "counted": counted(len(rows), "layer"),
         "notes": decision_notes(done),
-        "random": random_rows(done.get("random") or {}),
+        "random": random_table(done),
         "plots": [(title, Markup(drawn)) for title, drawn in _plots(layers, record)],
     }
 

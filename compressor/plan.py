@@ -28,9 +28,9 @@ from compressor.quantised import (
     without_quantisation,
 )
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
-from compressor.report import human_bytes
 from compressor.sources import BaseSource, TaskSource
 from compressor.stream import sizes_of
+from compressor.wording import counted, human_bytes
 
 
 @dataclass(frozen=True)
@@ -454,7 +454,11 @@ def _lacking(recipe: Recipe, work: Work, place: Placement, devices: Sequence[str
 def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
     """That the model skips experts already, if it does."""
     kinds = ", ".join(dict.fromkeys(rule.rule for rule in rules.values()))
-    return [f"the model skips experts in {len(rules)} layers ({kinds}), by `config.compressor`"] if rules else []
+    return (
+        [f"the model skips experts in {counted(len(rules), 'layer')} ({kinds}), by `config.compressor`"]
+        if rules
+        else []
+    )
 
 
 def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, reference: str, *, is_estimate: bool) -> str:
@@ -490,7 +494,7 @@ def left_out_note(left_out: LeftOut) -> str:
     keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
     becomes = f" and {keys} {'become' if len(left_out.announced) > 1 else 'becomes'} 0" if keys else ""
     return (
-        f"the checkpoint has {left_out.num_tensors} tensors{size} of extra prediction layers, "
+        f"the checkpoint has {counted(left_out.num_tensors, 'tensor')}{size} of extra prediction layers, "
         f"{', '.join(left_out.layers)}, that transformers does not build; the smaller checkpoint is written without "
         f"them{becomes}"
     )

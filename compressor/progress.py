@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from compressor.wording import human_seconds
+
 Update = Callable[[int, int], None]
 """Called as (parts done so far, parts in all) after each part."""
 Style = Literal["bar", "lines", "quiet"]
@@ -53,15 +55,20 @@ class Progress:
     def _bar(self, title: str) -> Iterator[Update]:
         from rich import progress as bars
         from rich.console import Console
+        from rich.text import Text
 
-        columns = (
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-        )
+        class Amounts(bars.ProgressColumn):
+            """Parts done, time taken and time left, as far as they are known."""
+
+            def render(self, task: bars.Task) -> Text:
+                taken = f"{human_seconds(int(task.elapsed or 0))}"
+                if task.total is None:
+                    return Text(taken)
+                left = task.time_remaining if not task.finished else None
+                expected = f", {human_seconds(int(left))} left" if left else ""
+                return Text(f"{task.completed:,.0f} of {task.total:,.0f}, {taken}{expected}")
+
+        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), Amounts())
         with bars.Progress(*columns, console=Console(stderr=True)) as display:
             task = display.add_task(title, total=None)
             yield lambda done, total: display.update(task, completed=done, total=total)
@@ -76,7 +83,7 @@ class Progress:
             now = time.monotonic()
             if 0 < done < total and now - spoken >= _SECONDS_BETWEEN_LINES:
                 left = (now - started) / done * (total - done)
-                self.say(f"{title}: {done:,} of {total:,}, about {left:.0f} s left")
+                self.say(f"{title}: {done:,} of {total:,}, about {human_seconds(left)} left")
                 spoken = now
 
         yield update

@@ -41,8 +41,9 @@ from pydantic import (
     model_validator,
 )
 
-from compressor.errors import RecipeError, shortened
+from compressor.errors import RecipeError
 from compressor.sources import SOURCE_KINDS, FileName, FilePath, Source
+from compressor.wording import shortened
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

@@ -17,14 +17,18 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from rich import box
+from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
+
+from compressor.tables import Table, show_facts
+from compressor.wording import counted, human_bytes, human_count, human_seconds
 
 Json = Mapping[str, Any]
 
 NOTHING = "–"
+FIGURES = "Figures"
 MAX_COUNT_ROWS = 16
 ACCURACIES = ("acc", "acc_norm")
 PIPELINES = {
@@ -49,8 +53,7 @@ class Figure:
 
 def print_summary(record: Json, console: Console) -> None:
     """What was done, the figures before and after, and which experts each pass kept in each layer."""
-    _print_heading(
-        console,
+    show_facts(
         {
             "model": record["model"]["reference"],
             "architecture": record["model"].get("architecture"),
@@ -58,24 +61,28 @@ def print_summary(record: Json, console: Console) -> None:
             "output": record.get("output"),
             "time": _seconds(record.get("seconds", {})),
         },
+        console,
     )
-    rows = figures(record)
-    if rows:
-        table = _table("figure", ">before", ">after", ">change")
-        for row in rows:
-            change = f"{row.change}\n{row.note}" if row.note else row.change
-            table.add_row(*map(Text, (row.name, row.before, row.after, change)))
-        _print_table(console, "Figures", table)
-        for line in _legend(rows, record):
-            console.print(Text(line, style="dim"))
-    heading, *alone = alone_rows(record) or [()]
-    if alone:
-        table = _table(heading[0], *(f">{name}" for name in heading[1:]))
-        for cells in alone:
-            table.add_row(*map(Text, cells))
-        _print_table(console, "Each pass alone", table)
+    for table in summary_tables(record):
+        table.show(console)
+        if table.title == FIGURES:
+            for line in _legend(figures(record), record):
+                console.print(Text(line, style="dim"))
     for done in record.get("passes", []):
         _print_decision(done, shown_layers(done, record), console)
+
+
+def summary_tables(record: Json) -> list[Table]:
+    """The figures before and after, and those of each pass alone, as far as the record has them."""
+    rows = [
+        (row.name, row.before, row.after, "\n".join(filter(None, [row.change, row.note]))) for row in figures(record)
+    ]
+    heading, *alone = alone_rows(record) or [("",)]
+    tables = [
+        Table(FIGURES, ("figure", ">before", ">after", ">change"), rows),
+        Table("Each pass alone", (heading[0], *(f">{name}" for name in heading[1:])), alone),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def figures(record: Json) -> list[Figure]:
@@ -131,21 +138,18 @@ def print_plan(plan: Json, console: Console) -> None:
     ``dropped``, all but the path numbers of experts), ``parameters`` and ``bytes`` (``{"before", "after"}``),
     ``expert_parameters``, ``dtype``, ``needs`` (as `Work.to_json` gives them), ``notes``.
     """
-    _print_heading(
-        console,
-        {"model": plan["model"], "architecture": plan.get("architecture"), "dtype": plan.get("dtype")},
-    )
-    table = _table("layers", ">count", ">experts", ">dropped", ">top-k")
-    for label, count, layer in collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped")):
-        experts = f"{layer['num_experts']} → {layer['kept']}"
-        table.add_row(*map(Text, (label, str(count), experts, str(layer["dropped"]), str(layer["top_k"]))))
-    _print_table(console, "Layers", table)
-    sizes = _table("", ">before", ">after", ">change")
-    for name, human in (("parameters", human_count), ("bytes", human_bytes)):
-        if plan.get(name):
-            one, other = plan[name]["before"], plan[name]["after"]
-            sizes.add_row(*map(Text, (name, human(one), human(other), _ratio(one, other))))
-    _print_table(console, "Size", sizes)
+    show_facts({"model": plan["model"], "architecture": plan.get("architecture"), "dtype": plan.get("dtype")}, console)
+    rows = [
+        (label, str(count), f"{one['num_experts']} → {one['kept']}", str(one["dropped"]), str(one["top_k"]))
+        for label, count, one in collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped"))
+    ]
+    Table("Layers", ("layers", ">count", ">experts", ">dropped", ">top-k"), rows).show(console)
+    sizes = [
+        (name, human(plan[name]["before"]), human(plan[name]["after"]), _ratio(*plan[name].values()))
+        for name, human in (("parameters", human_count), ("bytes", human_bytes))
+        if plan.get(name)
+    ]
+    Table("Size", ("", ">before", ">after", ">change"), sizes).show(console)
     if plan.get("expert_parameters"):
         share = plan["expert_parameters"] / plan["parameters"]["before"]
         console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
@@ -165,24 +169,22 @@ def _print_needs(needs: Json, console: Console) -> None:
         else f"one decoder layer at a time: {needs['layers']} of {human_bytes(needs['largest_layer'])} at most"
     )
     there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
-    table = _table("", "about", wrap=("about",))
-    table.add_row("weights", how)
-    table.add_row("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}")
-    table.add_row("memory", f"{human_bytes(needs['memory'])}{there}")
+    rows = [
+        ("weights", how),
+        ("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}"),
+        ("memory", f"{human_bytes(needs['memory'])}{there}"),
+    ]
     if needs["device_memory"]:
-        table.add_row("device memory", human_bytes(needs["device_memory"]))
-    table.add_row("disk", human_bytes(needs["disk"]))
-    reading = f"the weights {needs['readings']} times, {human_bytes(needs['bytes_read'])}"
+        rows.append(("device memory", human_bytes(needs["device_memory"])))
+    rows.append(("disk", human_bytes(needs["disk"])))
+    reading = f"the weights {counted(needs['readings'], 'time')}, {human_bytes(needs['bytes_read'])}"
     if needs.get("tasks_at_once"):
         reading += f"; for tasks once more for every {needs['tasks_at_once']:,} tokens asked, before and after"
-    table.add_row("reading", reading)
+    rows.append(("reading", reading))
     if seconds := needs.get("seconds"):
-        table.add_row(
-            "time",
-            f"{human_seconds(seconds['reading'])} reading, {human_seconds(seconds['observing'])} observing, by one "
-            f"layer and a few batches; evaluating and writing come on top",
-        )
-    _print_table(console, "Needs", table)
+        took = f"{human_seconds(seconds['reading'])} reading, {human_seconds(seconds['observing'])} observing"
+        rows.append(("time", f"{took}, by one layer and a few batches; evaluating and writing come on top"))
+    Table("Needs", ("", "about"), rows).show(console)
 
 
 def print_inspection(info: Json, console: Console) -> None:
@@ -192,17 +194,15 @@ def print_inspection(info: Json, console: Console) -> None:
     ``parameters_per_expert``), ``parameters``, ``bytes``, ``expert_parameters``, ``expert_bytes``, ``dtype``,
     ``notes``.
     """
-    _print_heading(
-        console,
-        {"model": info["model"], "architecture": info.get("architecture"), "dtype": info.get("dtype")},
-    )
-    keys = ("num_experts", "top_k", "router", "parameters_per_expert")
-    table = _table("layers", ">count", ">experts", ">top-k", "router", ">each expert")
-    for label, count, layer in collapse(info["layers"], keys):
-        numbers = (str(count), str(layer["num_experts"]), str(layer["top_k"]))
-        size = human_count(layer["parameters_per_expert"])
-        table.add_row(*map(Text, (label, *numbers, layer.get("router") or NOTHING, size)))
-    _print_table(console, "MoE layers", table)
+    show_facts({"model": info["model"], "architecture": info.get("architecture"), "dtype": info.get("dtype")}, console)
+    rows = [
+        (
+            *(label, str(count), str(layer["num_experts"]), str(layer["top_k"])),
+            *(layer.get("router") or NOTHING, human_count(layer["parameters_per_expert"])),
+        )
+        for label, count, layer in collapse(info["layers"], ("num_experts", "top_k", "router", "parameters_per_expert"))
+    ]
+    Table("MoE layers", ("layers", ">count", ">experts", ">top-k", "router", ">each expert"), rows).show(console)
     parameters, experts = info["parameters"], info["expert_parameters"]
     console.print(
         Text(
@@ -210,13 +210,14 @@ def print_inspection(info: Json, console: Console) -> None:
             f"{human_count(experts)} ({human_bytes(info['expert_bytes'])}, {experts / parameters:.1%})."
         )
     )
-    savings = _table(">experts", ">parameters", ">bytes", ">saved", ">of all")
+    savings = []
     for count in sensible_counts(info["layers"]):
         dropped = sum(max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"])
         saved = round(dropped * info["expert_bytes"] / experts)
         numbers = (human_count(parameters - dropped), human_bytes(info["bytes"] - saved), human_bytes(saved))
-        savings.add_row(*map(Text, (str(count), *numbers, f"{saved / info['bytes']:.1%}")))
-    _print_table(console, "With fewer experts in every layer", savings)
+        savings.append((str(count), *numbers, f"{saved / info['bytes']:.1%}"))
+    headings = (">experts", ">parameters", ">bytes", ">saved", ">of all")
+    Table("With fewer experts in every layer", headings, savings).show(console)
     _print_notes(info, console)
 
 
@@ -226,18 +227,15 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
         console.print(Text(f"{plugin.name}  (from {plugin.distribution} {plugin.version})", style="bold"))
         for method in plugin.methods:
             summary = (method.__doc__ or "").strip().split("\n")[0]
-            console.print(Text(f"  {method.name} (version {method.version}): {summary}"))
-            table = _table("option", "type", "default", "meaning", wrap=("type", "meaning"))
+            console.print(Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False))
             for name, field in method.options_type.model_fields.items():
-                kind = _type_name(field.annotation)
-                default = "required" if field.is_required() else _text_or_nothing(field.default)
-                table.add_row(*map(Text, (name, kind, default, field.description or "")))
-            console.print(table)
-        if plugin.criteria:
-            table = _table("criterion", "source", wrap=("source",))
-            for criterion in plugin.criteria:
-                table.add_row(*map(Text, (criterion.name, criterion.source)))
-            console.print(table)
+                default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+                about = Text(f"{name}: ", style="bold") + Text(
+                    f"{_type_name(field.annotation)}{default}", style="not bold"
+                )
+                console.print(Padding(about, (0, 0, 0, 4), expand=False))
+                console.print(Padding(Text(field.description or ""), (0, 0, 0, 8), expand=False))
+        Table("criteria", ("criterion", "source"), [(one.name, one.source) for one in plugin.criteria]).show(console)
     if not plugins:
         console.print(Text("No plugins are installed."))
 
@@ -253,12 +251,19 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is not None:
-        return f"{origin.__name__}[{', '.join('…' if one is ... else _type_name(one) for one in arguments)}]"
+        named = [_type_name(argument) for argument in arguments if argument is not ...]
+        return f"{{{': '.join(named)}}}" if issubclass(origin, dict) else f"[{', '.join(named)}]"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return f"{{{', '.join(f'{name}: {_type_name(field.annotation)}' for name, field in fields)}}}"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
-def _text_or_nothing(value: Any) -> str:
-    return NOTHING if value is None else str(value)
+def _default(value: Any) -> str:
+    """As a recipe has it, behind a type; nothing for what is left out."""
+    if value in (None, {}, ()):
+        return ""
+    return f"; default {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def model_card(record: Json) -> str:
@@ -318,7 +323,7 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
         )
     if "skipping" in record:
         return (
-            f"Tokens skip experts in {len(record['skipping'])} layers, by rules in `config.json` "
+            f"Tokens skip experts in {counted(len(record['skipping']), 'layer')}, by rules in `config.json` "
             f"(`compressor.skipping`) that `compressor.load` switches on. The folder is an ordinary Hugging Face "
             f"checkpoint: `{auto_class}.from_pretrained` and serving software read it too, and run it unskipped."
         )
@@ -334,27 +339,9 @@ def _left_out_sentence(left_out: Json) -> str:
     set_to = " and ".join(f"`{key}` is {after}" for key, (_, after) in left_out["config"].items())
     return (
         f"The original's extra prediction layers, {', '.join(f'`{path}`' for path in left_out['layers'])}, with "
-        f"{left_out['tensors']} tensors{size}, are not in this checkpoint, because transformers does not build them"
-        + (f"; in its `config.json` {set_to}." if set_to else ".")
+        f"{counted(left_out['tensors'], 'tensor')}{size}, are not in this checkpoint, because transformers does not "
+        f"build them" + (f"; in its `config.json` {set_to}." if set_to else ".")
     )
-
-
-def human_bytes(count: int) -> str:
-    """``93405585408`` → ``93.4 GB`` (powers of 1000)."""
-    return _human(count, (" B", " kB", " MB", " GB", " TB", " PB"))
-
-
-def human_seconds(seconds: float) -> str:
-    """``4980`` → ``1 h 23 min``."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def human_count(count: int) -> str:
-    """``46702792704`` → ``46.7B``: thousands K, millions M, billions B, trillions T."""
-    return _human(count, ("", "K", "M", "B", "T"))
 
 
 def is_hub_id(reference: str) -> bool:
@@ -408,9 +395,17 @@ def _perplexity(result: Json | None) -> str:
     if result is None:
         return NOTHING
     value, error = result["perplexity"], result.get("standard_error")
-    decimals = next((d for limit, d in ((10, 3), (100, 2), (1000, 1)) if value < limit), 0)
-    with_error = f" ± {value * error:.{decimals}f}" if error is not None else ""
-    return f"{value:,.{decimals}f}{with_error}"
+    with_error = f" ± {value * error:.{_decimals(value)}f}" if error is not None else ""
+    return f"{_perplexity_said(value)}{with_error}"
+
+
+def _perplexity_said(value: float) -> str:
+    """The same in every table."""
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    return next((d for limit, d in ((10, 3), (100, 2), (1000, 1)) if value < limit), 0)
 
 
 def _task_rows(before: Json, after: Json, paired: Json) -> Iterator[Figure]:
@@ -560,37 +555,44 @@ def _print_decision(done: Json, decided_layers: Mapping[str, Json], console: Con
     if not layers:
         return
     pattern, labels = _short_labels(list(layers))
+    room = console.width // 2
     hidden = {*_ALWAYS_HIDDEN, *(_HIDDEN if any("domains" in one for one in decided_layers.values()) else ())}
     figures_shown = [key for key in _union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
     has_kept = any("kept" in decided for decided in layers.values())
     headings = [f">{_HEADINGS.get(key, key)}" for key in figures_shown]
-    columns = ["layer", *headings, *(["kept", "dropped"] if has_kept else [])]
-    table = _table(*columns, wrap=("kept", "dropped"))
+    rows = []
     for path, decided in layers.items():
         numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
-        ids = [_few_ids(decided.get(key, [])) for key in ("kept", "dropped")] if has_kept else []
-        table.add_row(*map(Text, (labels[path], *numbers, *ids)))
-    _print_table(console, f"{done['method']}: {pattern}", table)
+        ids = [_few_ids(decided.get(key, []), room) for key in ("kept", "dropped")] if has_kept else []
+        rows.append((labels[path], *numbers, *ids))
+    columns = ("layer", *headings, *(["kept", "dropped"] if has_kept else []))
+    Table(f"{done['method']}: {pattern}", columns, rows).show(console)
     for note in decision_notes(done):
         console.print(Text(f"• {note}"))
-    rows = random_rows(done.get("random") or {})
-    if rows:
-        compared = _table("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
-        for row in rows:
-            compared.add_row(*map(Text, row))
-        _print_table(console, f"{done['method']}: does it beat chance?", compared)
+    random_table(done).show(console)
 
 
-_HEADINGS = {"beta": "β", "mean_experts": "experts a token", "kept_mass": "mass kept"}
+def random_table(done: Json) -> Table:
+    """A pass beside random decisions of the same size; without rows where there were none."""
+    columns = ("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
+    return Table(f"{done['method']}: does it beat chance?", columns, random_rows(done.get("random") or {}))
+
+
+_HEADINGS = {
+    "beta": "β",
+    "mean_experts": "experts a token",
+    "kept_mass": "mass kept",
+    "relative_loss": "relative loss",
+}
 _ALWAYS_HIDDEN = ("kept", "uncovered", "loss_before_swaps", "top_k", "normalise_over")
 _HIDDEN = ("loss", "objective", "median_loss", "sets", "swaps")
 """Figures that only the record has: some always, others where each domain has a column."""
-_MOST_LISTED = 16
-"""Of more experts than this only the number is shown; decision.json has them all."""
 
 
-def _few_ids(ids: Sequence[int]) -> str:
-    return _ids(ids) if len(ids) < _MOST_LISTED else f"{len(ids)} experts"
+def _few_ids(ids: Sequence[int], most: int) -> str:
+    """The ids, if they take no more letters than this; decision.json has them all."""
+    text = _ids(ids) or NOTHING
+    return text if len(text) <= most else counted(len(ids), "expert")
 
 
 def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
@@ -615,10 +617,11 @@ def decision_notes(done: Json) -> list[str]:
     if unreached:
         number = sum(map(len, unreached.values()))
         where = "; ".join(f"{path}: {_ids(ids)}" for path, ids in itertools.islice(unreached.items(), 3))
-        more = f"; and {len(unreached) - 3} more layers" if len(unreached) > 3 else ""
+        more = f"; and {counted(len(unreached) - 3, 'more layer')}" if len(unreached) > 3 else ""
         notes.append(
-            f"{number} experts were reached by no token of the calibration text, so nothing is known of them; a "
-            f"criterion drops them first ({where}{more})"
+            f"no token of the calibration text reached {counted(number, 'expert')}, so nothing is known of "
+            f"{'it' if number == 1 else 'them'}; a criterion drops {'it' if number == 1 else 'them'} first "
+            f"({where}{more})"
         )
     supers = {path: decided["super_experts"] for path, decided in layers.items() if decided.get("super_experts")}
     if supers:
@@ -645,7 +648,7 @@ def _skipping_notes(decision: Json) -> Iterator[str]:
     where = {"mean_experts": "calibration", "held_out_mean_experts": "held-out"}
     used = [f"{decision[name]:.4g} experts on {text} text" for name, text in where.items() if name in decision]
     tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
-    yield f"by {rule}, in {len(rules)} of {len(decision['layers'])} layers{tells}"
+    yield f"by {rule}, in {len(rules)} of {counted(len(decision['layers']), 'layer')}{tells}"
 
 
 def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
@@ -663,9 +666,9 @@ def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
     for name, values in compared.items():
         others = sorted(values["random"])
         beaten = sum(other > values["ours"] for other in others)
-        spread = f"{others[0]:.4g}–{others[-1]:.4g}"
-        median = f"{statistics.median(others):.4g}"
-        rows.append((name, f"{values['ours']:.4g}", median, spread, f"{beaten} of {len(others)}"))
+        said = _perplexity_said if name.startswith("perplexity ") else "{:.4g}".format
+        shown = (said(values["ours"]), said(statistics.median(others)), f"{said(others[0])}–{said(others[-1])}")
+        rows.append((name, *shown, f"{beaten} of {len(others)}"))
     return rows
 
 
@@ -761,36 +764,6 @@ def _short_labels(paths: Sequence[str]) -> tuple[str, dict[str, str]]:
 # --- text ---
 
 
-def _print_table(console: Console, title: str, table: Table) -> None:
-    """The title stands above rather than in the table, which would fold it to its own width."""
-    if table.row_count:
-        console.print(Text(f"\n{title}", style="bold"))
-        console.print(table)
-
-
-def _table(*columns: str, wrap: Sequence[str] = ()) -> Table:
-    """A table of which only the first column and those in ``wrap`` wrap; ``>``: aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for number, column in enumerate(columns):
-        name = column.removeprefix(">")
-        can_wrap = name in wrap or (number == 0 and not column.startswith(">"))
-        table.add_column(
-            name,
-            justify="right" if column.startswith(">") else "left",
-            no_wrap=not can_wrap,
-            overflow="fold",
-            min_width=len(name) if name in wrap else None,  # the name of a column of ranges is never cut
-        )
-    return table
-
-
-def _print_heading(console: Console, facts: Mapping[str, str | None]) -> None:
-    shown = {name: value for name, value in facts.items() if value}
-    width = max(map(len, shown), default=0)
-    for name, value in shown.items():
-        console.print(Text(f"{name:<{width}}  ", style="dim") + Text(value), soft_wrap=True)
-
-
 def _print_notes(info: Json, console: Console) -> None:
     for note in info.get("notes") or []:
         console.print(Text(f"• {note}"))
@@ -843,12 +816,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def _human(count: float, units: Sequence[str]) -> str:
-    for unit in units:
-        if count < 999.5 or unit == units[-1]:
-            break
-        count /= 1000
-    decimals = 0 if unit == units[0] else next((d for limit, d in ((9.995, 2), (99.95, 1)) if count < limit), 0)
-    return f"{count:.{decimals}f}{unit}"

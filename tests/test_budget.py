@@ -21,8 +21,8 @@ from compressor.environment import available_memory
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe
 from compressor.rehearsal import rehearse
-from compressor.report import human_seconds
 from compressor.sources import TokensSource
+from compressor.wording import human_seconds
 
 Recipe = dict[str, Any]
 

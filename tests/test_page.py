@@ -70,7 +70,7 @@ def test_what_a_reader_finds() -> None:
     for wanted in (
         "mistralai/Mixtral-8x7B-v0.1",
         "expert_pruning, dynamic_skipping",
-        "Before and after",
+        "Figures",
         "mean_experts: 1.5",
         "experts per token, by layer",
         "on held-out text",
@@ -103,7 +103,7 @@ def test_needs_nothing_from_elsewhere() -> None:
 def test_a_record_without_evaluation() -> None:
     bare = record()
     bare.pop("evaluation", None)
-    assert "Before and after" not in text_of(page(bare))
+    assert "Figures" not in text_of(page(bare))
 
 
 def test_bars_by_hand() -> None:

@@ -34,6 +34,7 @@ ORDER = (
     "plan",
     "page",
     "report",
+    "tables",
     "evaluate",
     "walk",
     "recipe",
@@ -65,6 +66,7 @@ ORDER = (
     "progress",
     "_version",
     "errors",
+    "wording",
 )
 """The core's modules, top to bottom, as in docs/architecture.md: each imports only those below it."""
 

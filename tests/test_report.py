@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from compressor import report
-from compressor.report import human_bytes, human_count
+from compressor.wording import human_bytes, human_count
 
 
 def perplexity(value: float) -> dict[str, Any]:
@@ -159,11 +159,12 @@ def test_long_names_and_lists_wrap_but_numbers_do_not() -> None:
         side["a_task_whose_name_is_longer_than_any_column_could_be"] = task(0.5, 0.5)
     text = printed(report.print_summary, record)
     assert max(map(len, text.splitlines())) <= 80
-    assert sum(line.endswith(" 50.0 ± 1.2 50.0 ± 1.2 0.0 points") for line in squeezed(text)) == 2
+    assert "a_task_whose_name_is_longer_than_any_column_could_be acc %" in text
+    assert squeezed(text).count("before 50.0 ± 1.2; after 50.0 ± 1.2; change 0.0 points") == 2
     assert squeezed(text)[-1] == "0 1.5 64 experts 64 experts"  # which ones is in decision.json
     record["passes"][0]["decision"]["layers"][LAYERS[0]]["kept"] = [*range(113)]
     text = printed(report.print_summary, record)
-    assert squeezed(text)[-1] == "0 1.5 113 experts 113–127"
+    assert squeezed(text)[-1] == "0 1.5 0–112 113–127"
 
 
 def test_what_was_not_measured_has_no_row() -> None:
@@ -296,8 +297,8 @@ def test_counts_worth_showing(num_experts: int, top_k: int, counts: list[int]) -
     [
         (int | None, "int"),
         (Annotated[int, "checked"] | float | Annotated[int, "otherwise"], "int | float"),
-        (dict[Annotated[str, print], int | None] | None, "dict[str, int]"),
-        (tuple[int, ...] | dict[str, Any], "tuple[int, …] | dict[str, Any]"),
+        (dict[Annotated[str, print], int | None] | None, "{str: int}"),
+        (tuple[int, ...] | dict[str, Any], "[int] | {str: Any}"),
         (Literal["mean", 1] | None, "mean | 1"),
         (bool, "bool"),
     ],
@@ -337,12 +338,12 @@ def test_model_card_of_another_class() -> None:
     ("num_bytes", "config", "says"),
     [
         (11_500_000_000, {"num_nextn_predict_layers": [1, 0]},
-         "with 1551 tensors (11.5 GB), are not in this checkpoint, because transformers does not build them; in its "
+         "with 1,551 tensors (11.5 GB), are not in this checkpoint, because transformers does not build them; in its "
          "`config.json` `num_nextn_predict_layers` is 0."),
         (2_000, {"a": [1, 0], "b.c": [2, 0]},
-         "with 1551 tensors (2.00 kB), are not in this checkpoint, because transformers does not build them; in its "
+         "with 1,551 tensors (2.00 kB), are not in this checkpoint, because transformers does not build them; in its "
          "`config.json` `a` is 0 and `b.c` is 0."),
-        (None, {}, "with 1551 tensors, are not in this checkpoint, because transformers does not build them."),
+        (None, {}, "with 1,551 tensors, are not in this checkpoint, because transformers does not build them."),
     ],
 )  # fmt: skip
 def test_model_card_says_what_is_left_out(num_bytes: int | None, config: dict[str, Any], says: str) -> None:

@@ -283,7 +283,7 @@ def test_bar_in_a_terminal(cli: Cli, recipe: WriteRecipe, monkeypatch: pytest.Mo
     answer = cli("run", recipe())
     assert answer.status == 0
     assert "expert_pruning: observing" in answer.err
-    assert "6/6" in answer.err  # three batches, two layers
+    assert "6 of 6" in answer.err  # three batches, two layers
 
 
 # --- passes after one another
