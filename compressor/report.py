@@ -227,7 +227,9 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
         console.print(Text(f"{plugin.name}  (from {plugin.distribution} {plugin.version})", style="bold"))
         for method in plugin.methods:
             summary = (method.__doc__ or "").strip().split("\n")[0]
-            console.print(Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False))
+            console.print(
+                Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False)
+            )
             for name, field in method.options_type.model_fields.items():
                 default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
                 about = Text(f"{name}: ", style="bold") + Text(

@@ -376,7 +376,7 @@ def test_methods(cli: Cli) -> None:
     answer = cli("methods")
     assert (answer.status, answer.err) == (0, "")
     assert "expert-pruning  (from moe-compressor " in answer.out
-    assert "expert_pruning (version 2): " in answer.out
+    assert "expert_pruning (version 3): " in answer.out
     for option in ("keep", "drop", "max_subsets"):
         assert option in answer.out
     answer = cli("methods", "--without", "expert-pruning")
