@@ -127,6 +127,8 @@ def _losses(piece: InMemory, sets: Sequence[Kept], batches: Sequence[TokenBatch]
         for layer in piece.moe.layers
         if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
     }
+    if not batches:
+        piece.progress.say("random decisions: there is no calibration text, so they are compared by perplexity alone")
     if not batches or not statistics:
         return []
     figures = piece.observe(batches, statistics, title="random decisions: loss")

@@ -82,7 +82,7 @@ from compressor.recipe import (
     parse_options,
 )
 from compressor.report import cut_prompts, model_card
-from compressor.sources import BaseSource, TaskSource
+from compressor.sources import TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.stream import spread
 from compressor.tasks import LoadedTasks, load_tasks
@@ -749,7 +749,7 @@ class _Run:
             passes[-1]["random"] = controls.with_ours(passes[-1]["random"], ours)
         if folder:
             with self._timed("save"):
-                piece.save(folder, _check_batch(self._batches(sources.by_pass[0])[0]))
+                piece.save(folder, _probe(piece, self._batches(sources.by_pass[0])))
         moe = piece.moe
         record = self._record(subject, sources, passes, about)
         if beside and beside.left:
@@ -918,17 +918,17 @@ class _Run:
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         seed, evaluation = self.recipe.seed, self.evaluation
         passes = self.loaded.passes if calibrate else ()
-        with_held_out = {repr(s) for one in passes if one.method.held_out for s in self._pass_sources(one)}
+        with_held_out = {repr(s) for one in passes if one.method.held_out for s in self.loaded.sources_of(one)}
         read: dict[str, Sequences] = {}  # a source that several passes use is read once
         others: dict[str, Sequences | None] = {}
-        for source in (source for one in passes for source in self._pass_sources(one)):
+        for source in (source for one in passes for source in self.loaded.sources_of(one)):
             if repr(source) in with_held_out and repr(source) not in others:
                 read[repr(source)], others[repr(source)] = load_with_held_out(source, tokenizer, seed=seed)
             elif repr(source) not in read:
                 read[repr(source)] = load_sequences(source, tokenizer, seed=seed)
         by_pass, held_out = [], []
         for one in passes:
-            names = [repr(source) for source in self._pass_sources(one)]
+            names = [repr(source) for source in self.loaded.sources_of(one)]
             by_pass.append([read[name] for name in names])
             found = [others[name] for name in names] if one.method.held_out else []
             held_out.append([sequences for sequences in found if sequences is not None])
@@ -952,10 +952,6 @@ class _Run:
         from_disk = subject.preview.place.weights == "disk"
         tasks = self._read_tasks(from_disk=from_disk) if evaluation else None
         return _Sources(by_pass, held_out, perplexity, tasks)
-
-    def _pass_sources(self, resolved: ResolvedPass) -> list[BaseSource]:
-        """The text that a pass is calibrated on: the method's own, then the recipe's."""
-        return [*resolved.method.sources(), *self.recipe.calibration.data]
 
     @property
     def own_tasks(self) -> list[TaskSource]:
@@ -1120,7 +1116,7 @@ class _Run:
                 decided = [{key: one[key] for key in _DECIDED if key in one} for one in done]
                 written = {"format": FORMAT, "model": about["model"], "passes": decided}
                 write_json(folder.path / "compressor" / DECISION, written)
-            probe = _check_batch(batches[0])
+            probe = _probe(piece, batches)
             beside = self._random_beside(entry, piece, resolved, decision, probe, batches, sources, name)
             with beside, self._timed("edit"):
                 entry["checks"] = self._edit(resolved, piece, decision, probe, name)
@@ -1151,12 +1147,16 @@ class _Run:
         """The pass's figures; under a `name` the journal keeps them layer by layer."""
         moe = piece.moe
         method, num_idle = resolved.method, self.processes.size - len(batches)
-        if num_idle > 0:
+        if num_idle > 0 and method.needs_text:
             self.progress.say(
                 f"{counted(len(batches), 'calibration batch')}: {counted(num_idle, 'process')} with nothing to observe"
             )
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+        journal = self.journal.observation(name, self.processes.rank) if self.journal and name else None
+        if not method.needs_text:
+            title = f"{resolved.spec.method}: weighing experts, without text"
+            return Gathered(piece.weigh(wanted, title=title, journal=journal), ())
         domains = list(dict.fromkeys(batch.domain for batch in batches))
         held_out = list(dict.fromkeys(batch.domain for batch in batches if batch.held_out))
 
@@ -1171,7 +1171,7 @@ class _Run:
             wanted,
             title=f"{resolved.spec.method}: observing",
             edited=edited if method.progressive else None,
-            journal=self.journal.observation(name, self.processes.rank) if self.journal and name else None,
+            journal=journal,
         )
         return Gathered(figures, domains, held_out)
 
@@ -1389,6 +1389,11 @@ def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) ->
     for sums in processes.exchange(counter.sums):
         whole.add_sums(sums)
     return {layer.path: float(layer.top_k) for layer in layers} | whole.experts_per_token
+
+
+def _probe(piece: InMemory, batches: Sequence[TokenBatch]) -> TokenBatch:
+    """What a model's answers are compared on: some of the text, or random ids where there is none."""
+    return _check_batch(batches[0]) if batches else _random_batch(piece.moe.model)
 
 
 def _check_batch(batch: TokenBatch) -> TokenBatch:

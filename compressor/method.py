@@ -113,6 +113,13 @@ class Method(ABC, Generic[OptionsT]):
         """
         return False
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether its statistics are to be shown calibration text. Where not, none is read and nothing is run for it:
+        they see no batch, and norms of a layer's weights are all that the core adds (`Statistic.weight_norms`).
+        """
+        return True
+
     def sources(self) -> Sequence[BaseSource]:
         """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
         return ()

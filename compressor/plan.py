@@ -114,6 +114,13 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
         raise loaded.error(
             ("evaluate", "each_pass"), "the recipe has one pass, so this would have no effect; leave it out"
         )
+    without_text = [one for one in loaded.passes if not loaded.sources_of(one)]
+    if evaluation and evaluation.random and not evaluation.perplexity and without_text:
+        raise loaded.error(
+            ("evaluate", "random"),
+            f"{without_text[0].method.name} reads no text, so there is nothing to compare random decisions on: give "
+            f"`perplexity`, or calibration text",
+        )
     problem = checkpoints.next_token_problem(cls, config)
     for key in ("perplexity", "tasks"):
         if problem and evaluation and getattr(evaluation, key):
@@ -299,7 +306,7 @@ def _work(
     with torch.device("meta"), checkpoints.quiet_transformers():
         model = cls(copy.deepcopy(config)).to(dtype)
     outside, by_layer = sizes_of(model)
-    calibration = [[*one.method.sources(), *recipe.calibration.data] for one in loaded.passes]
+    calibration = [loaded.sources_of(one) for one in loaded.passes]
     evaluation = recipe.evaluate
     measured = evaluation.perplexity if evaluation else ()
     own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
@@ -510,7 +517,7 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
 
 def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
     """Whether the pass's text has different names, and those that its options speak of."""
-    titles = [source.title for source in (*resolved.method.sources(), *loaded.recipe.calibration.data)]
+    titles = [source.title for source in loaded.sources_of(resolved)]
     twice = [title for title in titles if titles.count(title) > 1]
     if twice:
         raise loaded.error(resolved.path, f"two of its sources are called {twice[0]!r}; tell them apart with `name:`")

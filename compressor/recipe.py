@@ -42,7 +42,7 @@ from pydantic import (
 )
 
 from compressor.errors import RecipeError
-from compressor.sources import SOURCE_KINDS, FileName, FilePath, Source
+from compressor.sources import SOURCE_KINDS, BaseSource, FileName, FilePath, Source
 from compressor.wording import shortened
 
 if TYPE_CHECKING:
@@ -254,6 +254,15 @@ class LoadedRecipe:
         """
         return RecipeError(str(self.document.mistake(tuple(path), message)))
 
+    def sources_of(self, resolved: ResolvedPass) -> list[BaseSource]:
+        """The text that is read for a pass: the method's own, then the recipe's. None where the method needs none,
+        unless random decisions are to be compared with its own by their loss.
+        """
+        compares = self.recipe.evaluate is not None and self.recipe.evaluate.random > 0
+        if not resolved.method.needs_text and not compares:
+            return []
+        return [*resolved.method.sources(), *self.recipe.calibration.data]
+
     def to_yaml(self) -> str:
         """The recipe as it is carried out, with overrides and defaults; it loads as the same recipe."""
         return yaml.safe_dump(
@@ -328,8 +337,9 @@ def load_recipe(
 
 
 def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[ResolvedPass]) -> None:
-    """Without calibration data every pass must bring its own."""
-    if len(passes) == len(recipe.passes) and all(one.method.sources() for one in passes):
+    """Without calibration data every pass must bring its own text, or need none."""
+    has_text = all(one.method.sources() or not one.method.needs_text for one in passes)
+    if len(passes) == len(recipe.passes) and has_text:
         return
     document.add_mistake(
         ("calibration", "data"),

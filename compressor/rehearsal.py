@@ -64,7 +64,10 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     moe = MoEModel(checkpoints.load_model(found, device="meta", adapters=adapters), preview.structure)
     weights = _Timed(moe.model, found, device=preview.devices[0])
     observed = [
-        (one, layer) for one in loaded.passes for layer in moe.layers if one.method.statistic(layer) is not None
+        (one, layer)
+        for one in loaded.passes
+        for layer in moe.layers
+        if one.method.needs_text and one.method.statistic(layer) is not None
     ]
     if not observed:
         raise RecipeError("no layer is observed, so there is nothing to rehearse.")
@@ -73,7 +76,7 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     if not units:
         raise RecipeError(f"{layer.path} is in no list of layers that could be read one by one.")
     weights.wanted = units[0]
-    lengths = [source.lengths() for source in (*resolved.method.sources(), *recipe.calibration.data)]
+    lengths = [source.lengths() for source in loaded.sources_of(resolved)]
     length = max(length for of_source in lengths for length in of_source)
     model: Any = moe.model
     rows = model.get_input_embeddings().weight.shape[0]
@@ -107,9 +110,8 @@ def _whole(
     """From one layer and one batch to all of them."""
     size, num_batches = loaded.recipe.calibration.batch_size, 0
     for one in loaded.passes:
-        sources = (*one.method.sources(), *loaded.recipe.calibration.data)
         streams = 2 if one.method.progressive else 1
-        num_batches += streams * len(batch_sizes(sources, size))
+        num_batches += streams * len(batch_sizes(loaded.sources_of(one), size))
     readings = preview.plan["needs"]["readings"]
     observing = num_layers * (num_batches * batch + len(loaded.passes) * layer)
     return Rehearsal(read, batch, layer, readings * num_layers * read, observing)

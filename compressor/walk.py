@@ -120,6 +120,51 @@ def forward(
         model.train(was_training)
 
 
+@torch.no_grad()
+def weigh(
+    moe: MoEModel,
+    statistics: Mapping[str, Statistic],
+    progress: Progress,
+    *,
+    title: str = "weighing",
+    weights: StreamedWeights | None = None,
+    journal: ObservationJournal | None = None,
+    processes: Processes | None = None,
+) -> Figures:
+    """The figures of statistics that are shown no text: what they say of none, and norms of weights where they ask for
+    them. With `weights` one layer at a time is read. Arguments as of `observe`, from which the journal's figures differ
+    in nothing.
+    """
+    processes = processes or Processes()
+    found: Figures = {}
+    known = journal if processes.exchange(journal is not None and journal.is_done)[0] else None
+    with progress.task(title) as update:
+        for number, (path, statistic) in enumerate(statistics.items()):
+            if known is not None:
+                found[path] = dict(processes.gather(known.figures(path) or {})[0])
+            else:
+                found[path] = statistic.tensors() | _norms(moe, path, statistic, weights)
+                if journal is not None and processes.is_first:
+                    journal.put(path, found[path])
+            update(number + 1, len(statistics))
+    if journal is not None and known is None:
+        journal.close(list(found), first=processes.is_first)
+    return found
+
+
+def _norms(moe: MoEModel, path: str, statistic: Statistic, weights: StreamedWeights | None) -> dict[str, Tensor]:
+    """Those of a layer's experts, whose weights are there meanwhile."""
+    if not statistic.weight_norms:
+        return {}
+    units = [unit for unit in (weights.units if weights is not None else ()) if f"{path}.".startswith(f"{unit}.")]
+    with ExitStack() as stack:
+        for unit in units:
+            assert weights is not None
+            stack.callback(weights.free, unit)
+            weights.load(unit)
+        return expert_weight_norms(moe.model, moe.layer(path))
+
+
 @dataclass(frozen=True)
 class _Stop:
     """A place where streams stop: before a watched block, or before a decoder layer whose weights may not be there."""

@@ -154,6 +154,20 @@ class InMemory(AsLoaded):
             parking=self.parking,
         )
 
+    def weigh(
+        self, statistics: Mapping[str, Statistic], *, title: str, journal: ObservationJournal | None = None
+    ) -> walk.Figures:
+        """The figures of statistics that are shown no text; see `walk.weigh`."""
+        return walk.weigh(
+            self.moe,
+            statistics,
+            self.progress,
+            title=title,
+            weights=self.weights,
+            journal=journal,
+            processes=self.processes,
+        )
+
     def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
         """Within the context only these experts can be chosen; see `MoEModel.masked`."""
         return self.moe.masked(kept, top_k=top_k)
@@ -317,7 +331,8 @@ class OnDisk(InMemory):
     def _is_behind(self, stage: Path) -> bool:
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
         assert self.work is not None
-        return not stage.exists() and any(self._noted_of(later) is not None for later in self.work.glob("*"))
+        later = [one for one in self.work.glob("*") if _place(one) > _place(stage)]
+        return not stage.exists() and any(self._noted_of(one) is not None for one in later)
 
     def _noted_of(self, stage: Path) -> dict[str, float] | None:
         """What a run before has noted of a checkpoint that it has left; None where it is to be written again."""
@@ -374,6 +389,11 @@ class OnDisk(InMemory):
 def _stored_bytes(found: Checkpoint) -> int:
     """Bytes of all tensors in a checkpoint's files."""
     return sum(sum(shard.sizes.values()) for shard in checkpoints.verify_files(found.folder))
+
+
+def _place(stage: Path) -> int:
+    """The number of the pass that writes a checkpoint."""
+    return int(stage.name.partition(".")[0])
 
 
 def _in_parts(batches: Sequence[TokenBatch], most: int) -> list[list[TokenBatch]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.moe import MoELayer
 from compressor.selection.criteria import Criterion
 from compressor.selection.objective import Blend, Objective
-from compressor.selection.scores import BlendError, blended_scores, kept_by_score, super_experts, unreached
+from compressor.selection.scores import BlendError, blended_scores, kept_by_score, largest, super_experts, unreached
 from compressor.selection.subsets import dropped_subsets, num_subsets
 
 Choice = dict[str, Any]
@@ -159,6 +159,11 @@ def by_criterion(
     seed: int,
 ) -> Choice:
     """The experts with the largest scores; those without figures go first."""
+    if criterion.needs_text and not domains:
+        raise ChoiceError(
+            f"{layer.path}: the criterion {criterion.name} goes by what experts did on text, and none was read for "
+            f"these figures; observe again with this criterion"
+        )
     for need in sorted(criterion.needs):
         missing = [name for name in _NEEDED[need] if name not in figures]
         if missing:
@@ -202,9 +207,9 @@ _NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output", "sums.spread"), 
 
 def notes(figures: Mapping[str, Tensor], fixed: Fixed) -> Choice:
     """Experts that no calibration token reached, and super experts, protected or not, where there are any."""
-    without = unreached(figures["sums.tokens"].sum(0))
+    without = unreached(figures["sums.tokens"].sum(0)) if len(figures["sums.tokens"]) else []
     found: Choice = {"unreached": without} if without else {}
-    if supers := super_experts(figures["sums.largest"].amax(0)):
+    if supers := super_experts(largest(figures)):
         found["super_experts"] = supers
         found["protected_super_experts"] = list(fixed.supers)
     return found

@@ -88,6 +88,8 @@ class Criterion:
     source: str
     """Where it was published, for tables and records."""
     needs: frozenset[Need] = frozenset()
+    needs_text: bool = True
+    """Whether it looks at what tokens were routed to whom, and at what experts answered. Where not, no text is read."""
     of_sets: bool = False
     """Whether an expert's score depends on which others stay. Such scores cannot be averaged over domains, so the
     losses of pairs are, before the criterion sees them.

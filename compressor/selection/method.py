@@ -28,6 +28,7 @@ from compressor.selection.choice import Choice, ChoiceError, Fixed
 from compressor.selection.greedy import GreedySearch
 from compressor.selection.options import SelectionOptions, ids_for
 from compressor.selection.pairs import PairLosses
+from compressor.selection.scores import largest
 from compressor.selection.subsets import SubsetErrors, num_subsets, ranks_needed
 from compressor.selection.sums import ExpertSums
 from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Statistic
@@ -50,6 +51,7 @@ class ExpertSelection(Method[OptionsT]):
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         self._check_criterion()
+        self._check_text()
         self._check_top_k(layers)
         for option, by_layer in self._by_layer().items():
             check_layer_names(layers, option, by_layer)
@@ -106,6 +108,14 @@ class ExpertSelection(Method[OptionsT]):
             hint = f"did you mean {near[0]}? " if near else ""
             raise OptionError(
                 "criterion", f"there is no criterion {name!r}; {hint}known are {', '.join(sorted(self.criteria))}."
+            )
+
+    def _check_text(self) -> None:
+        idle = {"progressive": self.options.progressive, "blend": self.options.blend != "mean"}
+        for option in (option for option, given in idle.items() if given and not self.needs_text):
+            raise OptionError(
+                option,
+                f"it would have no effect, since `criterion: {self.options.criterion}` looks at no text; leave it out.",
             )
 
     def _by_layer(self) -> dict[str, Mapping[str, Any]]:
@@ -213,6 +223,11 @@ class ExpertSelection(Method[OptionsT]):
         if route == "criterion":
             criterion = self.criteria[self.options.criterion or ""]
             yield f"experts are kept by their score: {criterion.name} ({criterion.source})"
+            if not self.needs_text:
+                yield (
+                    "no calibration text is read for it, so super experts are not known and not protected (with "
+                    "`gather: [outputs]` some is, and they are)"
+                )
             return
         kept = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         sets = self._num_sets(layer)
@@ -325,6 +340,12 @@ class ExpertSelection(Method[OptionsT]):
         if not any(self.options.blend.get(domain) for domain in domains):
             raise OptionError("blend", f"all of the sources {', '.join(domains)} would weigh nothing.")
 
+    @property
+    def needs_text(self) -> bool:
+        """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
+        criterion = self.criteria.get(self.options.criterion or "")
+        return criterion is None or criterion.needs_text or bool(self.options.gather)
+
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
         if not self._changes(layer):
@@ -426,7 +447,7 @@ class ExpertSelection(Method[OptionsT]):
         figures, options = statistics[layer.path], self.options
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
-        fixed = self._fixed(layer, figures["sums.largest"].amax(0), num_kept)
+        fixed = self._fixed(layer, largest(figures), num_kept)
         notes = choice.notes(figures, fixed)
         if options.criterion is not None:
             criterion = self.criteria[options.criterion]

@@ -146,7 +146,7 @@ class SelectionOptions(Options):
     protect_super_experts: StrictBool = Field(
         default=True,
         description="keep experts whose outputs are more than 20 times as large as those of the layer's median expert: "
-        "models collapse without them",
+        "models collapse without them (not where a criterion such as aimer looks at no text, which they are known by)",
     )
     progressive: StrictBool = Field(
         default=False,

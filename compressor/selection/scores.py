@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compressor.selection.criteria import Criterion, ExpertFigures
 from compressor.selection.objective import Blend, blend_weights
@@ -21,6 +22,12 @@ SUPER_FACTOR = 20.0
 
 class BlendError(ValueError):
     """Domains cannot be blended like this for this criterion."""
+
+
+def largest(figures: Mapping[str, Tensor], domains: Sequence[int] | None = None) -> Tensor:
+    """[E]: the largest magnitude of a number in each expert's outputs, on some domains or all; 0 if there is none."""
+    largest_DE = figures["sums.largest"] if domains is None else figures["sums.largest"][list(domains)]
+    return functional.pad(largest_DE, (0, 0, 0, 1)).amax(0)
 
 
 def expert_figures(
@@ -49,7 +56,7 @@ def expert_figures(
         seed=seed,
         protected=tuple(protected),
         forbidden=tuple(forbidden),
-        largest=figures["sums.largest"][of_domains].amax(0),
+        largest=largest(figures, of_domains),
         **{name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS},
         **optional,
     )
@@ -99,7 +106,7 @@ def blended_scores(
         return criterion.score(one).double()
 
     everything = range(len(domains))
-    if len(domains) == 1 or blend == "pooled":
+    if len(domains) <= 1 or blend == "pooled":
         return scored(everything)
     if criterion.of_sets:
         if blend == "worst":

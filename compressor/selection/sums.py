@@ -6,6 +6,8 @@ H hidden size, B batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -119,17 +121,23 @@ class ExpertSums(RankedStatistic):
     def tensors(self) -> dict[str, Tensor]:
         """sums.NAME [D, E] float64 for each of SUMS, sums.largest [D, E]; if asked for, sums.output [D, E, H] and
         sums.spread [D, E] float64; batch.squared_output [B] float64, batch.num_tokens and batch.domain [B] int64.
+        Of no batch D and B are 0.
         """
         experts = slice(self.layer.num_experts)  # what else can be chosen stands behind them
-        sums_DES = torch.stack(self._sums)[:, experts].cpu()
+        sums_DES = _stacked(self._sums, self.layer.num_choices, len(SUMS))[:, experts].cpu()
         found = {f"sums.{name}": sums_DES[..., place].contiguous() for place, name in enumerate(SUMS)}
-        found["sums.largest"] = torch.stack(self._largest)[:, experts].double().cpu()
+        found["sums.largest"] = _stacked(self._largest, self.layer.num_choices)[:, experts].double().cpu()
         if self.outputs:
             outputs = [self._outputs[domain] for domain in range(len(self._sums))]
             found["sums.spread"] = torch.stack([spread_N for spread_N, _, _ in outputs])[:, experts].cpu()
             found["sums.output"] = torch.stack([summed_NH for _, _, summed_NH in outputs])[:, experts].cpu()
         return found | {
-            "batch.squared_output": torch.stack(self._squared_output_B),
-            "batch.num_tokens": torch.tensor(self._num_tokens_B),
-            "batch.domain": torch.tensor(self._domain_B),
+            "batch.squared_output": _stacked(self._squared_output_B),
+            "batch.num_tokens": torch.tensor(self._num_tokens_B, dtype=torch.int64),
+            "batch.domain": torch.tensor(self._domain_B, dtype=torch.int64),
         }
+
+
+def _stacked(rows: Sequence[Tensor], *shape: int) -> Tensor:
+    """Rows of this shape, one above the other; of none the empty tensor."""
+    return torch.stack(list(rows)) if rows else torch.zeros(0, *shape, dtype=torch.float64)

@@ -125,10 +125,16 @@ CRITERIA = (
     Criterion("man", man, "Liu et al. 2026, arXiv 2606.15716"),
     Criterion("msan", msan, "Liu et al. 2026, arXiv 2606.15716"),
     Criterion("mone", mone, "Zhang et al. 2025, MoNE, arXiv 2507.00390", frozenset({"outputs"})),
-    Criterion("aimer", aimer, "Liu et al. 2026, AIMER, arXiv 2603.18492; weights only", frozenset({"weights"})),
+    Criterion(
+        "aimer",
+        aimer,
+        "Liu et al. 2026, AIMER, arXiv 2603.18492; weights only",
+        frozenset({"weights"}),
+        needs_text=False,
+    ),
     Criterion(
         "single_removal", single_removal, "the objective of arXiv 2402.14800 for one expert", frozenset({"pairs"})
     ),
     Criterion("quad_mix", quad_mix, "quadratic form of the same objective; ours", frozenset({"pairs"}), of_sets=True),
-    Criterion("random", random, "chance, by `seed`"),
+    Criterion("random", random, "chance, by `seed`", needs_text=False),
 )
