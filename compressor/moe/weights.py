@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compressor.moe.structure import MoELayer
 
-_ROWS = 2**24
+_AT_ONCE = 1024
+"""So many numbers are summed in float32, and these sums in float64: 16 million at once lost 1.6 % of the sum."""
 
 
 @torch.no_grad()
@@ -23,9 +24,11 @@ def expert_weight_norms(model: nn.Module, layer: MoELayer) -> dict[str, Tensor]:
 
     def add(expert: int, weights: Tensor) -> None:
         flat = weights.reshape(-1)
-        for part in torch.split(flat, _ROWS):
-            l1_E[expert] += torch.linalg.vector_norm(part, 1, dtype=torch.float32).double().cpu()
-            squared_E[expert] += torch.linalg.vector_norm(part, 2, dtype=torch.float32).double().square().cpu()
+        whole = flat.numel() - flat.numel() % _AT_ONCE
+        for rows in (flat[:whole].view(-1, _AT_ONCE), flat[None, whole:]):
+            norms = [torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float32).double() for order in (1, 2)]
+            l1_E[expert] += norms[0].sum().cpu()
+            squared_E[expert] += norms[1].square().sum().cpu()
         count_E[expert] += flat.numel()
 
     inside, in_lists = layer.experts + ".", tuple(path + "." for path in layer.containers)

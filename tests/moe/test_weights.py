@@ -75,6 +75,17 @@ def test_parts_of_large_experts_add_up(monkeypatch):
     model = tiny_model("mixtral")
     layer = MoEModel(model).layers[0]
     whole = expert_weight_norms(model, layer)
-    monkeypatch.setattr(weights_module, "_ROWS", 7)
+    monkeypatch.setattr(weights_module, "_AT_ONCE", 7)
     for name, tensor in expert_weight_norms(model, layer).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=0)
+
+
+def test_many_weights_lose_none(make_layer):
+    """Four million alike: of one float32 sum the last would lose digits; what is left is the rounding of 1024."""
+    experts = nn.Module()
+    experts.w = nn.Parameter(torch.full((1, 2**22), 1 / 3))
+    layer = dataclasses.replace(make_layer(1, 1), experts="experts", tensors={"experts.w": ExpertAxis(0, 1, 0)})
+    found = expert_weight_norms(nn.ModuleDict({"experts": experts}), layer)
+    value = float(torch.tensor(1 / 3))
+    assert float(found["weights.l1"][0]) == pytest.approx(2**22 * value, rel=1024 * 2**-24)
+    assert float(found["weights.squared"][0]) == pytest.approx(2**22 * value**2, rel=1024 * 2**-24)
