@@ -10,7 +10,6 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +18,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from tiny_models import small_mixtral, word_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from compressor import evaluate, tasks
 from compressor.calibration import Sequences, fingerprint
@@ -39,32 +36,8 @@ VOCAB_SIZE = 32
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Any:
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.5,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        **changes,
-    }
-    return MixtralForCausalLM(MixtralConfig(**settings))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more by waiting for a second thread than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    settings = {"vocab_size": VOCAB_SIZE, "intermediate_size": 24, "num_local_experts": 4}
+    return small_mixtral(seed=seed, **{**settings, "max_position_embeddings": 64, "initializer_range": 0.5, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +47,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    return word_tokenizer(WORDS, unknown="</s>")
 
 
 def as_sequences(*ids: list[int], name: str = "text") -> Sequences:

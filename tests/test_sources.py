@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from pydantic import TypeAdapter
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from tiny_models import word_tokenizer
 
 from compressor.calibration import load_sequences, tokenizer_fingerprint
 from compressor.errors import CalibrationError
@@ -26,9 +23,7 @@ CHAT = [{"role": "user", "content": "hello there"}, {"role": "assistant", "conte
 
 
 def tokenizer(template: str | None = TEMPLATE, words: list[str] = WORDS) -> Any:
-    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    made = word_tokenizer(words, unknown="<pad>")
     made.chat_template = template
     return made
 

@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 64
 REMOTE_CODE = Path(__file__).with_name("remote_code")
@@ -155,14 +162,37 @@ def write_checkpoint(model: Any, folder: Path, *, code: Path | None = None) -> P
     model.save_pretrained(folder)
     if code is not None:
         shutil.copytree(code, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    words = {f"w{number}": number for number in range(VOCAB_SIZE)}
-    words["</s>"] = words.pop("w1")
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w2"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    words = ["w0", "</s>", *(f"w{number}" for number in range(2, VOCAB_SIZE))]
+    word_tokenizer(words, unknown="w2").save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     (folder / "LICENSE").write_text("as you like", encoding="utf-8")
     return folder
+
+
+def word_tokenizer(words: Sequence[str], *, unknown: str) -> PreTrainedTokenizerFast:
+    """One token for each word between spaces; `</s>` ends a text."""
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
+def small_mixtral(*, seed: int = 0, **changes: Any) -> MixtralForCausalLM:
+    """The smallest model that runs do something with: two layers, 16 wide, weights as transformers draws them."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**settings | changes))
 
 
 @cache

@@ -13,12 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from tiny_models import VOCAB_SIZE, small_mixtral, word_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCAB_SIZE = 64
 MAX_POSITIONS = 32
 WORDS = ["</s>", *(f"w{number}" for number in range(1, VOCAB_SIZE))]
 
@@ -36,31 +33,6 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def save_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
-    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w1"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder)
-
-
-def tiny_config(**changes: Any) -> MixtralConfig:
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": MAX_POSITIONS,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        **changes,
-    }
-    return MixtralConfig(**settings)
-
-
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
     """Save a tiny Mixtral with a tokenizer; `edit` may change the live model before it is saved."""
@@ -73,14 +45,13 @@ def make_model() -> MakeModel:
         max_shard_size: str = "5GB",
         **changes: Any,
     ) -> Path:
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(tiny_config(**changes))
+        model: Any = small_mixtral(**{"max_position_embeddings": MAX_POSITIONS, **changes})
         if edit is not None:
             with torch.no_grad():
                 model = edit(model) or model
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer:
-            save_tokenizer(folder)
+            word_tokenizer(WORDS, unknown="w1").save_pretrained(folder)
         return folder
 
     return make
