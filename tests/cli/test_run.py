@@ -121,7 +121,7 @@ def test_config_is_the_models_own_but_for_the_count(done: Path, mixtral: Path) -
 
 def test_record(done: Path, mixtral: Path) -> None:
     record = record_of(done)
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["seed"] == 0
     assert record["model"]["reference"] == str(mixtral)
     assert record["model"]["architecture"] == "MixtralForCausalLM"
