@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         find_structure,
     )
     from compressor.processes import Processes
+    from compressor.selection.budget import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.method import ExpertSelection
     from compressor.selection.options import SelectionOptions
@@ -81,6 +82,7 @@ _HOME = {
     "Statistic": "statistics",
     "Structure": "moe",
     "TaskSource": "sources",
+    "allocate": "selection.budget",
     "apply": "engine",
     "check_layer_names": "method",
     "compress": "engine",
@@ -132,6 +134,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "allocate",
     "apply",
     "check_layer_names",
     "compress",

@@ -37,6 +37,7 @@ from compressor.sources import (
     TokensSource,
 )
 from compressor.tokenisation import Tokenisation
+from compressor.wording import counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Sequences:
     asked: int | None = None
     special_tokens: Mapping[str, Sequence[str]] | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Sequences({self.name}: {counted(len(self.ids), 'sequence')}, {counted(self.num_tokens, 'token')})"
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +90,9 @@ class TokenBatch:
     attention_mask: Tensor
     domain: str = ""
     held_out: bool = False
+
+    def __repr__(self) -> str:
+        return f"TokenBatch({' × '.join(map(str, self.input_ids.shape))} of {self.domain or 'no source'})"
 
 
 def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | None, split: Split = "train") -> Sequences:

@@ -67,7 +67,7 @@ from compressor.moe import (
     structure_of,
     uneven_counts,
 )
-from compressor.page import page
+from compressor.page import page, summary
 from compressor.parking import Parking
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
@@ -86,7 +86,7 @@ from compressor.sources import TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.stream import spread
 from compressor.tasks import LoadedTasks, load_tasks
-from compressor.wording import counted
+from compressor.wording import counted, shortened
 from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
 FORMAT = 2
@@ -112,6 +112,14 @@ class CompressionResult:
     folder: Path | None
     model: Any
     tokenizer: Any | None
+
+    def __repr__(self) -> str:
+        passes = ", ".join(done["method"] for done in self.record.get("passes", []))
+        reference = shortened(self.record["model"]["reference"], 60)
+        return f"CompressionResult({reference} → {self.folder or 'in memory'}: {passes or 'no pass'})"
+
+    def _repr_html_(self) -> str:
+        return summary(self.record)
 
 
 def compress(

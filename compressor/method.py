@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from compressor.moe import MoELayer, MoEModel, SkipRule
 from compressor.sources import BaseSource
 from compressor.statistics import Gathered, Statistic
+from compressor.wording import counted
 
 Decision = dict[str, Any]
 """What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original
@@ -59,6 +60,12 @@ class Plan:
     top_k: int | None = None
     count_option: str | None = None
     skips: Mapping[str, SkipRule] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        skips = f", {counted(len(self.skips), 'layer')} that will skip" if self.skips else ""
+        return (
+            f"Plan({counted(sum(self.num_kept.values()), 'expert')} in {counted(len(self.num_kept), 'layer')}{skips})"
+        )
 
 
 class OptionError(ValueError):

@@ -19,7 +19,16 @@ from compressor.environment import available_memory, available_on, gpus
 from compressor.errors import UnsupportedModelError
 from compressor.files import files_beside
 from compressor.method import OptionError, Plan
-from compressor.moe import Adapter, MoELayer, SkipRule, Structure, fitting_rules, skip_problem, structure_of
+from compressor.moe import (
+    Adapter,
+    MoELayer,
+    SkipRule,
+    Structure,
+    fitting_rules,
+    layers_said,
+    skip_problem,
+    structure_of,
+)
 from compressor.quantised import (
     format_of,
     loading_problem,
@@ -30,7 +39,7 @@ from compressor.quantised import (
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.sources import BaseSource, TaskSource
 from compressor.stream import sizes_of
-from compressor.wording import counted, human_bytes
+from compressor.wording import counted, human_bytes, shortened
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class Preview:
     """What computes: of several devices, each some of the layers."""
     tokens_at_once: int = 0
     """How much text passes a layer together while it is measured from disk."""
+
+    def __repr__(self) -> str:
+        experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
+        return f"Preview({shortened(self.checkpoint.reference, 60)}: {experts})"
 
     @property
     def layers(self) -> Sequence[MoELayer]:

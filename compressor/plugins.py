@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 from compressor.errors import PluginError
+from compressor.wording import shortened
 
 if TYPE_CHECKING:
     from compressor.method import Method
@@ -53,6 +54,10 @@ class Plugin:
     adapters: tuple[Adapter, ...] = ()
     criteria: tuple[Criterion, ...] = ()
 
+    def __repr__(self) -> str:
+        offered: list[Any] = [*self.methods, *self.adapters, *self.criteria]
+        return f"Plugin({self.name} {self.version}: {shortened(', '.join(one.name for one in offered), 120)})"
+
 
 @dataclass(frozen=True)
 class Plugins:
@@ -61,6 +66,9 @@ class Plugins:
     plugins: tuple[Plugin, ...]
     methods: Mapping[str, type[Method[Any]]]
     criteria: Mapping[str, Criterion] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Plugins({shortened(', '.join(plugin.name for plugin in self.plugins), 160)})"
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

@@ -49,6 +49,9 @@ class Processes:
     size = 1
     local_rank = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank} of {self.size})"
+
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes and speaks."""

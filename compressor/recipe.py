@@ -245,7 +245,11 @@ class LoadedRecipe:
     recipe: Recipe
     passes: tuple[ResolvedPass, ...]
     """One for each of `recipe.passes`; empty if the recipe was loaded without `methods`."""
-    document: Document = field(repr=False, compare=False)
+    document: Document = field(compare=False)
+
+    def __repr__(self) -> str:
+        passes = ", ".join(spec.method for spec in self.recipe.passes)
+        return f"LoadedRecipe({shortened(self.recipe.model, 60)}: {shortened(passes, 120)})"
 
     def error(self, path: Sequence[str | int], message: str) -> RecipeError:
         """An error about the value at `path`, to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`.

@@ -21,6 +21,7 @@ from compressor.errors import CheckpointError
 from compressor.journal import put_in_place, with_own_memory
 from compressor.moe import RankedChunk, RoutedTokens
 from compressor.processes import Processes
+from compressor.wording import counted, shortened
 
 FORMAT = 2
 
@@ -69,6 +70,9 @@ class Gathered(dict[str, Mapping[str, Tensor]]):
         super().__init__(layers)
         self.domains = tuple(domains)
         self.held_out = tuple(held_out)
+
+    def __repr__(self) -> str:
+        return f"Gathered({counted(len(self), 'layer')}; {shortened(', '.join(filter(None, self.domains)), 160)})"
 
 
 class Statistic(ABC):

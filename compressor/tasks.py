@@ -23,6 +23,7 @@ import yaml
 
 from compressor import network
 from compressor.errors import CalibrationError, EvaluationError
+from compressor.wording import shortened
 
 LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
 
@@ -36,6 +37,9 @@ class LoadedTasks:
     names: tuple[str, ...]
     tasks: Mapping[str, Any]  # lm_eval.api.task.Task by name, the members of groups included
     groups: Mapping[str, Any]  # lm_eval.api.group.Group by name
+
+    def __repr__(self) -> str:
+        return f"LoadedTasks({shortened(', '.join(self.names), 160)})"
 
     def group_of(self, name: str) -> str | None:
         """The group through which a task or subgroup came, None for one that was named itself or by a tag."""

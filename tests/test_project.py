@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -110,6 +114,7 @@ PUBLIC = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "allocate",
     "apply",
     "check_layer_names",
     "compress",
@@ -244,6 +249,21 @@ def test_every_option_of_every_method_is_described() -> None:
 
 
 # --- what is documented
+
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("plugins/*/README.md")]
+DOCUMENTS += [*(ROOT / "benchmarks").glob("*.md"), *(ROOT / "recipes").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_names_in_documents_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w./-])compressor\.([A-Za-z_][\w.]*\w)", text)):
+        found: Any = compressor
+        for part in name.split("."):
+            if isinstance(found, ModuleType) and not hasattr(found, part):
+                import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -31,7 +31,7 @@ from compressor.moe.skip_layers import is_decorated
 from compressor.moe.skip_rule import SkipRule
 from compressor.moe.skipping import fitting_rules, skip_problem
 from compressor.moe.stored import Fate, fates, ignored_names, loading_info
-from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure
+from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure, layers_said
 from compressor.moe.tap import RealTokens
 from compressor.moe.tokens import RankedChunk, RoutedTokens
 from compressor.moe.weights import expert_weight_norms
@@ -62,6 +62,7 @@ __all__ = [
     "fitting_rules",
     "ignored_names",
     "is_decorated",
+    "layers_said",
     "loading_info",
     "read_entry",
     "refuse_quantised",

@@ -28,7 +28,7 @@ from compressor.moe.routing import (
     write_top_k,
 )
 from compressor.moe.skip_rule import SkipRule
-from compressor.moe.structure import MoELayer, Structure
+from compressor.moe.structure import MoELayer, Structure, layers_said
 from compressor.moe.tap import RealTokens, Visitor, tapped
 
 Kept = Mapping[str, Sequence[int]]
@@ -62,6 +62,9 @@ class MoEModel:
         self.structure = self.structure.with_counts(uneven_counts(self.config))
         self._check_shapes()
         self._check_ids()
+
+    def __repr__(self) -> str:
+        return f"MoEModel({type(self.model).__name__}: {layers_said(self.layers)})"
 
     def _check_shapes(self) -> None:
         live = dict(_tensors(self.model))

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -211,7 +211,7 @@ class RoutingRule:
     score: Score
     renormalise: bool
     scale: float
-    bias: Tensor | None = None
+    bias: Tensor | None = field(default=None, repr=False)
     """[E] float64, or None."""
     groups: GroupRule | None = None
 

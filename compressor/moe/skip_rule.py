@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,7 +46,7 @@ class SkipRule:
     rule: RuleName
     renormalise: bool
     beta: float | None = None
-    expert_norms: tuple[float, ...] | None = None
+    expert_norms: tuple[float, ...] | None = field(default=None, repr=False)
     top_k: int | None = None
     normalise_over: int | None = None
 

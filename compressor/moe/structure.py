@@ -21,6 +21,7 @@ from torch import nn
 
 from compressor.errors import UnsupportedModelError
 from compressor.moe.probe import Place, RouterProbe, probe_router
+from compressor.wording import counted
 
 ModelFactory = Any
 """A callable that builds a model from a transformers config: usually the model's class."""
@@ -91,6 +92,9 @@ class MoELayer:
     """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
     wider_problem: str | None = None
     """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
+
+    def __repr__(self) -> str:
+        return f"MoELayer({self.path}: {counted(self.num_experts, 'expert')}, top-{self.top_k})"
 
     def description(self) -> dict[str, Any]:
         """What deciding needs to know of the layer, as JSON; `described` is the inverse."""
@@ -188,6 +192,9 @@ class Structure:
     other_leaves: tuple[ConfigLeaf, ...] = ()
     """Expert counts of other parts of the model (a vision tower's, a talker's), which are left as they are."""
 
+    def __repr__(self) -> str:
+        return f"Structure({layers_said(self.layers)})"
+
     def with_counts(self, counts: Mapping[str, int]) -> Structure:
         """The structure of the same model with other numbers of experts in some layers, by layer path."""
         layers, shapes, num_parameters = [], dict(self.shapes), self.num_parameters
@@ -204,6 +211,13 @@ class Structure:
                 shapes[name] = tuple(shape)
             layers.append(dataclasses.replace(layer, num_experts=count, containers=containers))
         return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
+
+
+def layers_said(layers: Sequence[MoELayer]) -> str:
+    """`4 MoE layers of 8 experts, top-2`; the smallest and the largest where they differ."""
+    numbers = ([layer.num_experts for layer in layers], [layer.top_k for layer in layers])
+    experts, chosen = (f"{min(one)}–{max(one)}" if min(one) < max(one) else f"{one[0]}" for one in numbers)
+    return f"{counted(len(layers), 'MoE layer')} of {experts} experts, top-{chosen}"
 
 
 def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | None = None) -> Structure:

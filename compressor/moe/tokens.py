@@ -6,7 +6,7 @@ Dimensions: T tokens, c tokens of a chunk, E experts, K chosen per token, M rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressor.moe.routing import Replay, RoutingRule, renormalises
 from compressor.moe.structure import MoELayer
+from compressor.wording import counted
 
 _ROWS_PER_EXPERT = 768
 """Tokens that an expert is given at a time, on average: enough for fast matrix products, few enough that what lies
@@ -38,6 +39,9 @@ class RankedChunk:
     stop: int
     order_cM: Tensor
     outputs_cMH: Tensor
+
+    def __repr__(self) -> str:
+        return f"RankedChunk(tokens {self.start}–{self.stop}, {self.order_cM.shape[1]} ranks)"
 
     def first(self, num_ranks: int) -> RankedChunk:
         """The same tokens with fewer of their ranks."""
@@ -74,13 +78,16 @@ class RoutedTokens:
     """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give
     them.
     """
-    output_TH: Tensor | None = field(default=None, repr=False)
+    output_TH: Tensor | None = None
     """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
-    experts_output_TH: Tensor | None = field(default=None, repr=False)
+    experts_output_TH: Tensor | None = None
     """The same before the block scales or projects it: what the experts module answers."""
     domain: str = ""
     held_out: bool = False
-    target_TH: Tensor | None = field(default=None, repr=False)
+    target_TH: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"RoutedTokens({counted(self.num_tokens, 'token')} of {self.domain or 'no source'} at {self.layer.path})"
 
     @property
     def num_tokens(self) -> int:
