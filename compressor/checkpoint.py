@@ -50,7 +50,14 @@ from compressor.moe import (
     uneven_class,
     uneven_counts,
 )
-from compressor.quantised import quantisation_of, quantiser, refusal, to_dequantise
+from compressor.quantised import (
+    quantisation_of,
+    quantiser,
+    reading_problem,
+    refusal,
+    to_dequantise,
+    without_quantisation,
+)
 from compressor.wording import human_bytes
 
 DEMO = "demo"
@@ -593,22 +600,23 @@ def load_model(
     device: str | Mapping[str, Any] = "cpu",
     like: Any = None,
     adapters: Sequence[Adapter] = (),
-    unskipped: bool = False,
+    to_measure: bool = False,
 ) -> Any:
     """Load the model and refuse what transformers would only warn of.
 
     transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
     tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
-    config says that it skips experts does, if not `unskipped`. On `device` "meta" names, shapes and dtypes are checked
-    and no weight is read; a quantised checkpoint's model is the dequantised one there, elsewhere as transformers' own
-    quantiser loads it. A mapping, such as `stream.spread` makes, says which part of the model goes to which device.
-    Raises CheckpointError.
+    config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
+    read. A quantised checkpoint's model is the dequantised one there, and `to_measure` wherever it can be, else as
+    transformers' own quantiser loads it; `to_measure` no model skips by its config. A mapping, such as `stream.spread`
+    makes, says which part of the model goes to which device. Raises CheckpointError.
     """
     config, quantisation = load_config(checkpoint), checkpoint.quantisation
-    is_packed = quantisation is not None and device != "meta"
+    as_numbers = device == "meta" or (to_measure and quantisation is not None and not reading_problem(quantisation))
+    is_packed = quantisation is not None and not as_numbers
     device_map = dict(device) if isinstance(device, Mapping) else {"": device}
     is_mapped = device == "meta" or is_packed or isinstance(device, Mapping)
-    if quantisation is not None and device == "meta":
+    if quantisation is not None and as_numbers:
         to_dequantise(config, quantisation)
     cls = _class_to_load(checkpoint, config, adapters)
     extra: dict[str, Any] = {}
@@ -636,7 +644,7 @@ def load_model(
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = uneven_experts(verify_files(checkpoint.folder)) or error
-        if quantisation is not None and not is_packed and why is error:
+        if quantisation is not None and as_numbers and why is error:
             raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
     if uneven_counts(config):
@@ -650,9 +658,16 @@ def load_model(
         model = model.eval() if is_mapped else model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
-    if "skipping" in read_entry(config) and not unskipped:
+    if "skipping" in read_entry(config) and not to_measure:
         MoEModel(model, structure_of(type(model), model.config, adapters)).restore_skipping()
     return model
+
+
+def unquantised_skeleton(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's model on the meta device as its config alone has it, unquantised; nothing of it is checked."""
+    config = without_quantisation(load_config(checkpoint))
+    with torch.device("meta"), quiet_transformers():
+        return model_class(checkpoint, config)(config)
 
 
 def _implementations(config: Any, name: str) -> dict[str, Any]:

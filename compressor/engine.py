@@ -843,9 +843,11 @@ class _Run:
         self.progress.say(f"loading {self.recipe.model} as transformers loads it")
         if "skipping" in read_entry(subject.config):
             self.progress.say("its config says that it skips experts, which here it does not: it is measured unskipped")
-        model = self._load_model(found, unskipped=True)
+        model = self._load_model(found, to_measure=True)
         if found.quantisation is None:
             checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
+        else:
+            _refuse_what_cannot_run(model, self.recipe.model)
         return AsLoaded(model, preview.layers, found, self.processes)
 
     def _subject(self, given_model: Any) -> _Subject:
@@ -913,14 +915,14 @@ class _Run:
         checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
         return MoEModel(model, subject.preview.structure)
 
-    def _load_model(self, found: Checkpoint, *, unskipped: bool = False) -> Any:
+    def _load_model(self, found: Checkpoint, *, to_measure: bool = False) -> Any:
         adapters = self.plugins.adapters
         return checkpoints.load_model(
             found,
             dtype=self.recipe.dtype,
             device=_place_of(found, self.devices, adapters),
             adapters=adapters,
-            unskipped=unskipped,
+            to_measure=to_measure,
         )
 
     def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
@@ -1376,6 +1378,8 @@ def _place_of(found: Checkpoint, devices: Sequence[str], adapters: Sequence[Adap
     """The device that a model goes to; or, of several, all from the first on, which part of it goes to which."""
     if len(devices) == 1:
         return devices[0]
+    if found.quantisation is not None:
+        return spread(checkpoints.unquantised_skeleton(found), len(devices))
     return spread(checkpoints.load_model(found, device="meta", adapters=adapters), len(devices))
 
 
@@ -1402,6 +1406,17 @@ def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) ->
 def _probe(piece: InMemory, batches: Sequence[TokenBatch]) -> TokenBatch:
     """What a model's answers are compared on: some of the text, or random ids where there is none."""
     return _check_batch(batches[0]) if batches else _random_batch(piece.moe.model)
+
+
+@torch.no_grad()
+def _refuse_what_cannot_run(model: Any, reference: str) -> None:
+    """Raise UnsupportedModelError where a quantised model needs what is not here: some say so when they run."""
+    try:
+        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+    except Exception as error:  # kernels fail in any way
+        raise UnsupportedModelError(
+            f"{reference}: transformers loads the quantised checkpoint, and cannot run it here: {error}"
+        ) from error
 
 
 def _check_batch(batch: TokenBatch) -> TokenBatch:

@@ -89,7 +89,7 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
     """How the recipe's model is measured alone: whatever transformers can load and run, known to us or not. From disk
     where it does not fit, as long as it can be read layer by layer. Reads no weights.
 
-    Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that neither way can be read.
+    Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that it cannot load here.
     """
     recipe = loaded.recipe
     found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
@@ -106,15 +106,13 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
     problems: dict[str, _Problem | None] = {"disk": (("weights",), unknown) if unknown else None, "memory": None}
     if structure:
         problems["disk"] = _disk_problem(loaded, structure, work, config, is_live=False)
-    if quantisation is not None:
-        here, as_numbers = loading_problem(quantisation, devices[0]), reading_problem(quantisation)
-        if here and (problems["disk"] or as_numbers):
+    if quantisation is not None and (why := reading_problem(quantisation)):
+        problems["disk"] = (("weights",), why)
+        if here := loading_problem(quantisation, devices[0]):
             raise UnsupportedModelError(
                 f"{found.reference}: the checkpoint is quantised ({format_of(quantisation)}), and transformers cannot "
                 f"load it here: {here}."
             )
-        problems["memory"] = (("weights",), f"transformers cannot load it here: {here}") if here else None
-        problems["disk"] = (("weights",), as_numbers) if as_numbers else problems["disk"]
     place = _placement(loaded, work, problems, devices)
     used = devices[: place.num_gpus]
     return Preview(found, structure, checkpoints.auto_class(cls, config), None, {}, place, used, work.tokens_at_once)

@@ -3,7 +3,7 @@
     observe, measure    as the numbers that the stored weights stand for: transformers' own loader dequantises each
                         tensor when it is read, one decoder layer at a time (`stream`)
     edit                as they are stored (`disk`): nothing is dequantised, so nothing is quantised anew
-    measure alone       as transformers loads them, with its quantiser: nothing is edited, so nothing else is asked
+    measure alone       the same numbers, in memory too; what cannot be read so as transformers' quantiser loads it
 
 So a quantised checkpoint goes in, and a smaller one of the same format comes out. Which formats can be read is
 transformers' to say: those with a load operation that dequantises (FP8; MXFP4; compressed-tensors, with its package).

@@ -35,7 +35,6 @@ from compressor.moe import Adapter, Counter, Kept, MoELayer, MoEModel, Removal, 
 from compressor.parking import Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
-from compressor.quantised import without_quantisation
 from compressor.statistics import Statistic
 from compressor.stream import StreamedWeights
 from compressor.tasks import LoadedTasks
@@ -81,9 +80,7 @@ class AsLoaded:
         those that its numbers stand for, and the bytes those that are stored.
         """
         assert self.source is not None
-        config = without_quantisation(checkpoints.load_config(self.source))
-        with torch.device("meta"), checkpoints.quiet_transformers():
-            unquantised = checkpoints.model_class(self.source, config)(config)
+        unquantised = checkpoints.unquantised_skeleton(self.source)
         found = dataclasses.replace(measure.size(unquantised, routed), bytes=_stored_bytes(self.source))
         if self.source.quantisation is None:
             found = measure.size(self.model, routed)

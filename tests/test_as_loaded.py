@@ -251,8 +251,20 @@ def test_a_quantised_model_is_loaded_by_transformers_where_it_fits_and_read_in_l
     loaded, read = (evaluate(recipe | {"weights": where}, str(source)) for where in ("memory", "disk"))
     sides = [found["evaluation"]["after"] for found in (loaded, read)]
     assert sides[0]["size"] == sides[1]["size"]
-    losses = [side["perplexity"]["tokens"]["mean_loss"] for side in sides]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert sides[0]["perplexity"] == sides[1]["perplexity"]
+
+
+def test_a_format_that_loads_and_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object, **__: object) -> None:
+        raise ImportError("its kernel is not here")
+
+    monkeypatch.setattr("transformers.MixtralForCausalLM.forward", forward)
+    source = source_of("mixtral", tmp_path / "source")
+    with pytest.raises(UnsupportedModelError) as refusal:
+        evaluate(recipe_for(source, tmp_path), str(source))
+    assert str(refusal.value) == (
+        f"{source}: transformers loads the quantised checkpoint, and cannot run it here: its kernel is not here"
+    )
 
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
