@@ -68,7 +68,7 @@ class Sequences:
         return {
             "name": self.name,
             "sequences": len(self.ids),
-            "asked": self.asked,
+            **({"asked": self.asked} if self.asked is not None else {}),
             "tokens": self.num_tokens,
             **({"special_tokens": self.special_tokens} if self.special_tokens is not None else {}),
             "fingerprint": self.fingerprint,
