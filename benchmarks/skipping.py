@@ -1,6 +1,7 @@
 """What a layer costs when it skips experts, in ordinary forwards of the same layer; and a model's prefill and decode.
 
     OMP_NUM_THREADS=2 python benchmarks/skipping.py [--rounds 9] [--dtype float32] [--implementations grouped_mm]
+    python benchmarks/skipping.py --device cuda --dtype bfloat16
 
 Transformers' own blocks with random weights at true widths: 64 experts of 2048 × 1024 with top-8 (OLMoE), and 8 experts
 of 4096 × 3584 with top-2 (Mixtral's, an expert a quarter as wide). The same block runs unskipped and skipping in turn,
@@ -40,7 +41,9 @@ DROPPED = (0.0, 0.25, 0.5)
 RATIO = SkipRule("ratio", True, beta=1.0)
 
 
-def model_of(kind: str, settings: dict[str, int], layers: int, dtype: torch.dtype, implementation: str) -> MoEModel:
+def model_of(
+    kind: str, settings: dict[str, int], layers: int, dtype: torch.dtype, implementation: str, device: str
+) -> MoEModel:
     """Random weights; nothing but the layers is of interest, so its vocabulary is small."""
     config = AutoConfig.for_model(
         kind,
@@ -54,8 +57,18 @@ def model_of(kind: str, settings: dict[str, int], layers: int, dtype: torch.dtyp
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation).eval()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation).eval()
     return MoEModel(model)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall clock, until the GPU has done what it was asked for."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def beta_for(share: float, scores_TK: torch.Tensor) -> float:
@@ -71,9 +84,7 @@ def alternated(first: Callable[[], object], others: Sequence[Callable[[], object
     for number in range(rounds + 1):
         seconds = {}
         for function in (first, *others) if number % 2 else (*reversed(others), first):
-            start = time.perf_counter()
-            function()
-            seconds[function] = time.perf_counter() - start
+            seconds[function] = seconds_of(function)
         if number:  # the first round warms up
             for own, other in zip(ratios, others, strict=True):
                 own.append(seconds[other] / seconds[first])
@@ -91,7 +102,9 @@ def layer_line(moe: MoEModel, num_tokens: int, share: float, rounds: int) -> lis
     (layer,) = moe.layers
     block, experts = moe.model.get_submodule(layer.path), moe.model.get_submodule(layer.experts)
     size = moe.config.hidden_size
-    hidden = torch.randn(1, num_tokens, size, generator=torch.Generator().manual_seed(1)).to(moe.model.dtype)
+    hidden = torch.randn(1, num_tokens, size, generator=torch.Generator().manual_seed(1)).to(
+        moe.model.device, moe.model.dtype
+    )
     _, weights_TK, index_TK = moe.model.get_submodule(layer.router)(hidden.view(-1, size))
     rule = RATIO.at(beta_for(share, RATIO.scores(index_TK, weights_TK)))
     kept = float(rule.kept(index_TK, weights_TK).double().mean())
@@ -108,10 +121,8 @@ def layer_line(moe: MoEModel, num_tokens: int, share: float, rounds: int) -> lis
     def skipping() -> None:
         run(hidden, "compressor_skip")
 
-    skipping()
-    start = time.perf_counter()
-    skipping()
-    repeats = max(1, round(0.2 / (time.perf_counter() - start)))  # a fifth of a second at least
+    seconds_of(skipping)
+    repeats = max(1, round(0.2 / seconds_of(skipping)))  # a fifth of a second at least
     skipped, possible = alternated(lambda: run(hidden, base), (skipping, lambda: run(fewer, base)), rounds)
     moe.skip({})
     cells = [f"{1 - kept:.0%}", spread(skipped)]
@@ -124,7 +135,7 @@ def layer_line(moe: MoEModel, num_tokens: int, share: float, rounds: int) -> lis
 @torch.no_grad()
 def model_lines(moe: MoEModel, rounds: int) -> None:
     """Prefill of 512 tokens, and 16 tokens of decoding behind 8, skipping ÷ unskipped."""
-    ids = torch.randint(1024, (1, 512), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1024, (1, 512), generator=torch.Generator().manual_seed(0)).to(moe.model.device)
     scores: dict[str, torch.Tensor] = {}
     hooks = [
         moe.model.get_submodule(layer.router).register_forward_hook(
@@ -164,15 +175,19 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["grouped_mm", "eager"])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--layers-only", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--divide", type=int, default=1, help="widths by this, to try the script out")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.dtype}, {given.rounds} rounds")
-    for title, (kind, settings) in SHAPES.items():
+    where = torch.cuda.get_device_name(given.device) if given.device != "cpu" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, {given.dtype}, {given.rounds} rounds, widths ÷ {given.divide}")
+    for title, (kind, shape) in SHAPES.items():
+        settings = {key: size // given.divide if key.endswith("_size") else size for key, size in shape.items()}
         for implementation in given.implementations:
             print(f"\n{title}, {implementation}\n")
             print("| tokens | pairs dropped | skipping ÷ unskipped | of FLOPs | fewer pairs | of possible |")
             print("|--:|--:|--:|--:|--:|--:|")
-            moe = model_of(kind, settings, 1, dtype, implementation)
+            moe = model_of(kind, settings, 1, dtype, implementation, given.device)
             for num_tokens in given.tokens:
                 pairs = num_tokens * moe.layers[0].top_k
                 for share in (one for one in DROPPED if not 0 < one * pairs < 1):
@@ -182,7 +197,8 @@ def main() -> None:
         if not given.layers_only:
             print(f"\n{title}, a model of four layers, {given.implementations[0]}\n")
             print("| what | pairs dropped | skipping ÷ unskipped |\n|---|--:|--:|")
-            model_lines(model_of(kind, settings, 4, dtype, given.implementations[0]), given.rounds)
+            moe = model_of(kind, settings, 4, dtype, given.implementations[0], given.device)
+            model_lines(moe, given.rounds)
 
 
 if __name__ == "__main__":
