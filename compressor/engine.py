@@ -633,7 +633,7 @@ class _Run:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    def _own_devices(self, planned: tuple[str, ...]) -> tuple[str, ...]:
+    def _own_devices(self, preview: plan.Preview) -> tuple[str, ...]:
         """Where this process's model goes: of several processes on a machine each takes a GPU of its own."""
         device, place = self.recipe.device, self.processes.local_rank
         if self.processes.size > 1 and device == "auto":
@@ -642,8 +642,10 @@ class _Run:
                 f"`auto` is for one process, and this is one of {self.processes.size}: with `device: cuda` each takes "
                 f"a GPU of its own",
             )
+        if device == "auto":
+            self.progress.say(plan.auto_note(preview.devices, preview.place))
         if self.processes.size == 1 or device != "cuda":
-            return planned
+            return preview.devices
         if place >= torch.cuda.device_count():
             raise RecipeError(
                 f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
@@ -829,7 +831,7 @@ class _Run:
         recipe = self.recipe.model_copy(update={"output": None, "evaluate": evaluation})
         loaded = dataclasses.replace(self.loaded, recipe=recipe, passes=())
         preview = plan.measuring(loaded, self.plugins.adapters)
-        self.devices = self._own_devices(preview.devices)
+        self.devices = self._own_devices(preview)
         found = checkpoints.with_weights(preview.checkpoint)
         digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         return _Subject(found, None, checkpoints.load_config(found), preview, digest)
@@ -855,7 +857,7 @@ class _Run:
         loaded = self.loaded
         if given_model is None:
             preview = plan.check(loaded, self.plugins.adapters)
-            self.devices = self._own_devices(preview.devices)
+            self.devices = self._own_devices(preview)
             found = checkpoints.with_weights(preview.checkpoint)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             return _Subject(found, None, checkpoints.load_config(found), preview, digest)

@@ -201,9 +201,9 @@ def preview(
             plan_json["bytes"] = {"before": stored[0], "after": stored[1]}
         if quantisation is not None:
             notes.append(_quantised_note(quantisation, dtype, found.reference, is_estimate=stored is None))
-    if loaded.recipe.device == "auto" and not is_live:
-        notes.append(_auto_note(devices, place))
     used = devices[: place.num_gpus]
+    if loaded.recipe.device == "auto" and not is_live:
+        notes.append(auto_note(used, place))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=used[0], available=available)
     return Preview(found, structure, auto_class, left_out, plan_json, place, used, work.tokens_at_once)
@@ -494,16 +494,15 @@ def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, referen
     )
 
 
-def _auto_note(devices: Sequence[str], place: Placement) -> str:
+def auto_note(used: Sequence[str], place: Placement) -> str:
     """What `device: auto` has come to, in one sentence."""
-    if devices == ("cpu",):
+    if tuple(used) == ("cpu",):
         return "device auto: torch sees no GPU on this machine, so the CPU computes"
+    named, there = ", ".join(used), len(gpus())
     if place.weights == "disk":
-        there = f" of this machine's {len(devices)} GPUs" if len(devices) > 1 else ""
-        return f"device auto: {devices[0]}{there}, weights are read from disk one decoder layer at a time"
-    used = devices[: place.num_gpus]
-    each = ", each has some of the layers" if len(used) > 1 else ""
-    return f"device auto: {', '.join(used)} (of {len(devices)} GPUs) hold{'s' * (len(used) == 1)} the model{each}"
+        return f"device auto: {named} of {there} GPU(s), weights are read from disk one decoder layer at a time"
+    each = ", each with some of the layers" if len(used) > 1 else ""
+    return f"device auto: {named} of {there} GPU(s), all weights there{each}"
 
 
 def left_out_note(left_out: LeftOut) -> str:

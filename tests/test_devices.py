@@ -343,14 +343,14 @@ def test_speed_of_models_on_two_devices() -> None:
     ("num_gpus", "free", "weights", "expected"),
     [
         (0, None, "memory", "device auto: torch sees no GPU on this machine, so the CPU computes"),
-        (1, None, "memory", "device auto: sim:0 (of 1 GPUs) holds the model"),
-        (2, None, "memory", "device auto: sim:0 (of 2 GPUs) holds the model"),
-        (2, 0, "memory", "device auto: sim:0, sim:1 (of 2 GPUs) hold the model, each has some of the layers"),
+        (1, None, "memory", "device auto: sim:0 of 1 GPU(s), all weights there"),
+        (2, None, "memory", "device auto: sim:0 of 2 GPU(s), all weights there"),
+        (2, 0, "memory", "device auto: sim:0, sim:1 of 2 GPU(s), all weights there, each with some of the layers"),
         (
             2,
             None,
             "disk",
-            "device auto: sim:0 of this machine's 2 GPUs, weights are read from disk one decoder layer at a time",
+            "device auto: sim:0 of 2 GPU(s), weights are read from disk one decoder layer at a time",
         ),
     ],
 )
@@ -367,11 +367,12 @@ def test_several_processes_take_a_gpu_each(make_recipe: Any, gpus: Any) -> None:
     gpus(2)
     second = Processes()
     second.rank, second.size = 1, 2
-    run = engine._Run.of(load_recipe(make_recipe(device="auto")), load_plugins(), Progress(), second)
+    loaded = load_recipe(make_recipe(device="auto"), methods=load_plugins().methods, criteria=load_plugins().criteria)
+    run = engine._Run.of(loaded, load_plugins(), Progress(), second)
     with pytest.raises(
         RecipeError, match="device: `auto` is for one process, and this is one of 2: with `device: cuda`"
     ):
-        run._own_devices(("cpu",))
+        run._own_devices(plan.check(loaded))
 
 
 @pytest.mark.parametrize(
