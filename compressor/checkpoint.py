@@ -1090,8 +1090,9 @@ def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
     others only the base has an older one; a `rope_scaling` there would count for all of them.
     """
     for key, part in read.items():
-        if isinstance(part, dict) and isinstance(raw.get(key), dict) and key != "rope_parameters":
-            _patch_rope(raw[key], part)
+        if isinstance(part, dict) and isinstance(own := raw.get(key), dict) and key != "rope_parameters":
+            has_some = not own.keys().isdisjoint(("rope_parameters", "rope_theta", "rope_scaling"))
+            _patch_rope(own, part if has_some else {**part, "rope_parameters": None})
     rope: dict[str, Any] = read.get("rope_parameters") or {}
     has_kinds = "rope_theta" not in rope
     main, local = (rope.get(kind) or {} if has_kinds else rope for kind in ("full_attention", "sliding_attention"))

@@ -40,7 +40,8 @@ from torch import Tensor
 
 from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make_batches
-from compressor.errors import CheckpointError, CompressorError, EvaluationError
+from compressor.errors import CompressorError, EvaluationError
+from compressor.files import names_of_weights, read_index
 from compressor.processes import Processes
 from compressor.tasks import LoadedTasks, members, quietly, refuse_long_answers, seeded
 
@@ -726,11 +727,9 @@ def size(model: Any, routed: Sequence[RoutedSize] = ()) -> Size:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """The ``*.safetensors`` files of a folder together. Raises CheckpointError if there is none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file, so no checkpoint to measure.")
-    return sum(file.stat().st_size for file in files)
+    """The files of weights that are read of a folder, together. Raises CheckpointError if there is none."""
+    names = names_of_weights([path.name for path in folder.iterdir()], read_index(folder), str(folder))
+    return sum((folder / name).stat().st_size for name in names)
 
 
 # --- speed and memory ---------------------------------------------------------------------------------------

@@ -66,6 +66,15 @@ def test_rotary_settings_in_both_spellings_in_the_part_that_has_them(tmp_path: P
     )
 
 
+def test_parts_without_such_settings_get_none(tmp_path: Path) -> None:
+    raw = {"model_type": "qwen3_5_moe", "text_config": {"rope_theta": 5e5}, "vision_config": {"depth": 2}}
+    config = AutoConfig.for_model(**raw)
+    config.vision_config.rope_parameters = {"rope_type": "axial", "rope_theta": 1e4}
+    found = written(raw, config, tmp_path)
+    assert found["vision_config"] == {"depth": 2}
+    assert found["text_config"]["rope_parameters"]["rope_theta"] == 5e5
+
+
 def test_the_older_spelling_gets_the_newer_one_and_a_null_counts_as_nothing(tmp_path: Path) -> None:
     old = {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": None}
     text = written(thinker(**old), AutoConfig.for_model(**thinker(rope_theta=5e5)), tmp_path)["thinker_config"][
