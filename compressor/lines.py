@@ -49,9 +49,13 @@ class Rows:
 
 
 def find_rows(path: Path, title: str) -> Rows:
-    """Look through a file once for where its rows begin. Raises CalibrationError if it cannot be read."""
+    """Look through a file once for where its rows begin. Raises CalibrationError if it cannot be read, or only once."""
     try:
         state = path.stat()
+        if not path.is_file() and not path.is_dir():
+            raise CalibrationError(
+                f"source {title!r}: {path} is a pipe or a device, and rows are read in any order. Give a file."
+            )
         return _find_rows(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise _unreadable(path, title, error) from error

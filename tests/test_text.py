@@ -211,6 +211,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, mark: bytes) -> None:
     assert read(jsonl=tmp_path / "rows.jsonl") == ["a b", "c d"]
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    says = f"source 'rows': {tmp_path}/rows.jsonl is a pipe or a device, and rows are read in any order. Give a file."
+    assert refusal(jsonl=tmp_path / "rows.jsonl") == says
+
+
 def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a b"}\n{"text": ' + "7" * 5000 + "}")
     assert refusal(jsonl=tmp_path / "rows.jsonl").startswith(f"{tmp_path}/rows.jsonl:2: not JSON that can be read: ")
