@@ -33,7 +33,7 @@ from compressor.moe.skipping import fitting_rules, skip_problem
 from compressor.moe.stored import Fate, fates, ignored_names, loading_info
 from compressor.moe.structure import ConfigLeaf, ExpertAxis, MoELayer, Structure, find_structure, layers_said
 from compressor.moe.tap import RealTokens
-from compressor.moe.tokens import RankedChunk, RoutedTokens
+from compressor.moe.tokens import RankedChunk, RoutedTokens, gram_of
 from compressor.moe.weights import expert_weight_norms
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "fates",
     "find_structure",
     "fitting_rules",
+    "gram_of",
     "ignored_names",
     "is_decorated",
     "layers_said",

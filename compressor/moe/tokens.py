@@ -22,6 +22,7 @@ between them (the experts' inner activations) stays near the processor. See benc
 """
 _CHUNK_BYTES = 256 * 2**20
 _PAIRS_ON_CPU = 1024
+_TOKENS_PER_GRAM = 64
 
 Lift = Callable[[Tensor], Tensor]
 """Outputs of the experts module [N, H'] → what they add to the block's own output [N, H]; linear."""
@@ -46,6 +47,10 @@ class RankedChunk:
     def first(self, num_ranks: int) -> RankedChunk:
         """The same tokens with fewer of their ranks."""
         return RankedChunk(self.start, self.stop, self.order_cM[:, :num_ranks], self.outputs_cMH[:, :num_ranks])
+
+    def gram(self) -> Tensor:
+        """[c, M, M] float64: inner products of these outputs; see `gram_of`."""
+        return gram_of(self.outputs_cMH)
 
 
 @dataclass
@@ -143,6 +148,20 @@ class RoutedTokens:
         if num_others <= 0:
             return self.index_TK[:, :num_ranks]
         return torch.cat([self.index_TK, others_TE.topk(num_others, dim=-1).indices], dim=1)
+
+
+def gram_of(outputs_cXH: Tensor) -> Tensor:
+    """[c, X, X] float64: inner products of float32 outputs.
+
+    Their terms are exact in float64. Experts that answer nearly alike have a δᵀ G δ far smaller than its terms, and
+    sums in float32 would leave nothing of it but their rounding, another one on every processor.
+    """
+    gram_cXX = outputs_cXH.new_empty(*outputs_cXH.shape[:2], outputs_cXH.shape[1], dtype=torch.float64)
+    for start in range(0, len(outputs_cXH), _TOKENS_PER_GRAM):
+        part = slice(start, start + _TOKENS_PER_GRAM)
+        wide_cXH = outputs_cXH[part].double()
+        gram_cXX[part] = torch.bmm(wide_cXH, wide_cXH.mT)
+    return gram_cXX
 
 
 def evaluate_stacked(

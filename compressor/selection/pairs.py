@@ -64,15 +64,15 @@ class PairLosses(RankedStatistic):
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Add some tokens of a batch."""
         matrix_NN, single_N = self._matrices_NN[self._domains[tokens.domain]], self._single_BN[-1]
-        gram_cMM = torch.bmm(chunk.outputs_cMH, chunk.outputs_cMH.mT)
+        gram_cMM = chunk.gram()
         weights_cK = tokens.weights_TK[chunk.start : chunk.stop].double()
         index_cK = chunk.order_cM[:, : weights_cK.shape[1]]
         num_chosen = index_cK.shape[1]
-        add_pairs(matrix_NN, index_cK, weights_cK, gram_cMM[:, :num_chosen, :num_chosen].double())
+        add_pairs(matrix_NN, index_cK, weights_cK, gram_cMM[:, :num_chosen, :num_chosen])
         if self._by_ranks(tokens):
             assert tokens.rule is not None
             affinity_cN = tokens.rule.affinity(tokens.logits_TE[chunk.start : chunk.stop])
-            add_single(single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM.double(), num_chosen)
+            add_single(single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM, num_chosen)
         else:
             rank_cN = chunk.order_cM.argsort(1)
             rows = gram_cMM.gather(1, rank_cN[:, :, None].expand(gram_cMM.shape))
@@ -132,7 +132,7 @@ def add_single(
 
 
 def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
-    """[N]: the same where only the router itself knows who steps in; Grams, float32, by the experts' ids.
+    """[N]: the same where only the router itself knows who steps in; Grams, float64, by the experts' ids.
 
     Needs all N outputs of each token, N / K forwards, and their Grams: T·N² numbers. For routers of few experts.
     """
@@ -149,7 +149,7 @@ def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
         delta_TN = by_id(*tokens.replay(kept)) - full_TN
         for changed_t in torch.split((delta_TN != 0).any(1).nonzero()[:, 0], _TOKENS_AT_ONCE):
             delta_tN = delta_TN[changed_t]
-            single_N[expert] += torch.einsum("tm,tmn,tn->", delta_tN, gram_TNN[changed_t].double(), delta_tN)
+            single_N[expert] += torch.einsum("tm,tmn,tn->", delta_tN, gram_TNN[changed_t], delta_tN)
     return single_N
 
 

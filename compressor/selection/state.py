@@ -66,7 +66,7 @@ class TokenState:
         """What the loss changes when a chosen expert goes."""
         stored = top_k if rule.rescales_all else 0
         self.squared_after_Tk = torch.zeros(tokens, stored, dtype=torch.float32, device=device)
-        """⟨v',v'⟩ of these changes, which is kept where all of them change with every expert that goes."""
+        """⟨v',v'⟩ − ⟨v,v⟩ of these changes, kept where all of them change with every expert that goes."""
         self.with_target_after_Tk = torch.zeros_like(self.squared_after_Tk)
 
     @property
@@ -203,8 +203,8 @@ class TokenState:
         next_t = self.next_T[tokens_t].long()
         squared_tk, with_target_tk, out_tk, in_t1 = self._replaced(tokens_t, place_tk, is_there_tk, next_t, rows_tkM)
         if self.rule.rescales_all:  # priced with all others, once D is known
-            self.squared_after_Tk[tokens_t] = squared_tk.float()
-            self.with_target_after_Tk[tokens_t] = with_target_tk.float()
+            self.squared_after_Tk[tokens_t] = (squared_tk - self.squared_T[tokens_t][:, None]).float()
+            self.with_target_after_Tk[tokens_t] = (with_target_tk - self.with_target_T[tokens_t][:, None]).float()
             return
         divisor_tk = self.divisor_T[tokens_t][:, None]
         if self.rule.renormalise:
@@ -231,11 +231,12 @@ class TokenState:
             divisor_t = self.divisor_T[part]
             loss_t = self._loss(part, self.squared_T[part], self.with_target_T[part], divisor_t)
             self.loss_T[part] = loss_t
-            out_tk = self.grams.affinity_TM[part].gather(1, place_tk.clamp_max(self.num_ranks - 1))
-            factor_tk = self.rule.scale / (divisor_t.float()[:, None] - out_tk)
-            entered_tk = (self.squared_after_Tk[part] * factor_tk - 2 * self.with_target_after_Tk[part]) * factor_tk
-            stays_t = (loss_t - self.target_squared_T[part]).float()
-            self.change_Tk[part] = (entered_tk - stays_t[:, None]) * is_there_tk
+            out_tk = self.grams.affinity_TM[part].gather(1, place_tk.clamp_max(self.num_ranks - 1)).double()
+            factor_tk, factor_t1 = self.rule.scale / (divisor_t[:, None] - out_tk), self._factor(divisor_t)[:, None]
+            squared_t1, with_target_t1 = self.squared_T[part][:, None], self.with_target_T[part][:, None]
+            grown_tk = (factor_tk - factor_t1) * (squared_t1 * (factor_tk + factor_t1) - 2 * with_target_t1)
+            replaced_tk = self.squared_after_Tk[part] * factor_tk - 2 * self.with_target_after_Tk[part]
+            self.change_Tk[part] = ((grown_tk + replaced_tk * factor_tk) * is_there_tk).float()
             self._count_changes(tokens_t, 1.0)
         self._add_rescaling()
 
@@ -310,8 +311,9 @@ class TokenState:
         With g = a_e / (D − a_e) their output grows by 1 + g, so the loss changes by 2g (⟨u,u⟩ − ⟨u,z⟩) + g² ⟨u,u⟩.
         """
         factor_T = self._factor(self.divisor_T)
-        squared_T = (self.squared_T * factor_T.square()).float()
-        slope_T = 2 * (squared_T - (self.with_target_T * factor_T).float())
+        squared_T = self.squared_T * factor_T.square()
+        slope_T = (2 * (squared_T - self.with_target_T * factor_T)).float()
+        squared_T = squared_T.float()
         borders = [0, *torch.bincount(self.batch_T, minlength=self.num_batches).cumsum(0).tolist()]
         for batch in range(self.num_batches):
             for start in range(borders[batch], borders[batch + 1], _TOKENS_AT_ONCE):
@@ -369,8 +371,9 @@ class TokenState:
     def _shrinking(self, first: int, last: int) -> Tensor:
         """[B, last − first]: what changes for tokens that would not choose the expert that comes back."""
         factor_T = self._factor(self.divisor_T)
-        squared_T = (self.squared_T * factor_T.square()).float()
-        slope_T = 2 * (squared_T - (self.with_target_T * factor_T).float())
+        squared_T = self.squared_T * factor_T.square()
+        slope_T = (2 * (squared_T - self.with_target_T * factor_T)).float()
+        squared_T = squared_T.float()
         total = torch.zeros(self.num_batches, last - first, dtype=torch.float64, device=self.loss_T.device)
         for start in range(0, self.grams.num_tokens, _TOKENS_AT_ONCE):
             part = slice(start, start + _TOKENS_AT_ONCE)

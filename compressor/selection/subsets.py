@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
+from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule, gram_of
 from compressor.statistics import RankedStatistic
 
 _BYTES = 64 * 2**20
@@ -198,7 +198,7 @@ class SubsetErrors(RankedStatistic):
         self._tokens, self._gram_TXX = tokens, None
         if not ranks_suffice(tokens, self._tables):
             size = self.layer.num_choices + (tokens.target_TH is not None)
-            self._gram_TXX = torch.empty(tokens.num_tokens, size, size, device=device)
+            self._gram_TXX = torch.empty(tokens.num_tokens, size, size, dtype=torch.float64, device=device)
         self._errors_BS.append(torch.zeros(len(self._tables.dropped), dtype=torch.float64, device=device))
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
@@ -246,7 +246,7 @@ def chunk_errors(tokens: RoutedTokens, tables: SubsetTables, chunk: RankedChunk)
     for start in range(0, len(chunk.order_cM), step):
         part = slice(start, start + step)
         affinity_cN = rule.affinity(tokens.logits_TE[chunk.start : chunk.stop][part])
-        order_cM, gram_cXX = chunk.order_cM[part], torch.bmm(outputs_cXH[part], outputs_cXH[part].mT).double()
+        order_cM, gram_cXX = chunk.order_cM[part], gram_of(outputs_cXH[part])
         if tables.top_k is not None:
             order_cM, gram_cXX = _sorted_choice(rule, affinity_cN, order_cM, gram_cXX, tokens.layer.top_k)
         total_S += _part_errors(rule, tables, order_cM, gram_cXX, affinity_cN, tokens.layer.top_k)
@@ -344,8 +344,7 @@ def _gram_by_id(tokens: RoutedTokens, chunk: RankedChunk) -> Tensor:
     outputs_cXH = with_residual(tokens, chunk)
     rank_cX = torch.arange(outputs_cXH.shape[1], device=outputs_cXH.device).repeat(len(outputs_cXH), 1)
     rank_cX[:, : chunk.order_cM.shape[1]] = chunk.order_cM.argsort(1)
-    outputs_cXH = outputs_cXH.gather(1, rank_cX[..., None].expand(outputs_cXH.shape))
-    return torch.bmm(outputs_cXH, outputs_cXH.mT)
+    return gram_of(outputs_cXH.gather(1, rank_cX[..., None].expand(outputs_cXH.shape)))
 
 
 def _errors_by_replay(tokens: RoutedTokens, tables: SubsetTables, gram_TXX: Tensor) -> Tensor:
@@ -363,11 +362,10 @@ def _errors_by_replay(tokens: RoutedTokens, tables: SubsetTables, gram_TXX: Tens
     for dropped in tables.dropped:
         kept = [expert for expert in range(tokens.layer.num_experts) if expert not in dropped]
         weights_TN = _weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices)
-        delta_TX = (functional.pad(weights_TN, (0, int(has_residual))) - full_TX).float()
+        delta_TX = functional.pad(weights_TN, (0, int(has_residual))) - full_TX
         changed = delta_TX.abs().amax(1) > 0
         delta_cX = delta_TX[changed]
-        errors_c = (torch.bmm(gram_TXX[changed], delta_cX[..., None])[..., 0] * delta_cX).sum(1, dtype=torch.float64)
-        totals.append(errors_c.sum())
+        totals.append((torch.bmm(gram_TXX[changed], delta_cX[..., None])[..., 0] * delta_cX).sum())
     return torch.stack(totals)
 
 

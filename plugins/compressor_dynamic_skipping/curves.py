@@ -100,8 +100,8 @@ class SkipCurves(Statistic):
         gram_TKK = None
         if tokens.can_evaluate:
             chunks = tokens.ranked_outputs(tokens.index_TK.shape[1])
-            grams = [torch.bmm(one.outputs_cMH, one.outputs_cMH.transpose(1, 2)).cpu() for one in chunks]
-            gram_TKK = torch.cat(grams) if grams else torch.zeros(0, self.layer.top_k, self.layer.top_k)
+            grams = [one.gram().cpu() for one in chunks]
+            gram_TKK = torch.cat(grams) if grams else torch.zeros(0, self.layer.top_k, self.layer.top_k).double()
         index_TK, weights_TK = tokens.index_TK.cpu(), tokens.weights_TK.cpu()
         self._batches.append(_Batch(domain, index_TK, weights_TK, gram_TKK, tokens.held_out))
         if self.fixed is not None and self.layer.top_k > self.fixed.top_k:
@@ -167,8 +167,8 @@ class SkipCurves(Statistic):
             sums[batch.domain, 1] += is_expert_TK.sum()
             if batch.gram_TKK is not None:
                 weights = batch.weights_TK.double()
-                sums[batch.domain, 2] += torch.einsum("tk,tkm,tm->", weights, batch.gram_TKK.double(), weights)
-                norm_P = batch.gram_TKK.diagonal(dim1=1, dim2=2).double().clamp_min(0).sqrt()[is_expert_TK]
+                sums[batch.domain, 2] += torch.einsum("tk,tkm,tm->", weights, batch.gram_TKK, weights)
+                norm_P = batch.gram_TKK.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[is_expert_TK]
                 index_P = batch.index_TK[is_expert_TK]
                 norms[batch.domain, 0].index_add_(0, index_P, norm_P)
                 norms[batch.domain, 1].index_add_(0, index_P, torch.ones_like(norm_P))
@@ -264,7 +264,7 @@ def steps_of(rule: SkipRule, batch: _Batch, num_experts: int) -> Steps:
     error_TK = torch.zeros(weights_TK.shape, dtype=torch.float64)
     if batch.gram_TKK is not None:
         rows_T11 = order_TK[:, :, None].expand(-1, -1, order_TK.shape[1])
-        gram_TKK = batch.gram_TKK.double().gather(1, rows_T11).gather(2, rows_T11.transpose(1, 2))
+        gram_TKK = batch.gram_TKK.gather(1, rows_T11).gather(2, rows_T11.transpose(1, 2))
         for step in range(weights_TK.shape[1]):
             kept_TK = ~goes_TK
             kept_TK[:, step + 1 :] = True
