@@ -24,7 +24,7 @@ logging.raiseExceptions = False  # a library's handler keeps the stderr of the t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-pytest_plugins = ["nightly"]
+pytest_plugins = ["cpu_limit", "nightly"]
 
 
 @pytest.fixture(scope="session", autouse=True)

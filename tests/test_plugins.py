@@ -244,6 +244,7 @@ def test_the_same_plugin_whole_is_taken(install: Install) -> None:
 # --- a third party's plugin
 
 
+@pytest.mark.slow
 def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
     """In a process of its own: found on its path, as any installed distribution."""
     write_distribution(tmp_path, "keep-first", {"keep-first": ""}, METHOD)

@@ -463,6 +463,7 @@ print(json.dumps([peak() - before, max(by_layer.values()), outside, sum(by_layer
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_at_two_layers(tmp_path: Path) -> None:
     """On half a gigabyte of weights: what is read is let go of, and the files are not mapped."""
     if not Path("/proc/self/status").exists():

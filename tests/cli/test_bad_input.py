@@ -867,31 +867,25 @@ def test_our_own_bug_shows_its_traceback_and_leaves_nothing(
 # --- as a command of its own
 
 
-def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "compressor.cli", *map(str, arguments)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
+@pytest.mark.slow
 def test_error_in_a_process_of_its_own(recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path, tmp_path: Path) -> None:
     model = copy_of(mixtral)
     with_tensors(model, **{f"{EXPERT}.3.w1.weight": None})
-    answer = command("run", "--quiet", recipe(model=model))
+    command = Path(sys.executable).with_name("compressor")
+    answer = subprocess.run(
+        [command, "run", "--quiet", recipe(model=model)], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 2
     assert answer.stderr == f"error: {model}: transformers cannot load it: {EXPERT}.3.w1.weight is missing.\n"
     assert answer.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "recipe.yaml"]
 
 
-def test_offline_in_a_process_of_its_own() -> None:
-    answer = command("inspect", "owner/name")
-    assert answer.returncode == 2
-    assert answer.stderr.startswith(f"error: owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it")
-    assert len(answer.stderr.splitlines()) == 1
+def test_offline(cli: Cli) -> None:
+    answer = cli("inspect", "owner/name")
+    assert answer.status == 2
+    assert answer.err.startswith(f"error: owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it")
+    assert len(answer.err.splitlines()) == 1
 
 
 # --- skipping

@@ -345,6 +345,7 @@ def in_a_process(*arguments: str | Path, then: str = "") -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_check_reads_no_weights(recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path) -> None:
     model = copy_of(mixtral)
     (model / "model.safetensors").unlink()
@@ -532,6 +533,7 @@ def test_several_sources_keep_their_names(cli: Cli, recipe: WriteRecipe, tokens:
 # --- the command itself
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     heavy = (
         "print([name for name in ('torch', 'transformers', 'lm_eval', 'datasets', 'pydantic') if name in sys.modules])"
@@ -548,24 +550,12 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 1.5, seconds  # 0.5 s is the aim; room for a busy machine
 
 
-def test_the_installed_command(recipe: WriteRecipe, tmp_path: Path) -> None:
-    command = Path(sys.executable).with_name("compressor")
-    answer = subprocess.run([command, "run", recipe()], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.rstrip().splitlines()[-1].startswith(f"Written to {tmp_path / 'out'}. ")
-    assert [line.split(":")[0].split(" ")[0] for line in answer.stderr.splitlines()] == [
-        "loading",
-        "expert_pruning",
-        "expert_pruning",
-        "saving,",
-    ]
-
-
 def test_version(cli: Cli) -> None:
     answer = cli("--version")
     assert (answer.status, answer.out) == (0, f"{compressor.__version__}\n")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     """A real signal to a real run, while it observes."""
     recipe = tmp_path / "recipe.yaml"

@@ -147,7 +147,7 @@ def test_every_loss_on_the_way_is_the_layers(make_batches, router, shape):
 @pytest.mark.parametrize("router", CLOSED)
 def test_greedy_and_swaps_are_near_the_best_of_all_sets(make_batches, router):
     ratios = []
-    for seed in range(6):
+    for seed in range(4):
         batches = make_batches(router, 2, 60, 10, 3, seed)
         found = kept_of(searched(batches, [5], num_ranks=10))
         value = sum(slow_error(tokens, found) ** 0.5 for tokens in batches)
@@ -156,7 +156,7 @@ def test_greedy_and_swaps_are_near_the_best_of_all_sets(make_batches, router):
         )
         ratios.append(value / best)
     assert min(ratios) >= 1 - 1e-6
-    assert sorted(ratios)[4] < 1.02
+    assert sorted(ratios)[2] < 1.02
     assert max(ratios) < 1.1
 
 

@@ -44,7 +44,7 @@ def assert_close(tokens, found, expected, where):
 
 SHAPES = [
     (num_experts, top_k, num_kept)
-    for num_experts in range(2, 11)
+    for num_experts in (*range(2, 8), 10)
     for top_k in range(1, min(4, num_experts - 1) + 1)
     for num_kept in range(top_k, num_experts)
 ]
