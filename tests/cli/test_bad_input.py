@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -867,17 +866,13 @@ def test_our_own_bug_shows_its_traceback_and_leaves_nothing(
 # --- as a command of its own
 
 
-@pytest.mark.slow
-def test_error_in_a_process_of_its_own(recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path, tmp_path: Path) -> None:
+def test_error_leaves_one_line(cli: Cli, recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path, tmp_path: Path) -> None:
     model = copy_of(mixtral)
     with_tensors(model, **{f"{EXPERT}.3.w1.weight": None})
-    command = Path(sys.executable).with_name("compressor")
-    answer = subprocess.run(
-        [command, "run", "--quiet", recipe(model=model)], capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 2
-    assert answer.stderr == f"error: {model}: transformers cannot load it: {EXPERT}.3.w1.weight is missing.\n"
-    assert answer.stdout == ""
+    answer = cli("run", "--quiet", recipe(model=model))
+    assert answer.status == 2
+    assert answer.err == f"error: {model}: transformers cannot load it: {EXPERT}.3.w1.weight is missing.\n"
+    assert answer.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "recipe.yaml"]
 
 

@@ -346,13 +346,22 @@ def in_a_process(*arguments: str | Path, then: str = "") -> subprocess.Completed
 
 
 @pytest.mark.slow
-def test_check_reads_no_weights(recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path) -> None:
+def test_check_reads_no_weights_and_an_error_is_the_status_of_the_process(
+    recipe: WriteRecipe, copy_of: CopyOf, mixtral: Path
+) -> None:
+    """One process for both: what `check` imports, and how a command ends that is wrong."""
     model = copy_of(mixtral)
     (model / "model.safetensors").unlink()
     path = recipe(model=model, evaluate={"tasks": ["arc_easy"]})
-    answer = in_a_process("check", path, then="print('lm_eval' in sys.modules, 'datasets' in sys.modules)")
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout.endswith("False False\n")
+    then = (
+        "print(status, 'lm_eval' in sys.modules, 'datasets' in sys.modules); "
+        f"from compressor.cli import main; main(['run', '--quiet', {str(path)!r}])"
+    )
+    answer = in_a_process("check", path, then=then)
+    assert answer.returncode == 2
+    assert answer.stdout.endswith("0 False False\n")
+    assert answer.stderr.startswith("error: ")
+    assert len(answer.stderr.splitlines()) == 1
 
 
 def test_check_says_what_will_happen(cli: Cli, recipe: WriteRecipe, mixtral: Path, tmp_path: Path) -> None:
