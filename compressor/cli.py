@@ -141,7 +141,6 @@ def _run(
     without: list[str] | None,
     quiet: bool,
 ) -> None:
-    from compressor import engine, report
     from compressor.plugins import load_plugins
     from compressor.progress import Progress
     from compressor.recipe import load_recipe
@@ -152,6 +151,8 @@ def _run(
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
     if loaded.recipe.output is None:
         raise RecipeError(f"{recipe}: no `output`. Name a folder for the smaller model there, or with --output.")
+    from compressor import engine, report  # torch, which takes seconds, not before the recipe is known to be right
+
     result = engine.compress(
         recipe,
         overrides=set_ or [],
@@ -191,13 +192,14 @@ def check(
     """
     _calm()
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
-    from compressor import plan, report
     from compressor.plugins import load_plugins
     from compressor.recipe import load_recipe
 
     plugins = load_plugins(without or [])
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
+    from compressor import plan, report
+
     preview = plan.check(loaded, plugins.adapters)
     needs = dict(preview.plan["needs"])
     if probe:

@@ -16,14 +16,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from compressor.moe import MoELayer, MoEModel, SkipRule
 from compressor.sources import BaseSource
-from compressor.statistics import Gathered, Statistic
 from compressor.wording import counted
+
+if TYPE_CHECKING:
+    from compressor.moe import MoELayer, MoEModel, SkipRule
+    from compressor.statistics import Gathered, Statistic
 
 Decision = dict[str, Any]
 """What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original

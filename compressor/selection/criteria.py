@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Need = Literal["pairs", "weights", "outputs"]
 """Figures that cost more than the sums, and are gathered only for criteria that ask for them: `pairs` (losses of pairs
@@ -72,10 +73,14 @@ class ExpertFigures:
 
     def mean(self, summed: Tensor) -> Tensor:
         """A sum over an expert's tokens → its mean; NaN for an expert that no token chose: it has no mean."""
+        import torch
+
         return torch.where(self.tokens > 0, summed / self.tokens, torch.nan)
 
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed alone."""
+        import torch
+
         return torch.Generator().manual_seed(self.seed)
 
 

@@ -7,6 +7,8 @@ A layer's experts are chosen on one of three routes:
     greedy      the same objective, searched, where there are too many sets
 
 The sums are gathered on every route, so that `compressor decide` can answer other criteria and counts afterwards.
+
+What needs torch is imported where it is used, so that options can be listed and checked without it.
 """
 
 from __future__ import annotations
@@ -15,23 +17,19 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compressor.method import Decision, Method, OptionError, Plan, check_layer_names
-from compressor.moe import MoELayer, MoEModel, count_problem
-from compressor.selection import choice
-from compressor.selection.budget import allocate, possible_totals
-from compressor.selection.choice import Choice, ChoiceError, Fixed
-from compressor.selection.greedy import GreedySearch
 from compressor.selection.options import SelectionOptions, ids_for
-from compressor.selection.pairs import PairLosses
-from compressor.selection.scores import largest
-from compressor.selection.subsets import SubsetErrors, num_subsets, ranks_needed
-from compressor.selection.sums import ExpertSums
-from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.moe import MoELayer, MoEModel
+    from compressor.selection.choice import Choice, Fixed
+    from compressor.selection.greedy import GreedySearch
+    from compressor.selection.sums import ExpertSums
+    from compressor.statistics import Gathered, RankedStatistic, Statistic
 
 _MAX_RANKS = 20
 _MANY_DROPPED = 0.6
@@ -189,6 +187,8 @@ class ExpertSelection(Method[OptionsT]):
         return [f"multiple_of {multiple}: {note}" for note in dict.fromkeys(notes)]
 
     def _check_count(self, layer: MoELayer) -> None:
+        from compressor.moe import count_problem
+
         [num_kept] = self._counts(layer)
         if num_kept < 1:
             raise self._refused(
@@ -270,14 +270,20 @@ class ExpertSelection(Method[OptionsT]):
 
     def _possible(self, layer: MoELayer) -> list[int]:
         """All counts that the layer could keep, ascending."""
+        from compressor.moe import count_problem
+
         smaller, multiple = self._smaller(layer), self.options.multiple_of or 1
         counts = range(multiple, layer.num_experts + 1, multiple)
         return [count for count in counts if count_problem(smaller, count) is None]
 
     def _num_sets(self, layer: MoELayer) -> int:
+        from compressor.selection.subsets import num_subsets
+
         return sum(num_subsets(layer, count) for count in self._counts(layer))
 
     def _num_ranks(self, layer: MoELayer) -> int:
+        from compressor.selection.subsets import ranks_needed
+
         return max(ranks_needed(layer, count, self.options.top_k) for count in self._counts(layer))
 
     def _changes(self, layer: MoELayer) -> bool:
@@ -296,6 +302,8 @@ class ExpertSelection(Method[OptionsT]):
 
     def _total(self, layers: Sequence[MoELayer]) -> int:
         """The experts that a mean leaves in all. Raises OptionError if the layers cannot keep exactly so many."""
+        from compressor.selection.budget import possible_totals
+
         assert self.options.budget is not None
         total = self.options.budget.total([layer.num_experts for layer in layers])
         possible = possible_totals([self._counts(layer) for layer in layers])
@@ -348,6 +356,11 @@ class ExpertSelection(Method[OptionsT]):
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
+        from compressor.selection.pairs import PairLosses
+        from compressor.selection.subsets import SubsetErrors
+        from compressor.selection.sums import ExpertSums
+        from compressor.statistics import JoinedStatistic
+
         if not self._changes(layer):
             return None
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
@@ -371,6 +384,8 @@ class ExpertSelection(Method[OptionsT]):
         return 4.0 * ranks**2 + 25.0 * ranks
 
     def _greedy_search(self, layer: MoELayer, sums: ExpertSums) -> GreedySearch:
+        from compressor.selection.greedy import GreedySearch
+
         counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
         fewest = min(counts)
 
@@ -391,6 +406,8 @@ class ExpertSelection(Method[OptionsT]):
         )
 
     def _fixed(self, layer: MoELayer, largest_E: Tensor, num_kept: int) -> Fixed:
+        from compressor.selection import choice
+
         return choice.fixed_experts(
             layer,
             largest_E,
@@ -429,6 +446,8 @@ class ExpertSelection(Method[OptionsT]):
 
         Raises OptionError where the figures cannot tell.
         """
+        from compressor.selection.choice import ChoiceError
+
         if not self._changes(layer):
             return {layer.num_experts: (_unchanged(layer), 0.0)}
         if layer.path not in statistics:
@@ -444,6 +463,9 @@ class ExpertSelection(Method[OptionsT]):
         return not list(self._crowded(layer, num_kept))
 
     def _best(self, layer: MoELayer, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
+        from compressor.selection import choice
+        from compressor.selection.scores import largest
+
         figures, options = statistics[layer.path], self.options
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
@@ -459,7 +481,7 @@ class ExpertSelection(Method[OptionsT]):
         top_k = options.top_k or layer.top_k
         observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
         if any(one != top_k for one in observed):
-            raise ChoiceError(
+            raise choice.ChoiceError(
                 f"{layer.path}: the losses were gathered for {observed[0]} experts per token, not {top_k}; decide by a "
                 f"criterion, or observe again"
             )
@@ -468,7 +490,7 @@ class ExpertSelection(Method[OptionsT]):
         elif "greedy.counts" in figures and options.search != "exact":
             found, cost = choice.by_greedy(layer, figures, num_kept, objective, fixed)
         else:
-            raise ChoiceError(
+            raise choice.ChoiceError(
                 f"{layer.path}: no losses of sets of experts were gathered, only sums; decide by a criterion, or "
                 f"observe again without one"
             )
@@ -485,6 +507,10 @@ class ExpertSelection(Method[OptionsT]):
 
 def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
     """Layer path → the count it keeps, from layer path → count → its cost."""
+    import torch
+
+    from compressor.selection.budget import allocate
+
     table_LC = torch.full((len(costs), 1 + max(map(max, costs.values()))), float("inf"), dtype=torch.float64)
     for row_C, by_count in zip(table_LC, costs.values(), strict=True):
         row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)

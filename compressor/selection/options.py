@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,9 @@ from pydantic import (
 )
 
 from compressor.method import Options
-from compressor.moe import MoELayer
+
+if TYPE_CHECKING:
+    from compressor.moe import MoELayer
 
 Number = StrictInt | StrictFloat
 

@@ -1,10 +1,13 @@
-"""The method `dynamic_skipping`: thresholds per layer below which a token's experts are not evaluated."""
+"""The method `dynamic_skipping`: thresholds per layer below which a token's experts are not evaluated.
+
+What needs torch is imported where it is used, so that options can be listed and checked without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,23 +19,15 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from torch import Tensor
 
-from compressor import (
-    Decision,
-    Gathered,
-    Method,
-    MoELayer,
-    MoEModel,
-    OptionError,
-    Options,
-    Plan,
-    SkipRule,
-    Statistic,
-    check_layer_names,
-)
-from compressor_dynamic_skipping.curves import FixedCount, SkipCurves, expert_norms
-from compressor_dynamic_skipping.thresholds import Curve, Reached, beta_for_mean, uncertainty
+from compressor import Decision, Method, OptionError, Options, Plan, check_layer_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor import Gathered, MoELayer, MoEModel, SkipRule, Statistic
+    from compressor_dynamic_skipping.curves import FixedCount
+    from compressor_dynamic_skipping.thresholds import Curve, Reached
 
 _PRECISION = 0.1
 _TARGETS = ("threshold", "mean_experts", "keep_mass", "top_k")
@@ -200,6 +195,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     def _planned_rule(self) -> SkipRule:
         """A layer's rule, but for what calibration finds: thresholds, norms, whether its router renormalises."""
+        from compressor import SkipRule
+
         options = self.options
         if options.top_k is None:
             return SkipRule("ratio", False, beta=1.0)
@@ -265,11 +262,15 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         return True
 
     def _fixed(self, layer: MoELayer) -> FixedCount | None:
+        from compressor_dynamic_skipping.curves import FixedCount
+
         top_k = self.options.top_k
         return None if top_k is None else FixedCount(top_k, self.options.normalise_over or layer.top_k)
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Curves for every rule and threshold; nothing where nothing can be skipped."""
+        from compressor_dynamic_skipping.curves import SkipCurves
+
         if layer.top_k < 2:
             return None
         return SkipCurves(layer, self._fixed(layer))
@@ -313,6 +314,9 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
     def _thresholds(
         self, layers: Sequence[MoELayer], statistics: Gathered, calibration: Sequence[int], held_out: Sequence[int]
     ) -> dict[str, dict[str, Any]]:
+        from compressor_dynamic_skipping.curves import expert_norms
+        from compressor_dynamic_skipping.thresholds import Curve
+
         rule = self.options.skip_by
         try:
             curves = {layer.path: Curve.of(rule, statistics[layer.path], calibration) for layer in layers}
@@ -344,6 +348,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         self, layers: Sequence[MoELayer], statistics: Gathered, curves: Mapping[str, Curve]
     ) -> dict[str, float | None]:
         """Layer path → threshold, None where nothing is to be skipped."""
+        from compressor_dynamic_skipping.thresholds import beta_for_mean
+
         options = self.options
         if options.mean_experts is not None:
             try:
@@ -373,6 +379,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     def _check_precision(self, curves: Mapping[str, Curve], betas: Mapping[str, float | None]) -> None:
         """The text must tell what was asked as well as `precision` says."""
+        from compressor_dynamic_skipping.thresholds import uncertainty
+
         options = self.options
         if options.target == "threshold" and not options._by_median:
             return
@@ -396,6 +404,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
     def _fixed_count(
         self, layer: MoELayer, statistics: Gathered, calibration: Sequence[int], held_out: Sequence[int]
     ) -> dict[str, Any]:
+        from compressor_dynamic_skipping.thresholds import Reached
+
         options, figures, fixed = self.options, statistics[layer.path], self._fixed(layer)
         assert fixed is not None
         if fixed.figure not in figures:
@@ -441,6 +451,8 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
 def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:
     """The rules of a decision; `of_all`: it speaks of every layer. Raises ValueError where it was made for others."""
+    from compressor import SkipRule
+
     layers = decision["layers"]
     ours = {layer.path for layer in moe.layers}
     if not set(layers) <= ours or (of_all and set(layers) != ours):
@@ -459,6 +471,8 @@ def _chosen(figures: Mapping[str, Tensor], domains: Sequence[int]) -> float:
 
 
 def _unskipped(chosen: float, held_out: Sequence[int]) -> dict[str, Any]:
+    from compressor_dynamic_skipping.thresholds import Reached
+
     whole = Reached(float(chosen), 1.0, 0.0)
     return {"rule": None, **_figures(whole), **_held_out(whole if held_out else None)}
 

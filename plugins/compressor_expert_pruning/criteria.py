@@ -6,10 +6,12 @@ over the N tokens that chose the expert. An expert that no token chose has no me
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from compressor import Criterion, ExpertFigures, fewest_losses
+from compressor import Criterion, ExpertFigures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def frequency(figures: ExpertFigures) -> Tensor:
@@ -79,6 +81,8 @@ def mone(figures: ExpertFigures) -> Tensor:
     """
     assert figures.spread is not None
     deviation = (figures.spread / (figures.tokens - 1).clamp_min(1)).sqrt()
+    import torch
+
     return torch.where(figures.tokens > 0, deviation * figures.weight, torch.nan)
 
 
@@ -104,6 +108,10 @@ def single_removal(figures: ExpertFigures) -> Tensor:
 def quad_mix(figures: ExpertFigures) -> Tensor:
     """1 for the experts that stay when Σ over pairs of dropped experts of what they lose together is least, else 0."""
     assert figures.pairs is not None
+    import torch
+
+    from compressor import fewest_losses
+
     kept = fewest_losses(
         figures.pairs, figures.num_kept, figures.num_groups, protected=figures.protected, forbidden=figures.forbidden
     )
@@ -112,6 +120,8 @@ def quad_mix(figures: ExpertFigures) -> Tensor:
 
 def random(figures: ExpertFigures) -> Tensor:
     """A number drawn for each expert: what chance does."""
+    import torch
+
     return torch.rand(len(figures.tokens), generator=figures.generator(), dtype=torch.float64)
 
 
