@@ -187,7 +187,7 @@ def test_an_expert_that_no_token_reaches_is_told(
     layer = record_of(tmp_path / "out")["passes"][0]["decision"]["layers"][MOE]
     assert 3 in layer["unreached"]
     assert layer["dropped"][0] in layer["unreached"]
-    assert "reached by no token of the calibration text, so nothing is known of them" in answer.out
+    assert "no token of the calibration text reached 1 expert, so nothing is known of it" in answer.out
 
 
 def test_a_third_party_criterion_is_one_function(
