@@ -368,7 +368,7 @@ def parse_options(
     document.read_python({"passes": [{method: given}]})
     for override in overrides:
         document.override(override, inside=path)
-    options = _validate(options_type, document, path)
+    options = None if document.mistakes else _validate(options_type, document, path)
     mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes, key=_place_of)]
     if options is None or mistakes:
         raise RecipeError("\n".join(str(one).removeprefix("recipe ") for one in mistakes))

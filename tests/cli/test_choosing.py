@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_an_expert_that_no_token_reaches_is_told(
     layer = record_of(tmp_path / "out")["passes"][0]["decision"]["layers"][MOE]
     assert 3 in layer["unreached"]
     assert layer["dropped"][0] in layer["unreached"]
-    assert "no token of the calibration text reached 1 expert, so nothing is known of it" in answer.out
+    assert re.search(r"no token of the calibration text reached \d expert", answer.out)
 
 
 def test_a_third_party_criterion_is_one_function(
@@ -266,11 +267,14 @@ def test_deciding_again_with_other_weights_of_domains(cli: Cli, gathered: Path) 
             "there is no calibration source called 'poetry'; there are code, prose",
         ),
         (["--keep", "six"], "expert_pruning.keep: found 'six', expected "),
-        (["--keep", "{"], "an option cannot be read"),
-        (["--set", "kept=6"], "error: expert_pruning.kept: unknown key; did you mean 'keep'? Known keys: "),
+        (["--keep", "{"], "error: --keep={: not valid YAML: "),
+        (
+            ["--set", "kept=6"],
+            "error: --set kept=6 expert_pruning.kept: unknown key; did you mean 'keep'? Known",
+        ),
         (
             ["--method", "dynamic_skipping", "--set", "threshold=2"],
-            "error: dynamic_skipping.threshold: found 2; a threshold is a number above 0, up to 1, or median",
+            "error: --set threshold=2 dynamic_skipping.threshold: found 2; a threshold is a number above 0",
         ),
         (
             ["--method", "dynamic_skipping", "--set", "threshold=0.3", "--set", "keep_mass=0.9"],
@@ -278,7 +282,7 @@ def test_deciding_again_with_other_weights_of_domains(cli: Cli, gathered: Path) 
         ),
         (
             ["--method", "dynamic_skipping", "--set", "keep_mass=0.9999999999999"],
-            "error: dynamic_skipping.keep_mass: found 0.9999999999999, of which nothing may go",
+            "error: --set keep_mass=0.9999999999999 dynamic_skipping.keep_mass: found 0.9999999999999, of which",
         ),
         (
             ["--keep", "6", "--method", "pruning"],
