@@ -27,7 +27,7 @@ from torch import Tensor
 from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
 from compressor.selection.gram import TokenGrams, joined, num_ranks, search_rule, token_grams
 from compressor.selection.objective import Blend, Objective
-from compressor.selection.state import TokenState
+from compressor.selection.state import TokenState, bytes_of_token
 from compressor.statistics import RankedStatistic, Rule
 
 MOST_UNCOVERED = 0.005
@@ -35,7 +35,10 @@ MOST_UNCOVERED = 0.005
 _GAIN = 1e-9
 _SWAPS_TRIED = 4
 _MOST_LOOKS = 3
-_TABLE_CELLS = 2**26
+_LOOKED_AT_AGAIN = 0.1
+_TABLE_CELLS = 2**22
+BLOCK_BYTES = 2**26
+"""Of the tokens' matrices that are copied into one piece: while that is done they are there twice."""
 _SPREAD = 1e-12
 
 
@@ -226,7 +229,11 @@ class GreedySearch(RankedStatistic):
         self.protected, self.forbidden = protected, forbidden
         self.wanted_ranks, self.num_starts = num_ranks, num_starts
         self._parts: list[TokenGrams] = []
+        self._part_bytes = 0.0
+        self._blocks: list[TokenGrams] = []
         self._states: list[TokenState] = []
+        self._num_first = 0
+        """The states that hold the tokens of the first look; the others follow."""
         self._rule: RoutingRule | None = None
         self._domains: list[str] = []
         self._squared_output_B: list[Tensor] = []
@@ -234,7 +241,7 @@ class GreedySearch(RankedStatistic):
         self._looks = 1
         self._num_tokens = 0
         self._place_T: Tensor | None = None
-        """Where the tokens of the first state stood among all, once some have left it."""
+        """Where the tokens of the first look stood among all, once some have left it."""
         self._again_T: Tensor | None = None
         """All tokens, in the order in which they were seen: those that get more ranks on this look."""
         self._seen_again = 0
@@ -247,16 +254,24 @@ class GreedySearch(RankedStatistic):
 
     def num_ranks(self, tokens: RoutedTokens) -> int:
         """As many as the fewest experts that will be kept may need."""
-        default = num_ranks(self.layer, self.counts[-1], self.top_k)
-        if self.wanted_ranks is None:
-            return default
-        return min(self.layer.num_choices, max(self.layer.top_k, self.wanted_ranks))
+        return ranks_looked_at(self.layer, self.counts[-1], self.top_k, self.wanted_ranks)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Add some tokens of a batch."""
         rule = search_rule(self.layer, tokens.rule)
         self._rule = self._rule or rule
-        self._parts.append(token_grams(tokens, chunk, self._num_batches))
+        self._put(token_grams(tokens, chunk, self._num_batches))
+
+    def _put(self, part: TokenGrams) -> None:
+        self._parts.append(part)
+        self._part_bytes += part.bytes_per_token * part.num_tokens
+        if self._part_bytes >= BLOCK_BYTES:
+            self._join()
+
+    def _join(self) -> None:
+        if self._parts:
+            self._blocks.append(joined(self._parts))
+        self._parts, self._part_bytes = [], 0.0
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Note what is known of a batch as a whole."""
@@ -276,7 +291,7 @@ class GreedySearch(RankedStatistic):
         few = _some_tokens(tokens, few_T)
         wanted = min(self.layer.num_choices, 2 * self._states[0].num_ranks)
         for chunk in few.ranked_outputs(wanted):
-            self._parts.append(token_grams(few, chunk, self._num_batches))
+            self._put(token_grams(few, chunk, self._num_batches))
         self._num_batches += 1
 
     def again(self) -> bool:
@@ -289,25 +304,29 @@ class GreedySearch(RankedStatistic):
         found = self._found
         assert found is not None
         uncovered = max(one.uncovered for one in found)
-        has_more = self.processes.any(any(state.num_ranks < self.layer.num_choices for state in self._states[:1]))
+        first = self._states[: self._num_first]
+        has_more = self.processes.any(any(state.num_ranks < self.layer.num_choices for state in first))
         if self._looks == _MOST_LOOKS or uncovered <= MOST_UNCOVERED or not has_more:
             return False
         self._looks += 1
-        for state in self._states[:1]:
-            self._look_again(state, found)
+        if first:
+            self._look_again(first, found)
         self._num_batches, self._seen_again, self._found, self._path = 0, 0, None, []
         return True
 
-    def _look_again(self, state: TokenState, found: Sequence[Found]) -> None:
-        """Choose the tokens that get more ranks, and leave them out of the first state."""
-        is_short_T = self._short_anywhere(state, found)
+    def _look_again(self, first: list[TokenState], found: Sequence[Found]) -> None:
+        """Choose the tokens that get more ranks, and leave them out of the states of the first look."""
+        short = [self._short_anywhere(state, found) for state in first]
+        is_short_T = torch.cat(short)
         if self._place_T is None:
             self._place_T = torch.arange(len(is_short_T), device=is_short_T.device)
             self._num_tokens = len(is_short_T)
         self._again_T = torch.zeros(self._num_tokens, dtype=torch.bool, device=is_short_T.device)
         self._again_T[self._place_T[is_short_T]] = True
         self._place_T = self._place_T[~is_short_T]
-        self._states[0] = self._state(state.grams.without(is_short_T))
+        for number, is_short_t in enumerate(short):  # one at a time: it is there twice
+            grams = self._states[number].grams.without(is_short_t)
+            first[number] = self._states[number] = self._state(grams)
 
     def _short_anywhere(self, state: TokenState, found: Sequence[Found]) -> Tensor:
         """[T] bool: tokens that have no rank to spare for one of the sets found."""
@@ -335,9 +354,13 @@ class GreedySearch(RankedStatistic):
     def _search(self) -> None:
         if self._found is not None:
             return
-        if self._parts and (any(part.num_tokens for part in self._parts) or not self._states):
-            self._states.append(self._state(joined(self._parts)))
-        self._parts = []
+        self._join()
+        while self._blocks:
+            block = self._blocks.pop(0)
+            if block.num_tokens or not self._states:
+                self._states.append(self._state(block))
+        if self._looks == 1:
+            self._num_first = len(self._states)
         squared_output_B = torch.tensor(self._squared_output_B, dtype=torch.float64)
         objective = Objective.of_batches(self._domains, squared_output_B, self.blend, self.processes)
         search = Search(self.layer, self._states, objective, protected=self.protected(), forbidden=self.forbidden)
@@ -348,7 +371,8 @@ class GreedySearch(RankedStatistic):
             on_path.append(Found(search.kept, losses_B, losses_B, 0, search.uncovered()))
         self._found = [self._improved(search, one) for one in on_path]
         size = max((state.bytes_per_token for state in self._states), default=0.0)
-        by_process = self.processes.exchange([[state.num_ranks for state in self._states], size])
+        ranks = list(dict.fromkeys(state.num_ranks for state in self._states))
+        by_process = self.processes.exchange([ranks, size])
         self._ranks = max((ranks for ranks, _ in by_process), key=len)
         self._bytes_per_token = max(size for _, size in by_process)
 
@@ -408,6 +432,25 @@ class GreedySearch(RankedStatistic):
             "greedy.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
             "greedy.bytes_per_token": torch.tensor(self._bytes_per_token, dtype=torch.float64),
         }
+
+
+def ranks_looked_at(layer: MoELayer, fewest: int, top_k: int | None, wanted: int | None) -> int:
+    """M on the first look, where `fewest` experts stay at least; `wanted` overrides it."""
+    if wanted is None:
+        return num_ranks(layer, fewest, top_k)
+    return min(layer.num_choices, max(layer.top_k, wanted))
+
+
+def most_bytes_of_token(layer: MoELayer, num_ranks: int, top_k: int, *, has_residual: bool) -> float:
+    """What the search keeps of a token, on average, whatever the router's rule. A tenth of the tokens may be looked at
+    again for twice the ranks: how many will be nobody knows before.
+    """
+
+    def of(ranks: int) -> int:
+        return bytes_of_token(ranks, ranks + has_residual, layer.num_choices, top_k, rescales_all=True)
+
+    more = min(layer.num_choices, 2 * num_ranks)
+    return of(num_ranks) + (_LOOKED_AT_AGAIN * of(more) if more > num_ranks else 0.0)
 
 
 def _some_tokens(tokens: RoutedTokens, few_T: Tensor) -> RoutedTokens:

@@ -380,8 +380,12 @@ class ExpertSelection(Method[OptionsT]):
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
         if not self._changes(layer) or self._route(layer) != "greedy":
             return 0.0
-        ranks = self.options.ranks or min(layer.num_choices, 5 * layer.top_k)
-        return 4.0 * ranks**2 + 25.0 * ranks
+        from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
+
+        options = self.options
+        ranks = ranks_looked_at(layer, min(self._counts(layer)), options.top_k, options.ranks)
+        top_k = options.top_k or layer.top_k
+        return most_bytes_of_token(layer, ranks, top_k, has_residual=options.progressive)
 
     def _greedy_search(self, layer: MoELayer, sums: ExpertSums) -> GreedySearch:
         from compressor.selection.greedy import GreedySearch

@@ -27,7 +27,17 @@ from compressor.moe import RoutingRule
 from compressor.selection.gram import TokenGrams, target_weights
 
 _TOKENS_AT_ONCE = 8192
-_PAIRS_AT_ONCE = 2**17
+_GRAMS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 2**14
+
+
+def bytes_of_token(num_ranks: int, num_columns: int, num_choices: int, top_k: int, *, rescales_all: bool) -> int:
+    """What a search keeps of a token, its `TokenGrams` and its part of a `TokenState`. `num_choices` is 0 where no
+    affinities of all choices are kept.
+    """
+    grams = 4 * num_columns**2 + (2 + 4) * num_ranks + 4 + 4 * num_choices
+    state = (8 + 8) * num_ranks + 8 + 8 + 2 + 4 * 8 + (2 + 4) * top_k
+    return grams + state + (8 * top_k if rescales_all else 0)
 
 
 class TokenState:
@@ -47,8 +57,8 @@ class TokenState:
         self.target_TM = torch.empty(tokens, self.num_ranks, dtype=torch.float64, device=device)
         """f: each rank's product with the target."""
         self.target_squared_T = torch.empty(tokens, dtype=torch.float64, device=device)
-        for start in range(0, tokens, _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
+        for start in range(0, tokens, _GRAMS_AT_ONCE):
+            part = slice(start, start + _GRAMS_AT_ONCE)
             full_cX = target_weights(grams, rule, num_chosen, part)
             product_cX = torch.bmm(grams.gram_TXX[part].double(), full_cX[..., None])[..., 0]
             self.target_TM[part] = product_cX[:, : self.num_ranks]
