@@ -1,13 +1,17 @@
 """How much memory and disk a run will need, from config and recipe alone: what decides whether weights are all in
 memory or read one decoder layer at a time.
 
-    in memory    process + weights, twice while the result is compared + text + batch
-                 on several GPUs, each: its share of the weights, twice, + text + batch
-    from disk    process + what is in no layer + largest layer, twice while it is put together + text + batch
+    observing    process + weights + text + batch or search
+    comparing    process + weights, twice in memory + batch or answers, if that is more
     before       process + what reading the text takes, if that is more: nothing else is in memory by then
 
-*text* are the hidden states of all calibration text, unless they wait in files, and what a search keeps of each token;
-*batch* is the work on one batch. `benchmarks/streaming.py` compares the estimate with what is used.
+*weights* are all of them, on several GPUs the largest share, or what is in no layer and the largest layer, twice while
+it is put together. *text* are the hidden states of all calibration text, unless they wait in files, and what a search
+keeps of each token; *batch* is the work on one batch, *search* that on the tables of a search, *answers* are logits of
+a few tokens. A margin of 5 % is added to all but the process, which is taken larger than was measured.
+
+What is counted is anonymous memory. Files are mapped while they are read, as much of them as the system has room for;
+it takes these pages back when others need them. `benchmarks/streaming.py` compares the estimate with what is used.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ PLACEMENTS = (
 """Fastest first."""
 
 PROCESS = 500_000_000
-"""Bytes of Python with torch and transformers, before any weight (425 MB measured)."""
+"""Bytes of Python with torch and transformers, before any weight (310 to 425 MB measured)."""
 ACCELERATOR = 500_000_000
 """Bytes of memory that an accelerator's libraries add to that; not measured."""
 TASKS = 1_200_000_000
@@ -47,6 +51,11 @@ _MEASURED_AT_ONCE = 2**16
 """Tokens that pass a layer together where nothing is observed."""
 _EXPERT_OUTPUTS = 2**28
 """Bytes of expert outputs held at one time, at most; see `moe.tokens`."""
+_SEARCH = 2**28
+"""Bytes of the tables and copies at work in a search, at most; see `selection.greedy` and `selection.state`."""
+_COMPARED = 4 * 256
+"""Tokens whose logits an edited model is compared on."""
+_MARGIN = 1.05
 _COPIES_PER_TOKEN = 12
 """Float32 vectors of a token of the batch at work, attention included."""
 
@@ -113,18 +122,29 @@ class Work:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
         others = PROCESS + (TASKS if self.has_tasks else 0)
         if device == "cpu":
-            return others + max(self.reading, self.text(place) + self.batch + self._held(place.weights))
+            return others + max(self.reading, self._at_peak(place))
         largest = max(self.bytes_by_layer.values(), default=0)
         return others + max(self.reading, ACCELERATOR + (self.bytes_total if place.weights == "memory" else largest))
 
     def device_memory(self, place: Placement) -> int:
         """Bytes of the accelerator's memory at the peak, where the model computes on one; of several, the fullest's."""
-        return self.text(place) + self.batch + self._held(place.weights, place.num_gpus)
+        return self._at_peak(place, place.num_gpus)
+
+    def _at_peak(self, place: Placement, num_gpus: int = 1) -> int:
+        """Bytes of weights, text and work, whenever that is most: while observing, with the weights a second time, or
+        while answers are compared as float64.
+        """
+        weights, answers = self._held(place.weights, num_gpus), min(self.batch_tokens, _COMPARED) * self.vocabulary
+        copies = self.copies if place.weights == "memory" else 1
+        observing = weights + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
+        comparing = copies * weights + max(self.batch, 2 * self.itemsize * answers)
+        differing = weights + (3 * self.itemsize + 2 * 8) * answers
+        return round(_MARGIN * max(observing, comparing, differing))
 
     def _held(self, weights: Weights, num_gpus: int = 1) -> int:
         if weights == "memory":
             sizes = list(self.bytes_by_layer.values())
-            return self.copies * max(shares(self.bytes_outside, sizes, num_gpus)[1])
+            return max(shares(self.bytes_outside, sizes, num_gpus)[1])
         largest = max(self.bytes_by_layer.values(), default=0)
         packed = largest * self.bytes_stored // self.bytes_total if self.is_quantised else 0
         return self.bytes_outside + 2 * largest + packed

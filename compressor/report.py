@@ -172,7 +172,7 @@ def _print_needs(needs: Json, console: Console) -> None:
     rows = [
         ("weights", how),
         ("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}"),
-        ("memory", f"{human_bytes(needs['memory'])}{there}"),
+        ("memory", f"{human_bytes(needs['memory'])}{there}; mapped files beside it, as far as there is room"),
     ]
     if needs["device_memory"]:
         rows.append(("device memory", human_bytes(needs["device_memory"])))
