@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from tiny_models import small_mixtral
+from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor.report import model_card
-
-from .conftest import tiny_config
 
 
 def recipe(tokens: Path, **changes: Any) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def test_a_name_is_no_live_model(mixtral: Path, tokens: Path) -> None:
         compressor.RecipeError, match="model: found an object of type dict, expected a live transformers"
     ):
         compressor.compress(recipe(tokens), {})
-    model = MixtralForCausalLM(tiny_config())
+    model = small_mixtral(max_position_embeddings=32)
     with pytest.raises(compressor.RecipeError, match="tokenizer: found an object of type str, expected a live tr"):
         compressor.compress(recipe(tokens), model, "gpt2")
 
@@ -45,7 +44,7 @@ def test_a_live_model_needs_no_name_and_the_record_calls_it_by_its_own(mixtral: 
 
 
 def test_a_live_model_made_from_scratch_is_called_by_its_class(tokens: Path, tmp_path: Path) -> None:
-    result = compressor.compress(recipe(tokens, output="out"), MixtralForCausalLM(tiny_config()))
+    result = compressor.compress(recipe(tokens, output="out"), small_mixtral(max_position_embeddings=32))
     assert result.record["model"]["reference"] == "live MixtralForCausalLM"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
