@@ -79,9 +79,19 @@ def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
     model may be on the meta device.
 
     Numbers, not names: accelerate picks the device that it brings text to from a set, which has names in no order.
+    Raises UnsupportedModelError where layers on different GPUs share weights.
     """
     outside, by_unit = sizes_of(model)
     found = dict(zip(by_unit, shares(outside, list(by_unit.values()), num_gpus)[0], strict=True))
+    owners: dict[int, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        other = owners.setdefault(id(tensor), name)
+        places = {next((found[u] for u in by_unit if one.startswith(f"{u}.")), 0) for one in (name, other)}
+        if len(places) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {other} and {name} are one weight, and would lie on two GPUs. Give one GPU "
+                f"(`device: cuda`), or read it from disk (`weights: disk`)."
+            )
 
     def rest(module: nn.Module, prefix: str) -> None:
         for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -96,6 +96,9 @@ class OnDevice(Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def __format__(self, how: str) -> str:
+        return format(self.held, how)
+
     def tolist(self) -> Any:
         return self.held.tolist()
 

@@ -399,3 +399,12 @@ def test_decoder_layers_stay_whole() -> None:
     assert {place for name, place in places.items() if name not in units_of(model)} == {0}
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
     assert all(sum(f"{name}.".startswith(f"{part}.") for part in places) == 1 for name in names)
+
+
+def test_layers_that_share_weights_are_not_parted() -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[2].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.mlp\.gate\.weight and \S+2\.mlp\.gate\.weight are one"
+    ):
+        spread(model, 2)
