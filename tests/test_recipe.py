@@ -382,7 +382,7 @@ ONE_MISTAKE = [
         "samples: 4",
         "sample: 4",
         "r.yaml:5:19 calibration.data[0].sample: unknown key; did you mean 'samples'? "
-        "Known keys: name, samples, length, demo, split",
+        "Known keys: name, samples, length, special_tokens, demo, split",
     ),
     (
         "{keep: 6}",
@@ -445,7 +445,7 @@ ONE_MISTAKE = [
     (
         "output: out",
         "device: gpu",
-        "r.yaml:8:9 device: found 'gpu', expected cpu, cuda, or one GPU by its number such as cuda:0",
+        "r.yaml:8:9 device: found 'gpu', expected auto, cpu, cuda, or one GPU by its number such as cuda:0",
     ),
     (
         "output: out",
@@ -760,7 +760,7 @@ def test_mistakes_of_the_file_come_before_those_of_overrides() -> None:
         "r.yaml:5:39 calibration.data[0].length: found 1, expected a number of at least 2",
         "--set seed=x seed: found 'x', expected a whole number",
         "--set passes.7.x=1: passes has 1 entry, counted from 0",
-        "--set device=gpu device: found 'gpu', expected cpu, cuda, or one GPU by its number such as cuda:0",
+        "--set device=gpu device: found 'gpu', expected auto, cpu, cuda, or one GPU by its number such as cuda:0",
         "--model  model: found '', expected a text of at least 1 characters",
     ]
 
