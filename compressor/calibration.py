@@ -175,6 +175,18 @@ def make_batches(
     return batches
 
 
+def check_length(source: BaseSource, max_positions: int | None) -> None:
+    """Raise CalibrationError where the sequences of a source would be longer than the model's positions. Of ready-made
+    ids the file is read.
+    """
+    longest = max(source.lengths(), default=0)
+    if max_positions is not None and longest > max_positions:
+        raise CalibrationError(
+            f"source {source.title!r} has sequences of {longest} tokens, the model's limit is {max_positions}: give a "
+            f"smaller `length:`."
+        )
+
+
 def check_vocabulary(sequences: Sequences, vocab_size: int) -> None:
     """Raise CalibrationError when a token id has no row in the model's embedding of `vocab_size` rows."""
     largest = max(int(ids.max()) for ids in sequences.ids)

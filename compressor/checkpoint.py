@@ -36,7 +36,16 @@ from compressor.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from compressor.files import INDEX, SINGLE, each_name_once, files_beside, names_of_weights, read_index, refuse_adapter
+from compressor.files import (
+    INDEX,
+    SINGLE,
+    each_name_once,
+    files_beside,
+    is_weights,
+    names_of_weights,
+    read_index,
+    refuse_adapter,
+)
 from compressor.hub import download_side_files, download_weights, may_be_hub_id
 from compressor.journal import Journal, force_to_disk, put_in_place
 from compressor.moe import (
@@ -121,6 +130,13 @@ class Checkpoint:
         """
         read = {*(read_index(self.folder) or {"": SINGLE}).values()} if self.is_of_hub else ()
         return all((self.folder / name).exists() for name in read) if read else any(self.folder.glob("*.safetensors"))
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether no weights are here yet, in any format; of a hub model, not all of them."""
+        if self.is_of_hub:
+            return not self.has_weights
+        return not any(is_weights(path.name) for path in self.folder.iterdir())
 
     @property
     def quantisation(self) -> dict[str, Any] | None:
@@ -254,6 +270,12 @@ def next_token_problem(cls: Any, config: Any) -> str | None:
     if cls.can_generate() or "CausalLM" in cls.__name__:
         return None
     return "has no language-model head"
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model's config speaks of, None if it does not."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _auto_names() -> list[str]:
@@ -807,6 +829,16 @@ def waiting_folder(target: Path) -> Path:
     return journal_folder(target).with_name("waiting")
 
 
+def refuse_output_over_input(output: Path, reference: str) -> None:
+    """Raise RecipeError where the output would be the model's own folder, hold it, or be in it."""
+    source = Path(reference).expanduser()
+    if not reference or not source.is_dir():
+        return
+    inside, outside = output.resolve(), source.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
+
+
 class OutputFolder:
     """A folder that appears under its name only when it is whole.
 
@@ -817,6 +849,12 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raises RecipeError for what cannot be asked for together."""
+        if resume and overwrite:
+            raise RecipeError(
+                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
+                "started with --overwrite replaces the output when it goes on, too."
+            )
         self.target = target
         self.overwrite = overwrite
         self.resume = resume
@@ -848,6 +886,36 @@ class OutputFolder:
             raise self._unwritable(error) from error
         return self
 
+    def check(self) -> None:
+        """Raise what entering the context would, as far as that can be told without writing anything."""
+        try:
+            if self._whole.exists() and self.resume:
+                return  # it only lacks its name
+            self._refuse_existing()
+            self._refuse_unwritable()
+            self._lock.refuse_held(self.target)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._refuse_work_of_others()
+
+    def _refuse_unwritable(self) -> None:
+        """Raise OSError where folders around the hidden one cannot be made, or written to."""
+        there, missing = self._around()
+        for part in missing:
+            with suppress(FileNotFoundError):
+                (there / part).lstat()
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))  # a link that leads nowhere
+        if not os.access(there, os.W_OK | os.X_OK):
+            is_read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+            number = errno.EROFS if is_read_only else errno.EACCES
+            raise OSError(number, os.strerror(number))
+
+    def _around(self) -> tuple[Path, tuple[str, ...]]:
+        """The nearest folder around the hidden one, itself included, that is there, and the names that are missing."""
+        parents = [self.hidden, *self.hidden.parents]
+        there = next(parent for parent in parents if parent.exists())
+        return there, self.hidden.relative_to(there).parts
+
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.")
 
@@ -867,7 +935,7 @@ class OutputFolder:
         return True
 
     def _refuse_existing(self) -> None:
-        exists = self.target.exists()
+        exists = self.target.exists() or self._whole.exists()
         goes_on_to_replace = self.resume and self.journal.has_work and self._may_replace.exists()
         if exists and not (self.overwrite or goes_on_to_replace):
             raise CheckpointError(
@@ -882,18 +950,24 @@ class OutputFolder:
 
     def _take_over(self) -> None:
         """What a run before has left: gone on from, or removed where nothing is lost or nothing else is wanted."""
-        if self.journal.has_work and not (self.resume or self.overwrite):
+        try:
+            self._refuse_work_of_others()
+        except CheckpointError:
             self._lock.release()
-            raise CheckpointError(
-                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
-                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
-            )
+            raise
         self.resume = self.resume and self.journal.has_work
         gone_on_from = (self.journal.folder, stages_folder(self.target), self._may_replace)
         for path in self.hidden.iterdir():
             if path == self._lock.path or (self.resume and path in gone_on_from):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _refuse_work_of_others(self) -> None:
+        if self.journal.has_work and not (self.resume or self.overwrite):
+            raise CheckpointError(
+                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
+                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._lock.is_held and self.hidden.exists() and not self.keeps_after(error):
@@ -916,7 +990,8 @@ class OutputFolder:
 
     def require_space(self, num_bytes: int, *, who: str = "the smaller model") -> None:
         """Raise CheckpointError if the file system has less free."""
-        free = shutil.disk_usage(self.hidden).free
+        there, _ = self._around()
+        free = shutil.disk_usage(there).free
         if free < num_bytes:
             raise CheckpointError(
                 f"{self.target}: {who} needs {human_bytes(num_bytes)} of disk, {human_bytes(free)} are free."
@@ -972,7 +1047,18 @@ class _Lock:
 
     def take(self, target: Path) -> None:
         """Raises CheckpointError where another process holds it."""
-        file = self.path.open("a+", encoding="utf-8")
+        file = self._held(self.path.open("a+", encoding="utf-8"), target)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def refuse_held(self, target: Path) -> None:
+        """The same without taking it."""
+        if self.path.exists():
+            self._held(self.path.open("r+", encoding="utf-8"), target).close()
+
+    def _held(self, file: IO[str], target: Path) -> IO[str]:
         try:
             _lock_file(file)
         except OSError as error:
@@ -983,10 +1069,7 @@ class _Lock:
                 f"{target}: another run is writing this output{f' (process {who})' if who else ''}. Wait for it, or "
                 f"choose another output."
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
+        return file
 
     def release(self) -> None:
         if self._file is not None:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, ProcessError, RecipeError
+from compressor.errors import CompressorError, ProcessError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from compressor.processes import Processes
+    from compressor.recipe import LoadedRecipe
 
 _LONGEST_SAYING = 30.0
 """Seconds."""
@@ -149,8 +150,7 @@ def _run(
     plugins = load_plugins(without)
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
-    if loaded.recipe.output is None:
-        raise RecipeError(f"{recipe}: no `output`. Name a folder for the smaller model there, or with --output.")
+    _output_of(loaded)
     from compressor import engine, report  # torch, which takes seconds, not before the recipe is known to be right
 
     result = engine.compress(
@@ -172,6 +172,12 @@ def _run(
             print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 
+def _output_of(loaded: LoadedRecipe) -> Path:
+    if loaded.recipe.output is None:
+        raise loaded.error((), "no `output`. Name a folder for the smaller model there, or with --output.")
+    return loaded.recipe.output
+
+
 @app.command()
 def check(
     recipe: RecipeFile,
@@ -182,12 +188,15 @@ def check(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
+    overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Read one decoder layer, run one batch, and say how long it will take.")
     ] = False,
     without: WithoutOption = None,
+    quiet: QuietOption = False,
 ) -> None:
-    """Say whether a recipe can work for its model, what will be kept and dropped, and what it needs. Reads no
+    """Say whether `run` with the same options can work, what will be kept and dropped, and what it needs. Reads no
     weights, but with `--probe` those of one decoder layer.
     """
     _calm()
@@ -198,18 +207,22 @@ def check(
     plugins = load_plugins(without or [])
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
+    target = _output_of(loaded)
     from compressor import plan, report
+    from compressor.checkpoint import OutputFolder
+    from compressor.progress import Progress
 
-    preview = plan.check(loaded, plugins.adapters)
+    folder = OutputFolder(target, overwrite=overwrite, resume=resume)
+    preview = plan.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
     needs = dict(preview.plan["needs"])
     if probe:
         import dataclasses
 
-        from compressor.checkpoint import with_weights
         from compressor.rehearsal import rehearse
 
-        with_weights(preview.checkpoint)
         needs["seconds"] = dataclasses.asdict(rehearse(loaded, preview, plugins.adapters))
+    if quiet:
+        return
     with _printing():
         report.print_plan({**preview.plan, "needs": needs}, _console())
 

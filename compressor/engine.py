@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from compressor import checkpoint as checkpoints
-from compressor import controls, disk, plan, walk
+from compressor import controls, disk, plan, readiness, walk
 from compressor import evaluate as measure
 from compressor.calibration import (
     Sequences,
@@ -47,7 +47,6 @@ from compressor.calibration import (
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import gpus, hardware, versions
 from compressor.errors import (
-    CalibrationError,
     CompressorError,
     DiskError,
     RecipeError,
@@ -63,7 +62,6 @@ from compressor.moe import (
     MoELayer,
     MoEModel,
     read_entry,
-    refuse_quantised,
     structure_of,
     uneven_counts,
 )
@@ -82,10 +80,9 @@ from compressor.recipe import (
     parse_options,
 )
 from compressor.report import cut_prompts, model_card
-from compressor.sources import TaskSource
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.stream import spread
-from compressor.tasks import LoadedTasks, load_tasks
+from compressor.tasks import LoadedTasks
 from compressor.wording import counted, shortened
 from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
@@ -383,7 +380,7 @@ def apply(
     decided = _Decided.read(decision, plugins.methods)
     decided.refuse_original_ids()
     methods = [decided.method_of(done) for done in decided.passes]
-    _refuse_output_over_input(output, model)
+    checkpoints.refuse_output_over_input(output, model)
     with OutputFolder(output, overwrite=overwrite) as folder, checkpoints.disk_errors_named(output):
         found = checkpoints.find_checkpoint(model, trust_remote_code=trust_remote_code)
         fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
@@ -502,15 +499,6 @@ class _Application:
         }
 
 
-def _refuse_output_over_input(output: Path, reference: str) -> None:
-    source = Path(reference).expanduser()
-    if not reference or not source.is_dir():
-        return
-    inside, outside = output.resolve(), source.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
-
-
 @dataclass(frozen=True)
 class _Decided:
     """A decision.json or record.json that was read: what messages call it, its format, the model that it was decided
@@ -594,11 +582,6 @@ class _Subject:
     preview: plan.Preview
     fingerprint: str | None
 
-    @property
-    def max_positions(self) -> int | None:
-        """The longest sequence that the model's config speaks of."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
     def about(self) -> dict[str, Any]:
         """What the record says of the model, beside the name that the user gave it."""
         about = _model_json(self.config, self.preview.auto_class, self.preview.layers)
@@ -657,15 +640,15 @@ class _Run:
         """All steps; in the first process within the output's hidden folder, if there is an output."""
         if resume and (model is not None or self.recipe.output is None):
             raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
-        if resume and overwrite:
-            raise RecipeError(
-                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
-                "started with --overwrite replaces the output when it goes on, too."
-            )
+        folder = None
+        if self.recipe.output is not None and self.processes.is_first:
+            folder = OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume)
         record = self.processes.exchange(self._record_before() if resume else None)[0]
         if record is not None:
             return CompressionResult(record, self.recipe.output, None, None)
-        result = self._run_in_folder(model, tokenizer, overwrite=overwrite, resume=resume)
+        with self._timed("check"):
+            subject = self._subject(model, tokenizer, folder)
+        result = self._run_in_folder(subject, folder)
         self.processes.wait()
         return dataclasses.replace(result, folder=self.recipe.output)
 
@@ -692,23 +675,19 @@ class _Run:
 
     def _fingerprint_now(self) -> str:
         """What a run would have for its `run_fingerprint`."""
-        subject = self._subject(None)
-        assert subject.checkpoint is not None
-        tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
-        return _fingerprint(self._identity(subject, tokenizer, self._read_sources(tokenizer, subject)))
+        subject = self._subject(None, None, None)
+        return _fingerprint(self._identity(subject, subject.preview.tokenizer, self._read_sources(subject)))
 
-    def _run_in_folder(self, model: Any, tokenizer: Any, *, overwrite: bool, resume: bool) -> CompressionResult:
-        if self.recipe.output is None or not self.processes.is_first:
-            return self._run(model, tokenizer, None)
-        _refuse_output_over_input(self.recipe.output, self.recipe.model)
-        if model is not None:
-            _refuse_output_over_input(self.recipe.output, model.config._name_or_path or "")
-        with OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume) as folder:
+    def _run_in_folder(self, subject: _Subject, output: OutputFolder | None) -> CompressionResult:
+        if output is None:
+            return self._run(subject, None)
+        resume = output.resume
+        with output as folder:
             if resume and not folder.resume:
                 self.progress.say(f"{folder.target}: there is nothing to go on from; the run starts at the beginning")
             try:
                 with checkpoints.disk_errors_named(folder.target):
-                    result = self._run(model, tokenizer, folder)
+                    result = self._run(subject, folder)
                     folder.finish()
             except BaseException as error:
                 if folder.keeps_after(error):  # said with the error, also where progress is quiet
@@ -725,30 +704,19 @@ class _Run:
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
-    def _run(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> CompressionResult:
-        with self._timed("check"):
-            subject = self._subject(given_model)
-            beside = files_beside(subject.checkpoint.folder) if folder and subject.checkpoint else None
-            if folder:
-                num_bytes = beside.num_bytes if beside else 0
-                folder.require_space(
-                    subject.preview.plan["needs"]["disk"] + num_bytes, who="the run, with what it keeps of the text,"
-                )
+    def _run(self, subject: _Subject, folder: OutputFolder | None) -> CompressionResult:
+        beside = files_beside(subject.checkpoint.folder) if folder and subject.checkpoint else None
         if subject.preview.left_out:
             self.progress.say(plan.left_out_note(subject.preview.left_out))
         if beside and beside.left:
             self.progress.say(beside.note)
+        tokenizer = subject.preview.tokenizer
         with self._timed("read text"):
-            tokenizer = given_tokenizer
-            if tokenizer is None and subject.checkpoint is not None:
-                tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
-            sources = self._read_sources(tokenizer, subject)
+            sources = self._read_sources(subject)
         about = self._about(subject, sources, tokenizer)
         self._open_journal(folder, subject, tokenizer, sources)
         with self._timed("load"):
             piece = self._workpiece(subject)
-        for sequences in [*sources.all_calibration(), *sources.all_held_out(), *sources.perplexity]:
-            check_vocabulary(sequences, _vocabulary(piece.moe.model))
         with self._timed("evaluate before"):
             before = self._evaluate(piece, tokenizer, sources, "before")
         passes = self._apply_passes(piece, sources, about, folder)
@@ -813,9 +781,9 @@ class _Run:
         """Measure the recipe's model as it is."""
         subject = self._to_measure()
         assert subject.checkpoint is not None
-        tokenizer = checkpoints.load_tokenizer(subject.checkpoint)
-        sources = self._read_sources(tokenizer, subject, calibrate=False)
-        figures = self._evaluate(self._piece_to_measure(subject), tokenizer, sources, "measuring")
+        sources = self._read_sources(subject, calibrate=False)
+        piece, tokenizer = self._piece_to_measure(subject), subject.preview.tokenizer
+        figures = self._evaluate(piece, tokenizer, sources, "measuring")
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
@@ -830,8 +798,9 @@ class _Run:
         evaluation = self.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
         recipe = self.recipe.model_copy(update={"output": None, "evaluate": evaluation})
         loaded = dataclasses.replace(self.loaded, recipe=recipe, passes=())
-        preview = plan.measuring(loaded, self.plugins.adapters)
+        preview = plan.measuring(loaded, self.plugins.adapters, self.progress)
         self.devices = self._own_devices(preview)
+        assert preview.checkpoint is not None
         found = checkpoints.with_weights(preview.checkpoint)
         digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
         return _Subject(found, None, checkpoints.load_config(found), preview, digest)
@@ -852,26 +821,26 @@ class _Run:
             _refuse_what_cannot_run(model, self.recipe.model)
         return AsLoaded(model, preview.layers, found, self.processes)
 
-    def _subject(self, given_model: Any) -> _Subject:
+    def _subject(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> _Subject:
         """Everything that can be known, or refused, before weights are read."""
-        loaded = self.loaded
+        live_on = _devices_of(given_model) if given_model is not None else ()
+        preview = plan.check(
+            self.loaded,
+            self.plugins.adapters,
+            folder=folder,
+            model=given_model,
+            live_on=live_on,
+            tokenizer=given_tokenizer,
+            progress=self.progress,
+        )
         if given_model is None:
-            preview = plan.check(loaded, self.plugins.adapters)
+            assert preview.checkpoint is not None
             self.devices = self._own_devices(preview)
             found = checkpoints.with_weights(preview.checkpoint)
             digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
             return _Subject(found, None, checkpoints.load_config(found), preview, digest)
-        config = given_model.config
-        refuse_quantised(config)
-        source = Path(config._name_or_path or "")
-        origin = Checkpoint(self.recipe.model, source, self.recipe.trust_remote_code)
-        has_folder = bool(config._name_or_path) and (source / "config.json").exists()
-        left_out = checkpoints.find_left_out(source, config, type(given_model)) if has_folder else None
-        self.devices = _devices_of(given_model)
-        preview = plan.preview(
-            loaded, origin, config, type(given_model), left_out, self.plugins.adapters, live_on=self.devices
-        )
-        return _Subject(origin if has_folder else None, given_model, config, preview, None)
+        self.devices = live_on
+        return _Subject(preview.checkpoint, given_model, given_model.config, preview, None)
 
     def _workpiece(self, subject: _Subject) -> InMemory:
         """The model that the passes work on."""
@@ -927,8 +896,8 @@ class _Run:
             to_measure=to_measure,
         )
 
-    def _read_sources(self, tokenizer: Any, subject: _Subject, *, calibrate: bool = True) -> _Sources:
-        seed, evaluation = self.recipe.seed, self.evaluation
+    def _read_sources(self, subject: _Subject, *, calibrate: bool = True) -> _Sources:
+        seed, evaluation, tokenizer = self.recipe.seed, self.evaluation, subject.preview.tokenizer
         passes = self.loaded.passes if calibrate else ()
         with_held_out = {repr(s) for one in passes if one.method.held_out for s in self.loaded.sources_of(one)}
         read: dict[str, Sequences] = {}  # a source that several passes use is read once
@@ -953,67 +922,14 @@ class _Run:
         texts = [*read.values(), *perplexity]
         for sentence in (*(note for one in texts for note in one.notes), *missing_sequences(texts)):
             self.progress.say(sentence)
-        limit = subject.max_positions
-        for sequences in [*read.values(), *filter(None, others.values())]:
-            longest = max(len(ids) for ids in sequences.ids)
-            if limit and longest > limit:
-                raise CalibrationError(
-                    f"source {sequences.name!r} has sequences of {longest} tokens, the model's limit is {limit}: "
-                    f"give a smaller `length:`."
-                )
-        from_disk = subject.preview.place.weights == "disk"
-        tasks = self._read_tasks(from_disk=from_disk) if evaluation else None
-        return _Sources(by_pass, held_out, perplexity, tasks)
-
-    @property
-    def own_tasks(self) -> list[TaskSource]:
-        """The tasks whose training text a method brings: what it was made for is measured too."""
-        return [s for one in self.loaded.passes for s in one.method.sources() if isinstance(s, TaskSource)]
+        for sequences in [*read.values(), *filter(None, others.values()), *perplexity]:
+            check_vocabulary(sequences, subject.preview.limits.num_embeddings)
+        return _Sources(by_pass, held_out, perplexity, subject.preview.tasks)
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """What is measured: as the recipe says, and the methods' own tasks in any case."""
-        return self.recipe.evaluate or (Evaluation() if self.own_tasks else None)
-
-    def _read_tasks(self, *, from_disk: bool) -> LoadedTasks | None:
-        evaluation = self.evaluation
-        assert evaluation is not None
-        wanted = dict.fromkeys((task, evaluation.task_path) for task in evaluation.tasks)
-        for source in self.own_tasks:
-            if source.name_in_index not in evaluation.tasks:
-                wanted[(source.name_in_index, source.folder)] = None
-        if not wanted:
-            return None
-        self.progress.say(f"reading tasks: {', '.join(task for task, _ in wanted)}")
-        found = [
-            load_tasks(
-                [task for task, at in wanted if at == path],
-                task_path=path,
-                num_fewshot=evaluation.num_fewshot,
-                seed=self.recipe.seed,
-            )
-            for path in dict.fromkeys(path for _, path in wanted)
-        ]
-        tasks = LoadedTasks(
-            tuple(name for one in found for name in one.names),
-            {name: task for one in found for name, task in one.tasks.items()},
-            {name: group for one in found for name, group in one.groups.items()},
-        )
-        return self._without_writing(tasks) if from_disk else tasks
-
-    def _without_writing(self, tasks: LoadedTasks) -> LoadedTasks | None:
-        """The tasks that a model on disk can answer. Raises RecipeError for others that the recipe asks for."""
-        evaluation = self.evaluation
-        assert evaluation is not None
-        writing = {name for name, task in tasks.tasks.items() if task.OUTPUT_TYPE == "generate_until"}
-        own = {source.name_in_index for source in self.own_tasks} - set(evaluation.tasks)
-        if writing - own:
-            raise self.loaded.error(("evaluate", "tasks"), measure.writes_problem(writing - own))
-        if writing:
-            self.progress.say(f"not measured: {measure.writes_problem(writing)}")
-        names = tuple(name for name in tasks.names if name not in writing)
-        left = {name: task for name, task in tasks.tasks.items() if name not in writing}
-        return LoadedTasks(names, left, tasks.groups) if names else None
+        """What is measured."""
+        return readiness.evaluation_of(self.loaded)
 
     def _batches(self, sequences: Sequence[Sequences], *, held_out: bool = False) -> list[TokenBatch]:
         batch_size = self.recipe.calibration.batch_size

@@ -31,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from compressor import walk
 from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make_batches
+from compressor.checkpoint import max_positions
 from compressor.errors import CompressorError, EvaluationError
 from compressor.files import names_of_weights, read_index
 from compressor.processes import Processes
@@ -162,7 +164,7 @@ def _check_sequences(model: Any, sequences: Sequences) -> None:
     if not any(len(ids) > 1 for ids in sequences.ids):
         raise EvaluationError(f"source {sequences.name!r} has no sequence of 2 tokens or more: nothing to predict.")
     check_vocabulary(sequences, model.get_input_embeddings().weight.shape[0])
-    longest, positions = max(map(len, sequences.ids)), _max_positions(model)
+    longest, positions = max(map(len, sequences.ids)), max_positions(model.config)
     if positions is not None and longest > positions:
         raise EvaluationError(
             f"source {sequences.name!r} has a sequence of {longest} tokens, but the model takes at most "
@@ -303,11 +305,7 @@ def run_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    if tokenizer is None:
-        raise EvaluationError(
-            f"tasks {', '.join(tasks.names)}: the model has no tokenizer, and tasks are text. Add the "
-            f"tokenizer's files to the model's folder, or evaluate `perplexity` on a `tokens:` source."
-        )
+    refuse_without_tokenizer(tasks.names, tokenizer)
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
     with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model), _refusals_of_lm_eval(tasks):
@@ -327,6 +325,43 @@ def run_tasks(
     results = {name: _task_result(name, task, raw, tasks, len(lm.cut[name])) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
+
+
+def refuse_without_tokenizer(names: Sequence[str], tokenizer: Any | None) -> None:
+    """Raise EvaluationError where a model is to be asked tasks, and has no tokenizer."""
+    if tokenizer is None:
+        raise EvaluationError(
+            f"tasks {', '.join(names)}: the model has no tokenizer, and tasks are text. Add the "
+            f"tokenizer's files to the model's folder, or evaluate `perplexity` on a `tokens:` source."
+        )
+
+
+def check_requests(tasks: LoadedTasks, tokenizer: Any, config: Any, *, seed: int = 0) -> None:
+    """Raise EvaluationError for what a model of this config, whose weights are not needed, could not be asked, as far
+    as the first document of each task tells.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    known = {"_max_length": None, "_DEFAULT_MAX_LENGTH": HFLM._DEFAULT_MAX_LENGTH, "tokenizer": tokenizer}
+    num_positions = HFLM.max_length.fget(SimpleNamespace(model=SimpleNamespace(config=config), **known))
+    refuse_long_answers(tasks.tasks, num_positions)
+    with quietly(True), seeded(seed), _refusals_of_lm_eval(tasks):
+        for task in tasks.tasks.values():
+            task.set_fewshot_seed(seed=seed)
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+            requests, task._instances = task.instances, None
+            for one in requests:
+                if one.request_type == "loglikelihood":
+                    answer = tokenizer.encode(one.args[1], add_special_tokens=False)
+                    _refuse_long_answer(one, len(answer), num_positions)
+
+
+def _refuse_long_answer(request: Any, num_tokens: int, num_positions: int) -> None:
+    if num_tokens > num_positions:
+        raise EvaluationError(
+            f"task {request.task_name!r}: an answer to document {request.doc_id} has {num_tokens} tokens, but the "
+            f"model takes {num_positions} positions. Leave the task out."
+        )
 
 
 def _language_model(
@@ -374,11 +409,7 @@ def _language_model(
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             for asked, (_, context, answer) in zip(self._asked, requests, strict=False):  # windows were asked by nobody
-                if len(answer) > self.max_length:
-                    raise EvaluationError(
-                        f"task {asked.task_name!r}: an answer to document {asked.doc_id} has {len(answer)} tokens, but "
-                        f"the model takes {self.max_length} positions. Leave the task out."
-                    )
+                _refuse_long_answer(asked, len(answer), self.max_length)
                 self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
             own = [requests[number] for number in processes.own(len(requests))]
             self.total += len(own)
@@ -917,15 +948,11 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
 
 
 def _fit_positions(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
-    positions = min((p for p in map(_max_positions, models) if p is not None), default=prompt_tokens + new_tokens)
+    positions = min(
+        (p for p in (max_positions(one.config) for one in models) if p is not None), default=prompt_tokens + new_tokens
+    )
     new_tokens = max(1, min(new_tokens, positions // 2))
     return max(1, min(prompt_tokens, positions - new_tokens)), new_tokens
-
-
-def _max_positions(model: Any) -> int | None:
-    """How many positions the configuration says that the model takes, None if it does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _host_bytes() -> int | None:

@@ -6,15 +6,16 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor import checkpoint as checkpoints
-from compressor import disk
+from compressor import disk, readiness
 from compressor.budget import PLACEMENTS, Placement, Work
 from compressor.calibration import held_out_name
-from compressor.checkpoint import Checkpoint, LeftOut
+from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
 from compressor.environment import available_memory, available_on, gpus
 from compressor.errors import UnsupportedModelError
 from compressor.files import files_beside
@@ -26,9 +27,11 @@ from compressor.moe import (
     Structure,
     fitting_rules,
     layers_said,
+    refuse_quantised,
     skip_problem,
     structure_of,
 )
+from compressor.progress import Progress
 from compressor.quantised import (
     format_of,
     loading_problem,
@@ -36,9 +39,11 @@ from compressor.quantised import (
     what_helps,
     without_quantisation,
 )
+from compressor.readiness import Limits
 from compressor.recipe import LoadedRecipe, Recipe, ResolvedPass
 from compressor.sources import BaseSource, TaskSource
 from compressor.stream import sizes_of
+from compressor.tasks import LoadedTasks
 from compressor.wording import counted, human_bytes, shortened
 
 
@@ -48,22 +53,27 @@ class Preview:
     takes.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None of a live model that came from none."""
     structure: Structure | None
     """None where nothing is known of its experts, if it has any: such a model can be measured."""
     auto_class: str
     left_out: LeftOut | None
     plan: dict[str, Any]
+    limits: Limits
     place: Placement = PLACEMENTS[0]
     """Where weights and hidden states are to be."""
     devices: tuple[str, ...] = ("cpu",)
     """What computes: of several devices, each some of the layers."""
     tokens_at_once: int = 0
     """How much text passes a layer together while it is measured from disk."""
+    tokenizer: Any | None = None
+    tasks: LoadedTasks | None = None
+    """Those to measure, with their documents."""
 
     def __repr__(self) -> str:
         experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
-        return f"Preview({shortened(self.checkpoint.reference, 60)}: {experts})"
+        return f"Preview({shortened(str(self.plan.get('model')), 60)}: {experts})"
 
     @property
     def layers(self) -> Sequence[MoELayer]:
@@ -71,30 +81,75 @@ class Preview:
         return self.structure.layers if self.structure else ()
 
 
-def check(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
-    """Whether the recipe can work for its model's config, and what will be kept and dropped. Reads no weights."""
-    recipe = loaded.recipe
-    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
-    config = without_quantisation(checkpoints.load_config(found))
-    checkpoints.quantiser_of(found)  # refuses what cannot be read
-    cls = checkpoints.model_class(found, config)
-    left_out = checkpoints.find_left_out(found.folder, config, cls)
-    made = preview(loaded, found, config, cls, left_out, adapters)
-    if loaded.passes and (beside := files_beside(found.folder)).left:
-        made.plan["notes"].append(beside.note)
-    return made
+def check(
+    loaded: LoadedRecipe,
+    adapters: Sequence[Adapter] = (),
+    *,
+    folder: OutputFolder | None = None,
+    model: Any = None,
+    live_on: Sequence[str] = (),
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Preview:
+    """Whether the recipe can work, and what will be kept and dropped. Reads no weights, and writes nothing.
+
+    `folder` is the output, where this process is to write it; `model`, whose weights are `live_on` some devices, and
+    `tokenizer` replace what the recipe's `model` would load. A run begins with this, so what it refuses and config,
+    tokenizer, headers of weights or the first rows of a text can tell is refused here, with its place in the recipe.
+    Raises CompressorError, one of its kinds.
+    """
+    recipe, progress = loaded.recipe, progress or Progress()
+    readiness.check_surroundings(loaded, folder, model)
+    found: Checkpoint | None
+    with loaded.at("model"):
+        if model is None:
+            found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+            config = without_quantisation(checkpoints.load_config(found))
+            checkpoints.quantiser_of(found)  # refuses what cannot be read
+            cls = checkpoints.model_class(found, config)
+        else:
+            found, config, cls = origin_of(recipe, model), model.config, type(model)
+            refuse_quantised(config)
+        left_out = checkpoints.find_left_out(found.folder, config, cls) if found else None
+        if tokenizer is None and found is not None:
+            tokenizer = checkpoints.load_tokenizer(found)
+    preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on)
+    needs, from_disk = preview.plan["needs"], preview.place.weights == "disk"
+    if found is not None and model is None:
+        preview.plan["notes"] += _check_weights(loaded, found, adapters, are_compared=from_disk, progress=progress)
+    beside = files_beside(found.folder) if found else None
+    if beside and beside.left:
+        preview.plan["notes"].append(beside.note)
+    with loaded.at("output"):
+        if folder is not None:
+            num_bytes = needs["disk"] + (beside.num_bytes if beside else 0)
+            folder.require_space(num_bytes, who="the run, with what it keeps of the text,")
+    readiness.check_text(loaded, tokenizer, preview.limits, progress)
+    tasks = readiness.read_tasks(loaded, tokenizer, preview.limits, config, from_disk=from_disk, progress=progress)
+    return dataclasses.replace(preview, tokenizer=tokenizer, tasks=tasks)
 
 
-def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview:
+def origin_of(recipe: Recipe, model: Any) -> Checkpoint | None:
+    """The checkpoint that a live model came from, None where it is not there."""
+    name = model.config._name_or_path
+    if not name or not Path(name, "config.json").exists():
+        return None
+    return Checkpoint(recipe.model, Path(name), recipe.trust_remote_code)
+
+
+def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: Progress | None = None) -> Preview:
     """How the recipe's model is measured alone: whatever transformers can load and run, known to us or not. From disk
     where it does not fit, as long as it can be read layer by layer. Reads no weights.
 
     Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that it cannot load here.
     """
-    recipe = loaded.recipe
-    found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
-    quantisation, config = found.quantisation, without_quantisation(checkpoints.load_config(found))
-    cls = checkpoints.model_class(found, config)
+    recipe, progress = loaded.recipe, progress or Progress()
+    readiness.check_surroundings(loaded, None, None)
+    with loaded.at("model"):
+        found = checkpoints.find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+        quantisation, config = found.quantisation, without_quantisation(checkpoints.load_config(found))
+        cls = checkpoints.model_class(found, config)
+        tokenizer = checkpoints.load_tokenizer(found)
     _check_evaluation(loaded, cls, config)
     structure, unknown, devices = None, None, _devices(recipe)
     try:
@@ -102,7 +157,10 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
     except UnsupportedModelError as error:
         unknown = str(error)
     layers = structure.layers if structure else ()
-    work = _work(loaded, cls, config, layers, _dtype(recipe.dtype, config, found), (0, 0))
+    with loaded.at("model"):
+        dtype = _dtype(recipe.dtype, config, found)
+    model = _on_meta(cls, config, dtype)
+    work = _work(loaded, model, config, layers, dtype, (0, 0))
     problems: dict[str, _Problem | None] = {"disk": (("weights",), unknown) if unknown else None, "memory": None}
     if structure:
         problems["disk"] = _disk_problem(loaded, structure, work, config, is_live=False)
@@ -113,9 +171,45 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = ()) -> Preview
                 f"{found.reference}: the checkpoint is quantised ({format_of(quantisation)}), and transformers cannot "
                 f"load it here: {here}."
             )
-    place = _placement(loaded, work, problems, devices)
-    used = devices[: place.num_gpus]
-    return Preview(found, structure, checkpoints.auto_class(cls, config), None, {}, place, used, work.tokens_at_once)
+    place, limits = _placement(loaded, work, problems, devices), _limits(model)
+    readiness.check_text(loaded, tokenizer, limits, progress)
+    tasks = readiness.read_tasks(
+        loaded, tokenizer, limits, config, from_disk=place.weights == "disk", progress=progress
+    )
+    return Preview(
+        found,
+        structure,
+        checkpoints.auto_class(cls, config),
+        None,
+        {},
+        limits,
+        place,
+        devices[: place.num_gpus],
+        work.tokens_at_once,
+        tokenizer=tokenizer,
+        tasks=tasks,
+    )
+
+
+def _check_weights(
+    loaded: LoadedRecipe, found: Checkpoint, adapters: Sequence[Adapter], *, are_compared: bool, progress: Progress
+) -> list[str]:
+    """Raise CheckpointError where headers tell that weights are damaged, or not those of the config, unless they
+    `are_compared` already. Returns notes.
+    """
+    if found.awaits_weights:
+        return ["the model's weights are not here yet, so only its config was looked at"]
+    with loaded.at("model"):
+        num_tensors = sum(len(shard.tensors) for shard in checkpoints.verify_files(found.folder))
+        if num_tensors > _MANY_TENSORS:
+            progress.say(f"comparing the names and shapes of {num_tensors:,} tensors with the config")
+        if not are_compared:
+            checkpoints.load_model(found, device="meta", adapters=adapters)
+    return []
+
+
+_MANY_TENSORS = 10_000
+"""More take longer than a moment."""
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
@@ -133,39 +227,50 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
             f"`perplexity`, or calibration text",
         )
     problem = checkpoints.next_token_problem(cls, config)
+    if not problem:
+        return
+    cannot = f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured"
     for key in ("perplexity", "tasks"):
-        if problem and evaluation and getattr(evaluation, key):
+        if evaluation and getattr(evaluation, key):
             raise loaded.error(
                 ("evaluate", key),
-                f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured "
-                f"like this; leave `{key}` out (an empty `evaluate: {{}}` still measures sizes)",
+                f"{cannot} like this; leave `{key}` out (an empty `evaluate: {{}}` still measures sizes)",
             )
+    for place, source in readiness.own_tasks(loaded):
+        raise loaded.error(place, f"{cannot} on {source.title}, as this method has it")
 
 
-def preview(
+def _preview(
     loaded: LoadedRecipe,
-    found: Checkpoint,
+    found: Checkpoint | None,
     config: Any,
     cls: Any,
     left_out: LeftOut | None,
-    adapters: Sequence[Adapter] = (),
+    adapters: Sequence[Adapter],
     *,
-    live_on: Sequence[str] = (),
+    live_on: Sequence[str],
 ) -> Preview:
-    """The same for a model whose class and config are at hand; `live_on`: the devices that hold its weights already."""
+    """What follows from class and config, and from the headers of weights where they have to be read from disk.
+    `live_on`: the devices that hold the weights already.
+    """
     is_live = bool(live_on)
     _check_evaluation(loaded, cls, config)
-    quantisation = None if is_live else found.quantisation
-    structure = structure_of(cls, config, adapters)
+    stored = None if is_live else found
+    quantisation = stored.quantisation if stored else None
+    with loaded.at("model"):
+        structure = structure_of(cls, config, adapters)
+        rules = fitting_rules(structure, config)
     notes = [left_out_note(left_out)] if left_out else []
-    layers = _check_passes(loaded, structure, config, notes, is_quantised=quantisation is not None)
-    dtype = _dtype(loaded.recipe.dtype, config, None if is_live else found)
+    layers = _check_passes(loaded, structure, rules, notes, is_quantised=quantisation is not None)
+    _check_random(loaded, structure.layers, layers)
+    with loaded.at("model"):
+        dtype = _dtype(loaded.recipe.dtype, config, stored)
     dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
     removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
     before, after = structure.num_parameters, structure.num_parameters - removed
     as_loaded = (before * dtype.itemsize, after * dtype.itemsize)
     plan_json = {
-        "model": found.reference,
+        "model": loaded.recipe.model,
         "architecture": architecture(config),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": [
@@ -184,7 +289,8 @@ def preview(
         "notes": notes,
     }
     auto_class = checkpoints.auto_class(cls, config)
-    work = _work(loaded, cls, config, structure.layers, dtype, as_loaded)
+    model = _on_meta(cls, config, dtype)
+    work = _work(loaded, model, config, structure.layers, dtype, as_loaded)
     problems = {
         "disk": _disk_problem(loaded, structure, work, config, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
@@ -193,30 +299,53 @@ def preview(
     place = _placement(loaded, work, problems, devices, is_live=is_live)
     if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
         kept = {layer.path: layer.num_experts for layer in layers}
-        stored = _stored(found, structure, kept, left_out, adapters)
-        if stored is not None:
+        with loaded.at("model"):
+            sizes = _stored(stored, structure, kept, left_out, adapters) if stored else None
+        if sizes is not None:
             is_quantised = quantisation is not None
-            work = dataclasses.replace(work, bytes_stored=stored[0], bytes_after=stored[1], is_quantised=is_quantised)
+            work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
             place = _placement(loaded, work, problems, devices)
-            plan_json["bytes"] = {"before": stored[0], "after": stored[1]}
+            plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
         if quantisation is not None:
-            notes.append(_quantised_note(quantisation, dtype, found.reference, is_estimate=stored is None))
-    used = devices[: place.num_gpus]
+            notes.append(_quantised_note(quantisation, dtype, loaded.recipe.model, is_estimate=sizes is None))
+    used, limits = devices[: place.num_gpus], _limits(model)
     if loaded.recipe.device == "auto" and not is_live:
         notes.append(auto_note(used, place))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=used[0], available=available)
-    return Preview(found, structure, auto_class, left_out, plan_json, place, used, work.tokens_at_once)
+    return Preview(found, structure, auto_class, left_out, plan_json, limits, place, used, work.tokens_at_once)
+
+
+def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"), checkpoints.quiet_transformers():
+        return cls(copy.deepcopy(config)).to(dtype)
+
+
+def _limits(model: Any) -> Limits:
+    return Limits(model.get_input_embeddings().weight.shape[0], checkpoints.max_positions(model.config))
+
+
+def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Sequence[MoELayer]) -> None:
+    """Raise RecipeError where random decisions are asked for, and no pass drops an expert."""
+    evaluation, counts = loaded.recipe.evaluate, [[layer.num_experts for layer in layers] for layers in (before, after)]
+    if loaded.passes and evaluation and evaluation.random and counts[0] == counts[1]:
+        raise loaded.error(
+            ("evaluate", "random"), "no pass drops experts, so there is nothing to draw at random; leave it out"
+        )
 
 
 def _check_passes(
-    loaded: LoadedRecipe, structure: Structure, config: Any, notes: list[str], *, is_quantised: bool
+    loaded: LoadedRecipe,
+    structure: Structure,
+    rules: Mapping[str, SkipRule],
+    notes: list[str],
+    *,
+    is_quantised: bool,
 ) -> Sequence[MoELayer]:
     """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
     be met by what the passes before it leave.
     """
     layers: Sequence[MoELayer] = structure.layers
-    rules: Mapping[str, SkipRule] = fitting_rules(structure, config)
     notes += _skipping_notes(rules)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
@@ -304,18 +433,16 @@ _TASK_LENGTH = 512
 
 def _work(
     loaded: LoadedRecipe,
-    cls: Any,
+    model: Any,
     config: Any,
     layers: Sequence[MoELayer],
     dtype: torch.dtype,
     stored: tuple[int, int],
 ) -> Work:
-    """What the recipe works on, in numbers, as far as that can be known before anything is read. `stored` are the bytes
-    of the files, before and after.
+    """What the recipe works on, in numbers, as far as that can be known before anything is read. `model` is on the meta
+    device; `stored` are the bytes of the files, before and after.
     """
     recipe, text = loaded.recipe, config.get_text_config()
-    with torch.device("meta"), checkpoints.quiet_transformers():
-        model = cls(copy.deepcopy(config)).to(dtype)
     outside, by_layer = sizes_of(model)
     calibration = [loaded.sources_of(one) for one in loaded.passes]
     evaluation = recipe.evaluate

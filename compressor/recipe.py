@@ -23,6 +23,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
@@ -41,7 +42,7 @@ from pydantic import (
     model_validator,
 )
 
-from compressor.errors import RecipeError
+from compressor.errors import CalibrationError, CompressorError, RecipeError
 from compressor.sources import SOURCE_KINDS, BaseSource, FileName, FilePath, Source
 from compressor.wording import shortened
 
@@ -70,7 +71,10 @@ class _Settings(BaseModel):
 
 
 def _with_different_titles(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    titles = [source.title for source in sources]
+    try:
+        titles = [source.title for source in sources]
+    except CalibrationError as error:  # a task's file that does not tell its name
+        raise ValueError(str(error)) from error
     for title in titles:
         if titles.count(title) > 1:
             raise ValueError(f"two sources are called {title!r}; tell them apart with `name:`")
@@ -267,6 +271,14 @@ class LoadedRecipe:
             return []
         return [*resolved.method.sources(), *self.recipe.calibration.data]
 
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """An error within the context gets the place of the value at `path`."""
+        refusals = Refusals(self)
+        with refusals.at(*path):
+            yield
+        refusals.raise_all()
+
     def to_yaml(self) -> str:
         """The recipe as it is carried out, with overrides and defaults; it loads as the same recipe."""
         return yaml.safe_dump(
@@ -292,6 +304,37 @@ class LoadedRecipe:
         passes = [{p.spec.method: p.method.options.model_dump(mode="json")} for p in self.passes]
         effective["passes"] = passes or [spec.model_dump(mode="json") for spec in self.recipe.passes]
         return {name: effective[name] for name in Recipe.model_fields if name in effective}
+
+
+class Refusals:
+    """What is wrong beyond a recipe's own text, each at the place in it that the error is about, raised together.
+
+    refusals = Refusals(loaded)
+    with refusals.at("calibration", "data", 0):
+        ...  # an error that the user can mend is kept
+    refusals.raise_all()
+    """
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self._document = loaded.document
+        self._found: list[tuple[_Mistake, CompressorError]] = []
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """An error within the context is about the value at `path`; it ends there."""
+        try:
+            yield
+        except CompressorError as error:
+            self._found.append((self._document.mistake(path, str(error)), error))
+
+    def raise_all(self) -> None:
+        """Raise what was found, in the order of the file, as errors of their own kind; of several kinds RecipeError."""
+        if not self._found:
+            return
+        found = sorted(self._found, key=lambda one: one[0].place)
+        kinds = {type(error) for _, error in found}
+        kind = kinds.pop() if len(kinds) == 1 else RecipeError
+        raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
 
 
 CHANGES_NO_FIGURE = ("output", "weights", "hidden_states", "memory", "device_memory", "disk")

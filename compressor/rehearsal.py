@@ -60,7 +60,8 @@ def rehearse(loaded: LoadedRecipe, preview: Preview, adapters: Any = ()) -> Rehe
     """Measure, and extrapolate. Reads one MoE layer's weights, and those of the layers before it. Raises RecipeError
     where the weights cannot be read one layer at a time.
     """
-    recipe, found = loaded.recipe, preview.checkpoint
+    assert preview.checkpoint is not None
+    recipe, found = loaded.recipe, checkpoints.with_weights(preview.checkpoint)
     moe = MoEModel(checkpoints.load_model(found, device="meta", adapters=adapters), preview.structure)
     weights = _Timed(moe.model, found, device=preview.devices[0])
     observed = [

@@ -417,6 +417,10 @@ class TaskSource(GivenSource):
         """Where lm-eval looks for the task first."""
         return Path(self.task).parent if self.is_file else self.task_path
 
+    def lengths(self) -> Sequence[int]:
+        """Those asked for; nothing is read, but a task's file must be there, and name it."""
+        return super().lengths() if self.name_in_index else []
+
     def documents(self, *, seed: int | None, split: Split) -> Iterable[Text]:
         """The task's training documents, shuffled by `seed`."""
         from compressor.tasks import training_texts

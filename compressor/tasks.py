@@ -13,7 +13,9 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,15 @@ DEMO_PREFIX = "demo_"
 class LoadedTasks:
     """Tasks with their documents, ready to be asked of one model after another."""
 
-    names: tuple[str, ...]
-    tasks: Mapping[str, Any]  # lm_eval.api.task.Task by name, the members of groups included
-    groups: Mapping[str, Any]  # lm_eval.api.group.Group by name
+    names: tuple[str, ...] = ()
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """lm_eval.api.task.Task by name, the members of groups included."""
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    """lm_eval.api.group.Group by name."""
+
+    def __or__(self, others: LoadedTasks) -> LoadedTasks:
+        names = tuple(dict.fromkeys((*self.names, *others.names)))
+        return LoadedTasks(names, {**self.tasks, **others.tasks}, {**self.groups, **others.groups})
 
     def __repr__(self) -> str:
         return f"LoadedTasks({shortened(', '.join(self.names), 160)})"
@@ -71,51 +79,60 @@ def load_tasks(
     (offline, say), for a ``num_fewshot`` that no task takes, and for a task that runs generated code or needs
     more than text.
     """
-    names = tuple(dict.fromkeys(names))
-    tasks: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    with quietly(quiet), seeded(seed):
-        sources = TaskSources(task_path, local_tasks or _demo_tasks)
-        for name in names:
-            loaded = sources.load(name)
-            tasks |= loaded["tasks"]
-            groups |= loaded["groups"]
-    for name, task in tasks.items():
-        _check_task(name, task)
-    _set_fewshot(tasks, num_fewshot)
-    return LoadedTasks(names, tasks, groups)
+    sources = TaskSources(task_path, local_tasks, seed=seed, quiet=quiet)
+    loaded = reduce(or_, map(sources.load, names), LoadedTasks())
+    set_fewshot(loaded.tasks, num_fewshot)
+    return loaded
 
 
 class TaskSources:
-    """Where tasks come from, each source opened when a name is first looked for in it."""
+    """Where tasks come from, each source opened when a name is first looked for in it; see `load_tasks`."""
 
-    def __init__(self, task_path: Path | None, local_tasks: LocalTasks) -> None:
+    def __init__(
+        self,
+        task_path: Path | None = None,
+        local_tasks: LocalTasks | None = None,
+        *,
+        seed: int = 0,
+        quiet: bool = True,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """`say` is told of what takes long. Raises EvaluationError where there is no such folder."""
         if task_path is not None and not task_path.is_dir():
             raise EvaluationError(
                 f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
             )
         self._task_path = task_path
-        self._local_tasks = local_tasks
+        self._local_tasks = local_tasks or _demo_tasks
+        self._seed, self._quiet, self._say = seed, quiet, say
         self._managers: dict[bool, Any] = {}
 
-    def load(self, name: str) -> Any:
-        """lm-eval's {"tasks", "groups"} of one name."""
-        if name.startswith(DEMO_PREFIX):
-            return self._load_local(name)
-        for defaults in (False, True):
-            manager = self._manager(include_defaults=defaults)
-            if name in manager.task_index:
-                return _load(manager, name)
+    def load(self, name: str) -> LoadedTasks:
+        """The tasks of one name, of a task, a group or a tag. Raises EvaluationError."""
+        is_demo = name.startswith(DEMO_PREFIX)
+        with quietly(self._quiet):
+            needs_index = not is_demo and name not in self._manager(False).task_index
+        if needs_index and self._say is not None and True not in self._managers:
+            self._say("reading lm-eval's index of tasks, which takes 7 to 30 seconds")
+        with quietly(self._quiet), seeded(self._seed):
+            found = self._load_local(name) if is_demo else self._load_indexed(name, self._manager(needs_index))
+        for task_name, task in found["tasks"].items():
+            _check_task(task_name, task)
+        return LoadedTasks((name,), found["tasks"], found["groups"])
+
+    def _load_indexed(self, name: str, manager: Any) -> Any:
+        if name in manager.task_index:
+            return _load(manager, name)
         raise _unknown_task(name, [*self._local_tasks(), *manager.task_index])
 
     def _load_local(self, name: str) -> Any:
         configurations = self._local_tasks()
         if name not in configurations:
             raise _unknown_task(name, list(configurations))
-        manager = self._manager(include_defaults=False)
+        manager = self._manager(False)
         return {"groups": {}, **manager.load([dict(configurations[name])])}
 
-    def _manager(self, *, include_defaults: bool) -> Any:
+    def _manager(self, include_defaults: bool) -> Any:
         from lm_eval.tasks import TaskManager
 
         if include_defaults not in self._managers:
@@ -150,8 +167,8 @@ def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:
     return EvaluationError(f"unknown task {name!r}. {hint}")
 
 
-def _set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """As lm-eval's command does: a task that says 0 means it."""
+def set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """As lm-eval's command does: a task that says 0 means it. Raises EvaluationError where that has no effect."""
     free = [task for task in tasks.values() if task.get_config("num_fewshot") != 0]
     if num_fewshot and not free:
         raise EvaluationError(

@@ -36,6 +36,7 @@ ORDER = (
     "controls",
     "workpiece",
     "plan",
+    "readiness",
     "page",
     "report",
     "tables",
