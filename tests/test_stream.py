@@ -354,6 +354,7 @@ def my_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # lm-eval reads its index of tasks
 def test_tasks_that_write_need_the_model_in_memory(
     my_sum: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
