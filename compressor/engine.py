@@ -643,6 +643,8 @@ class _Run:
         folder = None
         if self.recipe.output is not None and self.processes.is_first:
             folder = OutputFolder(self.recipe.output, overwrite=overwrite, resume=resume)
+            if not resume:
+                folder.complete()
         record = self.processes.exchange(self._record_before() if resume else None)[0]
         if record is not None:
             return CompressionResult(record, self.recipe.output, None, None)

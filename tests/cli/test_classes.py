@@ -51,6 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.mark.slow  # of some types a run takes more than a few seconds
 @pytest.mark.parametrize("model_type", [*COMPOSITES, *OTHERS])
 def test_run(model_type: str, saved: Any, cli: Cli, recipe: WriteRecipe, tokens: Path, tmp_path: Path) -> None:
     auto_class, pipeline = (COMPOSITES | OTHERS)[model_type]
