@@ -190,14 +190,12 @@ def check(
     disk: DiskOption = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Read one decoder layer, run one batch, and say how long it will take.")
-    ] = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Say whether `run` with the same options can work, what will be kept and dropped, and what it needs. Reads no
-    weights, but with `--probe` those of one decoder layer.
+    """Say whether `run` with the same options can work, what will be kept and dropped, and what it needs.
+
+    Reads no weights.
     """
     _calm()
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
@@ -214,17 +212,9 @@ def check(
 
     folder = OutputFolder(target, overwrite=overwrite, resume=resume)
     preview = plan.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
-    needs = dict(preview.plan["needs"])
-    if probe:
-        import dataclasses
-
-        from compressor.rehearsal import rehearse
-
-        needs["seconds"] = dataclasses.asdict(rehearse(loaded, preview, plugins.adapters))
-    if quiet:
-        return
-    with _printing():
-        report.print_plan({**preview.plan, "needs": needs}, _console())
+    if not quiet:
+        with _printing():
+            report.print_plan(preview.plan, _console())
 
 
 @app.command()

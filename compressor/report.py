@@ -23,7 +23,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compressor.tables import Table, show_facts
-from compressor.wording import counted, human_bytes, human_count, human_seconds
+from compressor.wording import counted, human_bytes, human_count
 
 Json = Mapping[str, Any]
 
@@ -181,9 +181,6 @@ def _print_needs(needs: Json, console: Console) -> None:
     if needs.get("tasks_at_once"):
         reading += f"; for tasks once more for every {needs['tasks_at_once']:,} tokens asked, before and after"
     rows.append(("reading", reading))
-    if seconds := needs.get("seconds"):
-        took = f"{human_seconds(seconds['reading'])} reading, {human_seconds(seconds['observing'])} observing"
-        rows.append(("time", f"{took}, by one layer and a few batches; evaluating and writing come on top"))
     Table("Needs", ("", "about"), rows).show(console)
 
 

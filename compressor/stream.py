@@ -217,26 +217,16 @@ class StreamedWeights:
         """Have the system read a unit's files into its cache meanwhile, where it can."""
         self._stop_ahead.set()
         self._stop_ahead = stop = threading.Event()
-        pieces = list(self._pieces(unit))
+        ranges = list(_ranges(self._stored_in(self._names_in(unit))))
 
         def ahead() -> None:
-            for path, start, length in pieces:
-                if stop.is_set():
-                    return
-                _advise(path, start, length, "POSIX_FADV_WILLNEED")
+            for path, start, length in ranges:
+                for at in range(start, start + length, _ADVISED_AT_ONCE):  # the system takes advice on small pieces
+                    if stop.is_set():
+                        return
+                    _expect(path, at, min(_ADVISED_AT_ONCE, start + length - at))
 
         threading.Thread(target=ahead, name="prefetch", daemon=True).start()
-
-    def forget_cached(self, unit: str) -> None:
-        """Have the system forget what it has of a unit's files in its cache, where it can."""
-        for path, start, length in self._pieces(unit):
-            _advise(path, start, length, "POSIX_FADV_DONTNEED")
-
-    def _pieces(self, unit: str) -> Iterator[tuple[Path, int, int]]:
-        """A unit's bytes on disk, in pieces small enough for the system to take advice on."""
-        for path, start, length in _ranges(self._stored_in(self._names_in(unit))):
-            for at in range(start, start + length, _ADVISED_AT_ONCE):
-                yield path, at, min(_ADVISED_AT_ONCE, start + length - at)
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:
@@ -377,10 +367,11 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = tensor  # type: ignore[assignment]
 
 
-def _advise(path: Path, start: int, length: int, advice: str) -> None:
+def _expect(path: Path, start: int, length: int) -> None:
+    """Tell the system, where it listens, that these bytes will be read."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), start, length, getattr(os, advice))
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
 def _ranges(stored: dict[str, StoredTensor]) -> Iterator[tuple[Path, int, int]]:

@@ -20,7 +20,6 @@ from compressor.budget import ACCELERATOR, PLACEMENTS, PROCESS, TASKS, Placement
 from compressor.environment import available_memory
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe
-from compressor.rehearsal import rehearse
 from compressor.sources import TokensSource
 from compressor.wording import human_seconds
 
@@ -254,21 +253,6 @@ def test_sizes_that_are_none(recipe: Recipe, text: object) -> None:
         text = "16x"
     with pytest.raises(RecipeError, match="disk: "):
         load_recipe(recipe | {"disk": text})
-
-
-# --- how long it will take
-
-
-def test_rehearsal(recipe: Recipe) -> None:
-    plugins = load_plugins()
-    loaded = load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria)
-    found = rehearse(loaded, plan.check(loaded, plugins.adapters))
-    assert found.read_layer > 0
-    assert found.observe_batch >= 0
-    batches, layers, passes = 4, 3, 1
-    expected = layers * (batches * found.observe_batch + passes * found.observe_layer)
-    assert found.observing == pytest.approx(expected)
-    assert found.reading == pytest.approx(2 * layers * found.read_layer)
 
 
 @pytest.mark.parametrize(

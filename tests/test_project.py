@@ -32,7 +32,6 @@ ORDER = (
     "cli",
     "testing",
     "engine",
-    "rehearsal",
     "controls",
     "workpiece",
     "plan",

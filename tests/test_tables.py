@@ -138,7 +138,7 @@ def plan(path: str, num_layers: int) -> dict[str, Any]:
     needs = {
         **{"weights": "disk", "layers": 61, "largest_layer": 10**10, "text": 10**9, "hidden_states": "file"},
         **{"memory": 10**11, "available": 10**12, "device_memory": 10**10, "disk": 10**12, "readings": 1},
-        **{"bytes_read": 10**12, "tasks_at_once": 65536, "seconds": {"reading": 1.5, "observing": 10**5}},
+        **{"bytes_read": 10**12, "tasks_at_once": 65536},
     }
     return {
         **{"model": "m", "architecture": "A", "dtype": "float32", "needs": needs, "notes": [f"28 sets of {LONG}"]},
