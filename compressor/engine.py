@@ -189,27 +189,15 @@ def load(
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer) from a folder that `compress` has written.
 
-    The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused and with whatever a
-    checkpoint cannot hold put back by the methods that made it. By the device `auto` the model is spread over all GPUs
-    of this machine. The tokenizer is None where there is none. Plugins that are named in `without` are not loaded.
+    The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused, and skipping experts as
+    its config says. By the device `auto` the model is spread over all GPUs of this machine. The tokenizer is None where
+    there is none. Plugins that are named in `without` are not loaded.
     """
-    folder = Path(folder)
     found = checkpoints.find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     checkpoints.verify_files(found.folder)
-    plugins = load_plugins(without)
-    adapters = plugins.adapters
+    adapters = load_plugins(without).adapters
     place = _place_of(found, gpus() or ("cpu",), adapters) if device == "auto" else device
     model = checkpoints.load_model(found, dtype=dtype, device=place, adapters=adapters)
-    record_path = found.folder / "compressor" / RECORD
-    if record_path.exists():
-        decided = _Decided.read(record_path, plugins.methods)
-        passes = [(decided.method_of(done), done["decision"]) for done in decided.passes]
-        restoring = [one for one in passes if type(one[0]).restore is not Method.restore]
-        if restoring:
-            decided.refuse_original_ids()
-            moe = MoEModel(model, structure_of(type(model), model.config, adapters))
-            for method, decision in restoring:
-                method.restore(moe, decision)
     return model, checkpoints.load_tokenizer(found)
 
 

@@ -133,10 +133,6 @@ class Method(ABC, Generic[OptionsT]):
         """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
         return ()
 
-    def tasks(self) -> Sequence[str]:
-        """lm-eval tasks that are measured before and after because this method is used."""
-        return ()
-
     def bytes_per_token(self, layer: MoELayer) -> float:
         """What the layer's statistic keeps of every token of the calibration text until the layer is done, roughly."""
         return 0.0
@@ -178,6 +174,3 @@ class Method(ABC, Generic[OptionsT]):
         calibration batch in every run, and stops if they differ.
         """
         return None
-
-    def restore(self, moe: MoEModel, decision: Decision) -> None:
-        """Redo, after loading, what weights and config cannot hold. Most methods have nothing to do here."""

@@ -394,13 +394,6 @@ def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[Resolve
     )
 
 
-def resolve_passes(loaded: LoadedRecipe, methods: Mapping[str, type[Method[Any]]]) -> tuple[ResolvedPass, ...]:
-    """Check every pass by its method's options and make the methods. Raises RecipeError with all mistakes."""
-    passes = _resolve(loaded.document, methods, None)
-    loaded.document.raise_mistakes()
-    return passes
-
-
 def parse_options(
     options_type: type[_ModelT], method: str, given: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> _ModelT:

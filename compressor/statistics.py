@@ -50,7 +50,6 @@ RULES: Mapping[str, Rule] = {
     "sums.spread": "spread",
     "pairs.loss": "summed",
     "batch.": "batches",
-    "single.squared_error": "batches",
     "subsets.squared_error": "batches",
     "subsets.": "same",
     "weights.": "same",

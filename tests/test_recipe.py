@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compressor.errors import RecipeError
 from compressor.method import Decision, Method, Options, Plan
-from compressor.recipe import Calibration, LoadedRecipe, PassSpec, Recipe, load_recipe, resolve_passes
+from compressor.recipe import Calibration, LoadedRecipe, PassSpec, Recipe, load_recipe
 from compressor.sources import DemoSource
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -785,16 +785,13 @@ def test_later_errors_are_located() -> None:
     assert str(load_recipe(loaded.recipe).error(("model",), "x")) == "recipe model: x"
 
 
-def test_resolve_passes_later() -> None:
-    loaded = load(changed("prune: {keep: 6}", "prune: {keep: 6}\n  - plain: {a: 1}\n  - other: {}"), methods=None)
+def test_mistakes_of_all_passes() -> None:
     with pytest.raises(RecipeError) as error:
-        resolve_passes(loaded, METHODS)
+        load(changed("prune: {keep: 6}", "prune: {keep: 6}\n  - plain: {a: 1}\n  - other: {}"))
     assert str(error.value).split("\n") == [
         "r.yaml:8:13 passes[1].plain.a: unknown key. Nothing can be set here",
         "r.yaml:9:5 passes[2].other: unknown method. Known methods: dynamic_skipping, plain, prune",
     ]
-    good = load(GOOD, methods=None)
-    assert [type(p.method) for p in resolve_passes(good, METHODS)] == [Prune]
 
 
 def test_effective_recipe_loads_again_as_the_same() -> None:

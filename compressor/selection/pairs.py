@@ -33,13 +33,14 @@ _TOKENS_AT_ONCE = 512
 
 
 class PairLosses(RankedStatistic):
-    """The matrix M per domain, and its diagonal per batch."""
+    """The matrix M per domain."""
 
     def __init__(self, layer: MoELayer) -> None:
         self.layer = layer
         self._domains: dict[str, int] = {}
         self._matrices_NN: list[Tensor] = []
-        self._single_BN: list[Tensor] = []
+        self._single_N = torch.empty(0)
+        """Its diagonal, of the batch at hand."""
         self._tokens: RoutedTokens | None = None
         self._grams: list[Tensor] = []
 
@@ -59,11 +60,11 @@ class PairLosses(RankedStatistic):
         domain = self._domains.setdefault(tokens.domain, len(self._domains))
         if domain == len(self._matrices_NN):
             self._matrices_NN.append(torch.zeros(size, size, dtype=torch.float64, device=device))
-        self._single_BN.append(torch.zeros(size, dtype=torch.float64, device=device))
+        self._single_N = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Add some tokens of a batch."""
-        matrix_NN, single_N = self._matrices_NN[self._domains[tokens.domain]], self._single_BN[-1]
+        matrix_NN = self._matrices_NN[self._domains[tokens.domain]]
         gram_cMM = chunk.gram()
         weights_cK = tokens.weights_TK[chunk.start : chunk.stop].double()
         index_cK = chunk.order_cM[:, : weights_cK.shape[1]]
@@ -72,7 +73,7 @@ class PairLosses(RankedStatistic):
         if self._by_ranks(tokens):
             assert tokens.rule is not None
             affinity_cN = tokens.rule.affinity(tokens.logits_TE[chunk.start : chunk.stop])
-            add_single(single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM, num_chosen)
+            add_single(self._single_N, tokens.rule, affinity_cN, chunk.order_cM, gram_cMM, num_chosen)
         else:
             rank_cN = chunk.order_cM.argsort(1)
             rows = gram_cMM.gather(1, rank_cN[:, :, None].expand(gram_cMM.shape))
@@ -81,19 +82,16 @@ class PairLosses(RankedStatistic):
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Where the router has to be asked, it is asked now, once for every expert."""
         if self._grams:
-            self._single_BN[-1] = single_by_replay(tokens, torch.cat(self._grams))
+            self._single_N = single_by_replay(tokens, torch.cat(self._grams))
             self._grams = []
         matrix_NN = self._matrices_NN[self._domains[tokens.domain]]
-        matrix_NN.diagonal().add_(self._single_BN[-1])
+        matrix_NN.diagonal().add_(self._single_N)
         self._tokens = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """pairs.loss [D, E, E] and single.squared_error [B, E], float64."""
+        """pairs.loss [D, E, E] float64."""
         experts = slice(self.layer.num_experts)
-        return {
-            "pairs.loss": torch.stack(self._matrices_NN)[:, experts, experts].contiguous().cpu(),
-            "single.squared_error": torch.stack(self._single_BN)[:, experts].contiguous().cpu(),
-        }
+        return {"pairs.loss": torch.stack(self._matrices_NN)[:, experts, experts].contiguous().cpu()}
 
 
 def add_pairs(matrix_NN: Tensor, index_cK: Tensor, weights_cK: Tensor, gram_cKK: Tensor) -> None:

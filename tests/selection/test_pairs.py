@@ -66,8 +66,7 @@ def test_renormalised_by_hand(make_tokens):
     """
     found = by_hand(make_tokens, PROBABILITIES, RoutingRule("softmax", True, 1.0), renormalised)
     without = [(3.5 - 5 / 3) ** 2, (11 / 7 - 5 / 3) ** 2 + (54 / 7 - 8.5) ** 2, (4.4 - 8.5) ** 2]
-    assert found["single.squared_error"].shape == (1, 3)
-    assert found["single.squared_error"][0].tolist() == pytest.approx(without, rel=1e-6)
+    assert found["pairs.loss"][0].diagonal().tolist() == pytest.approx(without, rel=1e-6)
     expected = [[without[0], 2 / 3, 0.0], [2 / 3, without[1], 14.0625], [0.0, 14.0625, without[2]]]
     torch.testing.assert_close(found["pairs.loss"], torch.tensor([expected], dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
@@ -86,7 +85,7 @@ def test_rescaled_by_hand(make_tokens):
         (11 / 7 - 1.5) ** 2 + (54 / 7 - 6.8) ** 2,
         (5 / 3 - 1.5) ** 2 + (4.4 - 6.8) ** 2,
     ]
-    assert found["single.squared_error"][0].tolist() == pytest.approx(without, rel=1e-6)
+    assert found["pairs.loss"][0].diagonal().tolist() == pytest.approx(without, rel=1e-6)
     assert found["pairs.loss"][0, 0, 1] == found["pairs.loss"][0, 1, 0] == pytest.approx(0.6 * 1 * 0.3 * 3)
     assert found["pairs.loss"][0, 1, 2] == pytest.approx(0.3 * 6 * 0.5 * 10)
 
@@ -98,7 +97,7 @@ def test_a_token_that_is_sure_of_one_expert(make_tokens):
         torch.ones(1, 1), SCALES[:, None, None], logits_TN, 2, plain, RoutingRule("softmax", False, 1.0)
     )
     p = 1 / (1 + torch.e**-1)
-    assert figures(tokens)["single.squared_error"][0, 0] == pytest.approx((3 * p + 5 * (1 - p) - 1) ** 2, rel=1e-6)
+    assert figures(tokens)["pairs.loss"][0, 0, 0] == pytest.approx((3 * p + 5 * (1 - p) - 1) ** 2, rel=1e-6)
 
 
 # Against the exact search and plain loops ------------------------------------------------------------------
@@ -114,7 +113,7 @@ def test_single_experts_are_the_search_over_all_sets_of_one(random_tokens, route
         exact = SubsetErrors(tokens.layer, [num_experts - 1])
         exact.update(tokens)
         expected = exact.tensors()["subsets.squared_error"]
-        found = figures(tokens)["single.squared_error"]
+        found = figures(tokens)["pairs.loss"].diagonal(dim1=1, dim2=2)
         limit = 1e-6 * float(routers.output(tokens, tokens.index_TK, tokens.weights_TK).square().sum())
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=limit, msg=f"{num_experts} experts, top {top_k}")
 
@@ -124,7 +123,7 @@ def test_single_experts_are_what_the_router_says(random_tokens, router):
     """Mask one expert, route again, put the output together, compare."""
     tokens = random_tokens(router, 40, 6, 2, seed=5, num_extra=1)
     full = routers.output(tokens, tokens.index_TK, tokens.weights_TK)
-    found = figures(tokens)["single.squared_error"][0]
+    found = figures(tokens)["pairs.loss"][0].diagonal()
     for expert in range(6):
         kept = [other for other in range(6) if other != expert]
         error = (routers.output(tokens, *tokens.replay(kept)) - full).square().sum()
@@ -143,7 +142,7 @@ def test_pairs_are_the_plain_loop(random_tokens, router, num_extra):
                 product = outputs_KH[i] @ outputs_KH[j]
                 expected[index_K[i], index_K[j]] += float(weights_K[i]) * float(weights_K[j]) * product
     found = figures(tokens)
-    expected.diagonal().copy_(found["single.squared_error"][0])
+    expected.diagonal().copy_(found["pairs.loss"][0].diagonal())
     torch.testing.assert_close(found["pairs.loss"][0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -154,8 +153,6 @@ def test_domains_and_batches_add_up(random_tokens):
     found, alone = figures(*batches), [figures(tokens) for tokens in batches]
     torch.testing.assert_close(found["pairs.loss"][0], alone[0]["pairs.loss"][0] + alone[2]["pairs.loss"][0])
     torch.testing.assert_close(found["pairs.loss"][1], alone[1]["pairs.loss"][0])
-    singles = torch.cat([one["single.squared_error"] for one in alone])
-    assert torch.equal(found["single.squared_error"], singles)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss", "deepseek4"])
@@ -169,15 +166,13 @@ def test_real_models(name):
         for layer in moe.layers
     }
     for path, found in observe(moe, batches, statistics, Progress()).items():
-        assert found["single.squared_error"].shape == (2, 8)
         diagonal = found["pairs.loss"][0].diagonal()
-        torch.testing.assert_close(found["single.squared_error"].sum(0), diagonal, msg=path)
         assert (diagonal >= 0).all()
         assert diagonal.count_nonzero() > 4
         torch.testing.assert_close(found["pairs.loss"][0], found["pairs.loss"][0].T)
         if groups == 1:
-            expected = found["subsets.squared_error"]
-            torch.testing.assert_close(found["single.squared_error"], expected, rtol=2e-4, atol=1e-6, msg=path)
+            expected = found["subsets.squared_error"].sum(0)
+            torch.testing.assert_close(diagonal, expected, rtol=2e-4, atol=1e-6, msg=path)
 
 
 # Fewest losses ---------------------------------------------------------------------------------------------
