@@ -59,6 +59,7 @@ from compressor.moe import (
 )
 from compressor.naming import Names, renamed
 from compressor.quantised import quantisation_of, without_quantisation
+from compressor.wording import runs
 
 Becomes = Literal["copied", "renamed", "dropped", "cut", "rewritten"]
 
@@ -519,11 +520,10 @@ def _pieces(tensor: TensorEdit, offset: int, reading: int, source: Path) -> Iter
     dim = tensor.axis.dim
     outer, size = prod(tensor.shape[:dim]), tensor.shape[dim]
     row = BITS[tensor.dtype] * prod(tensor.shape[dim + 1 :]) // 8
-    runs = _runs(tensor.rows)
     if outer == 1 or row * size > _CHUNK:
         for block in range(outer):
             at = offset + block * size * row
-            yield from (range(at + first * row, at + last * row) for first, last in runs)
+            yield from (range(at + run.start * row, at + run.stop * row) for run in runs(tensor.rows))
         return
     rows, blocks = np.array(tensor.rows), max(1, _CHUNK // (row * size or 1))
     for first in range(0, outer, blocks):
@@ -531,17 +531,6 @@ def _pieces(tensor: TensorEdit, offset: int, reading: int, source: Path) -> Iter
         data = _read_range(reading, offset + first * size * row, many * size * row, source)
         data_RSB = np.frombuffer(data, np.uint8).reshape(many, size, row)
         yield memoryview(data_RSB[:, rows].tobytes())
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, behind the last) of each run of consecutive rows."""
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and found[-1][1] == row:
-            found[-1] = found[-1][0], row + 1
-        else:
-            found.append((row, row + 1))
-    return found
 
 
 def _copy_range(reading: int, writing: int, start: int, length: int, source: Path) -> None:

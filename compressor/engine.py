@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -83,7 +82,7 @@ from compressor.report import cut_prompts, model_card
 from compressor.statistics import Gathered, load_statistics, merge_statistics, save_statistics
 from compressor.stream import spread
 from compressor.tasks import LoadedTasks
-from compressor.wording import counted, shortened
+from compressor.wording import counted, digest, shortened
 from compressor.workpiece import AsLoaded, InMemory, OnDisk, carry_out, ids_left, save_verified
 
 FORMAT = 2
@@ -792,8 +791,8 @@ class _Run:
         self.devices = self._own_devices(preview)
         assert preview.checkpoint is not None
         found = checkpoints.with_weights(preview.checkpoint)
-        digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
-        return _Subject(found, None, checkpoints.load_config(found), preview, digest)
+        fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+        return _Subject(found, None, checkpoints.load_config(found), preview, fingerprint)
 
     def _piece_to_measure(self, subject: _Subject) -> AsLoaded:
         """What is measured: a model whose experts we know, from memory or disk, or else as transformers loads it."""
@@ -827,8 +826,8 @@ class _Run:
             assert preview.checkpoint is not None
             self.devices = self._own_devices(preview)
             found = checkpoints.with_weights(preview.checkpoint)
-            digest = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
-            return _Subject(found, None, checkpoints.load_config(found), preview, digest)
+            fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+            return _Subject(found, None, checkpoints.load_config(found), preview, fingerprint)
         self.devices = live_on
         return _Subject(preview.checkpoint, given_model, given_model.config, preview, None)
 
@@ -1370,8 +1369,7 @@ def _left_out_json(left_out: LeftOut | None) -> dict[str, Any]:
 
 
 def _fingerprint(identity: Mapping[str, Any]) -> str:
-    text = json.dumps(identity, sort_keys=True)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return digest(json.dumps(identity, sort_keys=True))
 
 
 def _model_json(config: Any, auto_class: str, layers: Sequence[MoELayer]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import inspect
 import math
 import statistics
@@ -44,8 +43,10 @@ from compressor.calibration import Sequences, TokenBatch, check_vocabulary, make
 from compressor.checkpoint import max_positions
 from compressor.errors import CompressorError, EvaluationError
 from compressor.files import names_of_weights, read_index
+from compressor.moe import evaluating
 from compressor.processes import Processes
 from compressor.tasks import LoadedTasks, members, quietly, refuse_long_answers, seeded
+from compressor.wording import digest, runs
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -121,7 +122,7 @@ def perplexity(
         if progress is not None:
             progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
 
-    with _undisturbed(model):
+    with torch.no_grad(), evaluating(model):
         if run is not None:
             run([batches[number] for number in own], take)
         else:
@@ -308,7 +309,14 @@ def run_tasks(
     refuse_without_tokenizer(tasks.names, tokenizer)
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
-    with quietly(quiet), seeded(seed), _undisturbed(model), _tying_as_it_is(model), _refusals_of_lm_eval(tasks):
+    with (
+        quietly(quiet),
+        seeded(seed),
+        torch.no_grad(),
+        evaluating(model),
+        _tying_as_it_is(model),
+        _refusals_of_lm_eval(tasks),
+    ):
         lm = _language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device)
         refuse_long_answers(tasks.tasks, lm.max_length)
         try:
@@ -552,7 +560,9 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         documents=len(first_filter),
         num_fewshot=task.get_config("num_fewshot"),
         version=str(task.VERSION),
-        fingerprint=_digest(part for s in first_filter for part in (s["doc_hash"], s["prompt_hash"], s["target_hash"])),
+        fingerprint=digest(
+            "|".join(part for s in first_filter for part in (s["doc_hash"], s["prompt_hash"], s["target_hash"]))
+        ),
         doc_ids=tuple(sample["doc_id"] for sample in first_filter),
         correct=correct,
         group=tasks.group_of(name),
@@ -585,7 +595,7 @@ def _group_result(
         documents=sum(member.documents for member in parts),
         num_fewshot=fewshots.pop() if len(fewshots) == 1 else None,
         version=str(group.version),
-        fingerprint=_digest(member.fingerprint for member in parts),
+        fingerprint=digest("|".join(member.fingerprint for member in parts)),
         subtasks=tuple(member.name for member in parts),
         group=tasks.group_of(group.name),
         cut=sum(member.cut for member in parts),
@@ -614,19 +624,9 @@ def _standard_error_of_mean(values: Sequence[float]) -> float | None:
     return float(statistics.stdev(map(float, values))) / math.sqrt(len(values))
 
 
-def _digest(parts: Iterable[str]) -> str:
-    return f"sha256:{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
-
-
 def _to_ranges(ids: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` → ``"0-2,5"``."""
-    runs: list[list[int]] = []
-    for number in ids:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs(ids))
 
 
 def _from_ranges(text: str) -> Iterator[int]:
@@ -903,7 +903,7 @@ def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
     two_parts = "decoder_input_ids" in takes
     extra |= {"decoder_input_ids": prompt_BS} if two_parts else {"use_cache": True}
     cache_name = "cache" if "cache" in takes else "past_key_values"  # as it was called before transformers 5.24
-    with _undisturbed(model), _counted_memory(model, gpus) as peak:
+    with torch.no_grad(), evaluating(model), _counted_memory(model, gpus) as peak:
         start = _now(gpus)
         output = model(input_ids=prompt_BS, **extra)
         middle = _now(gpus)
@@ -965,19 +965,6 @@ def _host_bytes() -> int | None:
 
 
 # --- leaving everything as it was ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """No gradients and evaluation mode inside; after it, each module's own training flag as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup, escape
 
-from compressor.report import decision_notes, random_table, shown_layers, summary_tables
+from compressor.report import as_yaml, decision_notes, random_table, shown_layers, summary_tables
 from compressor.tables import Table
 from compressor.wording import counted
 
@@ -41,7 +40,7 @@ def page(record: Json) -> str:
         title=str(record.get("output") or record["model"]["reference"]).rstrip("/").rsplit("/", 1)[-1],
         tables=summary_tables(record),
         passes=passes,
-        recipe=_recipe_lines(record["recipe"]) if "recipe" in record else "",
+        recipe=as_yaml(record["recipe"]) if "recipe" in record else "",
         versions=record.get("versions", {}),
     )
 
@@ -176,7 +175,3 @@ def _short(path: str) -> str:
 
 def _escape(text: str) -> str:
     return str(escape(text))
-
-
-def _recipe_lines(recipe: Json) -> str:
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)

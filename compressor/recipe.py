@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import difflib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +42,7 @@ from pydantic import (
 
 from compressor.errors import CalibrationError, CompressorError, RecipeError
 from compressor.sources import SOURCE_KINDS, BaseSource, FileName, FilePath, Source
-from compressor.wording import shortened
+from compressor.wording import did_you_mean, digest, shortened
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -295,8 +293,7 @@ class LoadedRecipe:
         effective = self.to_mapping()
         for key in CHANGES_NO_FIGURE:
             effective.pop(key, None)
-        text = json.dumps(effective, sort_keys=True)
-        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return digest(json.dumps(effective, sort_keys=True))
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as it is carried out, as JSON types, with overrides and defaults."""
@@ -424,7 +421,7 @@ def _resolve(
         path: KeyPath = ("passes", index, name)
         if name not in methods:
             known = f"Known methods: {', '.join(sorted(methods))}" if methods else "No method is installed"
-            document.add_mistake(path, f"unknown method{_did_you_mean(name, methods)} {known}", at_key=True)
+            document.add_mistake(path, f"unknown method{did_you_mean(name, methods)} {known}", at_key=True)
         elif isinstance(given, dict | None):
             options = _validate(methods[name].options_type, document, path)
             if options is not None:
@@ -688,7 +685,7 @@ class Document:
             elif isinstance(value, dict | None):
                 known = value or {}
                 if num_left and key not in known and not _is_in_options(path):
-                    message = f"{name} has no key {_in_yaml(key)}{_did_you_mean(key, known)}"
+                    message = f"{name} has no key {_in_yaml(key)}{did_you_mean(key, known)}"
                     raise _UnreadableError(place, f"{message} Only the last key may be new")
                 path, value = (*path, key), known.get(key)
             else:
@@ -910,7 +907,7 @@ def _explain(model: type[BaseModel], errors: Sequence[ErrorDetails], plain: str 
     if first["type"] == "extra_forbidden":
         fields, key = _fields_around(model, first["loc"])
         known = f"Known keys: {', '.join(fields)}" if fields else "Nothing can be set here"
-        return f"unknown key{_did_you_mean(key, fields)} {known}"
+        return f"unknown key{did_you_mean(key, fields)} {known}"
     value = first["input"]
     own = [error for error in errors if error["type"] in ("value_error", "assertion_error")]
     if own and not (isinstance(value, bool) and len(own) < len(errors)):  # no validator's word on true as 1
@@ -993,11 +990,6 @@ def _found(value: Any, plain: str | None) -> str:
     if not plain or plain.lower() == text:
         return text
     return f"{plain}, which YAML reads as {text}" if isinstance(value, bool) else plain
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    closest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {closest[0]!r}?" if closest else "."
 
 
 def _and(names: Iterable[str]) -> str:

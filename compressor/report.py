@@ -23,7 +23,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compressor.tables import Table, show_facts
-from compressor.wording import counted, human_bytes, human_count
+from compressor.wording import counted, human_bytes, human_count, human_seconds, runs
 
 Json = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def print_summary(record: Json, console: Console) -> None:
             "architecture": record["model"].get("architecture"),
             "passes": ", ".join(done["method"] for done in record.get("passes", [])),
             "output": record.get("output"),
-            "time": _seconds(record.get("seconds", {})),
+            "time": ", ".join(f"{step} {human_seconds(value)}" for step, value in record.get("seconds", {}).items()),
         },
         console,
     )
@@ -279,7 +279,7 @@ def model_card(record: Json) -> str:
     name = str(output).rstrip("/").rsplit("/", 1)[-1]
     given = ", as it was in memory," if record["model"].get("live") else ""
     parts = [
-        f"---\n{_yaml(front)}---",
+        f"---\n{as_yaml(front)}---",
         f"# {name}",
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
@@ -302,7 +302,7 @@ def model_card(record: Json) -> str:
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     parts += [
-        *(["## Recipe", f"```yaml\n{_yaml(record['recipe'])}```"] if "recipe" in record else []),
+        *(["## Recipe", f"```yaml\n{as_yaml(record['recipe'])}```"] if "recipe" in record else []),
         "## Load it",
         f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
         _who_reads_it(record, auto_class),
@@ -328,8 +328,7 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
         )
     return (
         f"The folder is an ordinary Hugging Face checkpoint, so `{auto_class}.from_pretrained` and "
-        "serving software read it too. `compressor.load` also puts back what a checkpoint cannot hold, where "
-        "a pass needs it."
+        "serving software read it too."
     )
 
 
@@ -718,13 +717,7 @@ def _skipped_lines(record: Json) -> str:
 
 def _ids(ids: Sequence[int]) -> str:
     """``[0, 1, 2, 5]`` → ``0–2, 5``."""
-    runs: list[list[int]] = []
-    for expert in ids:
-        if runs and expert == runs[-1][-1] + 1:
-            runs[-1].append(expert)
-        else:
-            runs.append([expert])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs(ids))
 
 
 # --- labels of layers ---
@@ -781,7 +774,7 @@ def _text(value: int | None, human: Callable[[int], str]) -> str:
     return NOTHING if value is None else human(value)
 
 
-def _yaml(data: Any) -> str:
+def as_yaml(data: Any) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -803,15 +796,3 @@ def _signed(value: float, form: str) -> str:
     if not float(text):
         return text
     return f"{'+' if value > 0 else '−'}{text}"
-
-
-def _seconds(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{step} {_duration(value)}" for step, value in seconds.items())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

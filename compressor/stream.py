@@ -38,6 +38,7 @@ from compressor.checkpoint import (
     verify_files,
 )
 from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
+from compressor.moe import tensor_at
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
@@ -258,13 +259,13 @@ class StreamedWeights:
         if key in self._held:
             return
         wanted = list(dict.fromkeys(other for name in names for other in self._same(name)))
-        held = {name: _get(self.model, name) for name in wanted if _get(self.model, name).is_meta}
+        held = {name: tensor_at(self.model, name) for name in wanted if tensor_at(self.model, name).is_meta}
         if not held:
             return
         self._held[key] = held
         self._convert(self._stored_in(held))
         for name in held:
-            same = [tensor for other in self._same(name) if not (tensor := _get(self.model, other)).is_meta]
+            same = [tensor for other in self._same(name) if not (tensor := tensor_at(self.model, other)).is_meta]
             if not same:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__}: {name} cannot be loaded with {key} alone, so its weights cannot be "
@@ -272,7 +273,8 @@ class StreamedWeights:
                 )
             _set(self.model, name, same[0])
         if key not in self._checked:
-            refuse_not_finite(((name, _get(self.model, name)) for name in held), str(self.model.config._name_or_path))
+            loaded = ((name, tensor_at(self.model, name)) for name in held)
+            refuse_not_finite(loaded, str(self.model.config._name_or_path))
             self._checked.add(key)
 
     def _convert(self, stored: dict[str, StoredTensor]) -> None:
@@ -349,13 +351,6 @@ def _names_by_tensor(model: nn.Module) -> dict[str, Tensor]:
     computed = {name for name, _ in model.named_non_persistent_buffers()}  # type: ignore[operator]
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in tensors if name not in computed}
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    found = getattr(model.get_submodule(path), leaf)
-    assert isinstance(found, Tensor)
-    return found
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor
 from compressor.calibration import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
 from compressor.journal import NotPlainError, ObservationJournal, Snapshot, Standing, digest, flatten, unflatten
-from compressor.moe import MoEModel, RealTokens, RoutedTokens, expert_weight_norms
+from compressor.moe import MoEModel, RealTokens, RoutedTokens, evaluating, expert_weight_norms
 from compressor.parking import Parked, Parking
 from compressor.processes import Processes
 from compressor.progress import Progress, Update
@@ -88,15 +88,10 @@ def observe(
         return {path: dict(figures) for path, figures in kept.items() if figures}
     model = moe.model
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
-    was_training = model.training
-    model.eval()
-    try:
-        with moe.unskipped(), progress.task(title) as update:
-            return _Walk(
-                moe.model, body, update, processes, weights, moe, dict(statistics), edited, None, journal, parking
-            ).run(batches)
-    finally:
-        model.train(was_training)
+    with evaluating(model), moe.unskipped(), progress.task(title) as update:
+        return _Walk(
+            moe.model, body, update, processes, weights, moe, dict(statistics), edited, None, journal, parking
+        ).run(batches)
 
 
 @torch.no_grad()
@@ -112,12 +107,8 @@ def forward(
     """Run a model that is read layer by layer on all batches; `consume` is given each batch and the model's output.
     `update` is told how many layers were read.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         _Walk(model, model, update, Processes(), weights, consume=consume, parking=parking).run(batches)
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -629,13 +620,8 @@ def logits(model: Any, batch: TokenBatch) -> Tensor:
 
     Of a class without a head these are its last hidden states, [N, H]: what it hands out instead.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        output = model(**model_inputs(model, batch))
-    finally:
-        model.train(was_training)
-    return answers_at(batch, output)
+    with evaluating(model):
+        return answers_at(batch, model(**model_inputs(model, batch)))
 
 
 def answers_at(batch: TokenBatch, output: Any) -> Tensor:

@@ -1,13 +1,39 @@
-"""How numbers are said to people: sizes, times, counts; and texts that are too long to be read."""
+"""How things are said to people: sizes, times, counts, what a name may have meant; texts too long to be read, or known
+by their digests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
 
 
 def shortened(text: str, most: int) -> str:
     """A text of at most so many characters: of a longer one the middle is left out."""
     return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What follows `unknown NAME`: `; did you mean 'keep'?`, or a full stop."""
+    closest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {closest[0]!r}?" if closest else "."
+
+
+def digest(text: str) -> str:
+    """`sha256:` and 16 hex digits."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def runs(numbers: Iterable[int]) -> list[range]:
+    """`[0, 1, 2, 5]` → `[range(0, 3), range(5, 6)]`."""
+    found: list[range] = []
+    for number in numbers:
+        if found and number == found[-1].stop:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
 
 
 def counted(number: int, thing: str) -> str:

@@ -2,6 +2,7 @@
 
 structure   everything that is indexed by expert, found by building the model twice on the meta device
 probe       how a block routes, found by running a part of it on random weights
+modules     any model's modules and tensors: by name, in evaluation mode
 logits      the linear map inside a router: seen, masked, replaced
 routing     masking experts inside a router; the rule that turns logits into weights
 adapter     who explains a model: adapters of plugins, or what is found by itself
@@ -25,6 +26,7 @@ from compressor.moe.counter import Counter
 from compressor.moe.counts import settle, uneven_class, uneven_counts
 from compressor.moe.entry import KEY, read_entry
 from compressor.moe.model import Kept, MoEModel, Removal, check_kept, count_problem, refuse_quantised
+from compressor.moe.modules import evaluating, tensor_at
 from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import RoutingRule, relabelled
 from compressor.moe.skip_layers import is_decorated
@@ -56,6 +58,7 @@ __all__ = [
     "Structure",
     "check_kept",
     "count_problem",
+    "evaluating",
     "expert_weight_norms",
     "fates",
     "find_structure",
@@ -71,6 +74,7 @@ __all__ = [
     "settle",
     "skip_problem",
     "structure_of",
+    "tensor_at",
     "uneven_class",
     "uneven_counts",
 ]

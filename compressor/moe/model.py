@@ -17,13 +17,13 @@ from compressor.moe.adapter import structure_of
 from compressor.moe.counter import Counter
 from compressor.moe.counts import slice_layer, uneven_counts, write_counts
 from compressor.moe.entry import write_entry
+from compressor.moe.modules import tensor_at
 from compressor.moe.probe import SWITCHED_OFF
 from compressor.moe.routing import (
     masked_router,
     relabelled,
     router_weights,
     selection_biases,
-    tensor_at,
     top_k_set,
     write_top_k,
 )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
 from compressor.moe.logits import RouterLogits
+from compressor.moe.modules import tensor_at
 
 if TYPE_CHECKING:
     from compressor.moe.structure import ConfigLeaf, ExpertAxis
@@ -312,7 +313,7 @@ class _LoneRouter:
         handed = {id(tensor): name for name, tensor in named.items() if name in place.biases}
         prefix = place.router + "."
         biases = [
-            (_tensor(module, name[len(prefix) :]), place.tensors[name].dim)
+            (tensor_at(module, name[len(prefix) :]), place.tensors[name].dim)
             for name in place.biases
             if name.startswith(prefix)
         ]
@@ -332,7 +333,7 @@ class _LoneRouter:
         args = [real(value) for value in trace.router_args or ()]
         kwargs = {key: real(value) for key, value in trace.router_kwargs.items()}
         biases = [(tensor, dim) for tensor, dim in biases if tensor.numel() == tensor.shape[dim]]
-        weights = [_tensor(module, name[len(prefix) :]) for name in place.router_weights]
+        weights = [tensor_at(module, name[len(prefix) :]) for name in place.router_weights]
         return cls(module, args, kwargs, weights, biases, max((len(weight) for weight in weights), default=0))
 
     def run(self, dropped: Sequence[int] = (), off: float | None = None) -> tuple[Any, ...]:
@@ -371,13 +372,6 @@ def _fill(tensor: Tensor, generator: torch.Generator, num_experts: int) -> None:
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(module.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 # What was found --------------------------------------------------------------------------------------------

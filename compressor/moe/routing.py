@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from compressor.errors import UnsupportedModelError
 from compressor.moe.logits import RouterLogits
+from compressor.moe.modules import tensor_at
 from compressor.moe.structure import MoELayer, Structure
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -26,14 +27,6 @@ Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 def dropped_experts(layer: MoELayer, kept: Sequence[int], device: torch.device) -> Tensor:
     """The ids that are not kept, ascending, int64."""
     return torch.tensor(sorted(set(range(layer.num_experts)) - set(kept)), dtype=torch.int64, device=device)
-
-
-def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its full name."""
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def router_weights(model: nn.Module, layer: MoELayer) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe.logits import RouterLogits
+from compressor.moe.modules import evaluating
 from compressor.moe.pairs import PairLists
 from compressor.moe.probe import places_of_choices
 from compressor.moe.routing import (
@@ -649,17 +650,14 @@ def rule_of_block(model: nn.Module, layer: MoELayer, hidden_TH: Tensor | None = 
     few_TH = hidden_TH[:_NUM_TOKENS_THROUGH_BLOCK]
     (container, names), *_ = layer.containers.items()
     modules = [model.get_submodule(f"{container}.{name}") for name in names]
-    was_training = block.training
-    block.eval()  # in training some shake their input
     try:
-        return _rule_of_block(model, layer, few_TH, modules)
+        with evaluating(block):  # in training some shake their input
+            return _rule_of_block(model, layer, few_TH, modules)
     except TypeError as error:
         raise UnsupportedModelError(
             f"{layer.path} ({type(block).__name__}): how it chooses its experts cannot be found out, since it or its "
             f"experts need more than hidden states: {error}; this needs a plugin."
         ) from error
-    finally:
-        block.train(was_training)
 
 
 def _rule_of_block(model: nn.Module, layer: MoELayer, few_TH: Tensor, modules: list[nn.Module]) -> RoutingRule:

@@ -14,13 +14,13 @@ What needs torch is imported where it is used, so that options can be listed and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compressor.method import Decision, Method, OptionError, Plan, check_layer_names
 from compressor.selection.options import SelectionOptions, ids_for
+from compressor.wording import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,10 +102,9 @@ class ExpertSelection(Method[OptionsT]):
     def _check_criterion(self) -> None:
         name = self.options.criterion
         if name is not None and name not in self.criteria:
-            near = difflib.get_close_matches(name, self.criteria, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            known = ", ".join(sorted(self.criteria))
             raise OptionError(
-                "criterion", f"there is no criterion {name!r}; {hint}known are {', '.join(sorted(self.criteria))}."
+                "criterion", f"there is no criterion {name!r}{did_you_mean(name, self.criteria)} Known are {known}."
             )
 
     def _check_text(self) -> None:

@@ -135,7 +135,7 @@ def test_random_depends_on_its_seed(cli: Cli, recipe: WriteRecipe, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"criterion": "reep"}, ".criterion: there is no criterion 'reep'; did you mean reap? known are aimer, ean, "),
+        ({"criterion": "reep"}, ".criterion: there is no criterion 'reep'; did you mean 'reap'? Known are aimer"),
         ({"criterion": "reap", "search": "exact"}, "`search` would have no effect beside `criterion`"),
         ({"criterion": "reap", "ranks": 4}, "`ranks` would have no effect beside `criterion`"),
         ({"seed": 3}, "`seed` would have no effect: the search draws nothing at random"),
