@@ -46,7 +46,7 @@ from compressor.files import (
     read_index,
     refuse_adapter,
 )
-from compressor.hub import download_side_files, download_weights, may_be_hub_id
+from compressor.hub import download_side_files, download_weights, may_be_hub_id, missing_weights
 from compressor.journal import Journal, force_to_disk, put_in_place
 from compressor.moe import (
     KEY,
@@ -148,7 +148,8 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
     """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
 
     With `weights` False all but weights is needed and downloaded. Raises CheckpointError if there is no such folder, or
-    the hub cannot be reached and its cache does not hold the model, or an adapter lies in it.
+    the hub cannot be reached and its cache does not hold the model, or an adapter lies in it, or
+    the hub has no weights of it that can be read.
     """
     if reference == DEMO:
         from compressor.demo import model_folder
@@ -169,7 +170,10 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         )
     found = Checkpoint(reference, download_side_files(reference), trust_remote_code, is_of_hub=True)
     refuse_adapter(found.folder, reference)
-    return with_weights(found) if weights else found
+    if weights:
+        return with_weights(found)
+    missing_weights(reference, found.folder)
+    return found
 
 
 def with_weights(found: Checkpoint) -> Checkpoint:

@@ -2,7 +2,8 @@
 
 Read are `model.safetensors` or the shards of the index, nothing else. Everything that is no weights goes along, in
 sub-folders too. Weights that are not read (other formats, copies, adapters) stay behind, and with them the rest of a
-sub-folder that holds some: it is another form of the model as it was.
+sub-folder that holds some, or their config (of a hub's model the weights are not here): it is another form of the model
+as it was.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ WEIGHTS = (
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _OURS = "compressor"
 _WRITTEN_ANEW = ("config.json", INDEX)
+_OF_WEIGHTS = ("config.json", "params.json", ADAPTER[0])
+"""Names of files that say what weights beside them are."""
 _STAYS = ("README.md", _OURS, *ADAPTER)
 
 
@@ -129,18 +132,19 @@ def files_beside(folder: Path) -> Beside:
 def _walk(folder: Path, inside: str, read: Collection[str]) -> Iterator[tuple[str, bool]]:
     """(path, whether it is carried over) of the files, and of folders that stay behind whole."""
     entries = [(inside + entry.name, entry) for entry in os.scandir(folder)]
-    if inside and any(is_weights(name) and name not in read for name, _ in entries):
+    if inside and any((is_weights(name) and name not in read) or e.name in _OF_WEIGHTS for name, e in entries):
         yield inside, False
         return
     for name, entry in entries:
         stays = entry.name.startswith(".") or name in _STAYS or entry.name == "__pycache__"
-        if entry.is_dir():
+        if os.path.isdir(entry):  # links may lead in a circle, which `entry.is_dir` raises for
             if stays or entry.is_symlink() or not os.access(entry, os.R_OK | os.X_OK):
                 yield f"{name}/", False
             else:
                 yield from _walk(folder / entry.name, f"{name}/", read)
         elif name not in read and name not in _WRITTEN_ANEW:
-            is_other = is_weights(name) or name.endswith(".index.json") or not entry.is_file()
+            can_copy = os.path.isfile(entry) and os.access(entry, os.R_OK)
+            is_other = is_weights(name) or name.endswith(".index.json") or not can_copy
             yield name, not (stays or is_other)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compressor import network
 from compressor.errors import CheckpointError
-from compressor.files import INDEX, SINGLE, WEIGHTS, names_of_weights, read_index
+from compressor.files import SINGLE, WEIGHTS, names_of_weights, read_index
 
 
 def may_be_hub_id(reference: str) -> bool:
@@ -51,25 +51,30 @@ def download_weights(repository: str, folder: Path) -> None:
     """
     from huggingface_hub import snapshot_download
 
+    if not (missing := missing_weights(repository, folder)):
+        return
+    with _errors_named(repository):
+        snapshot_download(repository, revision=folder.name, allow_patterns=[glob.escape(name) for name in missing])
+    _refuse([name for name in missing if not (folder / name).exists()], repository, "are not in the hub's local cache")
+
+
+def missing_weights(repository: str, folder: Path) -> list[str]:
+    """The files of weights that are read and not in `folder`. Raises CheckpointError where the hub, if it answers, has
+    none that can be read.
+    """
     weight_map = read_index(folder)
     wanted = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-    if not _missing(folder, wanted):
-        return
-    there = _listing(repository, folder.name)
+    missing = [name for name in wanted if not (folder / name).exists()]
+    there = _listing(repository, folder.name) if missing else None
     if there is not None:
-        wanted = names_of_weights(there, weight_map, repository)
-    with _errors_named(repository):
-        snapshot_download(repository, revision=folder.name, allow_patterns=[glob.escape(name) for name in wanted])
-    if missing := _missing(folder, wanted):
-        where = "are not on the hub" if there is not None else "are not in the hub's local cache, and it is not reached"
-        raise CheckpointError(
-            f"{repository}: {len(missing)} file(s) of weights {where}: {', '.join(missing[:3])}"
-            f"{f', which {INDEX} names' if weight_map else ''}."
-        )
+        missing = names_of_weights(there, weight_map, repository)
+        _refuse([name for name in missing if name not in there], repository, "are not on the hub")
+    return missing
 
 
-def _missing(folder: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if not (folder / name).exists()]
+def _refuse(names: Sequence[str], repository: str, where: str) -> None:
+    if names:
+        raise CheckpointError(f"{repository}: {len(names)} file(s) of weights {where}: {', '.join(names[:3])}.")
 
 
 def _listing(repository: str, commit: str) -> set[str] | None:

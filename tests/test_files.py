@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,21 @@ def test_shards_in_a_sub_folder_are_weights_that_are_read(tmp_path: Path) -> Non
     write(tmp_path, {"parts/one.safetensors": b"x", "parts/about.txt": b"y", "more/two.safetensors": b"z"})
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert files_beside(tmp_path) == Beside(tmp_path, ("parts/about.txt",), ("more/",))
+
+
+def test_links_in_a_circle_and_what_cannot_be_read_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"model.safetensors": b"", "a/b.txt": b"x", "secret.txt": b"x"})
+    (tmp_path / "a/again").symlink_to(".")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "secret.txt")
+    assert files_beside(tmp_path) == Beside(tmp_path, ("a/b.txt",), ("a/again/", "loop", "secret.txt"))
+
+
+def test_another_form_of_the_model_is_known_where_its_weights_are_not(tmp_path: Path) -> None:
+    """As in the cache of the hub, to which they were not fetched."""
+    write(tmp_path, {"model.safetensors": b"", "assets/a.txt": b"x", "original/tokenizer.model": b"x"})
+    write(tmp_path, {"original/params.json": b"x", "onnx/config.json": b"x", "fr/adapter_config.json": b"x"})
+    assert files_beside(tmp_path) == Beside(tmp_path, ("assets/a.txt",), ("fr/", "onnx/", "original/"))
 
 
 # --- adapters

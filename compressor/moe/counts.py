@@ -16,8 +16,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe.entry import KEY, read_entry, write_entry
@@ -76,12 +76,10 @@ def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
         )
 
 
-def slice_layer(
-    model: nn.Module, layer: MoELayer, kept: Sequence[int], made: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> MoELayer:
+def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
     """Take all experts but `kept` out of a layer: tensors, modules in lists, integers. Returns the layer as it is then.
 
-    `made` remembers old tensor and new one by the old one's id, so that layers which share weights go on doing so.
+    `made` remembers the new tensor of an old one that other layers have too, so that they go on sharing it.
     """
     in_lists = tuple(path + "." for path in layer.containers)
     for name, axis in layer.tensors.items():
@@ -92,12 +90,12 @@ def slice_layer(
         old = getattr(module, leaf)
         if old.shape[axis.dim] == axis.size(len(kept)) != axis.size(layer.num_experts):
             continue  # shared with a layer that was sliced before
-        if id(old) not in made:
+        if old not in made:
             new = old.index_select(axis.dim, axis.rows(kept, layer.num_experts).to(old.device))
-            made[id(old)] = old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        new = made[id(old)][1]
+            made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        new = made[old]
         if isinstance(old, nn.Parameter):
-            module.register_parameter(leaf, new)  # type: ignore[arg-type]
+            module.register_parameter(leaf, new)
         else:
             module._buffers[leaf] = new
     containers = {}
@@ -131,7 +129,7 @@ def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> t
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         model_class.__init__(self, *args, **kwargs)
-        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        made = WeakTensorKeyDictionary()
         layers = [
             slice_layer(self, layer, range(counts.get(layer.path, layer.num_experts)), made) for layer in known.values()
         ]

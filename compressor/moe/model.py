@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.moe import skipping
@@ -211,7 +212,7 @@ class MoEModel:
         rules = self._rules_after(checked, top_k)
         skipped = skipping.states(self.model)
         skipping.remove(self.model)
-        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        made = WeakTensorKeyDictionary()  # whatever no layer needs any more is gone
         layers = tuple(self._keep_in_layer(layer, checked[layer.path], made) for layer in self.layers)
         self.structure = dataclasses.replace(
             self.structure, layers=layers, shapes={n: tuple(t.shape) for n, t in _tensors(self.model)},
@@ -294,9 +295,7 @@ class MoEModel:
             switched_off[layer.path] = [position for position, expert in enumerate(ids) if expert not in own]
         return filled, switched_off
 
-    def _keep_in_layer(
-        self, layer: MoELayer, kept: Sequence[int], made: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    ) -> MoELayer:
+    def _keep_in_layer(self, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
         for name in layer.id_tensors:
             table = tensor_at(self.model, name)
             if not table.is_meta:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from by_hand import ROUTING, choose, correction_bias, router_logits
@@ -10,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from traces import assert_untouched, traces
 
 from compressor import MoEModel, UnsupportedModelError
+from compressor.moe.counts import slice_layer
 
 IDS = token_ids(3, 17)
 ATTENTION_MASK = torch.ones_like(IDS)
@@ -257,3 +260,17 @@ def test_router_without_a_linear_map_cannot_be_masked():
         "model.layers.0.mlp.gate: saw no linear map with its weights inside its forward, so experts cannot be masked."
     )
     assert _get_current_function_mode_stack() == []
+
+
+def test_of_the_weights_before_an_edit_one_layer_is_there_at_a_time(monkeypatch):
+    moe = MoEModel(tiny_model("mixtral"))
+    before = [weakref.ref(moe.model.get_parameter(next(iter(layer.tensors)))) for layer in moe.layers]
+    there = []
+
+    def counted(*args):
+        there.append(sum(ref() is not None for ref in before))
+        return slice_layer(*args)
+
+    monkeypatch.setattr("compressor.moe.model.slice_layer", counted)
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    assert there == [3, 2, 1]
