@@ -927,7 +927,7 @@ class OutputFolder:
         """Give the output of a run before its name, if that was stopped when it was whole. Returns whether it was."""
         with suppress(OSError):
             self.hidden.rmdir()  # the very last that a run does; no other leaves it empty
-        if not self._whole.exists():
+        if not os.path.exists(self._whole):
             return False
         try:
             self._lock.take(self.target)

@@ -23,6 +23,7 @@ WriteRecipe = Callable[..., Path]
 Refused = Callable[..., str]
 Json = dict[str, Any]
 
+pytestmark = pytest.mark.slow  # models of 61 layers
 VOCAB_SIZE = 64
 _COMMON: Json = {
     "vocab_size": VOCAB_SIZE,
