@@ -29,7 +29,8 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.engine import CompressionResult, apply, compress, decide, load, restore
+    from compressor.decisions import apply, decide
+    from compressor.engine import compress, load, restore
     from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
     from compressor.moe import (
         Adapter,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         find_structure,
     )
     from compressor.processes import Processes
+    from compressor.record import CompressionResult
     from compressor.selection.budget import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.method import ExpertSelection
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "moe",
-    "CompressionResult": "engine",
+    "CompressionResult": "record",
     "ConfigLeaf": "moe",
     "Criterion": "selection.criteria",
     "Decision": "method",
@@ -83,11 +85,11 @@ _HOME = {
     "Structure": "moe",
     "TaskSource": "sources",
     "allocate": "selection.budget",
-    "apply": "engine",
+    "apply": "decisions",
     "check_layer_names": "method",
     "compress": "engine",
     "count_problem": "moe",
-    "decide": "engine",
+    "decide": "decisions",
     "fewest_losses": "selection.pairs",
     "find_structure": "moe",
     "load": "engine",

@@ -260,10 +260,10 @@ def apply(
 ) -> None:
     """Apply a decision made before to the original model, on disk: no calibration, the same experts."""
     _calm()
-    from compressor import engine
+    from compressor.decisions import apply
     from compressor.progress import Progress
 
-    engine.apply(
+    apply(
         decision,
         model,
         output,
@@ -303,13 +303,13 @@ def decide(
 ) -> None:
     """Decide again from figures gathered before: another ratio, criterion or blend. Needs no model."""
     _calm()
-    from compressor import engine, report
+    from compressor import decisions, report
 
     overrides = [*(set_ or []), *_settings({"keep": keep, "criterion": criterion, "blend": blend})]
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
-    decided = engine.decide(statistics, method, **where, overrides=overrides, without=without or [])
+    decided = decisions.decide(statistics, method, **where, overrides=overrides, without=without or [])
     if not quiet:
-        file = engine.decision_file(output)
+        file = decisions.decision_file(output)
         with _printing():
             report.print_decisions(decided, _console())
             print(f"\nWritten to {output}. `compressor apply {file} MODEL --output FOLDER` makes the smaller model.")

@@ -521,3 +521,11 @@ def save_verified(
             f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
             f"difference of a logit: {difference:.3g}). Nothing was kept."
         )
+
+
+def random_batch(model: Any) -> TokenBatch:
+    """Random ids, where no text is at hand: enough to compare two models bit by bit."""
+    ids = torch.randint(
+        model.get_input_embeddings().weight.shape[0], (2, 64), generator=torch.Generator().manual_seed(0)
+    )
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))

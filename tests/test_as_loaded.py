@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import compressor
 from compressor import CheckpointError, RecipeError, UnsupportedModelError, plan, report
 from compressor.checkpoint import read_config
-from compressor.engine import apply, evaluate
+from compressor.decisions import apply
+from compressor.engine import evaluate
 from compressor.quantised import loading_problem, reading_problem
 
 INT8 = {

@@ -631,7 +631,7 @@ def decision_of(folder: Path, kept: Mapping[str, list[int]], path: Path) -> Path
 
 
 def test_apply_to_a_quantised_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compressor.engine import apply
+    from compressor.decisions import apply
     from compressor.progress import Progress
 
     source = write_changed("mixtral", tmp_path / "source", per_expert_fp8, quantization_config=FP8)
@@ -647,7 +647,7 @@ def test_apply_to_a_quantised_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
     """It would run unskipped everywhere."""
-    from compressor.engine import apply
+    from compressor.decisions import apply
 
     source = write_changed("mixtral", tmp_path / "source", per_expert_fp8, quantization_config=FP8)
     rule = {"rule": "ratio", "renormalise": True, "beta": 0.5}
@@ -659,12 +659,12 @@ def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
 
 
 def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compressor import engine
+    from compressor import decisions
 
-    monkeypatch.setattr(engine.checkpoints, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(decisions.checkpoints, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     kept = keep_six(disk.meta_model(Checkpoint("mine", tiny_folder("mixtral"))))
     decision = decision_of(tiny_folder("mixtral"), kept, tmp_path / "decision.json")
-    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "out", hard_link=True)
+    decisions.apply(decision, str(tiny_folder("mixtral")), tmp_path / "out", hard_link=True)
     compressor_folder = tmp_path / "out" / "compressor"
     assert json.loads((compressor_folder / "decision.json").read_text())["passes"][0]["method"] == "expert_pruning"
 
@@ -672,15 +672,15 @@ def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_apply_says_why_it_loads_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compressor import engine
+    from compressor import decisions
     from compressor.plugins import load_plugins
     from compressor.progress import Progress
 
     kept = keep_six(disk.meta_model(Checkpoint("mine", tiny_folder("mixtral"))))
     decision = decision_of(tiny_folder("mixtral"), kept, tmp_path / "decision.json")
-    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "disk")
+    decisions.apply(decision, str(tiny_folder("mixtral")), tmp_path / "disk")
     monkeypatch.setattr(load_plugins().methods["expert_pruning"], "needs_weights", True)
-    engine.apply(decision, str(tiny_folder("mixtral")), tmp_path / "memory", progress=Progress("lines"))
+    decisions.apply(decision, str(tiny_folder("mixtral")), tmp_path / "memory", progress=Progress("lines"))
     assert "it cannot be edited on disk, because expert_pruning needs weights" in capsys.readouterr().err
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()

@@ -14,7 +14,8 @@ from tiny_models import tiny_folder, token_ids, write_token_file
 import compressor
 from compressor import CheckpointError, plan
 from compressor import checkpoint as checkpoints
-from compressor.engine import apply, evaluate
+from compressor.decisions import apply
+from compressor.engine import evaluate
 from compressor.files import ADAPTER, Beside, files_beside
 from compressor.plugins import load_plugins
 from compressor.progress import Progress

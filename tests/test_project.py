@@ -32,6 +32,8 @@ ORDER = (
     "cli",
     "testing",
     "engine",
+    "decisions",
+    "record",
     "controls",
     "workpiece",
     "plan",

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import compressor
 from compressor import plan
 from compressor.calibration import Sequences, TokenBatch
-from compressor.engine import CompressionResult
 from compressor.moe import Counter
 from compressor.plugins import Plugins, load_plugins
 from compressor.processes import Processes
 from compressor.recipe import load_recipe
+from compressor.record import CompressionResult
 from compressor.statistics import Gathered
 from compressor.tasks import LoadedTasks
 

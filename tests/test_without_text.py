@@ -199,7 +199,7 @@ def test_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "model_card", stop)
+        patch.setattr("compressor.record.model_card", stop)
         with pytest.raises(Stopped):
             compressor.compress(recipe)
     monkeypatch.setattr(ObservationJournal, "put", stop)  # all of it is known

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from compressor import checkpoint, engine, walk, workpiece
+from compressor import checkpoint, engine, record, walk, workpiece
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
@@ -794,7 +794,7 @@ def kept(folder: Path) -> str:
         (engine, "save_statistics", no_space_for_safetensors),
         (engine, "write_json", no_space),
         (engine.checkpoints, "save_checkpoint", no_space_for_safetensors),
-        (engine, "model_card", no_space),
+        (record, "model_card", no_space),
     ],
 )
 def test_disk_that_fills_up(
@@ -824,7 +824,7 @@ def test_disk_that_fills_up(
         (walk, "observe"),
         (engine, "save_statistics"),
         (workpiece, "save_verified"),
-        (engine, "model_card"),
+        (record, "model_card"),
     ],
 )
 def test_ctrl_c(
@@ -853,7 +853,7 @@ def test_ctrl_c_keeps_what_was_to_be_overwritten(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "model_card", interrupt)
+    monkeypatch.setattr(record, "model_card", interrupt)
     path = recipe(passes=[{"expert_pruning": {"keep": 4}}])
     assert cli("run", "--quiet", path, "--overwrite").status == 130
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import MoEModel, OptionError, RecipeError, SkipRule, plan
-from compressor.engine import apply
+from compressor.decisions import apply
 from compressor.page import page
 from compressor.plugins import load_plugins
 from compressor.recipe import load_recipe

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import MoEModel
-from compressor.engine import apply
+from compressor.decisions import apply
 
 
 @pytest.fixture

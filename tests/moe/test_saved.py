@@ -27,8 +27,8 @@ from tiny_models import (
 from compressor import MoEModel, SkipRule, compress
 from compressor.calibration import TokenBatch
 from compressor.checkpoint import Checkpoint, OutputFolder, load_model, save_checkpoint
-from compressor.engine import save_verified
 from compressor.testing.checks import save
+from compressor.workpiece import save_verified
 
 READER = """
 import json, sys
