@@ -8,13 +8,15 @@ that cannot take mappings, or prints them in Python's spelling, gets JSON text.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from compressor.errors import CalibrationError
+from compressor.lines import from_json
 from compressor.sources import Chat, Messages
 
 
@@ -47,51 +49,103 @@ def choose_template(tokenizer: Any, name: str | None, title: str, *, has_tools: 
 
 def unread(tokenizer: Any, chat: Chat, name: str | None, title: str) -> list[str]:
     """Which of a chat's `tools` and `documents` its template does not read."""
-    template = choose_template(tokenizer, name, title, has_tools="tools" in chat.others)
-    return [key for key in ("tools", "documents") if chat.others.get(key) and key not in _names_read(template)]
+    given = _given(chat)
+    template = choose_template(tokenizer, name, title, has_tools="tools" in given)
+    return [key for key in ("tools", "documents") if given.get(key) and key not in _names_read(template)]
 
 
 def render(tokenizer: Any, chat: Chat, name: str | None, title: str) -> str:
     """The chat as text, by the template of that `name`. Raises CalibrationError where there is no such template, or it
     refuses the chat.
     """
-    given = {**chat.others, **(chat.others.get("chat_template_kwargs") or {})}
-    given |= {key: _from_json(given[key]) for key in ("tools", "documents") if key in given}
+    given = _given(chat)
     template = choose_template(tokenizer, name, title, has_tools="tools" in given)
-    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_GLOBALS} - {"tools", "documents"}
-    values = {key: one for key, one in given.items() if key in _names_read(template) and key not in own}
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_GLOBALS, *tokenizer.special_tokens_map}
+    names = _names_read(template) - (own - {"tools", "documents"})
+    values = {key: one for key, one in given.items() if key in names}
 
-    def rendered(form: Callable[[Any], Any]) -> str:
-        messages = [_with_arguments(message, form) for message in chat.messages]
+    def rendered(messages: Messages) -> str:
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **values))
 
     try:
-        return _with_the_form_it_takes(rendered, chat.messages)
+        return _in_the_form_it_takes(rendered, chat.messages)
     except Exception as error:  # templates raise what they like
+        said = str(error).encode(errors="backslashreplace").decode()
+        odd = [one for one in _arguments(chat.messages, _as_mapping) if not isinstance(one, Mapping)]
+        hint = f". The arguments of a tool call are no JSON object: {str(odd[0])[:80]!r}" if odd else ""
         raise CalibrationError(
             f"source {title!r}: {chat.where}: the tokenizer's chat template refuses a chat that begins with "
-            f"{str(chat.messages)[:80]!r}: {error}"
+            f"{str(chat.messages)[:80]!r}: {said}{hint}"
         ) from error
 
 
-def _with_the_form_it_takes(rendered: Callable[[Callable[[Any], Any]], str], messages: Messages) -> str:
-    arguments = [_as_mapping(one) for message in messages for one in _arguments(message)]
-    if not arguments:
-        return rendered(_as_mapping)
-    try:
-        text = rendered(_as_mapping)
-    except Exception as error:
+def _given(chat: Chat) -> dict[str, Any]:
+    """What a template may read of a row beside the messages; tools and documents also where they are JSON text."""
+    own = from_json(chat.others.get("chat_template_kwargs") or {})
+    if not isinstance(own, Mapping):
+        raise CalibrationError(
+            f"{chat.where}: expected a mapping under 'chat_template_kwargs', found {str(own)[:80]!r}."
+        )
+    given = {**chat.others, **own}
+    given |= {key: from_json(given[key]) for key in ("tools", "documents") if key in given}
+    return {
+        key: one for key, one in given.items() if key not in ("tools", "documents") or one not in (None, "", "null")
+    }
+
+
+def _in_the_form_it_takes(rendered: Callable[[Messages], str], messages: Messages) -> str:
+    """As the template takes them: contents as lists of parts or as text, arguments as mappings or as JSON text. Of what
+    it takes the first that loses no part and prints nothing in Python's spelling, or else the best.
+    """
+    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    contents = [_as_it_is, _joined] if has_parts else [_as_it_is]
+    forms = [_as_mapping, _as_text] if _arguments(messages, _as_mapping) else [_as_mapping]
+    found: list[tuple[int, str]] = []
+    errors: list[Exception] = []
+    for content, form in itertools.product(contents, forms):
         try:
-            return rendered(_as_text)
-        except Exception:
-            raise error from None
-    said = str([message.get("content") for message in messages])
-    printed = [str(one) for one in arguments if one and not isinstance(one, str)]
-    return rendered(_as_text) if any(one in text and one not in said for one in printed) else text
+            changed = [_with_arguments(content(message), form) for message in messages]
+            text = rendered(changed)
+        except Exception as error:
+            errors.append(error)
+            continue
+        found.append((_misprints(text, changed), text))
+        if not found[-1][0]:
+            return text
+    if errors:
+        raise errors[0]
+    return min(found)[1]
 
 
-_GLOBALS = frozenset(["range", "lipsum", "dict", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"])
-"""What every template can call; a row's column of such a name is not meant."""
+def _misprints(text: str, messages: Messages) -> int:
+    """How many arguments and contents a template has printed in Python's spelling, and parts of contents left out."""
+    contents = [message.get("content") for message in messages]
+    said = "\n".join(one for one in contents if isinstance(one, str))
+    lists = [one for one in contents if isinstance(one, list)]
+    values = [str(one) for one in [*lists, *_arguments(messages, _as_it_is)] if one and not isinstance(one, str)]
+    parts = [part.get("text") or "" for one in lists for part in one if isinstance(part, Mapping)]
+    return sum(one in text and one not in said for one in values) + sum(one.strip() not in text for one in parts)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is text; as transformers' templates do it, parts follow each other without a blank."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    others = [part for part in content if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]
+    if others:
+        raise ValueError(f"it takes no parts, and one of them is no text: {str(others[0])[:80]!r}")
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+_GLOBALS = frozenset(
+    ["messages", "range", "lipsum", "dict", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"]
+)
+"""What every template has; a row's column of such a name is not meant."""
 
 
 @lru_cache(maxsize=16)
@@ -108,26 +162,14 @@ def _names_read(template: str) -> frozenset[str]:
         return frozenset()  # applying it will say what is wrong
 
 
-def _from_json(value: Any) -> Any:
-    """Lists and mappings that a data set keeps as JSON text, their elements included; anything else as it is."""
-    if isinstance(value, list):
-        return [_from_json(one) for one in value]
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        return _from_json(json.loads(value))
-    except ValueError:
-        return value
-
-
 def _with_arguments(message: Mapping[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
     """A message with its tool calls' arguments in another form."""
     changed = dict(message)
     if message.get("tool_calls"):
-        calls = _from_json(message["tool_calls"])
+        calls = from_json(message["tool_calls"])
         changed["tool_calls"] = [_call_with(call, form) for call in calls] if isinstance(calls, list) else calls
     if message.get("function_call"):
-        changed["function_call"] = _call_with(_from_json(message["function_call"]), form)
+        changed["function_call"] = _call_with(from_json(message["function_call"]), form)
     return changed
 
 
@@ -136,19 +178,21 @@ def _call_with(call: Any, form: Callable[[Any], Any]) -> Any:
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call_with(call["function"], form)}
-    return {**call, "arguments": form(call["arguments"])} if "arguments" in call else call
+    return {**call, "arguments": form(call.get("arguments"))}
 
 
-def _arguments(message: Mapping[str, Any]) -> Iterator[Any]:
+def _arguments(messages: Messages, form: Callable[[Any], Any]) -> list[Any]:
+    """The arguments of all tool calls, in a form."""
     found: list[Any] = []
-    _with_arguments(message, found.append)
-    yield from found
+    for message in messages:
+        _with_arguments(message, lambda one: found.append(form(one)))
+    return found
 
 
 def _as_mapping(arguments: Any) -> Any:
-    if arguments == "":
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         return {}
-    mapping = _from_json(arguments)
+    mapping = from_json(arguments)
     return mapping if isinstance(mapping, Mapping) else arguments
 
 

@@ -85,6 +85,7 @@ def read_rows(
     """
     try:
         with path.open("rb") as file:
+            _check_kind(file, path, title)
             for start, line in _all_lines(file) if starts is None else _lines_at(file, starts):
                 where = Line(path, start)
                 text = _decoded(line, where, title, replace=replace)
@@ -118,14 +119,18 @@ def _parsed(text: str, where: Line) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
+        raise CalibrationError(f"{where}: not JSON: {error.msg} at column {error.colno}.{_advice(text)}") from error
     except RecursionError as error:
         raise CalibrationError(f"{where}: not a document: nested too deeply.") from error
     except ValueError as error:  # a number of thousands of digits
         raise CalibrationError(f"{where}: not JSON that can be read: {error}.") from error
     if not isinstance(row, dict):
-        raise CalibrationError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+        raise CalibrationError(f"{where}: expected a JSON object, found {type(row).__name__}.{_advice(text)}")
     return row
+
+
+def _advice(line: str) -> str:
+    return " A `.json` file that is one array of rows is a `dataset:`." if line.lstrip().startswith("[") else ""
 
 
 def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[str]:
@@ -134,6 +139,7 @@ def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[st
     """
     try:
         with path.open(encoding="utf-8-sig", errors="replace" if replace else "strict") as file:
+            _check_kind(file.buffer, path, title)
             while block := file.read(_BLOCK):
                 yield block
     except UnicodeDecodeError:
@@ -152,7 +158,39 @@ def _no_text(where: Line, title: str, error: UnicodeDecodeError) -> CalibrationE
     )
 
 
+_OTHERS = {
+    b"\x1f\x8b": ("packed by gzip", "Unpack it"),
+    b"(\xb5/\xfd": ("packed by zstd", "Unpack it"),
+    b"\xfd7zX": ("packed by xz", "Unpack it"),
+    b"PK\x03\x04": ("packed by zip", "Unpack it"),
+    b"\xff\xfe": ("UTF-16", "Write it as UTF-8"),
+    b"\xfe\xff": ("UTF-16", "Write it as UTF-8"),
+}
+"""How files begin that are no UTF-8 text: what they are, and what to do."""
+
+
+def _check_kind(file: Any, path: Path, title: str) -> None:
+    start = file.peek(4)
+    for mark, (kind, advice) in _OTHERS.items():
+        if start.startswith(mark):
+            raise CalibrationError(f"source {title!r}: {path} is {kind}, and UTF-8 text is read. {advice} first.")
+
+
+def from_json(value: Any) -> Any:
+    """Lists and mappings that a data set keeps as JSON text, their elements included; anything else as it is."""
+    if isinstance(value, list):
+        return [from_json(one) for one in value]
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return from_json(json.loads(value))
+    except (ValueError, RecursionError):
+        return value
+
+
 def _unreadable(path: Path, title: str, error: OSError) -> CalibrationError:
+    if isinstance(error, IsADirectoryError):
+        return CalibrationError(f"source {title!r}: {path} is a folder. Give a file, or the folder as `dataset:`.")
     if isinstance(error, FileNotFoundError):
         return CalibrationError(f"source {title!r}: there is no file {path}.")
     return CalibrationError(f"source {title!r}: {path} cannot be read: {error.strerror or error}.")

@@ -8,6 +8,7 @@ makes batches of what is read.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from compressor import network
 from compressor.errors import CalibrationError
-from compressor.lines import find_rows, read_rows, text_blocks
+from compressor.lines import find_rows, from_json, read_rows, text_blocks
 
 Split = Literal["train", "held-out"]
 Messages = list[dict[str, Any]]
@@ -244,12 +245,18 @@ class DatasetSource(RowsSource):
         """A JSON-lines file's rows are read without the library, which names no lines and fills absent keys."""
         if not self._is_file or _suffix(self.dataset) not in (".jsonl", ".ndjson") or _is_packed(self.dataset):
             return None
+        if self.config is not None or self.split not in (None, "train"):
+            return None
         own = self.model_dump(exclude={"dataset", "config", "split"})
         return JsonLinesSource(jsonl=Path(self.dataset), **own)
 
     def memory(self) -> int:
-        """As others, and the library with its buffers."""
-        return self._lines.memory() if self._lines is not None else super().memory() + _LIBRARY + 4 * _BUFFER
+        """As others, and the library with its buffers, and a JSON array, which it reads whole."""
+        if self._lines is not None:
+            return self._lines.memory()
+        files = [Path(self.dataset)] if self._is_file else Path(self.dataset).glob("**/*.json")
+        arrays = [file.stat().st_size for file in files if _suffix(file.name) == ".json" and _is_array(file)]
+        return super().memory() + _LIBRARY + 4 * _BUFFER + 10 * max(arrays, default=0)
 
     def documents(self, *, seed: int | None, split: Split) -> Iterator[Document]:
         """The rows' texts or chats, shuffled by `seed` through a buffer of 10,000 rows, or of fewer that are large."""
@@ -271,31 +278,45 @@ class DatasetSource(RowsSource):
             try:
                 found = self._load()
             except Exception as error:  # every format and place has its own kinds
-                why = f"the hub cannot be reached ({unreachable})" if unreachable else error
+                said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+                why = f"the hub cannot be reached ({unreachable})" if unreachable else said
                 advice = "Without a network, give a local folder, or use a `text:`, `jsonl:` or `demo:` source."
                 if is_local:
                     advice = "Give a file or folder of parquet, arrow, JSON or CSV, or as `save_to_disk` writes it."
+                    advice = "Install `zstandard`, or unpack it." if "type zstd" in said else advice
                 raise CalibrationError(f"dataset {self.dataset!r} cannot be opened: {why}. {advice}") from error
         if not isinstance(found, Mapping):
-            return found
+            return self._typed(found)
         name = self.split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
         if name not in found:
             raise CalibrationError(
                 f"dataset {self.dataset!r} has no split {name!r}; it has {', '.join(map(str, found))}. Say `split:`."
             )
-        return found[name]
+        return self._typed(found[name])
+
+    def _typed(self, rows: Any) -> Any:
+        """The rows; where the library has not looked at them yet, with the types of the first ones. It does not look
+        at JSON arrays, and gives values of mixed types as JSON text then.
+        """
+        from datasets import Features
+
+        first: list[Any] = list(self._rows_read(rows.with_format("arrow").take(1))) if rows.features is None else []
+        return rows.cast(Features.from_arrow_schema(first[0].schema)) if first else rows
 
     def _load(self) -> Any:
         """An iterable dataset, or a mapping of them by split."""
         import datasets
 
         path = Path(self.dataset)
+        is_saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+        if self.config is not None and (self._is_file or is_saved):
+            raise ValueError(f"it has no configurations, such as {self.config!r}; leave `config` out")
         if self._is_file:
             suffix = _suffix(self.dataset)
             if suffix not in _FILE_KINDS:
                 raise ValueError(f"files that can be read end in {', '.join(_FILE_KINDS)}")
             return datasets.load_dataset(_FILE_KINDS[suffix], data_files=str(path), streaming=True)
-        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        if is_saved:
             saved = datasets.load_from_disk(path)
             by_split = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}
             return {name: one.to_iterable_dataset() for name, one in by_split.items()}
@@ -321,6 +342,11 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 def _is_packed(name: str) -> bool:
     return name.endswith(_PACKED)
+
+
+def _is_array(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _suffix(name: str) -> str:
@@ -468,15 +494,21 @@ Source = Annotated[
 def _document(row: Mapping[str, Any], field: str | None, where: object, *, is_arrow: bool = False) -> Document:
     """The text or the chat of one row. Arrow fills keys that a struct lacks with null: `is_arrow` leaves these out."""
     name = field or next((one for one in ("text", "messages") if row.get(one) is not None), "text")
-    value = row.get(name)
-    if isinstance(value, str):
-        return Text([value], where)
-    if value is None and name in row:
-        raise CalibrationError(f"{where}: the value under {name!r} is null; a text or the messages of a chat go there.")
-    if not isinstance(value, list):
+    if name not in row:
         raise CalibrationError(
             f"{where}: no text under {name!r}; found the keys {sorted(row)}. Say `field:` to name the one that holds "
             f"the text, or the messages of a chat."
+        )
+    value = row[name]
+    messages = value if name == "text" else from_json(value)
+    if isinstance(messages, list) and all(_is_message(one) for one in messages):
+        value = messages
+    if isinstance(value, str):
+        return Text([value], where)
+    if not isinstance(value, list):
+        found = json.dumps(value, default=str)[:80]
+        raise CalibrationError(
+            f"{where}: the value under {name!r} is {found}; a text or the messages of a chat go there."
         )
     for message in value:
         if not _is_message(message):

@@ -45,7 +45,7 @@ class Tokenisation:
         """
         text = _Growing(pieces)
         if self._is_to_find and not is_rendered:
-            self._find_borders(text.first(64))
+            self._find_borders(text.first(64) + " a")  # no special token, so that there is one place for it
         begin, end = ([], []) if is_rendered else (self.begin, self.end)
         ids = self._first_ids(text, wanted - len(self.stream))
         self.stream.extend([] if ids[: len(begin)] == begin else begin)

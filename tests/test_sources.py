@@ -70,7 +70,7 @@ def test_text_comes_before_messages(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, ":1: the chat under 'messages' is no list of messages such as "),
         ({"messages": "hello", "text": None}, "less than one sequence of 4 tokens"),
         ({"words": "hello"}, ":1: no text under 'text'; found the keys ['words']. Say `field:` to name the one that"),
-        ({"text": 7}, ":1: no text under 'text'; found the keys ['text']."),
+        ({"text": 7}, ":1: the value under 'text' is 7; a text or the messages of a chat go there."),
     ],
 )
 def test_rows_that_are_neither(tmp_path: Path, row: Any, says: str) -> None:

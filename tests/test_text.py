@@ -58,6 +58,7 @@ class Words:
         self.own = PreTrainedTokenizerFast(tokenizer_object=inner)
         self.chat_template = self.own.chat_template = template
         self.apply_chat_template = self.own.apply_chat_template
+        self.special_tokens_map = self.own.special_tokens_map
         self.texts: list[str] = []
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:

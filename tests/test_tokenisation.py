@@ -169,7 +169,15 @@ def test_a_text_that_begins_so_already_is_left_as_it_is() -> None:
 
 
 def test_the_first_text_may_be_empty() -> None:
-    assert stream(with_marks("<bos>", ""), "", "b") == "</s> <bos> b </s>"
+    assert stream(with_marks("<bos>", ""), "", "b") == "<bos> </s> <bos> b </s>"
+
+
+@pytest.mark.parametrize(("begin", "end"), [("<bos>", ""), ("<bos>", "</s>"), ("", "</s>"), ("[CLS]", "[SEP]")])
+@pytest.mark.parametrize("text", ["<bos>", "</s>", "<bos> <bos>", "[SEP]"])
+def test_the_first_text_may_be_nothing_but_special_tokens(begin: str, end: str, text: str) -> None:
+    tokens = Tokenisation(with_marks(begin, end), "x", special_tokens=True)
+    tokens.add([text], 10)
+    assert tokens.special_tokens == {"begin": [begin] if begin else [], "end": [end] if end else []}
 
 
 def test_what_was_added_is_said() -> None:
