@@ -44,6 +44,7 @@ from compressor.calibration import (
 from compressor.checkpoint import Checkpoint, OutputFolder
 from compressor.environment import gpus, hardware, versions
 from compressor.errors import (
+    CheckpointError,
     CompressorError,
     RecipeError,
     UnsupportedModelError,
@@ -312,6 +313,11 @@ class _Run:
         except (OSError, ValueError, AttributeError):  # whatever it is, it is in the way, and refused as that
             return None
         if fingerprint is None or fingerprint != self._fingerprint_now():
+            return None
+        try:
+            checkpoints.verify_files(output)
+        except CheckpointError as error:
+            self.progress.say(f"what a run of this recipe has written is damaged: {error}")
             return None
         self.progress.say(f"{output}: a run of this recipe has written it already; nothing is left to do")
         return record

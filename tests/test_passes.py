@@ -375,6 +375,12 @@ def test_resuming_what_is_complete_is_done_at_once(
         compressor.compress(settings)  # not asked to resume
     with pytest.raises(compressor.CheckpointError, match="out exists already"):
         compressor.compress(settings, overrides=["passes.0.expert_pruning.keep=5"], resume=True)
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(before[weights][:-100])
+    with pytest.raises(compressor.CheckpointError, match="out exists already"):
+        compressor.compress(settings, resume=True, progress=Progress("lines"))
+    assert "what a run of this recipe has written is damaged: " in capsys.readouterr().err
+    weights.write_bytes(before[weights])
     other = write_checkpoint(random_model("mixtral", seed=1), tmp_path / "other")
     with pytest.raises(compressor.CheckpointError, match="out exists already"):
         compressor.compress({**settings, "model": str(other)}, resume=True)
