@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ from compressor.moe import evaluating
 from compressor.processes import Processes
 from compressor.tasks import LoadedTasks, members, quietly, refuse_long_answers, seeded
 from compressor.wording import digest, runs
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM as _HFLM
+else:  # imported when a model is asked, and put beside the classes that need it then
+    _HFLM = object
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -372,6 +377,127 @@ def _refuse_long_answer(request: Any, num_tokens: int, num_positions: int) -> No
         )
 
 
+class _Counting(_HFLM):  # type: ignore[misc]
+    """lm-eval's view of a live model, which tells how many of the requests have been through it, and whose prompts it
+    cut: task → documents.
+
+    lm-eval's own way to use several processes shares out the documents and draws few-shot examples for the share only:
+    other prompts than in one process. So to lm-eval each process is alone, and the requests are shared out here.
+    """
+
+    def __init__(self, progress: Progress | None, processes: Processes, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._progress, self._processes = progress, processes
+        self._done = self._total = 0
+        self.cut: dict[str, set[int]] = collections.defaultdict(set)
+        self._asked: Sequence[Any] = ()
+
+    def _count(self, number: int) -> None:
+        self._done = min(self._done + number, self._total)
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _note_cut(self, request: Any, num_tokens: int, limit: int) -> None:
+        if num_tokens > limit:
+            self.cut[request.task_name].add(request.doc_id)
+
+    def _shared_out(self, ask: Callable[[list[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
+        """The answers to all requests, of which this process asks its own."""
+        own = [requests[number] for number in self._processes.own(len(requests))]
+        self._total += len(own)
+        return self._processes.in_order(ask(own) if own else [])
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._asked = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._asked = ()
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        for asked, (_, context, answer) in zip(self._asked, requests, strict=False):  # windows were asked by nobody
+            _refuse_long_answer(asked, len(answer), self.max_length)
+            self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
+        ask = super()._loglikelihood_tokens
+        return [tuple(answer) for answer in self._shared_out(lambda own: ask(own, *args, **kwargs), requests)]
+
+    def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        for asked in requests:
+            prompt, settings = asked.args
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            self._note_cut(asked, len(self.tok_encode(prompt)), room)
+        ask = super().generate_until
+        return self._shared_out(lambda own: ask(own, *args, **kwargs), requests)
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = super()._model_call(inps, *args, **kwargs)
+        self._count(len(inps))
+        return logits
+
+    def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+        written = super()._model_generate(context, *args, **kwargs)
+        self._count(len(context))
+        return written
+
+
+class _Walking(_Counting):
+    """Asks all requests of a kind together. lm-eval's own code runs twice for that: once to tell which batches will
+    come, with answers that nobody reads; then, beside the run of these batches, with their logits.
+    """
+
+    def __init__(self, run: Run, device: str, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._run, self._device = run, torch.device(device)  # the skeleton's weights are nowhere
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return self._asked_together(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return self._asked_together(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        raise EvaluationError(writes_problem({requests[0].task_name}))
+
+    def _asked_together(self, ask: Callable[..., Any], requests: Any) -> Any:
+        batches = self._batches_to_come(ask, requests)
+        asking = greenlet(lambda: ask(requests, disable_tqdm=True))
+
+        def wait_for_logits(ids_BS: Tensor) -> Tensor:
+            assert asking.parent is not None
+            logits_BSV: Tensor = asking.parent.switch(ids_BS)
+            return logits_BSV
+
+        self._answer = wait_for_logits
+        said = asking.switch()
+
+        def give(batch: TokenBatch, output: Any) -> None:
+            nonlocal said
+            assert torch.equal(said.cpu(), batch.input_ids), "lm-eval asks the same again"
+            asking.parent = getcurrent()
+            said = asking.switch(output.logits)
+
+        self._run(batches, give)
+        assert asking.dead
+        return said
+
+    def _batches_to_come(self, ask: Callable[..., Any], requests: Any) -> list[TokenBatch]:
+        batches: list[TokenBatch] = []
+        num_logits = self.model.get_input_embeddings().weight.shape[0]
+
+        def note(ids_BS: Tensor) -> Tensor:
+            batches.append(TokenBatch(ids_BS.cpu(), torch.ones(ids_BS.shape, dtype=torch.bool)))
+            return torch.zeros((), dtype=self.model.dtype, device=self._device).expand(*ids_BS.shape, num_logits)
+
+        self._answer = note
+        ask(requests, disable_tqdm=True)
+        return batches
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(inps)
+
+
 def _language_model(
     model: Any,
     tokenizer: Any,
@@ -381,130 +507,24 @@ def _language_model(
     run: Run | None,
     device: str,
 ) -> Any:
-    """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy.
-
-    lm-eval's own way to use several processes shares out the documents and draws few-shot examples for the share only:
-    other prompts than in one process. So to lm-eval each process is alone, and the requests are shared out here.
-    """
+    """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy."""
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs
 
-    class CountedHFLM(HFLM):  # type: ignore[misc]
-        """Tells how many of the requests have been through the model, and whose prompts it cut: task → documents."""
-
-        done = total = 0
-
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings)
-            self.cut: dict[str, set[int]] = collections.defaultdict(set)
-            self._asked: Sequence[Any] = ()
-
-        def _count(self, number: int) -> None:
-            self.done = min(self.done + number, self.total)
-            if progress is not None:
-                progress(self.done, self.total)
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            self._asked = requests
-            try:
-                return super().loglikelihood(requests, disable_tqdm)
-            finally:
-                self._asked = ()
-
-        def _note_cut(self, request: Any, num_tokens: int, limit: int) -> None:
-            if num_tokens > limit:
-                self.cut[request.task_name].add(request.doc_id)
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            for asked, (_, context, answer) in zip(self._asked, requests, strict=False):  # windows were asked by nobody
-                _refuse_long_answer(asked, len(answer), self.max_length)
-                self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
-            own = [requests[number] for number in processes.own(len(requests))]
-            self.total += len(own)
-            answers = super()._loglikelihood_tokens(own, *args, **kwargs) if own else []
-            return [tuple(answer) for answer in processes.in_order(answers)]
-
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            for asked in requests:
-                prompt, settings = asked.args
-                room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
-                self._note_cut(asked, len(self.tok_encode(prompt)), room)
-            own = [requests[number] for number in processes.own(len(requests))]
-            self.total += len(own)
-            return processes.in_order(super().generate_until(own, *args, **kwargs) if own else [])
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits = super()._model_call(inps, *args, **kwargs)
-            self._count(len(inps))
-            return logits
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            written = super()._model_generate(context, *args, **kwargs)
-            self._count(len(context))
-            return written
-
-    class WalkedHFLM(CountedHFLM):
-        """Asks all requests of a kind together. lm-eval's own code runs twice for that: once to tell which batches
-        will come, with answers that nobody reads; then, beside the run of these batches, with their logits.
-        """
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return self._asked_together(super().loglikelihood, requests)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return self._asked_together(super().loglikelihood_rolling, requests)
-
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            raise EvaluationError(writes_problem({requests[0].task_name}))
-
-        def _asked_together(self, ask: Callable[..., Any], requests: Any) -> Any:
-            batches: list[TokenBatch] = []
-
-            def note(ids_BS: Tensor) -> Tensor:
-                batches.append(TokenBatch(ids_BS.cpu(), torch.ones(ids_BS.shape, dtype=torch.bool)))
-                return torch.zeros((), dtype=model.dtype, device=device).expand(*ids_BS.shape, num_logits)
-
-            self._answer = note
-            ask(requests, disable_tqdm=True)
-            asking = greenlet(lambda: ask(requests, disable_tqdm=True))
-
-            def wait_for_logits(ids_BS: Tensor) -> Tensor:
-                assert asking.parent is not None
-                logits_BSV: Tensor = asking.parent.switch(ids_BS)
-                return logits_BSV
-
-            self._answer = wait_for_logits
-            said = asking.switch()
-
-            def give(batch: TokenBatch, output: Any) -> None:
-                nonlocal said
-                assert torch.equal(said.cpu(), batch.input_ids), "lm-eval asks the same again"
-                asking.parent = getcurrent()
-                said = asking.switch(output.logits)
-
-            assert run is not None
-            run(batches, give)
-            assert asking.dead
-            return said
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._answer(inps)
-
-    num_logits = model.get_input_embeddings().weight.shape[0]
+    kind, given = (_Counting, ()) if run is None else (_Walking, (run, device))
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    found = (CountedHFLM if run is None else WalkedHFLM)(
+    return type(kind.__name__, (kind, HFLM), {})(
+        *given,
+        progress,
+        processes,
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,
         prefix_token_id=tokenizer.pad_token_id if starts == (None, None) else None,
     )
-    if run is not None:
-        found._device = torch.device(device)  # the skeleton's weights are nowhere
-    return found
 
 
 @contextlib.contextmanager
