@@ -645,17 +645,8 @@ def load_model(
     if quantisation is not None and as_numbers:
         to_dequantise(config, quantisation)
     cls = _class_to_load(checkpoint, config, adapters)
-    extra: dict[str, Any] = {}
-    if like is not None:
-        for name in ("attn_implementation", "experts_implementation"):
-            extra |= {name: found} if (found := _implementations(like.config, f"_{name}"))[""] else {}
-    if quantisation is not None and quantisation.get("quant_method") == "torchao":
-        extra["experts_implementation"] = "eager"  # of its kinds of tensors not all know what the faster ones ask
-    if device == "meta":  # names, shapes and dtypes from the headers: transformers would read the files
-        tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
-        extra["state_dict"] = {
-            name: torch.empty(shape, dtype=torch_dtype(kind), device="meta") for name, (kind, shape) in tensors
-        }
+    tensors = _tensors_on_meta(checkpoint) if device == "meta" else None  # transformers would read the files
+    implementations = _implementations_to_use(like, quantisation)
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
@@ -666,7 +657,8 @@ def load_model(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
                 device_map=device_map if is_mapped else None,
-                **extra,
+                state_dict=tensors,
+                **implementations,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = uneven_experts(verify_files(checkpoint.folder)) or error
@@ -694,6 +686,22 @@ def unquantised_skeleton(checkpoint: Checkpoint) -> Any:
     config = without_quantisation(load_config(checkpoint))
     with torch.device("meta"), quiet_transformers():
         return model_class(checkpoint, config)(config)
+
+
+def _tensors_on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Names, shapes and dtypes of all tensors, from the headers."""
+    tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
+    return {name: torch.empty(shape, dtype=torch_dtype(kind), device="meta") for name, (kind, shape) in tensors}
+
+
+def _implementations_to_use(like: Any, quantisation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of `from_pretrained`: those of a live model, as far as there is one."""
+    found: dict[str, Any] = {}
+    for name in ("attn_implementation", "experts_implementation") if like is not None else ():
+        found |= {name: of_like} if (of_like := _implementations(like.config, f"_{name}"))[""] else {}
+    if quantisation is not None and quantisation.get("quant_method") == "torchao":
+        found["experts_implementation"] = "eager"  # of its kinds of tensors not all know what the faster ones ask
+    return found
 
 
 def _implementations(config: Any, name: str) -> dict[str, Any]:

@@ -265,32 +265,9 @@ def _preview(
     _check_random(loaded, structure.layers, layers)
     with loaded.at("model"):
         dtype = _dtype(loaded.recipe.dtype, config, stored)
-    dropped = {old.path: old.num_experts - new.num_experts for old, new in zip(structure.layers, layers, strict=True)}
-    removed = sum(dropped[layer.path] * layer.parameters_per_expert for layer in structure.layers)
-    before, after = structure.num_parameters, structure.num_parameters - removed
-    as_loaded = (before * dtype.itemsize, after * dtype.itemsize)
-    plan_json = {
-        "model": loaded.recipe.model,
-        "architecture": architecture(config),
-        "dtype": str(dtype).removeprefix("torch."),
-        "layers": [
-            {
-                "path": layer.path,
-                "num_experts": layer.num_experts,
-                "top_k": smaller.top_k,
-                "kept": smaller.num_experts,
-                "dropped": dropped[layer.path],
-            }
-            for layer, smaller in zip(structure.layers, layers, strict=True)
-        ],
-        "parameters": {"before": before, "after": after},
-        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
-        "bytes": {"before": as_loaded[0], "after": as_loaded[1]},
-        "notes": notes,
-    }
-    auto_class = checkpoints.auto_class(cls, config)
+    plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
     model = _on_meta(cls, config, dtype)
-    work = _work(loaded, model, config, structure.layers, dtype, as_loaded)
+    work = _work(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
     problems = {
         "disk": _disk_problem(loaded, structure, work, config, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
@@ -313,7 +290,32 @@ def _preview(
         notes.append(auto_note(used, place))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=used[0], available=available)
+    auto_class = checkpoints.auto_class(cls, config)
     return Preview(found, structure, auto_class, left_out, plan_json, limits, place, used, work.tokens_at_once)
+
+
+def _about(config: Any, structure: Structure, after: Sequence[MoELayer], dtype: torch.dtype) -> dict[str, Any]:
+    """What a plan says of a model, whose layers will be those of `after`, all in one dtype."""
+    pairs = list(zip(structure.layers, after, strict=True))
+    removed = sum((old.num_experts - new.num_experts) * old.parameters_per_expert for old, new in pairs)
+    sizes = {"before": structure.num_parameters, "after": structure.num_parameters - removed}
+    return {
+        "architecture": architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": old.path,
+                "num_experts": old.num_experts,
+                "top_k": new.top_k,
+                "kept": new.num_experts,
+                "dropped": old.num_experts - new.num_experts,
+            }
+            for old, new in pairs
+        ],
+        "parameters": sizes,
+        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
+        "bytes": {when: number * dtype.itemsize for when, number in sizes.items()},
+    }
 
 
 def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> Any:
