@@ -370,6 +370,7 @@ def test_layers_that_text_does_not_reach_are_left_as_they_are(tmp_path):
     assert {layer["rule"] for path, layer in layers.items() if "text_moe" in path} == {"ratio"}
 
 
+@pytest.mark.slow
 def test_every_pass_alone(tokens, tmp_path):
     """None, each, both: measured on fresh copies, and the table that shows it."""
     evaluate = {"each_pass": True, "perplexity": [{"tokens": str(tokens), "samples": 4}], "speed": True}
