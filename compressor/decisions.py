@@ -18,7 +18,6 @@ from typing import Any
 from compressor import checkpoint as checkpoints
 from compressor import disk, plan
 from compressor.checkpoint import Checkpoint, LeftOut, OutputFolder
-from compressor.environment import versions
 from compressor.errors import DiskError, RecipeError, UnsupportedModelError
 from compressor.files import files_beside
 from compressor.journal import write_json
@@ -190,7 +189,7 @@ def apply(
         application = _Application(decided, methods, plugins.adapters, found, folder, progress)
         record = application.on_disk(hard_link=hard_link)
         record["model"]["fingerprint"] = fingerprint
-        record["versions"] = versions({plugin.distribution: plugin.version for plugin in plugins.plugins})
+        record["versions"] = plugins.versions()
         record["output"] = str(output)
         if beside.left:
             record["left_behind"] = list(beside.left)

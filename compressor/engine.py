@@ -42,7 +42,7 @@ from compressor.calibration import (
     tokenizer_fingerprint,
 )
 from compressor.checkpoint import Checkpoint, OutputFolder
-from compressor.environment import gpus, hardware, versions
+from compressor.environment import gpus, hardware
 from compressor.errors import (
     CheckpointError,
     CompressorError,
@@ -325,7 +325,7 @@ class _Run:
     def _fingerprint_now(self) -> str:
         """What a run would have for its `run_fingerprint`."""
         subject = self._subject(None, None, None)
-        return _fingerprint(self._identity(subject, subject.preview.tokenizer, self._read_sources(subject)))
+        return _fingerprint(self._identity(subject, self._read_sources(subject)))
 
     def _run_in_folder(self, subject: _Subject, output: OutputFolder | None) -> CompressionResult:
         if output is None:
@@ -359,18 +359,17 @@ class _Run:
             self.progress.say(plan.left_out_note(subject.preview.left_out))
         if beside and beside.left:
             self.progress.say(beside.note)
-        tokenizer = subject.preview.tokenizer
         with self._timed("read text"):
             sources = self._read_sources(subject)
-        about = self._about(subject, sources, tokenizer)
-        self._open_journal(folder, subject, tokenizer, sources)
+        about = self._about(subject, sources)
+        self._open_journal(folder, subject, sources)
         with self._timed("load"):
             piece = self._workpiece(subject)
         with self._timed("evaluate before"):
-            before = self._evaluate(piece, tokenizer, sources, "before")
+            before = self._evaluate(piece, sources, "before")
         passes = self._apply_passes(piece, sources, about, folder)
         with self._timed("evaluate after"):
-            after = self._evaluate(piece, tokenizer, sources, "after")
+            after = self._evaluate(piece, sources, "after")
         if after is not None and "perplexity" in passes[-1].get("random", ()):
             ours = {name: found.perplexity for name, found in after["perplexity"].items()}
             passes[-1]["random"] = controls.with_ours(passes[-1]["random"], ours)
@@ -389,18 +388,18 @@ class _Run:
             record["evaluation"] = self._compared(before, after, subject, moe, sources)
             if self.evaluation is not None and self.evaluation.each_pass:
                 with self._timed("each pass alone"):
-                    record["evaluation"]["alone"] = self._alone(subject, tokenizer, sources, passes, before)
+                    record["evaluation"]["alone"] = self._alone(subject, sources, passes, before)
         record |= counts_and_rules_json(moe) | self._circumstances()
         if folder:
             (folder.path / "compressor" / "recipe.yaml").write_text(self.loaded.to_yaml(), encoding="utf-8")
             write_record(folder.path, record)
-        return CompressionResult(record, None, moe.model if piece.weights is None else None, tokenizer)
+        return CompressionResult(record, None, moe.model if piece.weights is None else None, sources.tokenizer)
 
-    def _open_journal(self, folder: OutputFolder | None, subject: _Subject, tokenizer: Any, sources: _Sources) -> None:
+    def _open_journal(self, folder: OutputFolder | None, subject: _Subject, sources: _Sources) -> None:
         """Begin the journal, or go on with it, if it is about the same."""
         if self.recipe.output is None or subject.fingerprint is None:
             return  # a live model could be another one next time
-        identity = self._identity(subject, tokenizer, sources)
+        identity = self._identity(subject, sources)
         self.fingerprint = _fingerprint(identity)
         self.journal = Journal(checkpoints.journal_folder(self.recipe.output), identity, self.progress.say)
         if folder and folder.resume:
@@ -410,7 +409,7 @@ class _Run:
             self.journal.begin()
         self.processes.wait()
 
-    def _identity(self, subject: _Subject, tokenizer: Any, sources: _Sources) -> dict[str, Any]:
+    def _identity(self, subject: _Subject, sources: _Sources) -> dict[str, Any]:
         """What a run is about: two of which this is the same find the same, wherever they put it."""
         recipe = self.loaded.to_mapping()
         # whatever the model's path: its fingerprint tells whether it is the same
@@ -420,10 +419,10 @@ class _Run:
         return {
             "recipe": recipe,
             "model": subject.about(),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": tokenizer_fingerprint(sources.tokenizer),
             "text": {sequences.name: sequences.fingerprint for sequences in texts},
             "processes": self.processes.size,
-            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+            "versions": self.plugins.versions(),
         }
 
     def evaluate_only(self) -> dict[str, Any]:
@@ -431,8 +430,8 @@ class _Run:
         subject = self._to_measure()
         assert subject.checkpoint is not None
         sources = self._read_sources(subject, calibrate=False)
-        piece, tokenizer = self._piece_to_measure(subject), subject.preview.tokenizer
-        figures = self._evaluate(piece, tokenizer, sources, "measuring")
+        piece = self._piece_to_measure(subject)
+        figures = self._evaluate(piece, sources, "measuring")
         assert figures is not None
         figures["bytes_on_disk"] = measure.bytes_on_disk(subject.checkpoint.folder)
         about = {"reference": self.recipe.model, **subject.about()}
@@ -447,12 +446,7 @@ class _Run:
         evaluation = self.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
         recipe = self.recipe.model_copy(update={"output": None, "evaluate": evaluation})
         loaded = dataclasses.replace(self.loaded, recipe=recipe, passes=())
-        preview = plan.measuring(loaded, self.plugins.adapters, self.progress)
-        self.devices = self._own_devices(preview)
-        assert preview.checkpoint is not None
-        found = checkpoints.with_weights(preview.checkpoint)
-        fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
-        return _Subject(found, None, checkpoints.load_config(found), preview, fingerprint)
+        return self._in_checkpoint(plan.measuring(loaded, self.plugins.adapters, self.progress))
 
     def _piece_to_measure(self, subject: _Subject) -> AsLoaded:
         """What is measured: a model whose experts we know, from memory or disk, or else as transformers loads it."""
@@ -463,12 +457,7 @@ class _Run:
         self.progress.say(f"loading {self.recipe.model} as transformers loads it")
         if "skipping" in read_entry(subject.config):
             self.progress.say("its config says that it skips experts, which here it does not: it is measured unskipped")
-        model = self._load_model(found, to_measure=True)
-        if found.quantisation is None:
-            checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
-        else:
-            _refuse_what_cannot_run(model, self.recipe.model)
-        return AsLoaded(model, preview.layers, found, self.processes)
+        return AsLoaded(self._load_model(found, to_measure=True), preview.layers, found, self.processes)
 
     def _subject(self, given_model: Any, given_tokenizer: Any, folder: OutputFolder | None) -> _Subject:
         """Everything that can be known, or refused, before weights are read."""
@@ -483,13 +472,16 @@ class _Run:
             progress=self.progress,
         )
         if given_model is None:
-            assert preview.checkpoint is not None
-            self.devices = self._own_devices(preview)
-            found = checkpoints.with_weights(preview.checkpoint)
-            fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
-            return _Subject(found, None, checkpoints.load_config(found), preview, fingerprint)
+            return self._in_checkpoint(preview)
         self.devices = live_on
         return _Subject(preview.checkpoint, given_model, given_model.config, preview, None)
+
+    def _in_checkpoint(self, preview: plan.Preview) -> _Subject:
+        assert preview.checkpoint is not None
+        self.devices = self._own_devices(preview)
+        found = checkpoints.with_weights(preview.checkpoint)
+        fingerprint = checkpoints.fingerprint(found.folder, checkpoints.verify_files(found.folder))
+        return _Subject(found, None, checkpoints.load_config(found), preview, fingerprint)
 
     def _workpiece(self, subject: _Subject) -> InMemory:
         """The model that the passes work on."""
@@ -518,11 +510,6 @@ class _Run:
             **shared,
         )
 
-    def _in_memory(self, moe: MoEModel) -> InMemory:
-        """A model beside the one that passes work on: measured, not saved."""
-        adapters = self.plugins.adapters
-        return InMemory(moe, None, adapters=adapters, progress=self.progress, processes=self.processes)
-
     def _load(self, subject: _Subject) -> MoEModel:
         if subject.live is not None:
             moe = MoEModel(copy.deepcopy(subject.live).eval(), subject.preview.structure)
@@ -531,19 +518,17 @@ class _Run:
             return moe
         assert subject.checkpoint is not None
         self.progress.say(f"loading {self.recipe.model}")
-        model = self._load_model(subject.checkpoint)
-        checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
-        return MoEModel(model, subject.preview.structure)
+        return MoEModel(self._load_model(subject.checkpoint), subject.preview.structure)
 
     def _load_model(self, found: Checkpoint, *, to_measure: bool = False) -> Any:
-        adapters = self.plugins.adapters
-        return checkpoints.load_model(
-            found,
-            dtype=self.recipe.dtype,
-            device=_place_of(found, self.devices, adapters),
-            adapters=adapters,
-            to_measure=to_measure,
-        )
+        adapters, dtype = self.plugins.adapters, self.recipe.dtype
+        place = _place_of(found, self.devices, adapters)
+        model = checkpoints.load_model(found, dtype=dtype, device=place, adapters=adapters, to_measure=to_measure)
+        if found.quantisation is None:
+            checkpoints.refuse_not_finite([*model.named_parameters(), *model.named_buffers()], self.recipe.model)
+        else:
+            _refuse_what_cannot_run(model, self.recipe.model)
+        return model
 
     def _read_sources(self, subject: _Subject, *, calibrate: bool = True) -> _Sources:
         seed, evaluation, tokenizer = self.recipe.seed, self.evaluation, subject.preview.tokenizer
@@ -573,7 +558,7 @@ class _Run:
             self.progress.say(sentence)
         for sequences in [*read.values(), *filter(None, others.values()), *perplexity]:
             check_vocabulary(sequences, subject.preview.limits.num_embeddings)
-        return _Sources(by_pass, held_out, perplexity, subject.preview.tasks)
+        return _Sources(by_pass, held_out, perplexity, subject.preview.tasks, tokenizer)
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -586,11 +571,11 @@ class _Run:
 
     # record
 
-    def _about(self, subject: _Subject, sources: _Sources, tokenizer: Any) -> dict[str, Any]:
+    def _about(self, subject: _Subject, sources: _Sources) -> dict[str, Any]:
         """What figures and decisions are about: they can be used again for this model only."""
         return {
             "model": {"reference": self.recipe.model, **subject.about()},
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": tokenizer_fingerprint(sources.tokenizer),
             "domains": [sequences.to_json() for sequences in sources.all_calibration()],
             "layers": [layer.description() for layer in subject.preview.layers],
             "recipe_fingerprint": self.loaded.fingerprint,
@@ -615,7 +600,7 @@ class _Run:
 
     def _circumstances(self) -> dict[str, Any]:
         return {
-            "versions": versions({plugin.distribution: plugin.version for plugin in self.plugins.plugins}),
+            "versions": self.plugins.versions(),
             "hardware": hardware(*self.devices),
             **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
@@ -813,17 +798,17 @@ class _Run:
     # evaluate
 
     def _evaluate(
-        self, piece: AsLoaded, tokenizer: Any, sources: _Sources, when: str, *, name: str | None = None
+        self, piece: AsLoaded, sources: _Sources, when: str, *, name: str | None = None
     ) -> dict[str, Any] | None:
         """Quality and size as evaluate's own objects; None if the recipe asks for no evaluation. The journal keeps them
         under a `name`, by default `when`.
         """
         if self.evaluation is None:
             return None
-        measured = self._noted(f"evaluation {name or when}", lambda: self._measure(piece, tokenizer, sources, when))
+        measured = self._noted(f"evaluation {name or when}", lambda: self._measure(piece, sources, when))
         return _evaluation_from_json(measured)
 
-    def _measure(self, piece: AsLoaded, tokenizer: Any, sources: _Sources, when: str) -> dict[str, Any]:
+    def _measure(self, piece: AsLoaded, sources: _Sources, when: str) -> dict[str, Any]:
         evaluation = self.evaluation
         assert evaluation is not None
         perplexities, used = {}, {}
@@ -839,7 +824,7 @@ class _Run:
             ):
                 tasks = piece.ask(
                     sources.tasks,
-                    tokenizer,
+                    sources.tokenizer,
                     update,
                     limit=evaluation.limit,
                     batch_size=evaluation.batch_size,
@@ -869,7 +854,6 @@ class _Run:
     def _alone(
         self,
         subject: _Subject,
-        tokenizer: Any,
         sources: _Sources,
         passes: Sequence[Mapping[str, Any]],
         before: Mapping[str, Any],
@@ -879,7 +863,7 @@ class _Run:
         for resolved, done in zip(self.loaded.passes, passes, strict=True):
             entry = {"pass": resolved.index, "method": resolved.spec.method}
             try:
-                entry |= self._measured_alone(resolved, done["decision"], subject, tokenizer, sources, before)
+                entry |= self._measured_alone(resolved, done["decision"], subject, sources, before)
                 self.processes.wait()
             except CompressorError as error:  # what works behind other passes need not work alone
                 self.processes.tell(error)
@@ -893,12 +877,11 @@ class _Run:
         resolved: ResolvedPass,
         decision: Decision,
         subject: _Subject,
-        tokenizer: Any,
         sources: _Sources,
         before: Mapping[str, Any],
     ) -> dict[str, Any]:
         moe = self._load(subject)
-        piece = self._in_memory(moe)
+        piece = InMemory(moe, None, progress=self.progress, processes=self.processes)
         if resolved.index:  # what was decided is about the model that other passes had left
             plan.check_pass(self.loaded, resolved, moe.layers)
             batches = self._batches(sources.by_pass[resolved.index])
@@ -907,7 +890,7 @@ class _Run:
         with self._placed(resolved):
             carry_out(resolved.method, moe, decision)
         when = f"{resolved.spec.method} alone"
-        figures = self._evaluate(piece, tokenizer, sources, when, name=f"{resolved.index} alone")
+        figures = self._evaluate(piece, sources, when, name=f"{resolved.index} alone")
         assert figures is not None
         return {"decision": decision, **self._compared(before, figures, subject, moe, sources)}
 
@@ -931,6 +914,7 @@ class _Sources:
     """Held-out text of every pass that wants it."""
     perplexity: list[Sequences]
     tasks: LoadedTasks | None
+    tokenizer: Any | None
 
     def all_calibration(self) -> list[Sequences]:
         """Every text that some pass is calibrated on, once."""

@@ -288,19 +288,15 @@ def run_tasks(
 ) -> dict[str, TaskResult]:
     """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
 
-    ``limit`` takes the first so many documents of each task. ``seed`` draws the few-shot examples (and
-    anything a task or sampled generation draws): the same seed gives the next model the same prompts.
-    Settings not named here are lm-eval's own, so the figures are those that its command prints for the same
-    model and batch size; among them, log-softmax in the model's dtype. Standard errors of means over
-    documents are sample standard deviation / √n, which for rights and wrongs is √(p(1−p)/(n−1)); a group's is
-    combined by lm-eval's own rule. Nothing is bootstrapped: other metrics have none.
+    ``limit`` takes the first so many documents of each task. ``seed`` draws all that is random, so that the next model
+    gets the same prompts. Settings not named here are lm-eval's own, and so are the figures. Standard errors of means
+    over documents are sample standard deviation / √n, a group's is combined by lm-eval's rule; other metrics have none.
 
-    ``progress(done, total)`` is called with numbers of requests, a multiple-choice question being one for each
-    choice; equal ones are asked once, so it may end early.
+    ``progress(done, total)`` is called with numbers of requests, of a multiple-choice question one for each choice;
+    equal ones are asked once, so it may end early.
 
-    Each of several `processes` prepares all requests, as one would, and asks its share of them; answers are then put
-    together, so every figure is lm-eval's own. Other requests share a batch than in one process: answers agree up to
-    rounding. What a task samples at random is drawn anew in each.
+    Each of several `processes` prepares all requests, and asks its share of them. Other requests share a batch than in
+    one process, so answers agree up to rounding.
 
     `run` feeds batches to a model that cannot simply be called, in order, on `device`: then all requests of a kind go
     together, progress is told by `run`, and a task that has the model write raises EvaluationError. The figures are

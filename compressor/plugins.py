@@ -75,6 +75,12 @@ class Plugins:
         """The adapters of all plugins."""
         return tuple(adapter for plugin in self.plugins for adapter in plugin.adapters)
 
+    def versions(self) -> dict[str, str]:
+        """Those of everything that a run depends on, by distribution: the plugins' own too."""
+        from compressor.environment import versions  # torch
+
+        return versions({plugin.distribution: plugin.version for plugin in self.plugins})
+
 
 def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
     """Import every installed plugin but those named in `without`.
