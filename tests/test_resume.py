@@ -192,7 +192,7 @@ def test_other_text_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(recipe, monkeypatch, 2)
-    monkeypatch.setattr("compressor.engine.versions", lambda _: {"torch": "1.0"})
+    monkeypatch.setattr("compressor.environment.versions", lambda _: {"torch": "1.0"})
     with pytest.raises(CheckpointError, match=r"^the run cannot go on: .*versions\.torch was '\S+', is '1\.0'"):
         compressor.compress(recipe, resume=True)
 
