@@ -208,6 +208,7 @@ def test_a_run_there_finds_what_one_on_the_cpu_finds(
         assert_alike(theirs, ours, criterion)
 
 
+@pytest.mark.slow
 def test_tasks_there_are_answered_as_on_the_cpu(gpus: Any) -> None:
     recipe = {
         "model": "demo",

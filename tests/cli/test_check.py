@@ -86,7 +86,7 @@ def test_every_source_that_is_wrong_is_named(both_refuse: Any, passes: Any, tmp_
         "calibration.data[2]",
         "evaluate.perplexity[0]",
     ]
-    assert found[0].endswith("folder cannot be read: Is a directory.")
+    assert found[0].endswith("source 'folder': folder is a folder. Give a file, or the folder as `dataset:`.")
     assert "rows.jsonl:1: no text under 'text'; found the keys ['words']. Say `field:` to name the one " in found[1]
     assert "source 'short' has only 3 tokens, less than one sequence of 8 tokens." in found[2]
     assert "source 'high' holds token id 64, but the model has only 64 embeddings (ids 0 to 63)" in found[3]
