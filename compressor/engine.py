@@ -272,9 +272,10 @@ class _Run:
         if self.processes.size == 1 or device != "cuda":
             return preview.devices
         if place >= torch.cuda.device_count():
-            raise RecipeError(
-                f"device cuda: process {self.processes.rank} is number {place} on its machine, which has "
-                f"{counted(torch.cuda.device_count(), 'GPU')}, numbered from 0. Start as many processes as GPUs."
+            raise self.loaded.error(
+                ("device",),
+                f"process {self.processes.rank} is number {place} on its machine, which has "
+                f"{counted(torch.cuda.device_count(), 'GPU')}, numbered from 0. Start as many processes as GPUs",
             )
         return (f"cuda:{place}",)
 

@@ -8,6 +8,7 @@ Not seen: what only the rest of a text or the weights tell.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -85,11 +86,21 @@ def check_surroundings(loaded: LoadedRecipe, folder: OutputFolder | None, model:
         if folder is not None:
             for reference in (loaded.recipe.model, model.config._name_or_path if model is not None else ""):
                 refuse_output_over_input(folder.target, reference)
-            folder.check()
+            if not _is_done(loaded, folder):
+                folder.check()
     for place, source, _ in _of_recipe(loaded):
         with refusals.at(*place):
             source.lengths()
     refusals.raise_all()
+
+
+def _is_done(loaded: LoadedRecipe, folder: OutputFolder) -> bool:
+    """Whether a run that is to go on has nothing left to do: the output is of this recipe."""
+    try:
+        record = json.loads((folder.target / "compressor" / "record.json").read_text(encoding="utf-8"))
+        return folder.resume and record.get("recipe_fingerprint") == loaded.fingerprint
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_device(device: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -404,14 +405,15 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     third.local_rank = 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
 
-    def device(name: str, processes: Processes) -> str:
+    def device(name: str, processes: Processes) -> tuple[str, ...]:
         loaded = load_recipe({**asked, "device": name}, methods=plugins.methods, criteria=plugins.criteria)
-        return _Run.of(loaded, plugins, None, processes).device
+        planned: Any = SimpleNamespace(devices=(name,))
+        return _Run.of(loaded, plugins, None, processes)._own_devices(planned)
 
-    assert [device(name, third) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:2", "cuda:1"]
-    assert device("cuda", Processes()) == "cuda"
+    assert [device(name, third) for name in ("cpu", "cuda", "cuda:1")] == [("cpu",), ("cuda:2",), ("cuda:1",)]
+    assert device("cuda", Processes()) == ("cuda",)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RecipeError, match=r"device cuda: process 6 is number 2 on its machine, which has 2 GPU\(s\)"):
+    with pytest.raises(RecipeError, match=r"device: process 6 is number 2 on its machine, which has 2 GPUs, numbered"):
         device("cuda", third)
 
 

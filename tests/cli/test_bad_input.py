@@ -537,7 +537,7 @@ NOT_IDS = ':1: expected {"input_ids": [token ids ≥ 0]}.'
         ("jsonl", "", "source 'data' is empty, less than one sequence of 8 tokens."),
         ("jsonl", '{"text": "w1"}\n{oops', "{path}:2: not JSON: Expecting property name enclosed in double quotes at"),
         ("jsonl", '{"words": "w1"}', "{path}:1: no text under 'text'; found the keys ['words']. Say `field:` to name"),
-        ("jsonl", '{"text": 3}', "{path}:1: no text under 'text'; found the keys ['text']."),
+        ("jsonl", '{"text": 3}', "{path}:1: the value under 'text' is 3; a text or the messages of a chat go there."),
         ("jsonl", "[1]", "{path}:1: expected a JSON object, found list."),
         ("jsonl", DEEP, "{path}:1: not a document: nested too deeply."),
         ("jsonl", None, "source 'data': there is no file {path}."),

@@ -272,6 +272,15 @@ def test_an_output_that_may_not_be_written(both_refuse: Any, passes: Any, tmp_pa
     passes(output=folder / "out")
 
 
+def test_an_output_that_is_done(cli: Cli, recipe: WriteRecipe, passes: Any, both_refuse: Any) -> None:
+    assert cli("run", "--quiet", recipe()).status == 0
+    passes("--resume")
+    assert cli("run", "--quiet", recipe(), "--resume").status == 0  # nothing is left to do
+    [line] = both_refuse("--resume", "--set", "seed=1")
+    assert line.startswith("output: ")
+    assert "exists already" in line
+
+
 def test_work_of_a_run_before(both_refuse: Any, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
     journal = tmp_path / ".out.partial" / "journal"
     journal.mkdir(parents=True)

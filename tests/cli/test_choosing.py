@@ -427,7 +427,12 @@ def test_a_task_beside_general_text(
 def test_a_task_without_training_documents(recipe: WriteRecipe, refused: Refused, task: Path) -> None:
     task.write_text(task.read_text().replace("training_split: train\n", ""))
     passes = [{"task_pruning": {"task": str(task), "keep": 6, "length": 8}}]
-    refused("run", "--quiet", recipe(passes=passes), says="task 'words' has no training documents: it has only test (test), which")
+    refused(
+        "run",
+        "--quiet",
+        recipe(passes=passes),
+        says="task 'words' has no training documents: it has only test (test), which",
+    )
 
 
 def test_no_text_at_all(recipe: WriteRecipe, refused: Refused) -> None:
