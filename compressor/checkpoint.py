@@ -79,6 +79,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
+_PLAIN_ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
+"""Rotary settings that the older spelling has outside `rope_scaling`."""
 _SAMPLE_BYTES = 2**16
 _LENGTH_BYTES = 8
 """What a safetensors file begins with: how long its header is."""
@@ -1160,12 +1162,12 @@ def write_beside_weights(
     for leaf, value in counts.items():
         _patch_count(raw, leaf, config, value)
     raw.pop(KEY, None)
-    if read_entry(config):
-        raw[KEY] = getattr(config, KEY)
     if left_out:
         left_out.patch(raw)
     _patch_rope(raw, config.to_dict())
     _patch_dtype(raw, dtype)
+    if read_entry(config):
+        raw[KEY] = getattr(config, KEY)  # last, however many passes have written it
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if source:
         files_beside(source).copy(folder)
@@ -1196,7 +1198,9 @@ def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
     found = {"rope_parameters": rope, "rope_theta": main["rope_theta"]}
     if has_kinds:
         found["rope_local_base_freq"] = local.get("rope_theta")
-    elif rope.get("rope_type", "default") != "default":
+    else:
+        found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    if not has_kinds and (rope.get("rope_type", "default") != "default" or not rope.keys() <= _PLAIN_ROPE):
         found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     raw |= {key: value for key, value in found.items() if value is not None and raw.get(key) is None}
 

@@ -84,6 +84,26 @@ def test_the_older_spelling_gets_the_newer_one_and_a_null_counts_as_nothing(tmp_
     assert text["rope_scaling"] is None
 
 
+def test_rotary_settings_beyond_the_plain_ones_are_in_the_older_spelling_too(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 5e6}
+    for index, (model_type, more, older) in enumerate(
+        [
+            ("qwen3_vl_moe_text", {"mrope_section": [2, 1, 1]}, {"rope_scaling": {"mrope_section": [2, 1, 1]}}),
+            ("glm4_moe", {"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 0.25}),
+        ]
+    ):
+        config = AutoConfig.for_model(model_type, rope_parameters=plain | more)
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        found = written({"model_type": model_type, "rope_parameters": plain | more}, config, folder)
+        assert found["rope_theta"] == 5e6
+        if "rope_scaling" in found:
+            assert found["rope_scaling"].pop("rope_type") == "default"
+        assert {key: found[key] for key in ("rope_scaling", "partial_rotary_factor") if key in found} == older
+        again = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
+        assert again.rope_parameters == config.rope_parameters
+
+
 def test_rotary_settings_of_kinds_of_layers(tmp_path: Path) -> None:
     rope = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     config = Gemma3TextConfig(rope_parameters=rope)

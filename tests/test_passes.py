@@ -89,12 +89,12 @@ def test_all_ids_of_an_entry_are_those_that_its_pass_saw(
     assert f"| `{PATHS[0]}` | 4 | {report._ids(left)} | " in card
 
 
-@pytest.mark.parametrize("name", ["decision.json", "record.json"])
+@pytest.mark.parametrize(("name", "weights"), [("decision.json", "disk"), ("record.json", "memory")])
 def test_a_decision_of_two_passes_is_applied_as_it_was_carried_out(
-    recipe: Callable[..., dict[str, Any]], with_super_expert: Path, tmp_path: Path, name: str
+    recipe: Callable[..., dict[str, Any]], with_super_expert: Path, tmp_path: Path, name: str, weights: str
 ) -> None:
     passes = ({"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {}}, {"expert_pruning": {"keep": 4}})
-    compressor.compress(recipe(*passes, model=with_super_expert), output=tmp_path / "out")
+    compressor.compress(recipe(*passes, model=with_super_expert, weights=weights), output=tmp_path / "out")
     file = tmp_path / "out" / "compressor" / name
     result = compressor.apply(file, str(with_super_expert), tmp_path / "applied")
     for written in ("model.safetensors", "config.json"):

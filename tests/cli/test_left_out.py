@@ -180,7 +180,7 @@ def compare_with_plain(output: Path, smaller: Any, source: Path, extra: Json) ->
     assert not names & extra.keys()
     before, after = config_of(source), config_of(output)
     counts = {"n_routed_experts", "num_experts", "num_local_experts"}
-    spellings = {"rope_theta", "rope_parameters", "torch_dtype", "dtype"}
+    spellings = {"rope_theta", "partial_rotary_factor", "rope_parameters", "torch_dtype", "dtype"}
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert "num_nextn_predict_layers" in changed
     assert changed <= {"num_nextn_predict_layers"} | counts | spellings
