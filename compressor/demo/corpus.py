@@ -141,6 +141,7 @@ def _shuffled(items: Sequence[Source], seed: int) -> list[Source]:
     return random.Random(seed).sample(items, len(items))
 
 
+@cache
 def _source_files(split: Split) -> list[Path]:
     """The standard library's sources on one side of the split, sorted by their path below its root."""
     root = Path(sysconfig.get_path("stdlib"))

@@ -17,6 +17,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any, TypedDict
 
@@ -51,10 +52,12 @@ def task_configs() -> dict[str, dict[str, Any]]:
     return {name: _configuration(name) for name in _BUILDERS}
 
 
+@cache
 def build_documents(task: str, split: Split, count: int = NUM_QUESTIONS, seed: int = 0) -> list[Question]:
     """The first ``count`` questions of a task, the same for the same seed and Python.
 
-    Raises EvaluationError for an unknown task, and if the split has fewer questions than asked for.
+    Kept, since a run looks at a task before it reads it: do not change them. Raises EvaluationError for an unknown
+    task, and if the split has fewer questions than asked for.
     """
     if task not in _BUILDERS:
         raise EvaluationError(f"demo tasks: no task {task!r}; known: {', '.join(_BUILDERS)}")
