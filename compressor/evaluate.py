@@ -413,6 +413,11 @@ class _Counting(_HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         for asked, (_, context, answer) in zip(self._asked, requests, strict=False):  # windows were asked by nobody
             _refuse_long_answer(asked, len(answer), self.max_length)
+            if not answer:
+                raise EvaluationError(
+                    f"task {asked.task_name!r}: an answer to document {asked.doc_id} has no token of its own. Let it "
+                    f"begin with a blank, which `target_delimiter` puts before choices, or leave the task out."
+                )
             self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
         ask = super()._loglikelihood_tokens
         return [tuple(answer) for answer in self._shared_out(lambda own: ask(own, *args, **kwargs), requests)]

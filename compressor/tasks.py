@@ -192,15 +192,18 @@ _ANSWER_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completio
 
 def refuse_long_answers(tasks: Mapping[str, Any], max_positions: int | None) -> None:
     """Raise EvaluationError for a task that has the model write as many tokens as it has positions, or more: none would
-    be left for the question. `max_positions`: None where the model's config names no limit. Needs no weights.
+    be left for the question; or no number of tokens. `max_positions`: None where the model's config names no limit.
+    Needs no weights.
     """
     for name, task in tasks.items():
         if task.OUTPUT_TYPE != "generate_until" or max_positions is None:
             continue
         settings = task.get_config("generation_kwargs") or {}
         option = next((one for one in _ANSWER_LENGTH if settings.get(one) is not None), None)
-        wanted = int(settings[option]) if option else 256
-        if wanted >= max_positions:
+        wanted = settings[option] if option else 256
+        if not str(wanted).isdecimal() or int(wanted) < 1:
+            raise EvaluationError(f"task {name!r}: `generation_kwargs: {option}: {wanted}` is no number of tokens.")
+        if int(wanted) >= max_positions:
             said = f"`generation_kwargs: {option}: {wanted}`" if option else f"{wanted} tokens, as lm-eval has it"
             raise EvaluationError(
                 f"task {name!r} has the model write {said}, but the model takes {max_positions} positions, question "

@@ -84,6 +84,20 @@ def test_the_option_may_have_another_name_or_none(folder: Path, settings: Any, s
         refuse_long_answers(with_settings(folder, until=["\n"], **settings).tasks, POSITIONS)
 
 
+@pytest.mark.parametrize("wanted", ["many", 0, -3, 2.5])
+def test_no_number_of_tokens(folder: Path, wanted: Any) -> None:
+    with pytest.raises(EvaluationError, match=rf"'long_answers': `.*max_gen_toks: {wanted}` is no number of tokens\."):
+        refuse_long_answers(with_settings(folder, until=["\n"], max_gen_toks=wanted).tasks, POSITIONS)
+
+
+def test_answers_without_a_token(folder: Path, model: Any, tokenizer: Any) -> None:
+    row = {"q": "Which?", "choices": ["alpha", " "], "answer": 0}
+    (folder / "long.jsonl").write_text(json.dumps(row) + "\n")
+    tasks = load_tasks(["long_prompts"], task_path=folder)
+    with pytest.raises(EvaluationError, match=r"'long_prompts': an answer to document 0 has no token of its own\."):
+        evaluate.run_tasks(model, tokenizer, tasks)
+
+
 def test_prompts_that_are_cut_are_counted(folder: Path, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     """Four requests each for two long questions, and for one that fits: two of three prompts are cut."""
     tasks = load_tasks(["long_prompts"], task_path=folder)
