@@ -162,10 +162,11 @@ def test_a_value_of_another_kind_is_shown(path: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(b'{"text": "a b"}'), "packed by gzip, and UTF-8 text is read. Unpack it first."),
+        (gzip.compress(b'{"text": "a b"}', mtime=0), "packed by gzip, and UTF-8 text is read. Unpack it first."),
         (b"(\xb5/\xfd$\x0f", "packed by zstd, and UTF-8 text is read. Unpack it first."),
         ('{"text": "a b"}'.encode("utf-16"), "UTF-16, and UTF-8 text is read. Write it as UTF-8 first."),
     ],
+    ids=["gzip", "zstd", "utf-16"],
 )
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 @pytest.mark.parametrize("errors", ["refuse", "replace"])
