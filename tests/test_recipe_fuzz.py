@@ -8,15 +8,16 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from compressor import plan
+from compressor import plan, readiness
 from compressor.errors import CompressorError
 from compressor.plugins import Plugins, load_plugins
 from compressor.recipe import load_recipe
+from compressor.tasks import LoadedTasks, TaskSources
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 LONGEST_LINE = 2000
@@ -119,6 +120,25 @@ def changed_text(text: str, draw: random.Random) -> bytes:
     return whole if draw.random() < 0.9 else whole[:start] + bytes([draw.randrange(256)]) + whole[end:]
 
 
+class TasksReadOnce(TaskSources):
+    """Each task of each folder is read once, and so is lm-eval's index."""
+
+    _read: ClassVar[dict[tuple[str, Path | None], LoadedTasks]] = {}
+    _all_managers: ClassVar[dict[tuple[bool, Path | None], Any]] = {}
+
+    def load(self, name: str) -> LoadedTasks:
+        place = (name, self._task_path)
+        if place not in self._read:
+            self._read[place] = super().load(name)
+        return copy.copy(self._read[place])
+
+    def _manager(self, include_defaults: bool) -> Any:
+        place = (include_defaults, self._task_path)
+        if place not in self._all_managers:
+            self._all_managers[place] = super()._manager(include_defaults)
+        return self._all_managers[place]
+
+
 def check_one(source: Any, overrides: list[str], plugins: Plugins) -> str:
     """The error's message, empty where there is none; any other exception is a failure."""
     try:
@@ -156,6 +176,7 @@ def fuzz(number: int, seed: int, folder: Path) -> Iterator[tuple[Any, list[str],
         yield source, overrides, check_one(source, overrides, plugins)
 
 
+@pytest.mark.slow  # it reads lm-eval's index of tasks
 @pytest.mark.parametrize("seed", range(3))
 def test_recipes_changed_at_random(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
@@ -167,6 +188,7 @@ def test_recipes_changed_at_random(seed: int, tmp_path: Path, monkeypatch: pytes
 
     structure_of = plan.structure_of
     monkeypatch.setattr(plan, "structure_of", found_once)
+    monkeypatch.setattr(readiness, "TaskSources", TasksReadOnce)
     monkeypatch.chdir(tmp_path)
     answers = list(fuzz(150, seed, tmp_path))
     for source, overrides, message in answers:

@@ -21,7 +21,17 @@ from tiny_models import tiny_folder, tiny_model, token_ids, write_checkpoint, wr
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import compressor
-from compressor import CheckpointError, DiskError, MoEModel, RecipeError, Statistic, disk, parking, walk
+from compressor import (
+    CheckpointError,
+    DiskError,
+    EvaluationError,
+    MoEModel,
+    RecipeError,
+    Statistic,
+    disk,
+    parking,
+    walk,
+)
 from compressor import checkpoint as checkpoints
 from compressor.calibration import TokenBatch
 from compressor.checkpoint import Checkpoint
@@ -211,6 +221,8 @@ PASSES = {
 def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: list[Any], model: Path) -> None:
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     recipe["passes"] = passes
+    if all("dynamic_skipping" in one for one in passes):
+        del recipe["evaluate"]["random"]
     whole = compressor.compress(recipe, output=tmp_path / "memory", overrides=["weights=memory"])
     result = compressor.compress(recipe, output=tmp_path / "disk", overrides=["weights=disk"])
     assert result.model is None
@@ -312,6 +324,7 @@ def test_weights_small_tensors_and_views_stay_where_they_are(tmp_path: Path) -> 
 
 def test_what_was_copied_is_the_users_own(recipe: Recipe, tmp_path: Path, model: Path) -> None:
     recipe["passes"] = [{"dynamic_skipping": {}}]
+    del recipe["evaluate"]
     compressor.compress(recipe, output=tmp_path / "out", overrides=["weights=disk"])
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     assert not (tmp_path / "out" / WEIGHTS).samefile(model / WEIGHTS)
@@ -366,7 +379,7 @@ def test_tasks_that_write_need_the_model_in_memory(
         "evaluate": {"tasks": ["my_sum", "demo_code"], "task_path": str(my_sum), "limit": 4},
         "output": str(tmp_path / "out"),
     }
-    with pytest.raises(RecipeError, match=r"evaluate\.tasks: task my_sum: the model is to write"):
+    with pytest.raises(EvaluationError, match=r"evaluate\.tasks\[0\]: task my_sum: the model is to write"):
         compressor.compress(recipe)
     # where only the method brought it, it is left out with a note
     recipe["passes"] = [

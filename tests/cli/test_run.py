@@ -467,11 +467,12 @@ def test_recipe_by_path_mapping_and_object(done: Path, mixtral: Path, tokens: Pa
     assert kept(results[0]) == kept(record_of(done))
 
 
-def test_damaged_record_is_named_by_load(done: Path, tmp_path: Path) -> None:
+def test_load_needs_the_checkpoint_alone(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done, tmp_path / "mine")
     (tmp_path / "mine" / "compressor" / "record.json").write_text("{")
-    with pytest.raises(compressor.CompressorError, match=r"record\.json: not a decision that a run has written: "):
-        compressor.load(tmp_path / "mine")
+    loaded, _ = compressor.load(tmp_path / "mine")
+    expected, _ = compressor.load(done)
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
 
 
 def test_load_gives_none_without_a_tokenizer(done: Path, tmp_path: Path) -> None:
