@@ -120,9 +120,9 @@ def test_what_is_said_of_torchao_is_true_and_leads_somewhere(tmp_path: Path) -> 
         with pytest.raises(UnsupportedModelError) as refusal:
             act(recipe)
         assert str(refusal.value) == (
-            f"recipe model: {source}: the checkpoint is quantised (torchao), and its weights cannot be read as numbers: "
-            f"transformers reads this format in its packed form only. Prune the unquantised model, then quantise the "
-            f"result; `compressor evaluate` measures both."
+            f"recipe model: {source}: the checkpoint is quantised (torchao), and its weights cannot be read as "
+            "numbers: transformers reads this format in its packed form only. Prune the unquantised model, then "
+            "quantise the result; `compressor evaluate` measures both."
         )
     with pytest.raises(UnsupportedModelError) as refusal:
         apply(decision, str(source), tmp_path / "out", other_model=True)
