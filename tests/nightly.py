@@ -23,7 +23,11 @@ RECORD = Path(__file__).with_name("nightly.json")
 PROVEN = (
     "compressor/checkpoint.py",
     "compressor/disk.py",
+    "compressor/journal.py",
     "compressor/moe",
+    "compressor/parking.py",
+    "compressor/processes.py",
+    "compressor/quantised.py",
     "compressor/stream.py",
     "compressor/testing",
     "compressor/walk.py",

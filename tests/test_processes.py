@@ -580,7 +580,7 @@ def test_the_command_in_two_processes(recipe: Path) -> None:
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["out", "r.yaml"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_torchrun_says_who_was_the_first_to_fail(recipe: Path) -> None:
     """It stops the other, which works for ten more minutes, and nothing is left behind."""
     started = time.monotonic()

@@ -88,7 +88,10 @@ def dequantised(source: Path, folder: Path) -> Path:
     return folder
 
 
-KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "mxfp4", "pack-quantized", "float-quantized")
+KINDS = [
+    *("mixtral", "mxfp4", "pack-quantized"),
+    *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("qwen3_moe", "deepseek_v3", "float-quantized")),
+]
 
 
 def recipe_for(source: Path, tmp_path: Path, **evaluate: Any) -> Recipe:
@@ -182,7 +185,7 @@ def test_measured_alone(tmp_path: Path) -> None:
 
 
 def test_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = source_of("deepseek_v3", tmp_path / "source")
+    source = source_of("mixtral", tmp_path / "source")
     recipe = recipe_for(source, tmp_path)
     compressor.compress(recipe, output=tmp_path / "whole")
     load, calls = StreamedWeights.load, 0

@@ -121,10 +121,9 @@ def changed_text(text: str, draw: random.Random) -> bytes:
 
 
 class TasksReadOnce(TaskSources):
-    """Each task of each folder is read once, and so is lm-eval's index."""
+    """Each task of each folder is read once; lm-eval's index, is not: it has none of their names."""
 
     _read: ClassVar[dict[tuple[str, Path | None], LoadedTasks]] = {}
-    _all_managers: ClassVar[dict[tuple[bool, Path | None], Any]] = {}
 
     def load(self, name: str) -> LoadedTasks:
         place = (name, self._task_path)
@@ -133,10 +132,7 @@ class TasksReadOnce(TaskSources):
         return copy.copy(self._read[place])
 
     def _manager(self, include_defaults: bool) -> Any:
-        place = (include_defaults, self._task_path)
-        if place not in self._all_managers:
-            self._all_managers[place] = super()._manager(include_defaults)
-        return self._all_managers[place]
+        return super()._manager(False)
 
 
 def check_one(source: Any, overrides: list[str], plugins: Plugins) -> str:

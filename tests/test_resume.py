@@ -573,7 +573,8 @@ def test_notes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_that_may_not_grow(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.nightly), "disk"])
+def test_files_that_may_not_grow(weights: str, recipe: Recipe, tmp_path: Path) -> None:
     """At whatever write the disk is full, one error says so, nothing appears, and the run goes on with more room."""
     script = (
         "import json, resource, signal, sys, torch\n"
@@ -590,19 +591,18 @@ def test_files_that_may_not_grow(recipe: Recipe, tmp_path: Path) -> None:
         "    except compressor.DiskError as error:\n"
         "        print(str(error))\n"
     )
-    for weights in ("memory", "disk"):
-        recipe |= {"weights": weights, "output": str(tmp_path / weights)}
-        whole = tmp_path / f"whole-{weights}"
-        compressor.compress(recipe, output=whole)
-        largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-        limits = [100, 1000, 5000, 20_000, 50_000, largest // 2, largest - 1, 10 * largest]
-        command = [sys.executable, "-c", script, json.dumps(recipe), json.dumps(limits)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert answer.returncode == 0, answer.stderr[-2000:]
-        *failures, last = answer.stdout.splitlines()
-        assert last == "done"
-        assert len(failures) >= 4
-        says = f"{tmp_path / weights}: writing failed: File too large. Nothing is left under that name."
-        assert set(failures) == {says}
-        assert files(tmp_path / weights) == files(whole)
+    recipe |= {"weights": weights, "output": str(tmp_path / weights)}
+    whole = tmp_path / f"whole-{weights}"
+    compressor.compress(recipe, output=whole)
+    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    limits = [100, 1000, 5000, 20_000, 50_000, largest // 2, largest - 1, 10 * largest]
+    command = [sys.executable, "-c", script, json.dumps(recipe), json.dumps(limits)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    *failures, last = answer.stdout.splitlines()
+    assert last == "done"
+    assert len(failures) >= 4
+    says = f"{tmp_path / weights}: writing failed: File too large. Nothing is left under that name."
+    assert set(failures) == {says}
+    assert files(tmp_path / weights) == files(whole)
     assert not list(tmp_path.glob(".*"))

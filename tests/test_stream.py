@@ -217,7 +217,13 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES.keys())
+_NIGHTLY = ("criterion", "greedy", "uneven", "progressive")
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [pytest.param(PASSES[name], id=name, marks=[pytest.mark.nightly] * (name in _NIGHTLY)) for name in PASSES],
+)
 def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: list[Any], model: Path) -> None:
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     recipe["passes"] = passes
@@ -244,8 +250,10 @@ def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: li
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
-@pytest.mark.parametrize("passes", [PASSES["progressive"], PASSES["greedy"], PASSES["prune, skip"]])
+@pytest.mark.parametrize(
+    ("passes", "weights"),
+    [(PASSES["progressive"], "disk"), (PASSES["greedy"], "memory"), (PASSES["prune, skip"], "disk")],
+)
 def test_hidden_states_in_files_change_nothing(
     recipe: Recipe, tmp_path: Path, passes: list[Any], weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

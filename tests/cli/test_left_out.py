@@ -132,7 +132,14 @@ def write_model(folder: Path, name: str, *, sharded: bool = False) -> dict[str, 
     return extra
 
 
-@pytest.fixture(scope="module", params=[f"{name} {form}" for name in MODELS for form in ("single", "sharded")])
+_EACH_PUSH = ("deepseek_v3 sharded", "qwen3_next single")
+PUBLISHED = [
+    pytest.param(one, marks=() if one in _EACH_PUSH else pytest.mark.nightly)
+    for one in (f"{name} {form}" for name in MODELS for form in ("single", "sharded"))
+]
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """Name, folder and extra tensors of a checkpoint with an extra prediction layer. Shared: never write into it."""
     name, form = request.param.split()
