@@ -371,19 +371,23 @@ def other_kind(path: Path) -> None:
     ("piece", "damage", "num_again", "progressive"),
     [
         (EVALUATION, cut, 0, False),
-        (EVALUATION, other_kind, 0, False),
-        (EVALUATION, Path.unlink, 0, True),
+        pytest.param(EVALUATION, other_kind, 0, False, marks=pytest.mark.nightly),
+        pytest.param(EVALUATION, Path.unlink, 0, True, marks=pytest.mark.nightly),
         (f"{FIRST}/{LAYER}", cut, 1, False),
-        (f"{FIRST}/{LAYER}", cut, 1, True),
+        pytest.param(f"{FIRST}/{LAYER}", cut, 1, True, marks=pytest.mark.nightly),
         (f"{FIRST}/{LAYER}", Path.unlink, 1, True),
-        (f"{FIRST}/done.json", cut, 0, True),
+        pytest.param(f"{FIRST}/done.json", cut, 0, True, marks=pytest.mark.nightly),
         (f"{FIRST}/done.json", Path.unlink, 0, False),
         (f"{SECOND}/{LAYER}", cut, 1, True),
-        (f"{SECOND}/{LAYER}", Path.unlink, 1, False),
+        pytest.param(f"{SECOND}/{LAYER}", Path.unlink, 1, False, marks=pytest.mark.nightly),
         (f"{SECOND}/streams-0-model.layers.1/standing.json", cut, 0, False),
-        (f"{SECOND}/streams-0-model.layers.1/standing.json", other_kind, 0, False),
+        pytest.param(
+            f"{SECOND}/streams-0-model.layers.1/standing.json", other_kind, 0, False, marks=pytest.mark.nightly
+        ),
         (f"{SECOND}/streams-0-model.layers.1/0.safetensors", cut, 0, True),
-        (f"{SECOND}/streams-0-model.layers.1/0.safetensors", Path.unlink, 0, False),
+        pytest.param(
+            f"{SECOND}/streams-0-model.layers.1/0.safetensors", Path.unlink, 0, False, marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_damaged_piece_is_named_and_done_again(
@@ -431,7 +435,7 @@ def test_a_journal_of_which_nobody_knows_what_it_is_about_is_kept(
 @pytest.mark.parametrize(
     "piece",
     [
-        "journal/edited 0.expert_pruning.json",
+        pytest.param("journal/edited 0.expert_pruning.json", marks=pytest.mark.nightly),
         "journal/edited 1.expert_pruning.json",
         f"stages/1.expert_pruning/{WEIGHTS}",
     ],

@@ -414,6 +414,7 @@ def test_a_live_model_is_not_read_from_disk(recipe: Recipe, model: Path, tmp_pat
 def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint between them is found again."""
     recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}
+    del recipe["evaluate"]
     compressor.compress(recipe, output=tmp_path / "whole")
     put = ObservationJournal.put
 
@@ -439,6 +440,7 @@ def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypa
 def test_interrupted_when_all_passes_are_done(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last checkpoint is there, and nothing is written or read again."""
     recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}
+    del recipe["evaluate"]
     compressor.compress(recipe, output=tmp_path / "whole")
 
     def stop(*_: Any) -> None:

@@ -189,7 +189,7 @@ def test_sizes_that_collide(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 12))])
 def test_random_small_configs(seed):
     """Any sizes: everything that is not refused is right."""
     generator = torch.Generator().manual_seed(seed)
