@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 from compressor import MoEModel
-from compressor.environment import hardware, versions
-from compressor.moe import RealTokens, RoutedTokens
-from compressor.selection.pairs import PairLosses
-from compressor.selection.sums import ExpertSums
-from compressor.statistics import JoinedStatistic, RankedStatistic
+from compressor.machine.environment import hardware, versions
+from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RoutedTokens
+from compressor.observe.statistic import JoinedStatistic, RankedStatistic
+from compressor.selection.activation_sums import ExpertSums
+from compressor.selection.pair_losses import PairLosses
 
 _SHAPE = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4}
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import compressor
-from compressor.selection.sums import SUMS
-from compressor.statistics import save_statistics
+from compressor.observe.statistics_file import save_statistics
+from compressor.selection.activation_sums import SUMS
 
 LAYERS, EXPERTS, DOMAINS = 48, 128, ("code", "prose", "mathematics")
 

@@ -27,15 +27,16 @@ CHILD = """
 import copy, json, resource, sys, time
 from pathlib import Path
 started = time.perf_counter()
-from compressor import disk
-from compressor.checkpoint import Checkpoint
+from compressor.edit.checkpoint_edit import meta_model
+from compressor.edit.checkpoint_edit import plan_edit
+from compressor.checkpoint.find import Checkpoint
 imported = time.perf_counter()
 source, output, num_kept = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 found = Checkpoint(str(source), source)
-before = disk.meta_model(found)
+before = meta_model(found)
 after = copy.deepcopy(before)
 after.keep({layer.path: range(layer.num_experts - num_kept, layer.num_experts) for layer in after.layers})
-edit = disk.plan_edit(found, before, after)
+edit = plan_edit(found, before, after)
 planned = time.perf_counter()
 output.mkdir()
 edit.write(output)

@@ -23,13 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 from compressor import JoinedStatistic, MoELayer, MoEModel, RoutingRule
-from compressor.environment import hardware, versions
-from compressor.moe import RealTokens
-from compressor.selection.gram import TokenGrams, num_ranks
+from compressor.machine.environment import hardware, versions
+from compressor.model.capture import RealTokens
+from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.greedy import GreedySearch, Search
 from compressor.selection.objective import Objective
-from compressor.selection.state import TokenState
-from compressor.selection.sums import ExpertSums
+from compressor.selection.token_grams import TokenGrams, num_ranks
+from compressor.selection.token_state import TokenState
 
 COMMON = {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 64}
 

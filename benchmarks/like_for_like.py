@@ -24,14 +24,20 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel, checkpoint, evaluate, walk
-from compressor.calibration import Sequences, TokenBatch, load_sequences, make_batches
-from compressor.environment import hardware, versions
+from compressor import Gathered, MoEModel
+from compressor.checkpoint.find import find_checkpoint
+from compressor.checkpoint.load import load_model, load_tokenizer
+from compressor.data.lm_eval_tasks import LoadedTasks, load_tasks
+from compressor.data.packing import load_sequences
+from compressor.data.sequences import Sequences, TokenBatch, make_batches
+from compressor.data.sources import DemoSource
+from compressor.evaluate import perplexity as perplexities
+from compressor.evaluate.lm_eval import run_tasks
+from compressor.machine.environment import hardware, versions
+from compressor.machine.progress import Progress
+from compressor.observe import layerwise
 from compressor.plugins import load_plugins
-from compressor.progress import Progress
-from compressor.selection.losses import SetLosses, relative_losses
-from compressor.sources import DemoSource
-from compressor.tasks import LoadedTasks, load_tasks
+from compressor.selection.reference import SetLosses, relative_losses
 
 DOMAINS = ("code", "prose", "arithmetic")
 CRITERIA = ("reap", "ean", "weighted_ean", "frequency", "seer", "man", "msan", "mone", "aimer", "single_removal")
@@ -61,8 +67,8 @@ def main() -> None:
 
 def measured(reference: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result for each ratio."""
-    source = checkpoint.find_checkpoint(reference)
-    model, tokenizer = checkpoint.load_model(source, dtype="float32"), checkpoint.load_tokenizer(source)
+    source = find_checkpoint(reference)
+    model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
     moe = MoEModel(model)
     calibration = [read(domain, args.samples, args.length, "train", tokenizer) for domain in DOMAINS]
     held_out = [read(domain, args.held_out, args.length, "held-out", tokenizer) for domain in DOMAINS]
@@ -118,7 +124,7 @@ def ways(moe: MoEModel, batches: Sequence[TokenBatch], num_kept: int) -> Iterato
         def edited(path: str, figures: Any) -> Any:
             return one.preview(moe, one.decide([moe.layer(path)], Gathered({path: figures}, DOMAINS)))
 
-        figures = walk.observe(moe, batches, wanted, Progress(), edited=edited if one.progressive else None)
+        figures = layerwise.observe(moe, batches, wanted, Progress(), edited=edited if one.progressive else None)
         return Gathered(figures, DOMAINS)
 
     def kept(one: Any, figures: Gathered) -> Kept:
@@ -144,7 +150,7 @@ def held_out_losses(moe: MoEModel, sets: Sequence[Kept], sources: Sequence[Seque
     found = {}
     for one in sources:
         wanted = {layer.path: SetLosses(layer, [kept[layer.path] for kept in sets]) for layer in moe.layers}
-        figures = walk.observe(moe, batches_of([one]), wanted, Progress())
+        figures = layerwise.observe(moe, batches_of([one]), wanted, Progress())
         found[one.name] = torch.stack([relative_losses(of) for of in figures.values()]).mean(0).tolist()
     return found
 
@@ -153,8 +159,8 @@ def quality(
     moe: MoEModel, tokenizer: Any, held_out: Sequence[Sequences], tasks: LoadedTasks, limit: int
 ) -> dict[str, Any]:
     """Perplexity of every domain and accuracy of every task, with standard errors."""
-    perplexity = {one.name: evaluate.perplexity(moe.model, one).to_json() for one in held_out}
-    results = evaluate.run_tasks(moe.model, tokenizer, tasks, limit=limit, batch_size=32)
+    perplexity = {one.name: perplexities.perplexity(moe.model, one).to_json() for one in held_out}
+    results = run_tasks(moe.model, tokenizer, tasks, limit=limit, batch_size=32)
     accuracy = {name.removeprefix("demo_"): result.metrics["acc"].to_json() for name, result in results.items()}
     return {"perplexity": perplexity, "accuracy": accuracy}
 

@@ -25,12 +25,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor import JoinedStatistic, MoEModel, Processes
-from compressor.calibration import TokenBatch
-from compressor.moe import find_structure
-from compressor.progress import Progress
+from compressor.data.sequences import TokenBatch
+from compressor.machine.progress import Progress
+from compressor.model.find_structure import find_structure
+from compressor.observe.layerwise import observe
+from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.greedy import GreedySearch
-from compressor.selection.sums import ExpertSums
-from compressor.walk import observe
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 3, 64, 512, 256, 8
 KINDS = {

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel, checkpoint, walk
-from compressor.calibration import Sequences, load_sequences, make_batches
-from compressor.environment import hardware, versions
-from compressor.evaluate import perplexity
-from compressor.progress import Progress
-from compressor.recipe import load_recipe
-from compressor.selection.method import allocated
+from compressor import Gathered, MoEModel
+from compressor.checkpoint.find import find_checkpoint
+from compressor.checkpoint.load import load_model, load_tokenizer
+from compressor.data.packing import load_sequences
+from compressor.data.sequences import Sequences, make_batches
+from compressor.evaluate.perplexity import perplexity
+from compressor.machine.environment import hardware, versions
+from compressor.machine.progress import Progress
+from compressor.observe import layerwise
+from compressor.recipe.schema import load_recipe
+from compressor.selection.expert_selection import allocated
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 
 DOMAINS = ("code", "prose", "arithmetic")
@@ -46,8 +50,8 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs="+", default=[7, 6, 5], help="experts per layer (default: 7 6 5)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = checkpoint.find_checkpoint("demo")
-    model, tokenizer = checkpoint.load_model(found), checkpoint.load_tokenizer(found)
+    found = find_checkpoint("demo")
+    model, tokenizer = load_model(found), load_tokenizer(found)
     moe = MoEModel(model)
     held_out = {domain: text(tokenizer, domain, 32, seed=0, split="held-out") for domain in DOMAINS}
 
@@ -66,7 +70,7 @@ def main() -> None:
         method = ExpertPruning(ExpertPruningOptions(keep={"mean": 6}))
         statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
         figures = Gathered(
-            walk.observe(moe, batches, {path: one for path, one in statistics.items() if one}, Progress())
+            layerwise.observe(moe, batches, {path: one for path, one in statistics.items() if one}, Progress())
         )
         best = {
             path: {count: one for count, (one, _) in method.best_of_counts(moe.layer(path), figures).items()}

@@ -26,12 +26,17 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel, SkipRule, checkpoint, evaluate, walk
-from compressor.calibration import Sequences, load_sequences, make_batches
-from compressor.environment import hardware, versions
-from compressor.progress import Progress
-from compressor.selection.budget import allocate
-from compressor.sources import DemoSource
+from compressor import Gathered, MoEModel, SkipRule
+from compressor.checkpoint.find import find_checkpoint
+from compressor.checkpoint.load import load_model, load_tokenizer
+from compressor.data.packing import load_sequences
+from compressor.data.sequences import Sequences, make_batches
+from compressor.data.sources import DemoSource
+from compressor.evaluate.perplexity import perplexity
+from compressor.machine.environment import hardware, versions
+from compressor.machine.progress import Progress
+from compressor.observe import layerwise
+from compressor.selection.allocation import allocate
 from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
 from compressor_dynamic_skipping.curves import FixedCount, SkipCurves
 from compressor_dynamic_skipping.thresholds import Curve, beta_for_mean
@@ -93,8 +98,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     found: dict[str, Any] = {"versions": versions({}), "hardware": hardware("cpu"), "results": {}}
     for reference in args.models:
-        source = checkpoint.find_checkpoint(reference)
-        model, tokenizer = checkpoint.load_model(source, dtype="float32"), checkpoint.load_tokenizer(source)
+        source = find_checkpoint(reference)
+        model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
         moe = MoEModel(model)
         top_k = moe.layers[0].top_k
         batches = [
@@ -103,13 +108,13 @@ def main() -> None:
             for batch in make_batches(read(domain, args.samples, "train", tokenizer).ids, 8, domain)
         ]
         statistics = {layer.path: SkipCurves(layer, FixedCount(1, top_k)) for layer in moe.layers}
-        gathered = Gathered(walk.observe(moe, batches, statistics, Progress()), DOMAINS)
+        gathered = Gathered(layerwise.observe(moe, batches, statistics, Progress()), DOMAINS)
         held_out = [read(domain, args.held_out, "held-out", tokenizer) for domain in DOMAINS]
         rows: dict[str, Any] = {}
 
         def measure(name: str, rows: dict[str, Any] = rows, moe: MoEModel = moe, texts: Any = held_out) -> None:
             with moe.counted() as counter:
-                values = [evaluate.perplexity(moe.model, one).perplexity for one in texts]
+                values = [perplexity(moe.model, one).perplexity for one in texts]
             used = counter.experts_per_token
             mean = sum(used.values()) / len(used) if used else None
             geometric = math.exp(sum(map(math.log, values)) / len(values))

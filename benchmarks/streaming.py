@@ -45,13 +45,15 @@ if part == "read":
                 pass
 else:
     import torch
-    from compressor import checkpoint, walk
-    from compressor.calibration import TokenBatch
-    from compressor.checkpoint import Checkpoint
-    from compressor.moe import MoEModel
-    from compressor.progress import Progress
-    from compressor.selection.sums import ExpertSums
-    from compressor.stream import StreamedWeights, sizes_of
+    from compressor.checkpoint.load import load_model
+    from compressor.observe import layerwise
+    from compressor.data.sequences import TokenBatch
+    from compressor.checkpoint.find import Checkpoint
+    from compressor.model.moe_model import MoEModel
+    from compressor.machine.progress import Progress
+    from compressor.selection.activation_sums import ExpertSums
+    from compressor.checkpoint.layerwise_weights import StreamedWeights
+    from compressor.checkpoint.layerwise_weights import sizes_of
     ids = torch.randint(50000, (num_sequences, 512), generator=torch.Generator().manual_seed(0))
     if part == "run":
         import compressor
@@ -68,12 +70,13 @@ else:
     else:
         batches = [TokenBatch(one, torch.ones_like(one, dtype=torch.bool)) for one in ids.split(2)]
         found = Checkpoint("benchmark", folder)
-        model = checkpoint.load_model(found, device="meta" if part == "streamed" else "cpu")
+        model = load_model(found, device="meta" if part == "streamed" else "cpu")
         moe = MoEModel(model)
         weights = StreamedWeights(model, found) if part == "streamed" else None
         answer = {"largest_layer": max(sizes_of(model)[1].values())}
         started = time.perf_counter()
-        walk.observe(moe, batches, {layer.path: ExpertSums(layer) for layer in moe.layers}, Progress(), weights=weights)
+        statistics = {layer.path: ExpertSums(layer) for layer in moe.layers}
+        layerwise.observe(moe, batches, statistics, Progress(), weights=weights)
 answer |= {
     "seconds": time.perf_counter() - started,
     "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

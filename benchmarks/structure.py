@@ -14,8 +14,8 @@ import time
 import torch
 from transformers import AutoConfig
 
-from compressor.moe import find_structure
-from compressor.testing import model_class
+from compressor.model.find_structure import find_structure
+from compressor.testing.tiny import model_class
 
 TYPES = ("mixtral", "qwen3_next", "deepseek_v3")
 ROUNDS = 5

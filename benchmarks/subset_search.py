@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Phimo
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from compressor import MoEModel
-from compressor.environment import hardware, versions
-from compressor.moe import RealTokens
-from compressor.selection.subsets import SubsetErrors
+from compressor.machine.environment import hardware, versions
+from compressor.model.capture import RealTokens
+from compressor.selection.exact import SubsetErrors
 
 HIDDEN, WIDTH, TOKENS, BATCHES = 512, 1792, 4096, 2
 TIMED_TOGETHER = 3  # short runs are timed several times and averaged, the loop is long enough by itself

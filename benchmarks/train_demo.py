@@ -1,7 +1,7 @@
-"""Train the demo model that ships in ``compressor/demo/model``: ``prepare`` once, then ``train``.
+"""Train the demo model that ships in ``compressor/data/demo/model``: ``prepare`` once, then ``train``.
 
     python benchmarks/train_demo.py prepare
-    python benchmarks/train_demo.py train --minutes 30 --threads 1 --output compressor/demo/model
+    python benchmarks/train_demo.py train --minutes 30 --threads 1 --output compressor/data/demo/model
     python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --output fine-grained
 
 ``prepare`` trains the tokenizer on the train split and writes it, with the token ids of both splits, to the
@@ -30,7 +30,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from compressor.demo import corpus
+from compressor.data.demo import corpus
 
 CACHE = Path(".cache/demo")
 VOCABULARY = 2048
@@ -329,7 +329,7 @@ def main() -> None:
     training.set_defaults(run=train)
     for command in (preparing, training):
         command.add_argument("--cache", type=Path, default=CACHE)
-    training.add_argument("--output", type=Path, default=Path("compressor/demo/model"))
+    training.add_argument("--output", type=Path, default=Path("compressor/data/demo/model"))
     training.add_argument("--minutes", type=float, default=30.0, help="wall-clock time of the training loop")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="auto")

@@ -29,71 +29,67 @@ from compressor.errors import (
 from compressor.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from compressor.decisions import apply, decide
-    from compressor.engine import compress, load, restore
+    from compressor.data.sources import FileName, FilePath, TaskSource
+    from compressor.machine.distributed import Processes
     from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
-    from compressor.moe import (
-        Adapter,
-        ConfigLeaf,
-        MoELayer,
-        MoEModel,
-        RankedChunk,
-        RoutedTokens,
-        RoutingRule,
-        SkipRule,
-        Structure,
-        count_problem,
-        find_structure,
-    )
-    from compressor.processes import Processes
-    from compressor.record import CompressionResult
-    from compressor.selection.budget import allocate
+    from compressor.model.adapter import Adapter
+    from compressor.model.find_structure import find_structure
+    from compressor.model.moe_model import MoEModel, count_problem
+    from compressor.model.routed_tokens import RankedChunk, RoutedTokens
+    from compressor.model.routing_rule import RoutingRule
+    from compressor.model.skipping.rule import SkipRule
+    from compressor.model.structure import ConfigLeaf, MoELayer, Structure
+    from compressor.observe.reductions import Rule
+    from compressor.observe.statistic import Gathered, JoinedStatistic, RankedStatistic, Statistic
+    from compressor.run.apply import apply
+    from compressor.run.decide_again import decide
+    from compressor.run.pipeline import compress, load, restore
+    from compressor.run.record import CompressionResult
+    from compressor.selection.allocation import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
-    from compressor.selection.method import ExpertSelection
+    from compressor.selection.expert_selection import ExpertSelection
     from compressor.selection.options import SelectionOptions
-    from compressor.selection.pairs import fewest_losses
-    from compressor.sources import FileName, FilePath, TaskSource
-    from compressor.statistics import Gathered, JoinedStatistic, RankedStatistic, Rule, Statistic
+    from compressor.selection.pair_losses import fewest_losses
 
 _HOME = {
-    "Adapter": "moe",
-    "CompressionResult": "record",
-    "ConfigLeaf": "moe",
+    "Adapter": "model.adapter",
+    "CompressionResult": "run.record",
+    "ConfigLeaf": "model.structure",
     "Criterion": "selection.criteria",
     "Decision": "method",
     "ExpertFigures": "selection.criteria",
-    "ExpertSelection": "selection.method",
-    "FileName": "sources",
-    "FilePath": "sources",
-    "Gathered": "statistics",
-    "JoinedStatistic": "statistics",
+    "ExpertSelection": "selection.expert_selection",
+    "FileName": "data.sources",
+    "FilePath": "data.sources",
+    "Gathered": "observe.statistic",
+    "JoinedStatistic": "observe.statistic",
     "Method": "method",
-    "MoELayer": "moe",
-    "MoEModel": "moe",
+    "MoELayer": "model.structure",
+    "MoEModel": "model.moe_model",
     "OptionError": "method",
     "Options": "method",
     "Plan": "method",
-    "Processes": "processes",
-    "RankedChunk": "moe",
-    "RankedStatistic": "statistics",
-    "RoutedTokens": "moe",
-    "RoutingRule": "moe",
-    "Rule": "statistics",
+    "Processes": "machine.distributed",
+    "RankedChunk": "model.routed_tokens",
+    "RankedStatistic": "observe.statistic",
+    "RoutedTokens": "model.routed_tokens",
+    "RoutingRule": "model.routing_rule",
+    "Rule": "observe.reductions",
     "SelectionOptions": "selection.options",
-    "SkipRule": "moe",
-    "Statistic": "statistics",
-    "Structure": "moe",
-    "TaskSource": "sources",
-    "allocate": "selection.budget",
-    "apply": "decisions",
+    "SkipRule": "model.skipping.rule",
+    "Statistic": "observe.statistic",
+    "Structure": "model.structure",
+    "TaskSource": "data.sources",
+    "allocate": "selection.allocation",
+    "apply": "run.apply",
     "check_layer_names": "method",
-    "compress": "engine",
-    "count_problem": "moe",
-    "decide": "decisions",
-    "fewest_losses": "selection.pairs",
-    "find_structure": "moe",
-    "load": "engine",
-    "restore": "engine",
+    "compress": "run.pipeline",
+    "count_problem": "model.moe_model",
+    "decide": "run.decide_again",
+    "fewest_losses": "selection.pair_losses",
+    "find_structure": "model.find_structure",
+    "load": "run.pipeline",
+    "restore": "run.pipeline",
 }
 
 __all__ = [

@@ -23,8 +23,8 @@ from compressor.errors import CompressorError, ProcessError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compressor.processes import Processes
-    from compressor.recipe import LoadedRecipe
+    from compressor.machine.distributed import Processes
+    from compressor.recipe.schema import LoadedRecipe
 
 _LONGEST_SAYING = 30.0
 """Seconds."""
@@ -102,7 +102,7 @@ def run(
     `torchrun --nproc-per-node 2 -m compressor run RECIPE` does so in two processes.
     """
     _calm()
-    from compressor.processes import Processes
+    from compressor.machine.distributed import Processes
 
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
     with Processes.joined() as processes, _notes_shown():
@@ -142,18 +142,19 @@ def _run(
     without: list[str] | None,
     quiet: bool,
 ) -> None:
+    from compressor.machine.progress import Progress
     from compressor.plugins import load_plugins
-    from compressor.progress import Progress
-    from compressor.recipe import load_recipe
+    from compressor.recipe.schema import load_recipe
 
     without = without or []
     plugins = load_plugins(without)
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
     _output_of(loaded)
-    from compressor import engine, report  # torch, which takes seconds, not before the recipe is known to be right
+    from compressor.report.terminal import print_summary
+    from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
 
-    result = engine.compress(
+    result = pipeline.compress(
         recipe,
         overrides=set_ or [],
         model_reference=model,
@@ -168,7 +169,7 @@ def _run(
         others = "" if "uneven" in result.record else " or plain transformers"
         others += ", which runs it unskipped" if others and "skipping" in result.record else ""
         with _printing():
-            report.print_summary(result.record, _console())
+            print_summary(result.record, _console())
             print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 
@@ -200,34 +201,36 @@ def check(
     _calm()
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
     from compressor.plugins import load_plugins
-    from compressor.recipe import load_recipe
+    from compressor.recipe.schema import load_recipe
 
     plugins = load_plugins(without or [])
     asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
     loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
     target = _output_of(loaded)
-    from compressor import plan, report
-    from compressor.checkpoint import OutputFolder
-    from compressor.progress import Progress
+    from compressor.checkpoint.output import OutputFolder
+    from compressor.machine.progress import Progress
+    from compressor.report.terminal import print_plan
+    from compressor.run import check
 
     folder = OutputFolder(target, overwrite=overwrite, resume=resume)
-    preview = plan.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
+    preview = check.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
     if not quiet:
         with _printing():
-            report.print_plan(preview.plan, _console())
+            print_plan(preview.plan, _console())
 
 
 @app.command()
 def inspect(model: ModelArgument, trust_remote_code: TrustOption = False, without: WithoutOption = None) -> None:
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
     _calm()
-    from compressor import plan, report
     from compressor.plugins import load_plugins
+    from compressor.report.terminal import print_inspection
+    from compressor.run import check
 
     adapters = load_plugins(without or []).adapters
-    info = plan.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters)
+    info = check.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters)
     with _printing():
-        report.print_inspection(info, _console())
+        print_inspection(info, _console())
 
 
 @app.command()
@@ -235,7 +238,7 @@ def methods(without: WithoutOption = None) -> None:
     """List the installed plugins, their methods, and the options of each."""
     _calm()
     from compressor.plugins import load_plugins
-    from compressor.report import print_methods
+    from compressor.report.terminal import print_methods
 
     plugins = load_plugins(without or []).plugins
     with _printing():
@@ -260,8 +263,8 @@ def apply(
 ) -> None:
     """Apply a decision made before to the original model, on disk: no calibration, the same experts."""
     _calm()
-    from compressor.decisions import apply
-    from compressor.progress import Progress
+    from compressor.machine.progress import Progress
+    from compressor.run.apply import apply
 
     apply(
         decision,
@@ -303,15 +306,17 @@ def decide(
 ) -> None:
     """Decide again from figures gathered before: another ratio, criterion or blend. Needs no model."""
     _calm()
-    from compressor import decisions, report
+    from compressor.report.terminal import print_decisions
+    from compressor.run import decide_again
+    from compressor.run.decide_again import decision_file
 
     overrides = [*(set_ or []), *_settings({"keep": keep, "criterion": criterion, "blend": blend})]
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
-    decided = decisions.decide(statistics, method, **where, overrides=overrides, without=without or [])
+    decided = decide_again.decide(statistics, method, **where, overrides=overrides, without=without or [])
     if not quiet:
-        file = decisions.decision_file(output)
+        file = decision_file(output)
         with _printing():
-            report.print_decisions(decided, _console())
+            print_decisions(decided, _console())
             print(f"\nWritten to {output}. `compressor apply {file} MODEL --output FOLDER` makes the smaller model.")
 
 
@@ -328,12 +333,13 @@ def evaluate(
 ) -> None:
     """Measure a model as a recipe's `evaluate:` says, without changing anything."""
     _calm()
-    from compressor import engine, report
-    from compressor.processes import Processes
-    from compressor.progress import Progress
+    from compressor.machine.distributed import Processes
+    from compressor.machine.progress import Progress
+    from compressor.report.terminal import print_summary
+    from compressor.run import pipeline
 
     with Processes.joined() as processes:
-        record = engine.evaluate(
+        record = pipeline.evaluate(
             recipe,
             model,
             overrides=[*(set_ or []), *_budgets(weights, memory, device_memory, None)],
@@ -343,7 +349,7 @@ def evaluate(
         )
         if processes.is_first:
             with _printing():
-                report.print_summary(record, _console())
+                print_summary(record, _console())
 
 
 def _calm() -> None:

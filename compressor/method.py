@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from compressor.sources import BaseSource
+from compressor.data.sources import BaseSource
 from compressor.wording import counted
 
 if TYPE_CHECKING:
-    from compressor.moe import MoELayer, MoEModel, SkipRule
-    from compressor.statistics import Gathered, Statistic
+    from compressor.model.moe_model import MoEModel
+    from compressor.model.skipping.rule import SkipRule
+    from compressor.model.structure import MoELayer
+    from compressor.observe.statistic import Gathered, Statistic
 
 Decision = dict[str, Any]
 """What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original

@@ -18,7 +18,7 @@ from compressor.wording import shortened
 
 if TYPE_CHECKING:
     from compressor.method import Method
-    from compressor.moe import Adapter
+    from compressor.model.adapter import Adapter
     from compressor.selection.criteria import Criterion
 
 GROUP = "compressor"
@@ -77,7 +77,7 @@ class Plugins:
 
     def versions(self) -> dict[str, str]:
         """Those of everything that a run depends on, by distribution: the plugins' own too."""
-        from compressor.environment import versions  # torch
+        from compressor.machine.environment import versions  # torch
 
         return versions({plugin.distribution: plugin.version for plugin in self.plugins})
 
@@ -161,7 +161,7 @@ def _answers(hook: Any, module: Any) -> list[Any]:
 
 
 def _adapters(answer: Any, who: str) -> list[Adapter]:
-    from compressor.moe import Adapter
+    from compressor.model.adapter import Adapter
 
     if not isinstance(answer, list | tuple):
         raise PluginError(f"{who}: compressor_adapters() answers {answer!r}, expected a list of adapters.")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from compressor.engine import compress
+from compressor.run.pipeline import compress
 
 SAME = ("model.safetensors", "config.json", "compressor/statistics.safetensors", "compressor/decision.json")
 

@@ -30,12 +30,12 @@ from torch.distributed import TCPStore
 from compressor import CalibrationError, Processes, RoutedTokens, compress
 from compressor.cli import main
 from compressor.plugins import load_plugins
-from compressor.selection.sums import ExpertSums
+from compressor.selection.activation_sums import ExpertSums
 
 SIZE = 2
 SECONDS_TO_LEAVE = 30.0
 WARM = (
-    "compressor.engine",
+    "compressor.run.pipeline",
     "lm_eval.evaluator",
     "lm_eval.tasks",
     "transformers.models.llama.modeling_llama",

@@ -28,7 +28,15 @@ METHOD = """
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from pydantic import Field
-from compressor import Decision, Method, MoELayer, MoEModel, OptionError, Options, Plan, count_problem, hookimpl
+from compressor import Decision
+from compressor import Method
+from compressor import MoELayer
+from compressor import MoEModel
+from compressor import OptionError
+from compressor import Options
+from compressor import Plan
+from compressor import count_problem
+from compressor import hookimpl
 
 
 class FirstOptions(Options):

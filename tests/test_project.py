@@ -20,7 +20,7 @@ import typer
 
 import compressor
 from compressor.cli import app
-from compressor.demo import MODEL_FILES
+from compressor.data.demo import MODEL_FILES
 from compressor.plugins import load_plugins
 
 ROOT = Path(__file__).parents[1]
@@ -30,51 +30,25 @@ PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "__ini
 ORDER = (
     "__main__",
     "cli",
+    "run",
     "testing",
-    "engine",
-    "decisions",
-    "record",
-    "controls",
-    "workpiece",
-    "plan",
-    "readiness",
-    "page",
-    "report",
-    "tables",
-    "evaluate",
-    "walk",
-    "recipe",
     "plugins",
+    "recipe",
     "selection",
+    "edit",
+    "evaluate",
     "method",
-    "statistics",
-    "calibration",
-    "tokenisation",
-    "chats",
-    "stream",
-    "disk",
-    "naming",
+    "observe",
     "checkpoint",
-    "hub",
-    "files",
-    "quantised",
-    "journal",
-    "parking",
-    "moe",
-    "sources",
-    "lines",
-    "tasks",
-    "demo",
-    "budget",
-    "environment",
-    "network",
-    "processes",
-    "progress",
+    "model",
+    "data",
+    "machine",
+    "report",
     "_version",
     "errors",
     "wording",
 )
-"""The core's modules, top to bottom, as in docs/architecture.md: each imports only those below it."""
+"""The core's packages and single files, top to bottom, as in docs/architecture.md: each imports only those below it."""
 
 PUBLIC = [
     "Adapter",
@@ -167,6 +141,11 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_other_names_are_not() -> None:
     with pytest.raises(AttributeError, match="module 'compressor' has no attribute 'prune'"):
         _ = compressor.prune
+
+
+def test_no_room_hides_a_public_name() -> None:
+    """A package that is imported becomes an attribute of `compressor`, whatever else goes by its name."""
+    assert {path.stem for path in CORE.iterdir()} & set(PUBLIC) == set()
 
 
 def test_type_checkers_see_the_same_names() -> None:
@@ -307,7 +286,7 @@ def test_wheel_holds_the_code_and_nothing_else(wheel: Path) -> None:
     }
     assert {name for name in names if not name.startswith(information)} == expected
     assert "compressor/py.typed" in names
-    assert {f"compressor/demo/model/{name}" for name in MODEL_FILES} <= names
+    assert {f"compressor/data/demo/model/{name}" for name in MODEL_FILES} <= names
     assert f"{information}licenses/LICENSE" in names
 
 

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_report import RECORD
+from report.test_report import RECORD
 from tiny_models import tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compressor
-from compressor import plan
-from compressor.calibration import Sequences, TokenBatch
-from compressor.moe import Counter
+from compressor.data.lm_eval_tasks import LoadedTasks
+from compressor.data.sequences import Sequences, TokenBatch
+from compressor.machine.distributed import Processes
+from compressor.model.skipping.usage import Counter
+from compressor.observe.statistic import Gathered
 from compressor.plugins import Plugins, load_plugins
-from compressor.processes import Processes
-from compressor.recipe import load_recipe
-from compressor.record import CompressionResult
-from compressor.statistics import Gathered
-from compressor.tasks import LoadedTasks
+from compressor.recipe.schema import load_recipe
+from compressor.run import check
+from compressor.run.record import CompressionResult
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_plugins_and_plans() -> None:
     recipe = {"model": "demo", "calibration": {"data": [{"demo": "code"}]}, "passes": [{"expert_pruning": {"keep": 6}}]}
     loaded = load_recipe(recipe, methods=plugins.methods)
     assert repr(loaded) == "LoadedRecipe(demo: expert_pruning)"
-    assert repr(plan.check(loaded)) == "Preview(demo: 4 MoE layers of 8 experts, top-2)"
+    assert repr(check.check(loaded)) == "Preview(demo: 4 MoE layers of 8 experts, top-2)"
     rule = compressor.SkipRule("contribution", True, beta=0.5, expert_norms=(1.0,) * 256)
     assert repr(compressor.Plan({"a": 6, "b": 1})) == "Plan(7 experts in 2 layers)"
     assert repr(compressor.Plan({"a": 1}, skips={"a": rule})) == "Plan(1 expert in 1 layer, 1 layer that will skip)"

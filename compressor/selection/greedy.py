@@ -24,11 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.moe import MoELayer, RankedChunk, RoutedTokens, RoutingRule
-from compressor.selection.gram import TokenGrams, joined, num_ranks, search_rule, token_grams
+from compressor.model.routed_tokens import RankedChunk, RoutedTokens
+from compressor.model.routing_rule import RoutingRule
+from compressor.model.structure import MoELayer
+from compressor.observe.reductions import Rule
+from compressor.observe.statistic import RankedStatistic
 from compressor.selection.objective import Blend, Objective
-from compressor.selection.state import TokenState, bytes_of_token
-from compressor.statistics import RankedStatistic, Rule
+from compressor.selection.token_grams import TokenGrams, joined, num_ranks, search_rule, token_grams
+from compressor.selection.token_state import TokenState, bytes_of_token
 
 MOST_UNCOVERED = 0.005
 """Share of tokens that may be left with fewer known ranks than they choose before more ranks are computed for them."""

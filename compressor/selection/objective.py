@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compressor.processes import Processes
+from compressor.machine.distributed import Processes
 
 Blend = Literal["mean", "worst", "pooled"] | Mapping[str, float]
 

@@ -26,7 +26,7 @@ from pydantic import (
 from compressor.method import Options
 
 if TYPE_CHECKING:
-    from compressor.moe import MoELayer
+    from compressor.model.structure import MoELayer
 
 Number = StrictInt | StrictFloat
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressor.observe.reductions import joined_spread
+from compressor.selection.activation_sums import SUMS
 from compressor.selection.criteria import Criterion, ExpertFigures
 from compressor.selection.objective import Blend, blend_weights
-from compressor.selection.sums import SUMS
-from compressor.statistics import joined_spread
 
 SUPER_FACTOR = 20.0
 

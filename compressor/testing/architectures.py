@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import UnsupportedModelError
-from compressor.moe import MoELayer, MoEModel, Structure
+from compressor.model.moe_model import MoEModel
+from compressor.model.structure import MoELayer, Structure
 from compressor.testing.checks import Report, check_model
 from compressor.testing.tiny import auto_class, candidate_types, tiny_inputs, tiny_model
 
@@ -40,7 +41,7 @@ Every model type of transformers {version} with routed experts: what the adapter
 
 * **expert count**, **experts per token**: the integers of config.json, dots leading into sub-configs; *fixed* means
   that the class chooses a fixed number whatever the config says.
-* **experts are given**: how the block hands tokens over (`compressor.moe.probe.Call`).
+* **experts are given**: how the block hands tokens over (`compressor.model.structure.Call`).
 * **on disk**: one tensor per expert, or all experts in one.
 * **pruning**: keeping all changes no bit; removed equals masked; the checkpoint loads with the plain Auto class and
   answers the same to the bit; `generate()` too.
@@ -132,7 +133,7 @@ def _routers(layers: tuple[MoELayer, ...]) -> str:
 def _on_disk(model: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        from compressor.checkpoint import verify_files
+        from compressor.checkpoint.headers import verify_files
 
         names = [name for shard in verify_files(Path(folder)) for name in shard.tensors]
     per_expert = any(re.search(r"experts\.(expert_)?\d+\.", name) for name in names)

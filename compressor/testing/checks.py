@@ -24,22 +24,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor import checkpoint as checkpoints
-from compressor import disk, walk
-from compressor.calibration import TokenBatch
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.find import Checkpoint, read_config
+from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.layerwise_weights import StreamedWeights
+from compressor.checkpoint.load import align, load_model
+from compressor.checkpoint.save import save_checkpoint
+from compressor.data.sequences import TokenBatch
+from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
-from compressor.moe import (
-    Counter,
-    MoELayer,
-    MoEModel,
-    RealTokens,
-    RoutedTokens,
-    SkipRule,
-    count_problem,
-    is_decorated,
-)
-from compressor.stream import StreamedWeights
+from compressor.model.capture import RealTokens
+from compressor.model.moe_model import MoEModel, count_problem
+from compressor.model.routed_tokens import RoutedTokens
+from compressor.model.skipping.rule import SkipRule
+from compressor.model.skipping.state import is_decorated
+from compressor.model.skipping.usage import Counter
+from compressor.model.structure import MoELayer
+from compressor.observe import forward, layerwise
 from compressor.testing.tiny import answers
 
 _EXACT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -235,9 +235,9 @@ class _Subject:
         with tempfile.TemporaryDirectory() as name:
             source = Checkpoint(self.model.config.model_type, Path(name) / "source", self.trust_remote_code)
             self.model.save_pretrained(source.folder)
-            loaded = checkpoints.load_model(source)
+            loaded = load_model(source)
             yield self._layer_by_layer(source, loaded)
-            before = disk.meta_model(source)
+            before = meta_model(source)
             for suffix, kept in wanted.items():
                 if kept is None:
                     yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
@@ -247,7 +247,7 @@ class _Subject:
                 moe.keep(kept)
                 after.keep(kept)
                 try:
-                    edit = disk.plan_edit(source, before, after)
+                    edit = plan_edit(source, before, after)
                 except UnsupportedModelError as error:
                     yield Check(f"edited on disk{suffix}", None, str(error))
                     continue
@@ -256,12 +256,12 @@ class _Subject:
                 edited.mkdir()
                 edit.write(edited)
                 different = _differing_tensors(edited, live, source.folder)
-                if checkpoints.read_config(live) != checkpoints.read_config(edited):
+                if read_config(live) != read_config(edited):
                     different.append("config.json")
                 yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
 
     def _layer_by_layer(self, source: Checkpoint, loaded: Any) -> Check:
-        weights = StreamedWeights(checkpoints.load_model(source, device="meta"), source)
+        weights = StreamedWeights(load_model(source, device="meta"), source)
         outside = [
             layer.path
             for layer in self.moe.layers
@@ -271,24 +271,24 @@ class _Subject:
             return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
         ids, found = self.inputs["input_ids"], []
         batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
-        walk.forward(
+        layerwise.forward(
             weights.model,
             [batch],
-            lambda _, output: found.append(walk.answers_at(batch, output)),
+            lambda _, output: found.append(forward.answers_at(batch, output)),
             _ignore,
             weights=weights,
         )
-        return _equal("read layer by layer", found[0], walk.logits(loaded, batch))
+        return _equal("read layer by layer", found[0], forward.logits(loaded, batch))
 
     def _load_with_compressor(self, folder: Path) -> Any:
-        return checkpoints.load_model(
+        return load_model(
             Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self._dtype).removeprefix("torch.")
         )
 
     def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
         save(moe, folder)
         again = load(folder).eval()
-        checkpoints.align(again)
+        align(again)
         _same_implementations(moe.model, again)
         live, loaded = moe.model.state_dict(), again.state_dict()
         different = [key for key in live if key not in loaded or not torch.equal(live[key], loaded[key])]
@@ -329,7 +329,7 @@ class _Subject:
         with tempfile.TemporaryDirectory() as folder:
             yield from self._saved("skipping saved", moe, Path(folder), self._load_with_compressor)
             plain = self.load(Path(folder)).eval()
-            checkpoints.align(plain)
+            align(plain)
             _same_implementations(self.moe.model, plain)
             yield _equal("unskipped elsewhere", answers(plain, self.inputs), self.untouched)
 
@@ -562,7 +562,7 @@ def save(moe: MoEModel, folder: Path) -> None:
     leaves = [moe.structure.num_experts_leaf] + ([moe.structure.top_k_leaf] if moe.structure.top_k_leaf else [])
     name = moe.config._name_or_path
     source = Path(name) if name and (Path(name) / "config.json").exists() else None
-    checkpoints.save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+    save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -574,7 +574,7 @@ def _differing_tensors(edited: Path, live: Path, source: Path) -> list[str]:
     some of them in another one.
     """
     first, second, stored = (
-        {name: tensor for shard in checkpoints.verify_files(folder) for name, tensor in load_file(shard.path).items()}
+        {name: tensor for shard in verify_files(folder) for name, tensor in load_file(shard.path).items()}
         for folder in (edited, live, source)
     )
 

@@ -9,7 +9,7 @@ routers choose differently from token to token, correction biases decide, expert
 
     model.save_pretrained(folder)
     same = auto_class("mixtral").from_pretrained(folder, attn_implementation="eager")
-    align(same)  # of `compressor.checkpoint`: then it answers the same to the last bit
+    align(same)  # of `compressor.checkpoint.quiet`: then it answers the same to the last bit
 
 Not covered: images, sounds and videos (composites answer to text alone; their towers are built, and not run), and
 qwen3_omni_moe, which builds and has no forward. The routers of nllb-moe and switch_transformers turn themselves into

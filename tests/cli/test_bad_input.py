@@ -17,7 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from compressor import checkpoint, engine, record, walk, workpiece
+from compressor.checkpoint import output as output_folder
+from compressor.edit import in_memory, verify
+from compressor.observe import layerwise
+from compressor.run import pipeline, record
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
@@ -768,9 +771,9 @@ def test_interrupted_work_in_the_way_of_apply(cli: Cli, recipe: WriteRecipe, mix
 
 
 def test_too_little_disk(refused_run: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
     says = f"{tmp_path / 'out'}: the run, with what it keeps of the text, needs "
-    monkeypatch.setattr(engine._Run, "_load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(pipeline._Run, "_load", lambda *_: pytest.fail("weights were read"))
     refused_run(says=says)
 
 
@@ -791,9 +794,9 @@ def kept(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("where", "name", "failure"),
     [
-        (engine, "save_statistics", no_space_for_safetensors),
-        (engine, "write_json", no_space),
-        (engine.checkpoints, "save_checkpoint", no_space_for_safetensors),
+        (pipeline, "save_statistics", no_space_for_safetensors),
+        (pipeline, "write_json", no_space),
+        (verify, "save_checkpoint", no_space_for_safetensors),
         (record, "model_card", no_space),
     ],
 )
@@ -820,10 +823,10 @@ def test_disk_that_fills_up(
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (engine._Run, "_load"),
-        (walk, "observe"),
-        (engine, "save_statistics"),
-        (workpiece, "save_verified"),
+        (pipeline._Run, "_load"),
+        (layerwise, "observe"),
+        (pipeline, "save_statistics"),
+        (in_memory, "save_verified"),
         (record, "model_card"),
     ],
 )
@@ -866,7 +869,7 @@ def test_our_own_bug_shows_its_traceback_and_leaves_nothing(
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(walk, "observe", bug)
+    monkeypatch.setattr(layerwise, "observe", bug)
     path = recipe()
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli("run", path)

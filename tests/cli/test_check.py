@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 import compressor
-from compressor import sources
+from compressor.data import sources
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]

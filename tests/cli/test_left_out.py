@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compressor
-from compressor import plan
-from compressor.checkpoint import verify_files
+from compressor.checkpoint.headers import verify_files
 from compressor.plugins import load_plugins
-from compressor.recipe import load_recipe
+from compressor.recipe.schema import load_recipe
+from compressor.run import check
 
 Cli = Callable[..., Any]
 WriteRecipe = Callable[..., Path]
@@ -168,7 +168,7 @@ def sentence(about: Json) -> str:
 
 def plan_of(recipe: Path) -> Json:
     """The plan but for the model's name."""
-    found = plan.check(load_recipe(recipe, methods=load_plugins().methods)).plan
+    found = check.check(load_recipe(recipe, methods=load_plugins().methods)).plan
     return {key: value for key, value in found.items() if key != "model"}
 
 

@@ -11,7 +11,7 @@ from tiny_models import small_mixtral
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor.report import model_card
+from compressor.report.card import model_card
 
 
 def recipe(tokens: Path, **changes: Any) -> dict[str, Any]:

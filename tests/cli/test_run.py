@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import engine
 from compressor.cli import _exit_status
+from compressor.edit import verify
+from compressor.machine.progress import Progress
+from compressor.observe.statistics_file import load_statistics
 from compressor.plugins import load_plugins
-from compressor.progress import Progress
-from compressor.recipe import load_recipe
-from compressor.statistics import load_statistics
+from compressor.recipe.schema import load_recipe
 
 Cli = Callable[..., Any]
 WriteRecipe = Callable[..., Path]
@@ -500,7 +500,7 @@ def test_wrong_edit_is_found_before_anything_is_written(
 def test_wrong_checkpoint_is_found_before_it_has_its_name(
     cli: Cli, recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = engine.checkpoints.save_checkpoint
+    save = verify.save_checkpoint
 
     def save_another(model: Any, *arguments: Any) -> None:
         spoilt = copy.deepcopy(model)
@@ -508,7 +508,7 @@ def test_wrong_checkpoint_is_found_before_it_has_its_name(
             spoilt.model.norm.weight += 1
         save(spoilt, *arguments)
 
-    monkeypatch.setattr(engine.checkpoints, "save_checkpoint", save_another)
+    monkeypatch.setattr(verify, "save_checkpoint", save_another)
     path = recipe()
     answer = cli("run", "--quiet", path)
     assert answer.status == 2

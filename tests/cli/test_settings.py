@@ -12,7 +12,7 @@ import pytest
 from compressor import RecipeError
 from compressor.cli import app
 from compressor.plugins import load_plugins
-from compressor.recipe import load_recipe, parse_options
+from compressor.recipe.schema import load_recipe, parse_options
 
 from .conftest import Cli, Refused, WriteRecipe
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compressor.cli import _exit_status
-from compressor.progress import Progress
+from compressor.machine.progress import Progress
 
 COMMAND = [sys.executable, "-m", "compressor", "--version"]
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor.statistics import load_statistics
+from compressor.observe.statistics_file import load_statistics
 
 
 @pytest.mark.parametrize("name", ["r6_float32", "r6_bfloat16"])

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from compressor import Gathered, OptionError
-from compressor.moe import find_structure
-from compressor.testing import model_class, tiny_config
+from compressor.model.find_structure import find_structure
+from compressor.testing.tiny import model_class, tiny_config
 from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
 from compressor_dynamic_skipping.curves import NUM_BINS
 

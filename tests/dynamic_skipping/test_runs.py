@@ -10,13 +10,13 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import MoEModel, OptionError, RecipeError, SkipRule, plan
-from compressor.decisions import apply
-from compressor.page import page
+from compressor import MoEModel, OptionError, RecipeError, SkipRule
+from compressor.observe.statistics_file import load_statistics, merge_statistics
 from compressor.plugins import load_plugins
-from compressor.recipe import load_recipe
-from compressor.report import alone_rows
-from compressor.statistics import load_statistics, merge_statistics
+from compressor.recipe.schema import load_recipe
+from compressor.report.figures import alone_rows
+from compressor.report.html import page
+from compressor.run.apply import apply
 from compressor_dynamic_skipping import DynamicSkipping
 
 
@@ -199,7 +199,7 @@ def test_pruning_that_leaves_nothing_to_skip_is_refused_by_check(eight, tokens, 
     plugins = load_plugins()
 
     def check(settings):
-        plan.check(load_recipe(settings, methods=plugins.methods, criteria=plugins.criteria))
+        check.check(load_recipe(settings, methods=plugins.methods, criteria=plugins.criteria))
 
     passes = [{"dynamic_skipping": skip}, {"expert_pruning": prune}]
     with pytest.raises(RecipeError) as error:
@@ -359,7 +359,7 @@ def test_a_decision_for_another_model_is_refused(eight, tokens, tmp_path):
 
 def test_layers_that_text_does_not_reach_are_left_as_they_are(tmp_path):
     """The vision experts of a composite: text never comes to them."""
-    from compressor.testing import tiny_model
+    from compressor.testing.tiny import tiny_model
 
     folder = tmp_path / "model"
     tiny_model("ernie4_5_vl_moe").save_pretrained(folder)

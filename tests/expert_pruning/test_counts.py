@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from compressor import Gathered, OptionError
 from compressor.errors import RecipeError
-from compressor.recipe import load_recipe
-from compressor.selection.subsets import dropped_subsets, num_subsets
+from compressor.recipe.schema import load_recipe
+from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 
 

@@ -10,14 +10,14 @@ import torch
 from tiny_models import tiny_model, token_ids
 
 from compressor import MoEModel
-from compressor.calibration import make_batches
-from compressor.progress import Progress
+from compressor.data.sequences import make_batches
+from compressor.machine.progress import Progress
+from compressor.observe.layerwise import observe
+from compressor.observe.statistic import JoinedStatistic
+from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.criteria import ExpertFigures
-from compressor.selection.pairs import PairLosses
+from compressor.selection.pair_losses import PairLosses
 from compressor.selection.scores import blended_scores, kept_by_score
-from compressor.selection.sums import ExpertSums
-from compressor.statistics import JoinedStatistic
-from compressor.walk import observe
 from compressor_expert_pruning import CRITERIA
 from compressor_expert_pruning.criteria import aimer
 

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import walk
-from compressor.calibration import make_batches
-from compressor.statistics import load_statistics
+from compressor.data.sequences import make_batches
+from compressor.observe import forward
+from compressor.observe.statistics_file import load_statistics
 
 RUNS = ("r3_float32", "r4_float32", "r6_float32", "r4_bfloat16", "r6_bfloat16")
 LOSS_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
@@ -77,7 +77,7 @@ def test_the_pruned_model_has_the_same_logits(run: Any, golden_folder: Path) -> 
     golden, result, _ = run
     lines = (golden_folder / "calibration.jsonl").read_text().splitlines()[: golden["calibration"]["batch_size"]]
     (batch,) = make_batches([torch.tensor(json.loads(line)["input_ids"]) for line in lines], len(lines))
-    logits = walk.logits(result.model, batch).double()
+    logits = forward.logits(result.model, batch).double()
     recorded = golden["recorded"]
     # the sum of signed logits nearly cancels, so both are compared on the scale of the sum of absolute ones
     limit = LOGITS_TOLERANCE[golden["dtype"]] * recorded["logits_abs"]

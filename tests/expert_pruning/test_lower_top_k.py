@@ -9,8 +9,8 @@ import torch
 from tiny_models import random_model, token_ids
 
 from compressor import Gathered, MoEModel
-from compressor.calibration import make_batches
-from compressor.moe import RealTokens
+from compressor.data.sequences import make_batches
+from compressor.model.capture import RealTokens
 from compressor.testing import tiny
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import MoEModel
-from compressor.decisions import apply
+from compressor.run.apply import apply
 
 
 @pytest.fixture

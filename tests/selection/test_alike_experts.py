@@ -8,11 +8,11 @@ import pytest
 import routers
 import torch
 
-from compressor.selection.gram import token_grams
-from compressor.selection.pairs import PairLosses
-from compressor.selection.state import TokenState
-from compressor.selection.subsets import SubsetErrors
-from compressor.statistics import Statistic
+from compressor.observe.statistic import Statistic
+from compressor.selection.exact import SubsetErrors
+from compressor.selection.pair_losses import PairLosses
+from compressor.selection.token_grams import token_grams
+from compressor.selection.token_state import TokenState
 from compressor_dynamic_skipping.curves import SkipCurves
 
 TOKENS, EXPERTS, TOP_K, WIDTH = 12, 5, 2, 64

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compressor.selection.budget import allocate, possible_totals
+from compressor.selection.allocation import allocate, possible_totals
 
 INF = float("inf")
 

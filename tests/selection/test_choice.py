@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.selection import choice
-from compressor.selection.choice import ChoiceError, Fixed
+from compressor.selection import choose
+from compressor.selection.activation_sums import SUMS
+from compressor.selection.choose import ChoiceError, Fixed
 from compressor.selection.criteria import Criterion
 from compressor.selection.objective import Objective
-from compressor.selection.sums import SUMS
 
 NONE = Fixed()
 THREE = [[0.0, 16.0, 5.0], [0.0, 0.0, 5.0]]
@@ -26,7 +26,7 @@ def by_subsets(
     layer = make_layer(num_experts, 1, **others)
     figures = {"subsets.squared_error": float64(squared_BS), "subsets.counts": torch.tensor([keep])}
     objective = Objective.of_batches(domains, float64([100.0] * len(domains)))
-    found, cost = choice.by_subsets(layer, figures, keep, objective, fixed)
+    found, cost = choose.by_subsets(layer, figures, keep, objective, fixed)
     return found, cost
 
 
@@ -68,7 +68,7 @@ def test_domains(make_layer, blend, dropped):
         "subsets.counts": torch.tensor([2]),
     }
     objective = Objective.of_batches(["a", "b"], float64([100.0, 1.0]), blend)
-    found, cost = choice.by_subsets(layer, figures, 2, objective, NONE)
+    found, cost = choose.by_subsets(layer, figures, 2, objective, NONE)
     assert found["dropped"] == dropped
     if blend == "worst":
         assert found["domains"] == {"a": pytest.approx(0.5), "b": pytest.approx(0.6)}
@@ -80,7 +80,7 @@ def test_losses_of_other_counts_are_not_there(make_layer):
     figures = {"subsets.squared_error": float64(THREE), "subsets.counts": torch.tensor([2])}
     objective = Objective.of_batches(["a", "a"], float64([1.0, 1.0]))
     with pytest.raises(ChoiceError) as error:
-        choice.by_subsets(make_layer(3, 1), figures, 1, objective, NONE)
+        choose.by_subsets(make_layer(3, 1), figures, 1, objective, NONE)
     assert str(error.value) == (
         "layers.0.mlp: the losses of all sets were gathered for keeping 2 experts, not 1; decide by a criterion, or "
         "observe again"
@@ -103,7 +103,7 @@ PATH = {
 
 def by_greedy(make_layer, num_kept, fixed=NONE):
     objective = Objective.of_batches(["a"], float64([100.0]))
-    return choice.by_greedy(make_layer(4, 1), PATH, num_kept, objective, fixed)[0]
+    return choose.by_greedy(make_layer(4, 1), PATH, num_kept, objective, fixed)[0]
 
 
 def test_a_count_that_was_searched_for(make_layer):
@@ -139,14 +139,14 @@ def figures_of(tokens):
 
 def test_by_criterion(make_layer):
     criterion = Criterion("frequency", lambda figures: figures.tokens, "counts")
-    found = choice.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
+    found = choose.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
     assert found == {"kept": [0, 3], "dropped": [1, 2], "search": "frequency", "score_kept": pytest.approx(7 / 8)}
 
 
 def test_figures_that_a_criterion_needs(make_layer):
     criterion = Criterion("mone", lambda figures: figures.tokens, "x", frozenset({"outputs"}))
     with pytest.raises(ChoiceError) as error:
-        choice.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
+        choose.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
     assert str(error.value) == (
         "layers.0.mlp: the criterion mone needs `outputs`, which were not gathered; observe again with this criterion, "
         "or with `gather: [outputs]`"
@@ -154,10 +154,10 @@ def test_figures_that_a_criterion_needs(make_layer):
 
 
 def test_experts_without_tokens_are_told(make_layer):
-    assert choice.notes(figures_of([4, 0, 1, 0]), NONE) == {"unreached": [1, 3]}
+    assert choose.notes(figures_of([4, 0, 1, 0]), NONE) == {"unreached": [1, 3]}
     extreme = figures_of([4, 2, 1, 1]) | {"sums.largest": float64([[1.0, 1.0, 50.0, 1.0]])}
-    assert choice.notes(extreme, Fixed(supers=(2,))) == {"super_experts": [2], "protected_super_experts": [2]}
-    assert choice.notes(extreme, NONE) == {"super_experts": [2], "protected_super_experts": []}  # reported all the same
+    assert choose.notes(extreme, Fixed(supers=(2,))) == {"super_experts": [2], "protected_super_experts": [2]}
+    assert choose.notes(extreme, NONE) == {"super_experts": [2], "protected_super_experts": []}  # reported all the same
 
 
 # Fixed -----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_experts_without_tokens_are_told(make_layer):
 
 def fixed(layer, largest, num_kept, **options):
     given = {"protected": (), "forbidden": (), "protect_supers": True} | options
-    return choice.fixed_experts(layer, float64(largest), num_kept, **given)
+    return choose.fixed_experts(layer, float64(largest), num_kept, **given)
 
 
 def test_super_experts_are_protected_unless_told_otherwise(make_layer):

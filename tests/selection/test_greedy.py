@@ -11,12 +11,12 @@ import torch
 from routers import output
 
 from compressor import RoutingRule, UnsupportedModelError
-from compressor.moe.routing import GroupRule
-from compressor.selection.gram import joined, num_ranks, token_grams
+from compressor.model.routing_rule import GroupRule
 from compressor.selection.greedy import GreedySearch, Search
-from compressor.selection.losses import SetLosses, random_kept, relative_losses
 from compressor.selection.objective import Objective
-from compressor.selection.state import TokenState
+from compressor.selection.reference import SetLosses, random_kept, relative_losses
+from compressor.selection.token_grams import joined, num_ranks, token_grams
+from compressor.selection.token_state import TokenState
 
 CLOSED = (
     "softmax",
@@ -242,9 +242,9 @@ def test_swaps_do_not_disturb_the_path(make_batches):
 def test_it_is_the_same_every_time_and_in_any_chunks(make_batches, monkeypatch):
     batches = make_batches("softmax", 2, 40, 12, 3, 4)
     whole = searched(batches, [6])
-    monkeypatch.setattr("compressor.moe.tokens._ROWS_PER_EXPERT", 2)
-    monkeypatch.setattr("compressor.selection.state._TOKENS_AT_ONCE", 7)
-    monkeypatch.setattr("compressor.selection.state._PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("compressor.model.routed_tokens._ROWS_PER_EXPERT", 2)
+    monkeypatch.setattr("compressor.selection.token_state._TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("compressor.selection.token_state._PAIRS_AT_ONCE", 5)
     monkeypatch.setattr("compressor.selection.greedy._TABLE_CELLS", 60)
     cut = searched(batches, [6])
     assert torch.equal(whole["greedy.kept"], cut["greedy.kept"])

@@ -11,12 +11,12 @@ from routers import ROUTERS
 from tiny_models import tiny_model, token_ids
 
 from compressor import MoEModel, RoutingRule
-from compressor.calibration import make_batches
-from compressor.progress import Progress
-from compressor.selection.pairs import PairLosses, fewest_losses
-from compressor.selection.subsets import SubsetErrors
-from compressor.statistics import JoinedStatistic
-from compressor.walk import observe
+from compressor.data.sequences import make_batches
+from compressor.machine.progress import Progress
+from compressor.observe.layerwise import observe
+from compressor.observe.statistic import JoinedStatistic
+from compressor.selection.exact import SubsetErrors
+from compressor.selection.pair_losses import PairLosses, fewest_losses
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from compressor.selection.activation_sums import SUMS
 from compressor.selection.criteria import Criterion
 from compressor.selection.objective import Blend
 from compressor.selection.scores import (
@@ -17,7 +18,6 @@ from compressor.selection.scores import (
     super_experts,
     unreached,
 )
-from compressor.selection.sums import SUMS
 
 NAN = math.nan
 FREQUENCY = Criterion("frequency", lambda figures: figures.tokens, "counts")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.moe import RoutingRule
+from compressor.model.routing_rule import RoutingRule
 from compressor.selection import greedy
-from compressor.selection.gram import TokenGrams
 from compressor.selection.greedy import GreedySearch, most_bytes_of_token
-from compressor.selection.state import TokenState, bytes_of_token
+from compressor.selection.token_grams import TokenGrams
+from compressor.selection.token_state import TokenState, bytes_of_token
 
 TOKENS, EXPERTS, TOP_K, RANKS = 40, 16, 3, 7
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.selection.choice import ChoiceError, Fixed, by_criterion
+from compressor.observe.reductions import RULES, joined_figures
+from compressor.selection.activation_sums import ExpertSums
+from compressor.selection.choose import ChoiceError, Fixed, by_criterion
 from compressor.selection.scores import blended_scores, expert_figures
-from compressor.selection.sums import ExpertSums
-from compressor.statistics import RULES, joined_figures
 from compressor_expert_pruning import CRITERIA
 
 MONE = next(criterion for criterion in CRITERIA if criterion.name == "mone")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor import RoutingRule
-from compressor.selection.subsets import (
+from compressor.selection.exact import (
     SubsetErrors,
     SubsetTables,
     _first_choices,

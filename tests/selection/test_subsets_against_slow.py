@@ -10,9 +10,9 @@ import torch
 from routers import HIDDEN, ROUTERS, output
 
 from compressor import RoutingRule
-from compressor.moe import tokens as tokens_module
-from compressor.selection import subsets
-from compressor.selection.subsets import SubsetErrors, SubsetTables, dropped_subsets
+from compressor.model import routed_tokens as tokens_module
+from compressor.selection import exact as subsets
+from compressor.selection.exact import SubsetErrors, SubsetTables, dropped_subsets
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from by_hand import expert_outputs, routing_weights
 from tiny_models import FEW, tiny_model, token_ids
 
 from compressor import MoEModel
-from compressor.calibration import TokenBatch, make_batches
-from compressor.progress import Progress
-from compressor.selection.sums import SUMS, ExpertSums
-from compressor.walk import model_inputs, observe
+from compressor.data.sequences import TokenBatch, make_batches
+from compressor.machine.progress import Progress
+from compressor.observe.forward import model_inputs
+from compressor.observe.layerwise import observe
+from compressor.selection.activation_sums import SUMS, ExpertSums
 
 # Three tokens choose two of four experts each. Experts answer x, 2x, −x and 7x; nobody chooses the last.
 #

@@ -15,18 +15,19 @@ import torch
 import transformers
 
 from compressor import UnsupportedModelError
-from compressor.moe import Structure, find_structure
-from compressor.testing import (
+from compressor.model.find_structure import find_structure
+from compressor.model.structure import Structure
+from compressor.testing.architectures import row, structure_cells
+from compressor.testing.checks import check_model
+from compressor.testing.tiny import (
     answers,
     auto_class,
     candidate_types,
-    check_model,
     model_class,
     tiny_config,
     tiny_inputs,
     tiny_model,
 )
-from compressor.testing.architectures import row, structure_cells
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 

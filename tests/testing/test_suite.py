@@ -9,7 +9,7 @@ import nightly
 import pytest
 
 TESTPATHS, ARGS = pytest.Config.ArgsSource.TESTPATHS, pytest.Config.ArgsSource.ARGS
-NOW = {"transformers": "5.24.0", "compressor/disk.py": "aa"}
+NOW = {"transformers": "5.24.0", "compressor/edit/on_disk.py": "aa"}
 
 
 def run(tmp_path, *, then=NOW, source=TESTPATHS, expression="", **others):
@@ -32,7 +32,7 @@ def item(name, *marks):
         (NOW, TESTPATHS, "", False, "left out, nothing that they prove has changed"),
         ({**NOW, "transformers": "5.25.0"}, TESTPATHS, "", True, "for transformers changed"),
         ({**NOW, "compressor/gone.py": "bb"}, TESTPATHS, "", True, "for compressor/gone.py changed"),
-        (None, TESTPATHS, "", True, "for compressor/disk.py and 1 more changed"),
+        (None, TESTPATHS, "", True, "for compressor/edit/on_disk.py and 1 more changed"),
         (None, ARGS, "", False, "left out, not the whole suite"),
         (None, TESTPATHS, "not nightly", True, "by -m 'not nightly'"),  # pytest itself leaves them out then
         (NOW, TESTPATHS, "nightly", True, "by -m 'nightly'"),
@@ -89,7 +89,7 @@ def test_only_a_complete_run_that_passed_is_recorded(tmp_path, passed, status, s
 def test_every_source_that_is_proven_exists_and_counts():
     now = nightly.proven_now()
     assert all((nightly.ROOT / name).exists() for name in nightly.PROVEN)
-    assert {"transformers", "compressor/moe/structure.py", "compressor/disk.py"} <= now.keys()
+    assert {"transformers", "compressor/model/structure.py", "compressor/edit/on_disk.py"} <= now.keys()
     assert len(set(now.values())) == len(now)
 
 

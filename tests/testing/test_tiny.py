@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-from compressor.checkpoint import align
-from compressor.testing import (
+from compressor.checkpoint.load import align
+from compressor.testing.tiny import (
     answers,
     auto_class,
     candidate_types,

@@ -1,0 +1,1 @@
+"""Folders of safetensors: find, verify, load, stream, save whole."""

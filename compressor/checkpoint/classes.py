@@ -1,0 +1,121 @@
+"""Which of transformers' classes a checkpoint is a model of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from compressor.checkpoint.find import Checkpoint
+from compressor.errors import UnsupportedModelError
+
+_AUTO_FIRST = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMultimodalLM",
+)
+
+
+def model_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """The class to build: the checkpoint's own code if it may run, else the one that `architectures` of its config
+    names, else the first that an Auto class of transformers knows for this config, language models first.
+
+    Raises UnsupportedModelError where there is none, or it has no forward.
+    """
+    cls = _remote_class(checkpoint, config) or _named_class(config) or _first_class(config)
+    if cls is None:
+        raise UnsupportedModelError(
+            f"{checkpoint.reference}: model type {config.model_type!r} has no model class in transformers."
+        )
+    if cls.forward is torch.nn.Module.forward:
+        raise UnsupportedModelError(
+            f"{checkpoint.reference}: {cls.__name__} has no forward, so it cannot be run.{_runnable_parts(config)}"
+        )
+    return cls
+
+
+def auto_class(cls: Any, config: Any) -> str:
+    """The Auto class that builds `cls` for this config: what a user of the checkpoint calls."""
+    remote = getattr(config, "auto_map", None) or {}
+    known = [name for name in _auto_names() if cls.__name__ == str(remote.get(name, "")).rpartition(".")[2]]
+    known += [name for name, classes in _auto_classes(config) if any(cls.__name__ == one.__name__ for one in classes)]
+    return known[0] if known else "AutoModel"
+
+
+def next_token_problem(cls: Any, config: Any) -> str | None:
+    """Why a model of this class does not predict the next token of a text, in words; None where it does."""
+    if "decoder_input_ids" in inspect.signature(cls.forward).parameters:
+        return "is an encoder-decoder" if config.is_encoder_decoder else "refines a whole block of tokens at a time"
+    if cls.can_generate() or "CausalLM" in cls.__name__:
+        return None
+    return "has no language-model head"
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model's config speaks of, None if it does not."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _auto_names() -> list[str]:
+    """Names of transformers' Auto classes, those that are tried first in front."""
+    from transformers.models.auto import modeling_auto
+
+    names = [name for name in vars(modeling_auto) if name.startswith("AutoModelFor") and name not in _AUTO_FIRST]
+    return [*_AUTO_FIRST, *sorted(names), "AutoModel"]
+
+
+def _auto_classes(config: Any) -> Iterator[tuple[str, list[Any]]]:
+    """For each Auto class that knows this config, its name and the classes that it builds from it.
+
+    A class that wants another config is left out: from that of a composite some Auto classes build the text model
+    alone.
+    """
+    from transformers.models.auto import modeling_auto
+
+    for name in _auto_names():
+        mapping = getattr(modeling_auto, name)._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            classes = found if isinstance(found, tuple | list) else (found,)
+            own = [one for one in classes if isinstance(config, getattr(one, "config_class", None) or object)]
+            if own:
+                yield name, own
+
+
+def _remote_class(checkpoint: Checkpoint, config: Any) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    code = getattr(config, "auto_map", None) or {}
+    name = next((name for name in _auto_names() if name in code), None)
+    if name is None or not checkpoint.trust_remote_code:
+        return None
+    return add_generation_mixin_to_remote_model(get_class_from_dynamic_module(code[name], str(checkpoint.folder)))
+
+
+def _named_class(config: Any) -> Any:
+    wanted = (getattr(config, "architectures", None) or [None])[0]
+    return next((one for _, classes in _auto_classes(config) for one in classes if one.__name__ == wanted), None)
+
+
+def _first_class(config: Any) -> Any:
+    return next((classes[0] for _, classes in _auto_classes(config)), None)
+
+
+def _runnable_parts(config: Any) -> str:
+    """A sentence that names the sub-models that can be run, where there are any."""
+    parts = {name.removesuffix("_config"): _first_class(getattr(config, name, None)) for name in config.sub_configs}
+    runnable = [
+        f"its `{name}` (load it with {cls.__name__}, save it with `save_pretrained`)"
+        for name, cls in parts.items()
+        if cls is not None and cls.forward is not torch.nn.Module.forward and cls.can_generate()
+    ]
+    return f" What can be compressed is {' or '.join(runnable)}." if runnable else ""
+
+
+def architecture(config: Any) -> str:
+    return str((getattr(config, "architectures", None) or [config.model_type])[0])

@@ -1,0 +1,157 @@
+"""Find a checkpoint, a folder of safetensors files with a config.json as transformers writes it, and read its config.
+
+Pickled weights are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint.files import SINGLE, is_weights, read_index, refuse_adapter
+from compressor.checkpoint.hub import download_side_files, download_weights, may_be_hub_id, missing_weights
+from compressor.checkpoint.quantization import quantisation_of, quantiser
+from compressor.errors import CheckpointError
+
+DEMO = "demo"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint found: how the user called it, the local folder, whether its Python code may run, and whether the
+    folder is the hub's cache of it.
+    """
+
+    reference: str
+    folder: Path
+    trust_remote_code: bool = False
+    is_of_hub: bool = False
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer's files."""
+        return any((self.folder / name).exists() for name in _TOKENIZER_FILES)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights: to look at a hub model, all but these is downloaded, and all or none of
+        them count.
+        """
+        read = {*(read_index(self.folder) or {"": SINGLE}).values()} if self.is_of_hub else ()
+        return all((self.folder / name).exists() for name in read) if read else any(self.folder.glob("*.safetensors"))
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether no weights are here yet, in any format; of a hub model, not all of them."""
+        if self.is_of_hub:
+            return not self.has_weights
+        return not any(is_weights(path.name) for path in self.folder.iterdir())
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """What its config.json says of quantisation; None where it is not quantised."""
+        return quantisation_of(read_config(self.folder))
+
+
+def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
+
+    With `weights` False all but weights is needed and downloaded. Raises CheckpointError if there is no such folder, or
+    the hub cannot be reached and its cache does not hold the model, or an adapter lies in it, or
+    the hub has no weights of it that can be read.
+    """
+    if reference == DEMO:
+        from compressor.data.demo import model_folder
+
+        return Checkpoint(reference, model_folder())
+    path = Path(os.path.expanduser(reference))
+    if os.path.isdir(path):
+        refuse_adapter(path, reference)
+        return Checkpoint(reference, path, trust_remote_code)
+    if os.path.exists(path):
+        raise CheckpointError(
+            f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors)."
+        )
+    if not may_be_hub_id(reference):
+        raise CheckpointError(
+            f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
+            f"is called `{DEMO}`."
+        )
+    found = Checkpoint(reference, download_side_files(reference), trust_remote_code, is_of_hub=True)
+    refuse_adapter(found.folder, reference)
+    if weights:
+        return with_weights(found)
+    missing_weights(reference, found.folder)
+    return found
+
+
+def with_weights(found: Checkpoint) -> Checkpoint:
+    """The checkpoint, its weights downloaded where they are on the hub. Raises CheckpointError as above."""
+    if found.is_of_hub:
+        download_weights(found.reference, found.folder)
+    return found
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's config as transformers reads it. Raises CheckpointError where there is none or it is damaged."""
+    from transformers import AutoConfig
+
+    raw = read_config(checkpoint.folder)
+    code = raw.get("auto_map")
+    if code and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
+        raise CheckpointError(
+            f"{checkpoint.reference}: the model's code comes with its checkpoint "
+            f"({code.get('AutoConfig') if isinstance(code, dict) else code}). It "
+            f"runs only with `trust_remote_code: true` in the recipe, or --trust-remote-code; read it first."
+        )
+    if raw.get("transformers_weights"):
+        raise CheckpointError(
+            f"{checkpoint.reference}: its config.json names a file of weights itself (`transformers_weights`), which "
+            f"other readers do not know of. Save it once with transformers' `save_pretrained`."
+        )
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a config it does not know
+        raise CheckpointError(
+            f"{checkpoint.reference}: transformers cannot read config.json (model_type {raw.get('model_type')!r}): "
+            f"{error}"
+        ) from error
+
+
+def quantiser_of(checkpoint: Checkpoint) -> Any:
+    """What dequantises the checkpoint's weights while they are read, None if they are not quantised.
+
+    Raises UnsupportedModelError for a format that cannot be read so.
+    """
+    quantisation = checkpoint.quantisation
+    return None if quantisation is None else quantiser(quantisation, checkpoint.reference)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises CheckpointError if it is not there or no JSON object."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json, so this is no checkpoint.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
+    return raw
+
+
+def _known_to_transformers(model_type: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING

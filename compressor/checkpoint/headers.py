@@ -1,0 +1,186 @@
+"""What the headers of a checkpoint's safetensors files say, verified before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compressor.checkpoint.files import INDEX, each_name_once, names_of_weights, read_index
+from compressor.errors import CheckpointError
+
+_SAMPLE_BYTES = 2**16
+_LENGTH_BYTES = 8
+"""What a safetensors file begins with: how long its header is."""
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits of one number, by the dtype's name in a safetensors header; files hold their tensors in the reverse order."""
+TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""torch's dtypes by their names in a safetensors header."""
+
+
+# Verifying -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), → bytes, and → where
+    in the file they start. Tensors stand in the order of their bytes.
+    """
+
+    path: Path
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    sizes: Mapping[str, int]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    header_digest: str
+    num_bytes: int
+
+
+def verify_files(folder: Path) -> list[Shard]:
+    """Read every shard's header and compare it with the file's size and with the index.
+
+    Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard,
+    and for weights in a format other than safetensors.
+    """
+    weight_map = read_index(folder)
+    names = names_of_weights([path.name for path in folder.iterdir()], weight_map, str(folder))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing)}."
+        )
+    shards = [read_header(folder / name) for name in names]
+    if weight_map is not None:
+        _compare_with_index(shards, weight_map, folder)
+    return shards
+
+
+def first_dtype(shards: Iterable[Shard]) -> torch.dtype | None:
+    """The dtype of the first tensor of numbers: what transformers loads a checkpoint in whose config names none."""
+    known = (TORCH.get(dtype) for shard in shards for dtype, _ in shard.tensors.values())
+    return next((dtype for dtype in known if dtype is not None and dtype.is_floating_point), None)
+
+
+def read_header(path: Path) -> Shard:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            if size < _LENGTH_BYTES:
+                raise ValueError(f"the file has {size} bytes: it is empty, or cut short. Download or copy it again")
+            (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
+            if length > min(size, 2**30):
+                raise ValueError(f"its header says it is {length:,} bytes long, the file is {size:,}")
+            text = file.read(length)
+        header = json.loads(text, object_pairs_hook=each_name_once)
+        metadata = header.pop("__metadata__", {})
+        places = sorted((entry["data_offsets"], name) for name, entry in header.items())
+        tensors = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for _, name in places}
+        for (begin, end), name in places:
+            _check_entry(name, *tensors[name], begin, end)
+        end = max((end for (_, end), _ in places), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged at its start: {error}") from error
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"{path}: the header describes {8 + length + end:,} bytes, the file has {size:,}: it is truncated or "
+            f"damaged. Download or copy it again."
+        )
+    at = 0
+    for (begin, end), name in places:
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise CheckpointError(
+                f"{path}: damaged at its start: {name} {what} (bytes {begin:,} to {end:,}, not {at:,})."
+            )
+        at = end
+    sizes = {name: end - begin for (begin, end), name in places}
+    offsets = {name: 8 + length + begin for (begin, _), name in places}
+    return Shard(path, tensors, sizes, offsets, metadata, hashlib.sha256(text).hexdigest(), size)
+
+
+def _check_entry(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
+    if dtype not in BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has no proper shape and offsets: {list(shape)}, {begin} to {end}")
+    if BITS[dtype] * math.prod(shape) != 8 * (end - begin):
+        raise ValueError(f"{name} is {dtype} {list(shape)}, and {end - begin:,} bytes long")
+
+
+def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:
+    held: dict[str, str] = {}
+    for shard in shards:
+        file = shard.path.relative_to(folder).as_posix()
+        for name in shard.tensors:
+            if name in held:
+                raise CheckpointError(f"{folder}: {name} is in two shards, {held[name]} and {file}.")
+            if name not in weight_map:
+                raise CheckpointError(
+                    f"{folder}: {file} holds {name}, which {INDEX} does not name: shards and index do not belong "
+                    f"together."
+                )
+            held[name] = file
+    for name, file in weight_map.items():
+        if held.get(name) != file:
+            where = f"is in {held[name]}" if name in held else "is in none of the shards"
+            raise CheckpointError(
+                f"{folder}: {INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong "
+                f"together."
+            )
+
+
+def torch_dtype(kind: str) -> torch.dtype:
+    """The name in torch of a dtype in a safetensors header. Raises CheckpointError where this torch has none."""
+    if kind not in TORCH:
+        raise CheckpointError(f"tensors of type {kind} are not known to this version of torch.")
+    return TORCH[kind]
+
+
+def fingerprint(folder: Path, shards: list[Shard]) -> str:
+    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size
+    and 64 KiB from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than
+    it tells.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in shards:
+        digest.update(f"{shard.path.name}:{shard.num_bytes}:{shard.header_digest}".encode())
+        with shard.path.open("rb") as file:
+            for part in range(5):
+                file.seek(max(0, shard.num_bytes - _SAMPLE_BYTES) * part // 4)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# Loading ---------------------------------------------------------------------------------------------------
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], reference: str) -> None:
+    """Raise CheckpointError, naming the first tensor that holds a NaN or an infinity. Reads every number once."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            num_bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{reference}: tensor {name} holds {num_bad:,} value(s) that are NaN or infinite.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite: the smallest and the largest tell, without a tensor of answers."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # the float8 types know no minimum
+        return bool(torch.isfinite(tensor.float()).all())
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

@@ -1,0 +1,385 @@
+"""A checkpoint's weights, of which one decoder layer at a time is in memory.
+
+    skeleton    the model on the meta device, as transformers' own loader leaves it there, its computed buffers real
+    unit        an element of one of the model's outermost module lists: a decoder layer, an encoder layer, a vision
+                block; or of what is in no list (embeddings, final norm, head) all that a module holds
+
+A unit's tensors are read from the safetensors files into fresh memory (not mapped: what is read is what is held), go
+through transformers' own conversion of names and shapes, and are given back to the system when the unit is left. What
+comes next the system is told to read into its own cache meanwhile: that takes no memory of ours.
+
+Conversion of a part of a checkpoint is no documented interface of transformers: `tests/test_stream.py` holds on all
+architectures that what comes out is what `from_pretrained` gives, to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint.find import Checkpoint, quantiser_of
+from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype, verify_files
+from compressor.checkpoint.quiet import quiet_transformers
+from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
+from compressor.machine.memory_estimate import shares
+from compressor.model.modules import tensor_at
+
+_READ_AT_ONCE = 2**24
+_LARGE = 2**18
+_ADVISED_AT_ONCE = 2**21
+
+
+def units_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the elements of the model's outermost module lists, in the order in which the model has them."""
+    found: list[str] = []
+
+    def look(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            inside = f"{path}.{name}" if path else name
+            if isinstance(child, nn.ModuleList):
+                found.extend(f"{inside}.{number}" for number in child._modules)
+            else:
+                look(child, inside)
+
+    look(model, "")
+    return tuple(found)
+
+
+def sizes_of(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """(bytes of the weights in no unit, bytes by unit); the model may be on the meta device."""
+    by_unit, outside = dict.fromkeys(units_of(model), 0), 0
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        unit = next((unit for unit in by_unit if name.startswith(unit + ".")), None)
+        size = tensor.numel() * tensor.element_size()
+        if unit is None:
+            outside += size
+        else:
+            by_unit[unit] += size
+    return outside, by_unit
+
+
+def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
+    """Which GPU, by its number, each part of a model goes to, as `from_pretrained` takes it for a `device_map`: decoder
+    layers whole, in their order, as evenly as that goes (`memory_estimate.shares`); what is in no layer is on the first
+    one. The model may be on the meta device.
+
+    Numbers, not names: accelerate picks the device that it brings text to from a set, which has names in no order.
+    Raises UnsupportedModelError where layers on different GPUs share weights.
+    """
+    outside, by_unit = sizes_of(model)
+    found = dict(zip(by_unit, shares(outside, list(by_unit.values()), num_gpus)[0], strict=True))
+    owners: dict[int, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        other = owners.setdefault(id(tensor), name)
+        places = {next((found[u] for u in by_unit if one.startswith(f"{u}.")), 0) for one in (name, other)}
+        if len(places) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {other} and {name} are one weight, and would lie on two GPUs. Give one GPU "
+                f"(`device: cuda`), or read it from disk (`weights: disk`)."
+            )
+
+    def rest(module: nn.Module, prefix: str) -> None:
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            found[prefix + name] = 0
+        for name, child in module.named_children():
+            path = prefix + name
+            if not any(f"{unit}.".startswith(f"{path}.") for unit in by_unit):
+                found[path] = 0
+            elif path not in by_unit:
+                rest(child, f"{path}.")
+
+    rest(model, "")
+    return found
+
+
+def list_of(unit: str) -> str:
+    """The path of the module list that a unit is in."""
+    return unit.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, which is read when it is indexed, as transformers' loader does."""
+
+    path: Path
+    start: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def get_dtype(self) -> str:
+        """Its dtype as safetensors writes it."""
+        return self.dtype
+
+    def __getitem__(self, _: object) -> Tensor:
+        """The whole tensor, in memory of its own. Raises DiskError where the file ends early."""
+        dtype, held = torch_dtype(self.dtype), _memory(self.num_bytes)
+        view = memoryview(held.numpy().data)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            done = 0
+            while done < self.num_bytes:
+                count = file.readinto(view[done : done + _READ_AT_ONCE])
+                if not count:
+                    raise DiskError(f"{self.path}: it ends within a tensor: it was changed while it was read.")
+                done += count
+        return held.view(dtype).reshape(self.shape)
+
+
+class StreamedWeights:
+    """The weights of a skeleton, which come and go.
+
+    `model` is what `load.load_model(…, device="meta")` returns for the checkpoint; `device` is where weights are
+    brought to. What is stored quantised is dequantised when it is read. The model's tensors are those of the meta
+    device wherever nothing was loaded. Raises UnsupportedModelError for a format that cannot be read so.
+    """
+
+    def __init__(self, model: Any, found: Checkpoint, *, device: str = "cpu") -> None:
+        self.model, self.device = model, device
+        self.units = units_of(model)
+        self._held: dict[str, dict[str, Tensor]] = {}
+        """What is loaded, by unit or module: tensor name → what stands on the meta device for it."""
+        self._checked: set[str] = set()
+        self._contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] = {}
+        self._entered: dict[str, ExitStack] = {}
+        stored = stored_tensors(verify_files(found.folder))
+        self._quantiser = quantiser_of(found)
+        self._rename = _Renaming(model, self._quantiser)
+        self._sources: dict[str, dict[str, StoredTensor]] = {}
+        """Name of the tensor in the model (of several made of one, the first) → what it is made of."""
+        for key, tensor in stored.items():
+            target = self._rename(key)
+            if target is not None:
+                self._sources.setdefault(target, {})[key] = tensor
+        self._names = _names_by_tensor(model)
+        self._aliases: dict[int, list[str]] = {}
+        """All names of each tensor of the skeleton, by its id; the skeleton's tensors live as long as `_names`."""
+        for name, on_meta in self._names.items():
+            self._aliases.setdefault(id(on_meta), []).append(name)
+        self._stop_ahead = threading.Event()
+        self._buffers_made(model)
+
+    def _buffers_made(self, model: Any) -> None:
+        """Computed buffers (rotary frequencies), by the functions that transformers' loader uses."""
+        for module in model.modules():
+            module.__dict__.pop("_is_hf_initialized", None)
+        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        model._initialize_missing_keys(False)
+        if self.device != "cpu":
+            for name, buffer in model.named_buffers():
+                if not buffer.is_meta:
+                    _set(model, name, buffer.to(self.device))
+
+    def load(self, unit: str) -> None:
+        """Bring a unit's weights to the device. Raises CheckpointError for a damaged file, NaN or infinity."""
+        self._load(unit, self._names_in(unit))
+        if unit not in self._entered:
+            stack = self._entered[unit] = ExitStack()
+            for path, context in self._contexts.items():
+                if f"{path}.".startswith(f"{unit}."):
+                    stack.enter_context(context())
+
+    @contextmanager
+    def within(self, contexts: Mapping[str, Callable[[], AbstractContextManager[object]]]) -> Iterator[None]:
+        """Within the context, each layer (by its path) is in a context of its own while its weights are there: what
+        changes values, such as masks, can do so then only.
+        """
+        before, self._contexts = self._contexts, contexts
+        try:
+            yield
+        finally:
+            self._contexts = before
+
+    def free(self, unit: str) -> None:
+        """Let go of a unit's weights; nothing is written, they are what the files hold."""
+        if unit in self._entered:
+            self._entered.pop(unit).close()
+        for name, on_meta in self._held.pop(unit, {}).items():
+            _set(self.model, name, on_meta)
+        _give_back_memory()
+
+    def prefetch(self, unit: str) -> None:
+        """Have the system read a unit's files into its cache meanwhile, where it can."""
+        self._stop_ahead.set()
+        self._stop_ahead = stop = threading.Event()
+        ranges = list(_ranges(self._stored_in(self._names_in(unit))))
+
+        def ahead() -> None:
+            for path, start, length in ranges:
+                for at in range(start, start + length, _ADVISED_AT_ONCE):  # the system takes advice on small pieces
+                    if stop.is_set():
+                        return
+                    _expect(path, at, min(_ADVISED_AT_ONCE, start + length - at))
+
+        threading.Thread(target=ahead, name="prefetch", daemon=True).start()
+
+    @contextmanager
+    def around(self, module: nn.Module) -> Iterator[None]:
+        """Within the context, all of a module's weights that are in no unit are there."""
+        inside = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        in_unit = tuple(unit + "." for unit in self.units)
+        names = [n for n, tensor in self._names.items() if id(tensor) in inside and not n.startswith(in_unit)]
+        key = f"around {type(module).__name__}"
+        try:
+            self._load(key, names)
+            yield
+        finally:
+            self.free(key)
+            for unit in [*self._held, *self._entered]:
+                self.free(unit)
+
+    def _names_in(self, unit: str) -> list[str]:
+        return [name for name in self._names if name.startswith(unit + ".")]
+
+    def _stored_in(self, names: Iterable[str]) -> dict[str, StoredTensor]:
+        wanted = {other for name in names for other in self._same(name)}
+        return {key: one for name in wanted for key, one in self._sources.get(name, {}).items()}
+
+    def _same(self, name: str) -> list[str]:
+        """All names of a tensor."""
+        return self._aliases[id(self._names[name])]
+
+    def _load(self, key: str, names: Sequence[str]) -> None:
+        if key in self._held:
+            return
+        wanted = list(dict.fromkeys(other for name in names for other in self._same(name)))
+        held = {name: tensor_at(self.model, name) for name in wanted if tensor_at(self.model, name).is_meta}
+        if not held:
+            return
+        self._held[key] = held
+        self._convert(self._stored_in(held))
+        for name in held:
+            same = [tensor for other in self._same(name) if not (tensor := tensor_at(self.model, other)).is_meta]
+            if not same:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: {name} cannot be loaded with {key} alone, so its weights cannot be "
+                    f"read layer by layer. Run it in memory."
+                )
+            _set(self.model, name, same[0])
+        if key not in self._checked:
+            loaded = ((name, tensor_at(self.model, name)) for name in held)
+            refuse_not_finite(loaded, str(self.model.config._name_or_path))
+            self._checked.add(key)
+
+    def _convert(self, stored: dict[str, StoredTensor]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.model.dtype,
+            weight_mapping=self._rename.mapping,
+            hf_quantizer=self._quantiser,
+        )
+        before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor of the model after another
+        try:
+            with quiet_transformers():
+                info, _ = convert_and_load_state_dict_in_model(self.model, stored, config, None)
+        finally:
+            if before is None:
+                del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+            else:
+                os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+        problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
+        if problems:
+            raise CheckpointError(f"{self.model.config._name_or_path}: cannot be converted: {problems[0]}")
+
+
+class _Renaming:
+    """Which tensor of the model a tensor on disk becomes, or is a part of, by transformers' own rules."""
+
+    def __init__(self, model: Any, quantiser: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.mapping = get_model_conversion_mapping(model, hf_quantizer=quantiser)
+        self._known = model.state_dict()
+        self._prefix = model.base_model_prefix
+        self._renamings = [one for one in self.mapping if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in self.mapping if isinstance(one, WeightConverter)]
+        self._rename: Callable[..., tuple[str, str | None]] = rename_source_key
+
+    def __call__(self, key: str) -> str | None:
+        """The name, None for what the model has not."""
+        name, _ = self._rename(key, self._renamings, self._converters, self._prefix, self._known)
+        if name not in self._known and key in self._known:
+            name, _ = self._rename(key, [], [], self._prefix, self._known)
+        return name if name in self._known else None
+
+
+def stored_tensors(shards: Sequence[Shard]) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint, by name, in the order of transformers' loader."""
+    from transformers.core_model_loading import dot_natural_key
+
+    found = {
+        name: StoredTensor(shard.path, shard.offsets[name], shard.sizes[name], dtype, shape)
+        for shard in shards
+        for name, (dtype, shape) in shard.tensors.items()
+    }
+    return dict(sorted(found.items(), key=lambda entry: dot_natural_key(entry[0])))
+
+
+def _memory(num_bytes: int) -> Tensor:
+    """Memory of our own, [num_bytes] uint8: large pieces straight from the system, which has them back at once."""
+    if num_bytes < _LARGE:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    flags = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if hasattr(mmap, "MAP_POPULATE") else {}
+    )
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, **flags), dtype=torch.uint8)
+
+
+def _names_by_tensor(model: nn.Module) -> dict[str, Tensor]:
+    """Every name of every tensor that a checkpoint holds; several names may lead to one tensor."""
+    computed = {name for name, _ in model.named_non_persistent_buffers()}  # type: ignore[operator]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in tensors if name not in computed}
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = tensor  # type: ignore[assignment]
+
+
+def _expect(path: Path, start: int, length: int) -> None:
+    """Tell the system, where it listens, that these bytes will be read."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+
+def _ranges(stored: dict[str, StoredTensor]) -> Iterator[tuple[Path, int, int]]:
+    """(file, first byte, bytes) of what lies together."""
+    ordered = sorted(stored.values(), key=lambda one: (str(one.path), one.start))
+    path: Path | None = None
+    start = end = 0
+    for one in ordered:
+        if path == one.path and one.start <= end + _READ_AT_ONCE:
+            end = max(end, one.start + one.num_bytes)
+            continue
+        if path is not None:
+            yield path, start, end - start
+        path, start, end = one.path, one.start, one.start + one.num_bytes
+    if path is not None:
+        yield path, start, end - start
+
+
+def _give_back_memory() -> None:
+    """Have the C library hand freed pages back to the system, where it is one that keeps them."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

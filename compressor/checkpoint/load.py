@@ -1,0 +1,212 @@
+"""Load a checkpoint's model and tokenizer, and refuse what transformers would only warn of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from compressor.checkpoint.classes import model_class
+from compressor.checkpoint.find import Checkpoint, load_config
+from compressor.checkpoint.headers import Shard, torch_dtype, verify_files
+from compressor.checkpoint.quantization import reading_problem, refusal, to_dequantise, without_quantisation
+from compressor.checkpoint.quiet import quiet_transformers
+from compressor.errors import CheckpointError
+from compressor.model.adapter import Adapter, structure_of
+from compressor.model.config_entry import read_entry
+from compressor.model.moe_model import MoEModel
+from compressor.model.uneven import settle, uneven_class, uneven_counts
+
+_T = TypeVar("_T", bound=Hashable)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str | Mapping[str, Any] = "cpu",
+    like: Any = None,
+    adapters: Sequence[Adapter] = (),
+    to_measure: bool = False,
+) -> Any:
+    """Load the model and refuse what transformers would only warn of.
+
+    transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
+    tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
+    config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
+    read. A quantised checkpoint's model is the dequantised one there, and `to_measure` wherever it can be, else as
+    transformers' own quantiser loads it; `to_measure` no model skips by its config. A mapping, such as
+    `layerwise_weights.spread` makes, says which part of the model goes to which device. Raises CheckpointError.
+    """
+    config, quantisation = load_config(checkpoint), checkpoint.quantisation
+    as_numbers = device == "meta" or (to_measure and quantisation is not None and not reading_problem(quantisation))
+    is_packed = quantisation is not None and not as_numbers
+    device_map = dict(device) if isinstance(device, Mapping) else {"": device}
+    is_mapped = device == "meta" or is_packed or isinstance(device, Mapping)
+    if quantisation is not None and as_numbers:
+        to_dequantise(config, quantisation)
+    cls = _class_to_load(checkpoint, config, adapters)
+    tensors = _tensors_on_meta(checkpoint) if device == "meta" else None  # transformers would read the files
+    implementations = _implementations_to_use(like, quantisation)
+    try:
+        with quiet_transformers():
+            model, info = cls.from_pretrained(
+                None if device == "meta" else checkpoint.folder,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
+                device_map=device_map if is_mapped else None,
+                state_dict=tensors,
+                **implementations,
+            )
+    except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
+        why = uneven_experts(verify_files(checkpoint.folder)) or error
+        if quantisation is not None and as_numbers and why is error:
+            raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
+        raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
+    if uneven_counts(config):
+        settle(model)
+    refuse_bad_keys(checkpoint, info)
+    if device == "meta":
+        model.config.name_or_path = str(checkpoint.folder)
+    elif not is_packed:
+        align(model)
+    try:
+        model = model.eval() if is_mapped else model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
+    if "skipping" in read_entry(config) and not to_measure:
+        MoEModel(model, structure_of(type(model), model.config, adapters)).restore_skipping()
+    return model
+
+
+def unquantised_skeleton(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's model on the meta device as its config alone has it, unquantised; nothing of it is checked."""
+    config = without_quantisation(load_config(checkpoint))
+    with torch.device("meta"), quiet_transformers():
+        return model_class(checkpoint, config)(config)
+
+
+def _tensors_on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Names, shapes and dtypes of all tensors, from the headers."""
+    tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
+    return {name: torch.empty(shape, dtype=torch_dtype(kind), device="meta") for name, (kind, shape) in tensors}
+
+
+def _implementations_to_use(like: Any, quantisation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of `from_pretrained`: those of a live model, as far as there is one."""
+    found: dict[str, Any] = {}
+    for name in ("attn_implementation", "experts_implementation") if like is not None else ():
+        found |= {name: of_like} if (of_like := _implementations(like.config, f"_{name}"))[""] else {}
+    if quantisation is not None and quantisation.get("quant_method") == "torchao":
+        found["experts_implementation"] = "eager"  # of its kinds of tensors not all know what the faster ones ask
+    return found
+
+
+def _implementations(config: Any, name: str) -> dict[str, Any]:
+    """The implementation that a config names, under the empty key, and those of its sub-configs under theirs."""
+    parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
+    return {"": getattr(config, name, None)} | {key: _implementations(part, name) for key, part in parts.items()}
+
+
+def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapter]) -> Any:
+    """The model's class, or for layers with different numbers of experts one that builds them so."""
+    cls = model_class(checkpoint, config)
+    if not uneven_counts(config):
+        return cls
+    return uneven_class(cls, config, structure_of(cls, config, adapters, plain=True))
+
+
+@torch.no_grad()
+def align(model: Any) -> None:
+    """Move weights to addresses that 64 divides, in place.
+
+    What is mapped from a file lies where the file has it. Matrix products on a CPU may sum in another order there, and
+    differ in the last bit from those of the same weights elsewhere: then equal models would not answer equally.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def uneven_experts(shards: list[Shard]) -> str | None:
+    """Which expert lacks a tensor that the others have, or has another than they; as far as names on disk tell."""
+    experts: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for name, (_, shape) in (entry for shard in shards for entry in shard.tensors.items()):
+        parts = re.fullmatch(r"(.*experts)\.(\d+)\.(.+)", name)
+        if parts:
+            experts.setdefault((parts[1], parts[3]), {})[parts[2]] = shape
+    if not experts:
+        return None
+    usual_ids = _most_common(frozenset(shapes) for shapes in experts.values())
+    for (block, leaf), shapes in experts.items():
+        for expert in sorted(usual_ids ^ shapes.keys(), key=int):
+            problem = "is missing" if expert in usual_ids else "belongs to no expert that is whole"
+            return f"{block}.{expert}.{leaf} {problem}."
+        usual = _most_common(shapes.values())
+        for expert, shape in shapes.items():
+            if shape != usual:
+                return f"{block}.{expert}.{leaf} is {list(shape)}, that of the other experts {list(usual)}."
+    return None
+
+
+def _most_common(values: Iterable[_T]) -> _T:
+    [(value, _)] = Counter(values).most_common(1)
+    return value
+
+
+def refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming some, if transformers' loading info has keys missing, mismatched or unexpected."""
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(
+        f"{name} ({list(found)}, by its config {list(expected)})" for name, found, expected in info["mismatched_keys"]
+    )
+    unexpected = sorted(key for key in info["unexpected_keys"])
+    for kind, keys in (
+        ("are missing from", missing),
+        ("have other shapes in", mismatched),
+        ("are not expected in", unexpected),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{checkpoint.reference}: {len(keys)} tensor(s) {kind} the checkpoint: {', '.join(keys[:3])}{more}. "
+                f"transformers would go on with random weights, or without these; we do not."
+            )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The tokenizer of the folder, or None if it holds none."""
+    from transformers import AutoTokenizer
+
+    if not checkpoint.has_tokenizer:
+        return None
+    try:
+        found = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+        found.chat_template = _chat_templates(checkpoint.folder, found.chat_template)
+        return found
+    except Exception as error:  # many kinds, as for configs
+        raise CheckpointError(f"{checkpoint.reference}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _chat_templates(folder: Path, known: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """A tokenizer's chat template, or its templates by name, with those that transformers does not read with a
+    tokenizer: of `chat_template.json`, as processors have it, and a default beside `additional_chat_templates`.
+    """
+    if isinstance(known, str) or "default" in (known or {}):
+        return known
+    named = dict(known or {})
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        more = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.exists() else None
+        if isinstance(more, list):
+            more = {one["name"]: one["template"] for one in more}
+        named = ({"default": more} if isinstance(more, str) else more or {}) | named
+    return named["default"] if [*named] == ["default"] else named or None

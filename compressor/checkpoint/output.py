@@ -1,0 +1,327 @@
+"""A run's output folder, which appears under its name only when it is whole, and what waits beside it meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from compressor.checkpoint.atomic_files import force_to_disk, put_in_place
+from compressor.checkpoint.resume_state import Journal
+from compressor.errors import (
+    CalibrationError,
+    CheckpointError,
+    DiskError,
+    PluginError,
+    RecipeError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from compressor.wording import human_bytes
+
+_FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | VerificationError
+"""Errors that the same recipe meets again."""
+
+
+def journal_folder(target: Path) -> Path:
+    """Where a run on this output keeps what it has done."""
+    return target.parent / f".{target.name}.partial" / "journal"
+
+
+def stages_folder(target: Path) -> Path:
+    """Where a run on this output keeps the checkpoints between its passes."""
+    return journal_folder(target).with_name("stages")
+
+
+def waiting_folder(target: Path) -> Path:
+    """Where hidden states wait that a run on this output does not keep in memory."""
+    return journal_folder(target).with_name("waiting")
+
+
+def refuse_output_over_input(output: Path, reference: str) -> None:
+    """Raise RecipeError where the output would be the model's own folder, hold it, or be in it."""
+    source = Path(reference).expanduser()
+    if not reference or not source.is_dir():
+        return
+    inside, outside = output.resolve(), source.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise RecipeError(f"output {output} is the model's own folder, holds it, or is in it. Choose another one.")
+
+
+class OutputFolder:
+    """A folder that appears under its name only when it is whole.
+
+    Work goes into `hidden`, a folder beside it, which one run at a time may write to, and in it the output into `path`;
+    `finish` moves that to `target`. Leaving the context without that removes all of it, unless the run's `journal`
+    holds work that another run can go on from: then `resume` finds it. What a run with `resume` has found there no
+    error removes. An existing target is refused unless `overwrite`, and then replaced at the very end.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raises RecipeError for what cannot be asked for together."""
+        if resume and overwrite:
+            raise RecipeError(
+                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
+                "started with --overwrite replaces the output when it goes on, too."
+            )
+        self.target = target
+        self.overwrite = overwrite
+        self.resume = resume
+        self.hidden = journal_folder(target).parent
+        self.path = self.hidden / "output"
+        self.journal = Journal(journal_folder(target))
+        self._lock = _Lock(self.hidden / "lock")
+        self._old = self.hidden / "old"
+        self._may_replace = self.hidden / "may-replace"
+        """There where the run was told to replace an existing target."""
+        self._made: Sequence[Path] = ()
+        """Folders around the target that were not there."""
+        self._whole = self.hidden / "whole"
+        """There when the output is: only names are to be changed then, and the rest to be removed."""
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.complete()
+            self._refuse_existing()
+            self._made = [parent for parent in self.hidden.parents if not parent.exists()]
+            self.hidden.mkdir(parents=True, exist_ok=True)
+            self._lock.take(self.target)
+            self._take_over()
+            (self.path / "compressor").mkdir(parents=True)
+            if self.overwrite:
+                self._may_replace.touch()
+        except OSError as error:
+            self._lock.release()
+            raise self._unwritable(error) from error
+        return self
+
+    def check(self) -> None:
+        """Raise what entering the context would, as far as that can be told without writing anything."""
+        try:
+            if self._whole.exists() and self.resume:
+                return  # it only lacks its name
+            self._refuse_existing()
+            self._refuse_unwritable()
+            self._lock.refuse_held(self.target)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._refuse_work_of_others()
+
+    def _refuse_unwritable(self) -> None:
+        """Raise OSError where folders around the hidden one cannot be made, or written to."""
+        there, missing = self._around()
+        for part in missing:
+            with suppress(FileNotFoundError):
+                (there / part).lstat()
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))  # a link that leads nowhere
+        if not os.access(there, os.W_OK | os.X_OK):
+            is_read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+            number = errno.EROFS if is_read_only else errno.EACCES
+            raise OSError(number, os.strerror(number))
+
+    def _around(self) -> tuple[Path, tuple[str, ...]]:
+        """The nearest folder around the hidden one, itself included, that is there, and the names that are missing."""
+        parents = [self.hidden, *self.hidden.parents]
+        there = next(parent for parent in parents if parent.exists())
+        return there, self.hidden.relative_to(there).parts
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.")
+
+    def complete(self) -> bool:
+        """Give the output of a run before its name, if that was stopped when it was whole. Returns whether it was."""
+        with suppress(OSError):
+            self.hidden.rmdir()  # the very last that a run does; no other leaves it empty
+        if not os.path.exists(self._whole):
+            return False
+        try:
+            self._lock.take(self.target)
+            self._put_in_place()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._lock.release()
+        return True
+
+    def _refuse_existing(self) -> None:
+        exists = self.target.exists() or self._whole.exists()
+        goes_on_to_replace = self.resume and self.journal.has_work and self._may_replace.exists()
+        if exists and not (self.overwrite or goes_on_to_replace):
+            raise CheckpointError(
+                f"{self.target} exists already. Choose another output, or pass --overwrite to replace it."
+            )
+        if self.target.is_symlink():
+            raise CheckpointError(f"{self.target} is a link. Give the folder that it should lead to as the output.")
+        if exists and not (self.target / "compressor").is_dir():
+            raise CheckpointError(
+                f"{self.target} was not written by compressor, so --overwrite does not replace it. Remove it yourself."
+            )
+
+    def _take_over(self) -> None:
+        """What a run before has left: gone on from, or removed where nothing is lost or nothing else is wanted."""
+        try:
+            self._refuse_work_of_others()
+        except CheckpointError:
+            self._lock.release()
+            raise
+        self.resume = self.resume and self.journal.has_work
+        gone_on_from = (self.journal.folder, stages_folder(self.target), self._may_replace)
+        for path in self.hidden.iterdir():
+            if path == self._lock.path or (self.resume and path in gone_on_from):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _refuse_work_of_others(self) -> None:
+        if self.journal.has_work and not (self.resume or self.overwrite):
+            raise CheckpointError(
+                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
+                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._lock.is_held and self.hidden.exists() and not self.keeps_after(error):
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            for parent in self._made:
+                with suppress(OSError):  # where something else is in it by now
+                    parent.rmdir()
+        self._lock.release()
+
+    def keeps_after(self, error: BaseException | None) -> bool:
+        """Whether what was done so far is left to go on from: there is some, and the same recipe may end otherwise, or
+        a run before has left it: the error may be of this command alone.
+        """
+        if error is None:
+            return False
+        is_final = isinstance(error, _FINAL) or (
+            isinstance(error, CheckpointError) and not isinstance(error, DiskError)
+        )
+        return self._whole.exists() or (self.journal.has_work and (self.resume or not is_final))
+
+    def require_space(self, num_bytes: int, *, who: str = "the smaller model") -> None:
+        """Raise CheckpointError if the file system has less free."""
+        there, _ = self._around()
+        free = shutil.disk_usage(there).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"{self.target}: {who} needs {human_bytes(num_bytes)} of disk, {human_bytes(free)} are free."
+            )
+
+    def finish(self) -> None:
+        """Give the folder its name. Stopped anywhere in here, the journal is whole or `complete` does the rest."""
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in self.path.rglob("*"):
+            if not path.is_file():
+                continue
+            # safetensors writes files that only their owner can read; a hard link is the source's file as well
+            if path.stat().st_nlink == 1:
+                path.chmod(0o666 & ~mask)
+            force_to_disk(path)
+        note = self._whole.with_name("whole.partial")
+        note.touch()
+        put_in_place(note, self._whole)
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Give the whole output its name, and remove all else; what of this was done already is not done again."""
+        if self.path.exists():
+            if self.target.exists():
+                if not self._may_replace.exists():
+                    raise CheckpointError(
+                        f"{self.target} exists, though it did not when the run began. The run's output is whole, in "
+                        f"{self.path}: remove one of the two, and run it again."
+                    )
+                self.target.rename(self._old)
+            self.path.rename(self.target)
+        others = [path for path in self.hidden.iterdir() if path not in (self._lock.path, self._whole)]
+        for path in others:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        self._lock.remove()
+        if not any(path.exists() for path in others):
+            self._whole.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.hidden.rmdir()
+
+
+class _Lock:
+    """A file that one process at a time can hold; the system lets go of it when the process ends, however it does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    @property
+    def is_held(self) -> bool:
+        return self._file is not None
+
+    def take(self, target: Path) -> None:
+        """Raises CheckpointError where another process holds it."""
+        file = self._held(self.path.open("a+", encoding="utf-8"), target)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def refuse_held(self, target: Path) -> None:
+        """The same without taking it."""
+        if self.path.exists():
+            self._held(self.path.open("r+", encoding="utf-8"), target).close()
+
+    def _held(self, file: IO[str], target: Path) -> IO[str]:
+        try:
+            _lock_file(file)
+        except OSError as error:
+            file.seek(0)
+            who = file.read().strip()
+            file.close()
+            raise CheckpointError(
+                f"{target}: another run is writing this output{f' (process {who})' if who else ''}. Wait for it, or "
+                f"choose another output."
+            ) from error
+        return file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Release it, and leave no file."""
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+
+def _lock_file(file: IO[str]) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def disk_errors_named(target: Path) -> Iterator[None]:
+    """Turn the system's errors about writing into a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            raise
+        raise DiskError(f"{target}: writing failed: {os.strerror(number)}. Nothing is left under that name.") from error
+
+
+def _errno_in(message: str) -> int | None:
+    """Safetensors wraps the system's errors, and only its text tells which: `… (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)", message)
+    return int(found[1]) if found else None

@@ -1,0 +1,121 @@
+"""Write a checkpoint that the source's readers can read.
+
+What is saved starts from the source's own config.json, with only the changed integers patched, because other readers
+know other spellings of the same key than the transformers of the day writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint.extra_layers import LeftOut, holder_of, spellings
+from compressor.checkpoint.files import files_beside
+from compressor.checkpoint.find import read_config
+from compressor.checkpoint.quiet import quiet_transformers
+from compressor.model.config_entry import KEY, read_entry
+from compressor.model.structure import ConfigLeaf
+
+_PLAIN_ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
+"""Rotary settings that the older spelling has outside `rope_scaling`."""
+
+
+def save_checkpoint(
+    model: Any,
+    source: Path | None,
+    folder: Path,
+    counts: Mapping[ConfigLeaf, int],
+    left_out: LeftOut | None = None,
+) -> None:
+    """Write a live model into `folder` as a checkpoint that the source's readers can read.
+
+    `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
+    (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
+    written. `left_out` is what of the source transformers did not build: config.json announces it no more.
+    """
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_beside_weights(source, folder, model.config, dtype, counts, left_out)
+
+
+def write_beside_weights(
+    source: Path | None,
+    folder: Path,
+    config: Any,
+    dtype: str | None,
+    counts: Mapping[ConfigLeaf, int],
+    left_out: LeftOut | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all that a checkpoint holds beside its weights: config.json, and the source's other files.
+
+    `config` is that of the smaller model. `dtype` is what all weights have now, None that they have what they had;
+    `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
+    """
+    raw = read_config(source or folder) | copy.deepcopy(dict(changes or {}))
+    for leaf, value in counts.items():
+        _patch_count(raw, leaf, config, value)
+    raw.pop(KEY, None)
+    if left_out:
+        left_out.patch(raw)
+    _patch_rope(raw, config.to_dict())
+    _patch_dtype(raw, dtype)
+    if read_entry(config):
+        raw[KEY] = getattr(config, KEY)  # last, however many passes have written it
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if source:
+        files_beside(source).copy(folder)
+
+
+def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int) -> None:
+    """Write an integer under every name that it goes by."""
+    for name in sorted(spellings(leaf.holder(config), leaf.key)):
+        holder_of(raw, (*leaf.path, name))[name] = value
+
+
+def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
+    """Add the other spelling of the rotary embedding's settings, in every part that has some: `rope_parameters`, or
+    `rope_theta` and `rope_scaling`. `read` is the config as transformers reads it.
+
+    Where kinds of layers have settings of their own, those of full attention are the ones without a name, and of the
+    others only the base has an older one; a `rope_scaling` there would count for all of them.
+    """
+    for key, part in read.items():
+        if isinstance(part, dict) and isinstance(own := raw.get(key), dict) and key != "rope_parameters":
+            has_some = not own.keys().isdisjoint(("rope_parameters", "rope_theta", "rope_scaling"))
+            _patch_rope(own, part if has_some else {**part, "rope_parameters": None})
+    rope: dict[str, Any] = read.get("rope_parameters") or {}
+    has_kinds = "rope_theta" not in rope
+    main, local = (rope.get(kind) or {} if has_kinds else rope for kind in ("full_attention", "sliding_attention"))
+    if "rope_theta" not in main:
+        return
+    found = {"rope_parameters": rope, "rope_theta": main["rope_theta"]}
+    if has_kinds:
+        found["rope_local_base_freq"] = local.get("rope_theta")
+    else:
+        found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    if not has_kinds and (rope.get("rope_type", "default") != "default" or not rope.keys() <= _PLAIN_ROPE):
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    raw |= {key: value for key, value in found.items() if value is not None and raw.get(key) is None}
+
+
+def _patch_dtype(raw: dict[str, Any], dtype: str | None) -> None:
+    """Write the dtype by both of its names, in config.json itself and in every part that names one; None leaves each
+    part's own.
+    """
+    for part in (raw, *_parts(raw)):
+        own = dtype or part.get("dtype") or part.get("torch_dtype")
+        if own and (part is raw or "dtype" in part or "torch_dtype" in part):
+            part |= {"dtype": own, "torch_dtype": own}
+
+
+def _parts(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configs inside a config.json, at any depth; what it says of quantisation is none."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and key not in ("quantization_config", KEY):
+            yield value
+            yield from _parts(value)

@@ -1,0 +1,368 @@
+"""Tasks of lm-evaluation-harness: found by name, loaded with their documents, and their training text.
+
+A task is measured on its test split, or else on its validation split. What a model is pruned for is read from another
+one: ``training_texts`` renders the documents as the task itself does, prompt and right answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from compressor.errors import CalibrationError, EvaluationError
+from compressor.machine import network
+from compressor.wording import shortened
+
+LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+DEMO_PREFIX = "demo_"
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their documents, ready to be asked of one model after another."""
+
+    names: tuple[str, ...] = ()
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """lm_eval.api.task.Task by name, the members of groups included."""
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    """lm_eval.api.group.Group by name."""
+
+    def __or__(self, others: LoadedTasks) -> LoadedTasks:
+        names = tuple(dict.fromkeys((*self.names, *others.names)))
+        return LoadedTasks(names, {**self.tasks, **others.tasks}, {**self.groups, **others.groups})
+
+    def __repr__(self) -> str:
+        return f"LoadedTasks({shortened(', '.join(self.names), 160)})"
+
+    def group_of(self, name: str) -> str | None:
+        """The group through which a task or subgroup came, None for one that was named itself or by a tag."""
+        if name in self.names:
+            return None
+        named = [self.groups[group] for group in self.names if group in self.groups]
+        within = {group.name: {*members(group), *(sub.name for sub in group.get_all_groups())} for group in named}
+        return next((group for group, names in within.items() if name in names), None)
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    task_path: Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
+    local_tasks: LocalTasks | None = None,
+    quiet: bool = True,
+) -> LoadedTasks:
+    """Find tasks, groups and tags by name and read their documents. Needs no model, so it can go first.
+
+    A name that begins with ``demo_`` is one of ``local_tasks`` (name → lm-eval configuration; default: the
+    demo's own); then come the YAML files under ``task_path``; then lm-eval's index of 14,000 tasks, read only
+    if a name is still unknown (7 to 30 seconds), whose documents come from the hub or its local cache.
+    ``num_fewshot`` replaces a task's own number except where that is fixed at 0; None leaves it. ``quiet``
+    silences lm-eval and datasets.
+
+    Raises EvaluationError for an unknown name (with the nearest ones), for documents that cannot be read
+    (offline, say), for a ``num_fewshot`` that no task takes, and for a task that runs generated code or needs
+    more than text.
+    """
+    sources = TaskSources(task_path, local_tasks, seed=seed, quiet=quiet)
+    loaded = reduce(or_, map(sources.load, names), LoadedTasks())
+    set_fewshot(loaded.tasks, num_fewshot)
+    return loaded
+
+
+class TaskSources:
+    """Where tasks come from, each source opened when a name is first looked for in it; see `load_tasks`."""
+
+    def __init__(
+        self,
+        task_path: Path | None = None,
+        local_tasks: LocalTasks | None = None,
+        *,
+        seed: int = 0,
+        quiet: bool = True,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """`say` is told of what takes long. Raises EvaluationError where there is no such folder."""
+        if task_path is not None and not task_path.is_dir():
+            raise EvaluationError(
+                f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
+            )
+        self._task_path = task_path
+        self._local_tasks = local_tasks or _demo_tasks
+        self._seed, self._quiet, self._say = seed, quiet, say
+        self._managers: dict[bool, Any] = {}
+
+    def load(self, name: str) -> LoadedTasks:
+        """The tasks of one name, of a task, a group or a tag. Raises EvaluationError."""
+        is_demo = name.startswith(DEMO_PREFIX)
+        with quietly(self._quiet):
+            needs_index = not is_demo and name not in self._manager(False).task_index
+        if needs_index and self._say is not None and True not in self._managers:
+            self._say("reading lm-eval's index of tasks, which takes 7 to 30 seconds")
+        with quietly(self._quiet), seeded(self._seed):
+            found = self._load_local(name) if is_demo else self._load_indexed(name, self._manager(needs_index))
+        for task_name, task in found["tasks"].items():
+            _check_task(task_name, task)
+        return LoadedTasks((name,), found["tasks"], found["groups"])
+
+    def _load_indexed(self, name: str, manager: Any) -> Any:
+        if name in manager.task_index:
+            return _load(manager, name)
+        raise _unknown_task(name, [*self._local_tasks(), *manager.task_index])
+
+    def _load_local(self, name: str) -> Any:
+        configurations = self._local_tasks()
+        if name not in configurations:
+            raise _unknown_task(name, list(configurations))
+        manager = self._manager(False)
+        return {"groups": {}, **manager.load([dict(configurations[name])])}
+
+    def _manager(self, include_defaults: bool) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        if include_defaults not in self._managers:
+            self._managers[include_defaults] = TaskManager(
+                include_path=self._task_path, include_defaults=include_defaults
+            )
+        return self._managers[include_defaults]
+
+
+def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
+    from compressor.data.demo.tasks import task_configs
+
+    return task_configs()
+
+
+def _load(manager: Any, name: str) -> Any:
+    with network.not_waited_for() as unreachable:
+        try:
+            return {"groups": {}, **manager.load([name])}
+        except Exception as error:
+            cannot = f", which cannot be reached ({unreachable})" if unreachable else ""
+            raise EvaluationError(
+                f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
+                f"Those of lm-eval's tasks come from the Hugging Face hub{cannot}: without a network, download them "
+                f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
+            ) from error
+
+
+def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its tasks."
+    return EvaluationError(f"unknown task {name!r}. {hint}")
+
+
+def set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """As lm-eval's command does: a task that says 0 means it. Raises EvaluationError where that has no effect."""
+    free = [task for task in tasks.values() if task.get_config("num_fewshot") != 0]
+    if num_fewshot and not free:
+        raise EvaluationError(
+            f"num_fewshot: {num_fewshot} would have no effect: {', '.join(tasks)} fixed at 0. Leave it out."
+        )
+    for task in free:
+        default = task.get_config("num_fewshot") or 0
+        task.set_config(key="num_fewshot", value=default if num_fewshot is None else num_fewshot)
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise EvaluationError(f"task {name!r} runs code that the model writes; that is not supported here.")
+    if getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
+
+
+_ANSWER_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names for how many tokens a task has the model write at most; the first one given counts."""
+
+
+def refuse_long_answers(tasks: Mapping[str, Any], max_positions: int | None) -> None:
+    """Raise EvaluationError for a task that has the model write as many tokens as it has positions, or more: none would
+    be left for the question; or no number of tokens. `max_positions`: None where the model's config names no limit.
+    Needs no weights.
+    """
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until" or max_positions is None:
+            continue
+        settings = task.get_config("generation_kwargs") or {}
+        option = next((one for one in _ANSWER_LENGTH if settings.get(one) is not None), None)
+        wanted = settings[option] if option else 256
+        if not str(wanted).isdecimal() or int(wanted) < 1:
+            raise EvaluationError(f"task {name!r}: `generation_kwargs: {option}: {wanted}` is no number of tokens.")
+        if int(wanted) >= max_positions:
+            said = f"`generation_kwargs: {option}: {wanted}`" if option else f"{wanted} tokens, as lm-eval has it"
+            raise EvaluationError(
+                f"task {name!r} has the model write {said}, but the model takes {max_positions} positions, question "
+                f"and answer together. Give the task's file a smaller `{option or _ANSWER_LENGTH[0]}`, or leave the "
+                f"task out."
+            )
+
+
+def members(group: Any) -> list[str]:
+    """Names of a group's tasks, those of its subgroups included."""
+    return [task.task_name for task in group.get_all_tasks()]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's generators start from ``seed`` inside; after it they are as before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Without lm-eval's and datasets' messages and bars, which obey no setting but where stderr goes."""
+    if not quiet:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# --- training text ------------------------------------------------------------------------------------------
+
+
+def named_in(file: Path) -> str:
+    """The name of the task or group that a YAML file defines. Raises CalibrationError if it names none."""
+    try:
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=_WithoutFunctions)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CalibrationError(f"task file {file} cannot be read: {error}") from error
+    name = (config.get("task") if isinstance(config, dict) else None) or None
+    if isinstance(config, dict) and isinstance(config.get("group"), str):
+        name = config["group"]
+    if not isinstance(name, str):
+        raise CalibrationError(f"task file {file} names no task: expected `task: NAME` or `group: NAME`.")
+    return name
+
+
+class _WithoutFunctions(yaml.SafeLoader):
+    """Reads lm-eval's task files; `!function` and other tags of theirs are left out, nothing is run."""
+
+
+_WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def training_texts(
+    name: str, *, task_path: Path | None = None, split: str | None = None, seed: int = 0
+) -> Iterator[tuple[str, str]]:
+    """The documents of a task, or of a group's tasks in turn, as texts: prompt and right answer, shuffled by ``seed``;
+    each with its place, such as ``task 'x', document 7`` (from 0, in its split). They are rendered as they are wanted.
+
+    They are those of the training split, or else of a validation split that the task is not measured on; ``split``
+    (train, validation, test) names another one. Raises CalibrationError where there is none, or where they cannot be
+    read.
+    """
+    try:
+        loaded = load_tasks([name], task_path=task_path, seed=seed)
+    except EvaluationError as error:
+        raise CalibrationError(f"calibration task {name!r}: {error}") from error
+    found = []
+    with quietly(True), seeded(seed):
+        for task_name, task in loaded.tasks.items():
+            documents = _training_documents(task_name, task, split)
+            order = list(range(len(documents)))
+            random.Random(seed).shuffle(order)
+            found.append([(task_name, task, documents, number) for number in order])
+    return _rendered_in_turn(found, seed)
+
+
+def _rendered_in_turn(
+    found: Sequence[Sequence[tuple[str, Any, Sequence[Any], int]]], seed: int
+) -> Iterator[tuple[str, str]]:
+    for turn in itertools.zip_longest(*found):
+        for name, task, documents, number in filter(None, turn):
+            with quietly(True), seeded(seed):
+                text = _rendered(name, task, documents[number])
+            yield text, f"task {name!r}, document {number}"
+
+
+def _training_documents(name: str, task: Any, split: str | None) -> Sequence[Any]:
+    config = task.config
+    splits = {"train": config.training_split, "validation": config.validation_split, "test": config.test_split}
+    measured = "test" if splits["test"] is not None else "validation"
+    if split is None:
+        others = [one for one in ("train", "validation") if splits[one] not in (None, splits[measured])]
+        split = others[0] if others else None
+        if split is None:
+            has = ", ".join(f"{one} ({value})" for one, value in splits.items() if value is not None)
+            raise CalibrationError(
+                f"task {name!r} has no training documents: it has only {has}, which it is measured on. Take another "
+                f"task, or text of the same kind; or say `split: {measured}` if the figures of this task need not mean "
+                f"anything afterwards."
+            )
+    elif splits.get(split) is None:
+        has = ", ".join(one for one, value in splits.items() if value is not None)
+        raise CalibrationError(f"task {name!r} has no {split} split; it has {has}.")
+    read = {"train": task.training_docs, "validation": task.validation_docs, "test": task.test_docs}[split]
+    documents = read()
+    if not hasattr(documents, "__getitem__"):
+        documents = list(documents)
+    if not documents:
+        raise CalibrationError(f"task {name!r}: its {split} split has no documents.")
+    return documents  # type: ignore[no-any-return]
+
+
+def _rendered(name: str, task: Any, document: Any) -> str:
+    """Prompt and right answer, as the task puts them together when a model is measured."""
+    try:
+        return _prompt_and_answer(task, document)
+    except Exception as error:  # a task's templates and functions may fail in any way
+        raise CalibrationError(
+            f"task {name!r}: a document cannot be rendered with its answer: {type(error).__name__}: {error}. Its keys "
+            f"are {sorted(document)}."
+        ) from error
+
+
+def _prompt_and_answer(task: Any, document: Any) -> str:
+    context = task.fewshot_context(document, 0, gen_prefix=task.doc_to_prefix(document))
+    delimiter = task.config.target_delimiter
+    kind = task.OUTPUT_TYPE
+    target = task.doc_to_target(document)
+    if kind == "loglikelihood_rolling":
+        return str(_first(target))
+    if kind == "loglikelihood":
+        return f"{context}{_first(target)}"
+    if kind == "multiple_choice" and task.multiple_input:
+        return f"{context[_first(task.doc_to_text(document))]}{delimiter}{_first(target)}"
+    if kind == "multiple_choice":
+        right, choices = _first(target), task.doc_to_choice(document)
+        return f"{context}{delimiter}{choices[right] if isinstance(right, int) else right}"
+    return f"{context}{delimiter}{_first(target)}"
+
+
+def _first(value: Any) -> Any:
+    """Of several right answers the first one."""
+    return value[0] if isinstance(value, list | tuple) else value

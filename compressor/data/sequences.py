@@ -1,0 +1,124 @@
+"""Token sequences and batches of them: what everything that runs a model is given.
+
+Dimensions: B sequences of a batch, S positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CalibrationError
+from compressor.wording import counted
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The token sequences of one source, and a digest of the ids by which a record can tell them apart.
+
+    `asked` is how many sequences were asked for, None for all; `special_tokens` those that were put before and behind
+    each document, None for ready-made ids; `notes` are sentences for the user about what was read.
+    """
+
+    name: str
+    ids: tuple[Tensor, ...]
+    fingerprint: str
+    asked: int | None = None
+    special_tokens: Mapping[str, Sequence[str]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Sequences({self.name}: {counted(len(self.ids), 'sequence')}, {counted(self.num_tokens, 'token')})"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all sequences together."""
+        return sum(len(ids) for ids in self.ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a record says of the text."""
+        return {
+            "name": self.name,
+            "sequences": len(self.ids),
+            **({"asked": self.asked} if self.asked is not None else {}),
+            "tokens": self.num_tokens,
+            **({"special_tokens": self.special_tokens} if self.special_tokens is not None else {}),
+            "fingerprint": self.fingerprint,
+        }
+
+    def first(self, asked: int) -> Sequences:
+        """The first so many of these sequences, as if they had been asked for."""
+        ids = self.ids[:asked]
+        return dataclasses.replace(self, ids=ids, fingerprint=fingerprint(ids), asked=asked)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids [B, S] int64, padded on the right; a mask [B, S] that is True where a token is real; the name of the
+    source that they come from, the *domain*; and whether it is held-out text, which nothing may be decided by.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    domain: str = ""
+    held_out: bool = False
+
+    def __repr__(self) -> str:
+        return f"TokenBatch({' × '.join(map(str, self.input_ids.shape))} of {self.domain or 'no source'})"
+
+
+def fingerprint(sequences: Iterable[Tensor]) -> str:
+    """A digest of token ids, sensitive to order and to where sequences end: `sha256:` and 16 hex digits."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(f"{len(ids)}:".encode())
+        digest.update(ids.to(torch.int64).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def make_batches(
+    sequences: Sequence[Tensor], batch_size: int, domain: str = "", *, held_out: bool = False
+) -> list[TokenBatch]:
+    """Group sequences, in order, `batch_size` at a time; shorter ones are padded on the right with id 0."""
+    batches = []
+    for start in range(0, len(sequences), batch_size):
+        group = sequences[start : start + batch_size]
+        width = max(len(ids) for ids in group)
+        input_ids = torch.zeros(len(group), width, dtype=torch.int64)
+        attention_mask = torch.zeros(len(group), width, dtype=torch.bool)
+        for row, ids in enumerate(group):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = True
+        batches.append(TokenBatch(input_ids, attention_mask, domain, held_out))
+    return batches
+
+
+def check_vocabulary(sequences: Sequences, vocab_size: int) -> None:
+    """Raise CalibrationError when a token id has no row in the model's embedding of `vocab_size` rows."""
+    largest = max(int(ids.max()) for ids in sequences.ids)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"source {sequences.name!r} holds token id {largest}, but the model has only {vocab_size} "
+            f"embeddings (ids 0 to {vocab_size - 1}): these ids, or the tokenizer that made "
+            f"them, belong to another model."
+        )
+
+
+def tokenizer_fingerprint(tokenizer: Any | None) -> str:
+    """A digest of everything that decides how a tokenizer cuts text: `sha256:` and 16 hex digits; `none` for None."""
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+    else:
+        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,0 +1,1 @@
+"""A decision → a smaller model or checkpoint."""

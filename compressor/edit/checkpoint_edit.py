@@ -1,0 +1,384 @@
+"""Edit on disk: a smaller checkpoint from a larger one, its tensors copied in pieces, without loading the model.
+
+    config.json ► meta_model ► method.edit ► MoEModel, its removals ─┐
+    headers of the shards ► moe.fates: what becomes of each tensor ◄─┘
+                                │
+                                ▼
+    plan_edit ► Edit: every tensor copied, renamed, dropped, cut or rewritten; sizes ► checked with transformers' loader
+                                │                                                      on the meta device
+                                ▼
+    Edit.write ► shards under their old names, index, config.json, all other files
+
+Bytes are copied as they are, so a quantised checkpoint stays quantised. Memory does not grow with the model: only what
+gets other values is read as a tensor (tables of expert ids, biases that switch experts off), and the headers.
+
+Not covered: methods whose edit changes weights, and experts packed together in one quantised tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.classes import model_class
+from compressor.checkpoint.extra_layers import LeftOut
+from compressor.checkpoint.files import INDEX
+from compressor.checkpoint.find import Checkpoint, load_config, read_config
+from compressor.checkpoint.headers import BITS, TORCH, first_dtype, verify_files
+from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
+from compressor.checkpoint.quantization import quantisation_of, without_quantisation
+from compressor.checkpoint.quiet import quiet_transformers
+from compressor.checkpoint.save import write_beside_weights
+from compressor.edit.naming import Names, renamed
+from compressor.edit.safetensors_writer import Becomes, ShardEdit, TensorEdit, finish, sync_folder, write_shard
+from compressor.edit.tensor_map import Fate, fates, ignored_names, loading_info
+from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
+from compressor.model.adapter import Adapter, structure_of
+from compressor.model.config_entry import read_entry
+from compressor.model.masking import relabelled
+from compressor.model.moe_model import MoEModel
+from compressor.model.router_probe import SWITCHED_OFF
+from compressor.model.structure import ExpertAxis, MoELayer
+from compressor.model.uneven import settle, uneven_class, uneven_counts
+
+_QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
+    """The checkpoint's model on the meta device, without weights: what is removed from it can be removed on disk.
+
+    A quantised checkpoint's is the model as it was before, unquantised. Raises UnsupportedModelError where the
+    structure cannot be understood.
+    """
+    config = without_quantisation(load_config(found))
+    cls = model_class(found, config)
+    structure = structure_of(cls, config, adapters, plain=True)
+    build = uneven_class(cls, config, structure) if uneven_counts(config) else cls
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config))
+    if uneven_counts(config):
+        settle(model)
+    moe = MoEModel(model.eval(), structure)
+    if "skipping" in read_entry(config):
+        moe.restore_skipping()
+    return moe
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a smaller checkpoint will be, known before anything is written: every file and tensor, and their sizes."""
+
+    found: Checkpoint
+    after: MoEModel
+    """The smaller model, on the meta device; its config is what config.json will say."""
+    shards: tuple[ShardEdit, ...]
+    left_out: LeftOut | None = None
+    modules: Names = field(default_factory=dict)
+    """Modules by their names on disk → their names afterwards, None where they go."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEdit]:
+        """Every tensor on disk by its name now."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the weights' files as they are."""
+        return sum(edit.shard.num_bytes for edit in self.shards)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the weights' files as they will be."""
+        return sum(edit.num_bytes for edit in self.shards)
+
+    def num_bytes_to_write(self, *, hard_link: bool = False) -> int:
+        """Bytes of weights that need room on the disk: files that are linked need none."""
+        return sum(edit.num_bytes for edit in self.shards if not (hard_link and edit.unchanged))
+
+    def write(
+        self, folder: Path, *, hard_link: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Write the smaller checkpoint into a folder, which must be there and hold no weights.
+
+        Every file appears under its name when it is whole and on the disk. With `hard_link` a file of weights that
+        does not change is not copied but linked, where the file system can; both folders then share it, so neither may
+        be written to in place. `progress` is called with bytes done and in all. Raises CheckpointError where a source
+        file is not what its header said, VerificationError where what was written is not what was planned.
+        """
+        done = 0
+        with ThreadPoolExecutor(1) as beside:  # one file goes to the disk while the next is copied
+            waiting: list[Future[None]] = []
+            for edit in self.shards:
+                if edit.kept:
+                    path = folder / edit.shard.path.relative_to(self.found.folder)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if temporary := write_shard(edit, path, hard_link=hard_link):
+                        waiting.append(beside.submit(finish, temporary, path))
+                done += edit.num_bytes
+                if progress:
+                    progress(done, self.bytes_after)
+        for finished in waiting:
+            finished.result()
+        self._write_index(folder)
+        self._write_config(folder)
+        sync_folder(folder)
+        self._verify(folder)
+
+    def _write_index(self, folder: Path) -> None:
+        source = self.found.folder / INDEX
+        if not source.exists():
+            return
+        index = json.loads(source.read_text(encoding="utf-8"))
+        metadata = dict(index.get("metadata") or {})
+        metadata["total_size"] = sum(tensor.num_bytes for edit in self.shards for tensor in edit.kept)
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = self.after.structure.num_parameters
+        weight_map = {
+            tensor.new_name: edit.shard.path.relative_to(self.found.folder).as_posix()
+            for edit in self.shards
+            for tensor in edit.kept
+        }
+        index |= {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_config(self, folder: Path) -> None:
+        """config.json and all other files; lists of modules that are not quantised get the experts' new names."""
+        config, source = self.after.config, self.found.folder
+        leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
+        counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
+        raw = read_config(source)
+        changes = self._quantisation_after(raw)
+        if quantisation_of(raw) is None and (dtype := self._dtype()):
+            changes["dtype"] = dtype
+        write_beside_weights(source, folder, config, None, counts, self.left_out, changes)
+        for name in _QUANTISATION_FILES:
+            if (source / name).exists():
+                beside = self._in_new_names(json.loads((source / name).read_text(encoding="utf-8")))
+                (folder / name).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+
+    def _quantisation_after(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of config.json that speak of quantised modules, with the experts' new names."""
+        changes: dict[str, Any] = {}
+        for key, value in raw.items():
+            if key == "quantization_config":
+                changes[key] = self._in_new_names(value)
+            elif isinstance(value, dict) and "quantization_config" in value:
+                changes[key] = value | {"quantization_config": self._in_new_names(value["quantization_config"])}
+        return changes
+
+    def _in_new_names(self, value: Any) -> Any:
+        return renamed(value, self.modules, self.found.reference)
+
+    def _dtype(self) -> str | None:
+        """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
+        dtype = getattr(self.after.config, "dtype", None) or first_dtype([e.shard for e in self.shards])
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    def _verify(self, folder: Path) -> None:
+        written = {name: about for shard in verify_files(folder) for name, about in shard.tensors.items()}
+        planned = {tensor.new_name: (tensor.dtype, tensor.new_shape) for edit in self.shards for tensor in edit.kept}
+        if written != planned:
+            wrong = min(name for name in written.keys() | planned if written.get(name) != planned.get(name))
+            raise VerificationError(
+                f"{folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
+            )
+
+
+def plan_edit(found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None = None) -> Edit:
+    """Say what becomes of every tensor when the model `before` becomes `after`: both on the meta device, the second a
+    copy of the first that a method has edited.
+
+    Reads headers, and tables of expert ids only when written. `left_out` is what of the checkpoint transformers does
+    not build. Raises CheckpointError where the checkpoint does not fit its config, UnsupportedModelError, naming the
+    tensor, where experts cannot be taken out on disk.
+    """
+    return _Planner(found, before, after, left_out).plan()
+
+
+class _Planner:
+    def __init__(self, found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None) -> None:
+        self.found, self.before, self.after, self.left_out = found, before, after, left_out
+        self.shards = verify_files(found.folder)
+        self.on_disk = {name: about for shard in self.shards for name, about in shard.tensors.items()}
+        self.shard_of = {name: shard for shard in self.shards for name in shard.tensors}
+        self.quantisation = found.quantisation
+        self.kept = {layer.path: list(range(layer.num_experts)) for layer in before.layers}
+        off: dict[str, set[int]] = {}
+        for removal in after.removals:
+            for path, ids in removal.kept.items():
+                self.kept[path] = [self.kept[path][expert] for expert in ids]
+                off.setdefault(path, set()).update(self.kept[path][new] for new in removal.switched_off.get(path, ()))
+        self.switched_off = {
+            path: [new for new, expert in enumerate(self.kept[path]) if expert in gone] for path, gone in off.items()
+        }
+
+    def plan(self) -> Edit:
+        self._check_before()
+        shapes = {name: shape for name, (_, shape) in self.on_disk.items()}
+        found = fates(self.before, self.after, self.kept, shapes, quantisation=self.quantisation)
+        self.at = {fate.target: name for name, fate in found.items() if fate.target is not None}
+        self._check_dtypes()
+        self.new_values = dict(self._new_values())
+        edits = {name: self._tensor_edit(name, fate) for name, fate in found.items()}
+        shards = tuple(ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
+        self._check_after(edits)
+        return Edit(self.found, self.after, shards, self.left_out, _modules(found))
+
+    # against the model
+
+    def _check_before(self) -> None:
+        """What is on disk must be what the config speaks of, by transformers' own loader."""
+        if self.quantisation is not None:
+            return
+        info = self._loading_info(self.before, self.on_disk)
+        if any(info.values()):
+            if why := uneven_experts(self.shards):
+                raise CheckpointError(f"{self.found.reference}: {why}")
+            refuse_bad_keys(self.found, info)
+
+    def _check_after(self, edits: Mapping[str, TensorEdit]) -> None:
+        """The same for what will be there, and the smaller model. Transformers' loader would make other modules for a
+        quantised one: there every list must be as long as the smaller model says.
+        """
+        new = {edit.new_name: (edit.dtype, edit.new_shape) for edit in edits.values() if edit.becomes != "dropped"}
+        if self.quantisation is not None:
+            whole = {layer.path: range(layer.num_experts) for layer in self.after.layers}
+            shapes = {name: shape for name, (_, shape) in new.items()}
+            again = fates(self.after, self.after, whole, shapes, quantisation=self.quantisation)
+            assert all(fate.name == name for name, fate in again.items())
+            return
+        info = self._loading_info(self.after, new)
+        for kind, keys in info.items():
+            if keys:
+                first = min(map(str, keys))
+                raise UnsupportedModelError(
+                    f"{self.found.reference}: cannot be edited on disk: of the smaller checkpoint transformers would "
+                    f"say that {len(keys)} {kind.replace('_', ' ')}, such as {first}."
+                )
+
+    def _loading_info(self, moe: MoEModel, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+        dropped = ignored_names(moe.model, list(tensors))
+        with quiet_transformers():
+            return loading_info(
+                copy.deepcopy(moe.model),
+                {
+                    name: torch.empty(shape, dtype=TORCH.get(dtype, torch.uint8), device="meta")
+                    for name, (dtype, shape) in tensors.items()
+                    if name not in dropped
+                },
+            )
+
+    def _check_dtypes(self) -> None:
+        """Numbers where the model has numbers, ids where it has ids."""
+        expected = self.before.model.state_dict()
+        for target, name in self.at.items():
+            dtype = TORCH.get(self.on_disk[name][0])
+            if self.quantisation is None and dtype is not None and target in expected:
+                wanted = expected[target].dtype
+                if wanted.is_floating_point != dtype.is_floating_point:
+                    raise CheckpointError(
+                        f"{self.found.reference}: {name} holds {self.on_disk[name][0]}, where the model has numbers "
+                        f"like {str(wanted).removeprefix('torch.')}."
+                    )
+
+    # values
+
+    def _new_values(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Name on disk → what makes its new values: tables of expert ids, and biases that switch experts off."""
+        for layer in self.before.layers:
+            if self.kept[layer.path] != list(range(layer.num_experts)):
+                for target in layer.id_tensors:
+                    table, rows = self._stored(target), self._stored(layer.router_weights[0])
+                    yield table, partial(self._relabelled, layer, table, rows)
+            if off := self.switched_off.get(layer.path):
+                for target in layer.selection_biases:
+                    bias, axis = self._stored(target), layer.tensors[target]
+                    yield bias, partial(self._with_off, layer, bias, axis, off)
+
+    def _stored(self, target: str) -> str:
+        """The name on disk of a tensor that is there as the model has it."""
+        name = self.at.get(target)
+        if name is None or self.on_disk[name][1] != tuple(self.before.model.state_dict()[target].shape):
+            raise UnsupportedModelError(
+                f"{target}: its values have to change, and on disk it is not stored as the model has it."
+            )
+        return name
+
+    def _relabelled(self, layer: MoELayer, table: str, rows: str) -> Tensor:
+        ids, rows_EH = self._read(table), self._read(rows)[: layer.num_experts]
+        for removal in self.after.removals:
+            kept = list(removal.kept[layer.path])
+            ids = relabelled(ids, dataclasses.replace(layer, num_experts=len(rows_EH)), kept, rows_EH)
+            rows_EH = rows_EH[kept]
+        return ids
+
+    def _with_off(self, layer: MoELayer, bias: str, axis: ExpertAxis, off: Sequence[int]) -> Tensor:
+        kept = self._read(bias).index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
+        return kept.index_fill_(axis.dim, torch.tensor(off), SWITCHED_OFF)
+
+    def _read(self, name: str) -> Tensor:
+        shard, (dtype, shape) = self.shard_of[name], self.on_disk[name]
+        with shard.path.open("rb") as file:
+            file.seek(shard.offsets[name])
+            data = bytearray(file.read(shard.sizes[name]))
+        return torch.frombuffer(data, dtype=TORCH[dtype]).reshape(shape)
+
+    # one tensor
+
+    def _tensor_edit(self, name: str, fate: Fate) -> TensorEdit:
+        dtype, shape = self.on_disk[name]
+        if fate.name is None:
+            return TensorEdit(name, "dropped", name, dtype, shape, shape)
+        becomes: Becomes = "copied" if fate.name == name else "renamed"
+        axis, rows, new_shape = fate.axis, (), shape
+        if axis is not None and fate.layer is not None:
+            rows = tuple(axis.rows(self.kept[fate.layer.path], fate.layer.num_experts).tolist())
+            new_shape = (*shape[: axis.dim], len(rows), *shape[axis.dim + 1 :])
+            if len(rows) == shape[axis.dim]:
+                axis, rows = None, ()
+            else:
+                becomes = "cut"
+                if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
+                    raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
+        values = self.new_values.get(name)
+        if fate.gather is not None:
+            gather = fate.gather
+            values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)
+        return TensorEdit(
+            name, "rewritten" if values else becomes, fate.name, dtype, shape, new_shape, axis, rows, values
+        )
+
+
+def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
+    """A file's tensors as safetensors itself puts them, large numbers first, so that none starts where it would not be
+    aligned; and by name, if they are now.
+    """
+    if all(edit.becomes == "copied" for edit in edits):
+        return tuple(edits)
+    size = list(BITS).index
+    by_name = sorted(edits, key=lambda edit: (-size(edit.dtype), edit.name))
+    if by_name == list(edits):
+        return tuple(sorted(edits, key=lambda edit: (-size(edit.dtype), edit.new_name)))
+    return tuple(sorted(edits, key=lambda edit: -BITS[edit.dtype]))
+
+
+def _modules(found: Mapping[str, Fate]) -> Names:
+    """Modules on disk → their new name, None where they go; without those that lose a part of what they hold."""
+    seen: dict[str, set[str | None]] = {}
+    for name, fate in found.items():
+        parts, others = name.split("."), None if fate.name is None else fate.name.split(".")
+        for end in range(1, len(parts)):
+            new = None if others is None else ".".join(others[:end])
+            seen.setdefault(".".join(parts[:end]), set()).add(new)
+    return {name: next(iter(new)) for name, new in seen.items() if len(new) == 1}

@@ -1,0 +1,237 @@
+"""The model that passes work on, with its weights on disk: a skeleton whose weights are read layer by layer.
+
+Every edit writes a smaller checkpoint (`checkpoint_edit`), which the next pass reads; the last one is the output.
+Its answers are those of a model in memory, to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.extra_layers import LeftOut
+from compressor.checkpoint.find import Checkpoint
+from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.layerwise_weights import StreamedWeights
+from compressor.checkpoint.load import load_model
+from compressor.checkpoint.output import OutputFolder
+from compressor.checkpoint.resume_state import Journal
+from compressor.data.lm_eval_tasks import LoadedTasks
+from compressor.data.sequences import Sequences, TokenBatch
+from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.in_memory import InMemory, TaskResults, stored_bytes
+from compressor.edit.verify import carry_out, compare_answers
+from compressor.errors import CheckpointError
+from compressor.evaluate.lm_eval import run_tasks
+from compressor.evaluate.perplexity import Perplexity, perplexity
+from compressor.evaluate.result import Run
+from compressor.evaluate.size import RoutedSize, Size
+from compressor.machine.distributed import Processes
+from compressor.machine.progress import Progress, Update
+from compressor.method import Decision, Method
+from compressor.model.adapter import Adapter, structure_of
+from compressor.model.moe_model import Kept, MoEModel
+from compressor.observe import forward, layerwise
+from compressor.observe.activation_offload import Parking
+
+
+class OnDisk(InMemory):
+    """A model whose weights stay on disk, and are read one decoder layer at a time.
+
+    `work` is a folder for the checkpoints between passes; without one it can be measured only. `journal` knows which of
+    them are whole, in a run that goes on. While text is measured, `tokens_at_once` of it pass a layer together.
+    """
+
+    source: Checkpoint
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        work: Path | None,
+        *,
+        device: str,
+        journal: Journal | None,
+        tokens_at_once: int,
+        left_out: LeftOut | None = None,
+        adapters: Sequence[Adapter] = (),
+        progress: Progress,
+        processes: Processes,
+        parking: Parking | None = None,
+    ) -> None:
+        self.work, self.device, self.journal, self.tokens_at_once = work, device, journal, tokens_at_once
+        self.stage: Path | None = None
+        """The folder of the last checkpoint written; None where that is the source itself."""
+        shared: dict[str, Any] = {
+            "left_out": left_out,
+            "progress": progress,
+            "processes": processes,
+            "parking": parking,
+        }
+        super().__init__(_skeleton(source, adapters), source, adapters=adapters, **shared)
+        self._read(self.moe, source)
+
+    def _open(self, found: Checkpoint) -> None:
+        self._read(_skeleton(found, self.adapters), found)
+
+    def _read(self, moe: MoEModel, found: Checkpoint) -> None:
+        self.source, self.moe = found, moe
+        self.weights = StreamedWeights(self.moe.model, found, device=self.device)
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        """How well the model predicts a text; as much of it as may wait passes a layer before the next one is read."""
+        return perplexity(self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update))
+
+    def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
+        """Within the context only these experts can be chosen, in every layer as long as it is there."""
+        assert self.weights is not None
+        return self.weights.within(
+            {path: partial(self.moe.masked, {path: ids}, top_k=top_k) for path, ids in kept.items()}
+        )
+
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        """Answers to tasks; all requests of a kind pass the layers together. Raises EvaluationError where a task has
+        the model write.
+        """
+        run = self._run_with(update)
+        return run_tasks(self.moe.model, tokenizer, tasks, processes=self.processes, run=run, device=self.device, **how)
+
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Parameters, and the bytes that they take as they are stored: quantised ones less than the skeleton says."""
+        found = super().size(routed)
+        if self.source.quantisation is None:
+            return found
+        return dataclasses.replace(found, bytes=stored_bytes(self.source))
+
+    def _run_with(self, update: Update | None) -> Run:
+        def run(batches: Sequence[TokenBatch], consume: layerwise.Consume) -> None:
+            assert self.weights is not None
+            parts = _in_parts(batches, self.tokens_at_once)
+            for number, part in enumerate(parts):
+                spoken = partial(_tell_of_part, update, number, len(parts))
+                layerwise.forward(self.moe.model, part, consume, spoken, weights=self.weights, parking=self.parking)
+
+        return run
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The model's logits [N, V] at a batch's N real tokens."""
+        found: list[Tensor] = []
+        self._run_with(None)([batch], lambda one, output: found.append(forward.answers_at(one, output)))
+        return found[0]
+
+    def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
+        """Write the smaller checkpoint and go on with it; compared as in memory. A run that goes on finds it there."""
+        assert self.work is not None
+        stage = self.work / name
+        noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
+        if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
+            with self._followed(self.moe):
+                carry_out(method, self.moe, decision)  # its weights are not read any more
+            return dict(self.processes.exchange(noted)[0])
+        known = self.processes.exchange(self._noted_of(stage))[0]
+        if known is None:
+            known = self._edit(method, decision, probe, stage)
+            if self.journal is not None and self.processes.is_first:
+                self.journal.note(f"edited {name}", known)
+        else:
+            with self._followed(self.moe):
+                carry_out(method, self.moe, decision)
+            self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+        before, self.stage = self.stage, stage
+        self.processes.wait()
+        if before is not None and self.processes.is_first:
+            shutil.rmtree(before)
+        return dict(known)
+
+    def _is_behind(self, stage: Path) -> bool:
+        """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
+        assert self.work is not None
+        later = [one for one in self.work.glob("*") if _place(one) > _place(stage)]
+        return not stage.exists() and any(self._noted_of(one) is not None for one in later)
+
+    def _noted_of(self, stage: Path) -> dict[str, float] | None:
+        """What a run before has noted of a checkpoint that it has left; None where it is to be written again."""
+        if self.journal is None or not (stage / "config.json").exists():
+            return None
+        try:
+            verify_files(stage)
+        except CheckpointError as error:
+            self.progress.say(f"{stage}: this checkpoint is damaged, and is written again: {error}")
+            return None
+        return self.journal.noted(f"edited {stage.name}")
+
+    def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, float]:
+        assert self.weights is not None
+        expected = None
+        if method.preview(self.moe, decision) is not None:
+
+            def previewed(path: str) -> AbstractContextManager[object]:
+                context = method.preview(self.moe, {**decision, "layers": {path: decision["layers"][path]}})
+                assert context is not None
+                return context
+
+            with self.weights.within({path: partial(previewed, path) for path in decision["layers"]}):
+                expected = self.logits(probe)
+            if not torch.isfinite(expected).all():
+                raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
+        before = meta_model(self.source, self.adapters)
+        after = copy.deepcopy(before)
+        with self._followed(after):
+            carry_out(method, after, decision)
+        if self.processes.is_first:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            edit = plan_edit(self.source, before, after, self.left_out)
+            with self.progress.task(f"{method.name}: writing the smaller checkpoint, bytes") as update:
+                # what lies between two passes is ours; the source's files are the user's, and are copied
+                edit.write(stage, hard_link=self.stage is not None, progress=update)
+        self.processes.wait()
+        self.left_out = None
+        self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+        return {} if expected is None else compare_answers(expected, self.logits(probe))
+
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        """The last checkpoint written becomes the output. Its config goes first: without it the rest counts as gone."""
+        assert self.stage is not None, "a recipe has a pass"
+        assert self.work is not None
+        paths = sorted(self.stage.iterdir(), key=lambda path: path.name != "config.json")
+        for path in paths:
+            path.rename(folder.path / path.name)
+        shutil.rmtree(self.work)
+        self.source = Checkpoint(str(folder.target), folder.path, self.source.trust_remote_code)
+
+
+def _place(stage: Path) -> int:
+    """The number of the pass that writes a checkpoint."""
+    return int(stage.name.partition(".")[0])
+
+
+def _in_parts(batches: Sequence[TokenBatch], most: int) -> list[list[TokenBatch]]:
+    """The batches, in order, in lists of at most so many tokens, padding included, or of one batch."""
+    parts: list[list[TokenBatch]] = []
+    tokens = 0
+    for batch in batches:
+        tokens += batch.input_ids.numel()
+        if not parts or tokens > most:
+            parts.append([])
+            tokens = batch.input_ids.numel()
+        parts[-1].append(batch)
+    return parts
+
+
+def _tell_of_part(update: Update | None, number: int, num_parts: int, done: int, total: int) -> None:
+    if update is not None:
+        update(number * total + done, num_parts * total)
+
+
+def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:
+    model = load_model(found, device="meta", adapters=adapters)
+    return MoEModel(model, structure_of(type(model), model.config, adapters))

@@ -1,0 +1,141 @@
+"""Edit a model, and check that it then computes what was decided; save it, and check that it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.extra_layers import LeftOut
+from compressor.checkpoint.find import Checkpoint
+from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.load import load_model
+from compressor.checkpoint.output import OutputFolder
+from compressor.checkpoint.save import save_checkpoint
+from compressor.data.sequences import TokenBatch
+from compressor.errors import CheckpointError, VerificationError
+from compressor.evaluate.size import size
+from compressor.method import Decision, Method, OptionError
+from compressor.model.adapter import Adapter
+from compressor.model.moe_model import Kept, MoEModel, Removal
+from compressor.observe import forward
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TIES_ALLOWED = 0.25
+
+
+def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
+    """Layer path → those of the ids, given in the experts' order, that are left after these removals."""
+    for removal in removals:
+        ids = {path: [of_layer[expert] for expert in removal.kept[path]] for path, of_layer in ids.items()}
+    return ids
+
+
+def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> None:
+    """Edit the model. Raises OptionError where it cannot keep or skip what was decided: only the figures could tell."""
+    try:
+        method.edit(moe, decision)
+    except ValueError as error:
+        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
+def edit_verified(
+    moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch, untouched: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """Edit the live model and check, on one batch, that it then computes what was decided. `untouched` are its logits
+    [N, V] there.
+
+    First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
+    under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
+    returns (the differences, the edited model's logits).
+    """
+    if not torch.isfinite(untouched).all():
+        raise CheckpointError(
+            "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
+            f"last ones, such as the language-model head, are damaged, or too large for {untouched.dtype}."
+        )
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    if not torch.equal(forward.logits(moe.model, probe), untouched):
+        raise VerificationError(
+            "keeping all experts changed the model's logits: this architecture's edit is not sound."
+        )
+    preview = method.preview(moe, decision)
+    expected = None
+    if preview is not None:
+        with preview:
+            expected = forward.logits(moe.model, probe)
+    carry_out(method, moe, decision)
+    answers = forward.logits(moe.model, probe)
+    compared = {} if expected is None else compare_answers(expected, answers)
+    return {"keep_all_difference": 0.0, **compared}, answers
+
+
+def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
+    """Relative error of each token's logits.
+
+    Where two experts tie for a token within rounding, which is rare in float32 and common in half precision, the tie
+    may fall anew: the token takes the other, equally good one, and what changes spreads to later tokens through
+    attention. So a quarter of the tokens may differ; experts sliced wrongly would change nearly all of them.
+    """
+    expected, found = expected_NV.double(), found_NV.double()
+    error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    tolerance = _TOLERANCE[expected_NV.dtype]
+    share = float((~(error_N <= tolerance)).double().mean())
+    if share > _TIES_ALLOWED:
+        raise VerificationError(
+            f"the edited model does not answer as decided (experts removed as if masked, experts skipped as with a "
+            f"weight of 0): {share:.1%} of tokens differ by more than {tolerance:g} (largest relative difference "
+            f"{float(error_N.max()):.3g})."
+        )
+    return {"edited_against_preview": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
+
+
+def save_verified(
+    moe: MoEModel,
+    found: Checkpoint | None,
+    folder: OutputFolder,
+    probe: TokenBatch,
+    left_out: LeftOut | None = None,
+    adapters: Sequence[Adapter] = (),
+    answers: Tensor | None = None,
+) -> None:
+    """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
+    `answers` are the latter [N, V], where they are known.
+
+    Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
+    """
+    folder.require_space(size(moe.model).bytes)
+    leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
+    counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
+    save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
+    verify_files(folder.path)
+    trust = found.trust_remote_code if found else False
+    where = getattr(moe.model, "hf_device_map", None) or str(next(moe.model.parameters()).device)
+    again = load_model(
+        Checkpoint(str(folder.target), folder.path, trust), device=where, like=moe.model, adapters=adapters
+    )
+    live, loaded = moe.model.state_dict(), again.state_dict()
+    different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
+    if different or len(live) != len(loaded):
+        raise VerificationError(
+            f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
+            f"({', '.join(different[:3])}). Nothing was kept."
+        )
+    expected = forward.logits(moe.model, probe) if answers is None else answers
+    answered = forward.logits(again, probe)
+    if not torch.equal(expected, answered):
+        difference = float((expected.float() - answered.float()).abs().max())
+        raise VerificationError(
+            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
+            f"difference of a logit: {difference:.3g}). Nothing was kept."
+        )
+
+
+def random_batch(model: Any) -> TokenBatch:
+    """Random ids, where no text is at hand: enough to compare two models bit by bit."""
+    ids = torch.randint(
+        model.get_input_embeddings().weight.shape[0], (2, 64), generator=torch.Generator().manual_seed(0)
+    )
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))

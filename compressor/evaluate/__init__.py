@@ -1,0 +1,1 @@
+"""Quality, size and speed of a live model, as plain numbers."""

@@ -1,0 +1,161 @@
+"""How well a live model predicts text.
+
+Nothing here changes the model: its parameters, configuration, device and training mode are as before, also after an
+error. Several processes with the same model share the batches of a text, and all get the result.
+
+Dimensions: B sequences of a batch, S positions, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.classes import max_positions
+from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
+from compressor.errors import EvaluationError
+from compressor.evaluate.result import Progress, Result, Run
+from compressor.machine.distributed import Processes
+from compressor.model.modules import evaluating
+from compressor.observe import forward
+
+CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Perplexity(Result):
+    """How well a model predicts a text: lower is better.
+
+    ``mean_loss`` is in nats per predicted token, over ``tokens`` predicted tokens; ``perplexity`` its
+    exponential. ``standard_error`` is that of ``mean_loss`` (nats), None for a single sequence; that of the
+    perplexity is ``perplexity × standard_error``. ``fingerprint`` names the token ids.
+    """
+
+    name: str
+    perplexity: float
+    mean_loss: float
+    standard_error: float | None
+    tokens: int
+    fingerprint: str
+
+
+def perplexity(
+    model: Any,
+    sequences: Sequences,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    *,
+    run: Run | None = None,
+) -> Perplexity:
+    """Next-token perplexity of ``model`` on one source.
+
+    In a sequence of n tokens the last n − 1 are predicted, each from those before it in the same sequence.
+    Padding counts nowhere. The mean is over all predicted tokens of all sequences, whatever the batches;
+    logits are in the model's dtype, log-softmax in float32 and sums in float64.
+
+    The standard error takes the sequences, not the tokens, as independent draws. With the loss l_s and
+    predicted tokens n_s of each of R sequences, mean L = Σl_s / Σn_s, it is √( R/(R−1) · Σ(l_s − L·n_s)² ) /
+    Σn_s; for sequences of one length that is the standard deviation of the sequences' means over √R.
+
+    ``progress(done, total)`` is called with numbers of sequences. ``run`` feeds the batches to a model that cannot
+    simply be called, in order; the figures are the same to the bit. Raises EvaluationError when a loss is not
+    finite, a sequence is longer than the model's positions or nothing is to be predicted, CalibrationError
+    when an id has no embedding.
+    """
+    _check_sequences(model, sequences)
+    processes = processes or Processes()
+    batches = make_batches(sequences.ids, batch_size)
+    own = processes.own(len(batches))
+    found: list[list[tuple[float, int]]] = []  # batch by batch
+
+    def take(batch: TokenBatch, output: Any) -> None:
+        number = own[len(found)]
+        losses_B = next_token_losses(output.logits, batch.input_ids, batch.attention_mask).tolist()
+        _refuse_not_finite(losses_B, sequences.name, first=number * batch_size)
+        found.append(list(zip(losses_B, batch.attention_mask[:, 1:].sum(1).tolist(), strict=True)))
+        if progress is not None:
+            progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
+
+    with torch.no_grad(), evaluating(model):
+        if run is not None:
+            run([batches[number] for number in own], take)
+        else:
+            for number in own:
+                take(batches[number], model(**forward.model_inputs(model, batches[number])))
+    losses, counts = zip(*(pair for of_batch in processes.in_order(found) for pair in of_batch), strict=True)
+    tokens = sum(counts)
+    mean_loss = math.fsum(losses) / tokens
+    return Perplexity(
+        name=sequences.name,
+        perplexity=_exponential(mean_loss, sequences.name),
+        mean_loss=mean_loss,
+        standard_error=_ratio_standard_error(losses, counts),
+        tokens=tokens,
+        fingerprint=sequences.fingerprint,
+    )
+
+
+def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Each sequence's summed negative log likelihood in nats: [B] float64 on the CPU.
+
+    ``mask_BS`` is True where a token is real; padding is on the right and adds 0. Positions are taken in
+    chunks, so that the float32 copy of the logits stays at about 64 MiB whatever the vocabulary.
+    """
+    ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
+    num_sequences, num_positions, vocab_size = logits_BSV.shape
+    chunk = max(1, CHUNK_ELEMENTS // (num_sequences * vocab_size))
+    loss_B = torch.zeros(num_sequences, dtype=torch.float64)
+    for start in range(0, num_positions - 1, chunk):
+        stop = min(start + chunk, num_positions - 1)
+        targets_BC = ids_BS[:, start + 1 : stop + 1]
+        log_probabilities_BCV = torch.log_softmax(logits_BSV[:, start:stop].float(), dim=-1)
+        loss_BC = -log_probabilities_BCV.gather(-1, targets_BC[..., None])[..., 0]
+        loss_BC = loss_BC.masked_fill(~mask_BS[:, start + 1 : stop + 1], 0.0)
+        loss_B += loss_BC.cpu().double().sum(1)
+    return loss_B
+
+
+def _check_sequences(model: Any, sequences: Sequences) -> None:
+    if not any(len(ids) > 1 for ids in sequences.ids):
+        raise EvaluationError(f"source {sequences.name!r} has no sequence of 2 tokens or more: nothing to predict.")
+    check_vocabulary(sequences, model.get_input_embeddings().weight.shape[0])
+    longest, positions = max(map(len, sequences.ids)), max_positions(model.config)
+    if positions is not None and longest > positions:
+        raise EvaluationError(
+            f"source {sequences.name!r} has a sequence of {longest} tokens, but the model takes at most "
+            f"{positions}. Say `length: {positions}` or less."
+        )
+
+
+def _refuse_not_finite(losses: Sequence[float], name: str, first: int) -> None:
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise EvaluationError(
+            f"source {name!r}: the model's loss on sequence {first + bad} is {losses[bad]}, not a finite number: its "
+            f"weights or activations overflow in this dtype, or are damaged."
+        )
+
+
+def _exponential(mean_loss: float, name: str) -> float:
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        raise EvaluationError(
+            f"source {name!r}: a mean loss of {mean_loss:.0f} nats per token has no finite perplexity."
+        ) from None
+
+
+def _ratio_standard_error(totals: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of Σtotals / Σcounts over independent (total, count) pairs; see ``perplexity``."""
+    num_pairs = len(totals)
+    if num_pairs < 2:
+        return None
+    mean = math.fsum(totals) / sum(counts)
+    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    return math.sqrt(num_pairs / (num_pairs - 1) * squares) / sum(counts)

@@ -1,0 +1,1 @@
+"""Processes, hardware, memory, progress, the network."""

@@ -1,0 +1,1 @@
+"""A transformers MoE model: structure, routing, capture, skipping; nothing else knows transformers' conventions."""

@@ -1,0 +1,457 @@
+"""Find everything that is indexed by expert, without knowing any architecture by name.
+
+The model class is built twice on the meta device (no memory, no weights) from two configs that differ in ONE integer.
+A tensor dimension, an integer attribute or a list of child modules that changes with it is, by construction, indexed by
+expert. Which integer of the config is the number of experts is found the same way: it is the one whose change resizes
+both expert weights and router rows. `probe` then runs one MoE block of each kind to learn how it routes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.errors import UnsupportedModelError
+from compressor.model.router_probe import Place, probe_router
+from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
+
+ModelFactory = Any
+"""A callable that builds a model from a transformers config: usually the model's class."""
+
+
+def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | None = None) -> Structure:
+    """Build the model on the meta device and find its MoE layers.
+
+    `config` is not changed. `count` names the integer that counts the experts, where its name does not tell. Costs one
+    build per integer of the config that could be the number of experts (0.1 s for Mixtral, 0.8 s for DeepSeek-V3).
+    Raises UnsupportedModelError where there are no routed experts, or something that hangs on their number cannot be
+    sliced.
+    """
+    name = getattr(config, "model_type", type(config).__name__)
+    if isinstance(factory, type) and factory.forward is nn.Module.forward:  # type: ignore[attr-defined]
+        raise UnsupportedModelError(f"{name}: {factory.__name__} has no forward, so it cannot be run.")
+    base_model = _build(factory, config)
+    base = _Snapshot.of(base_model)
+    leaf, difference, other_leaves = _find_expert_count(factory, config, base, name, count)
+    if difference.odd:
+        raise UnsupportedModelError(
+            f"{name}: changing {leaf} changes the model in a way that cannot be sliced: "
+            f"{'; '.join(difference.odd[:3])}."
+        )
+    finder = _LayerFinder(factory, base_model, base, difference, leaf, config, name)
+    blocks = finder.blocks()
+    top_k, *groups = (
+        _find_integer(config, leaf, pattern, tuple(blocks), base, factory)
+        for pattern in (r"top_?k(?!.*group)|per_tok|(^|_)k$", r"^(n|num)_(expert_)?groups?$", r"top_?k_groups?$")
+    )
+    layers = finder.layers(blocks, top_k[0] if top_k else None, [found[0] if found else None for found in groups])
+    top_k_leaf, top_k_integers = _effective_top_k(top_k, finder, blocks, layers)
+    inside = [place for place in difference.integers if any(_inside(place[0], layer.path) for layer in layers)]
+    return Structure(
+        layers=tuple(
+            dataclasses.replace(
+                layer,
+                top_k_fixed=top_k_leaf is None,
+                wider_problem=_wider_problem(layer, top_k_leaf, top_k_integers),
+            )
+            for layer in layers
+        ),
+        num_experts_leaf=leaf,
+        top_k_leaf=top_k_leaf,
+        shapes=base.shapes,
+        num_parameters=base.num_parameters,
+        integers={place: value for place, value in difference.integers.items() if place not in inside},
+        top_k_integers=top_k_integers,
+        other_leaves=other_leaves,
+    )
+
+
+def _find_expert_count(
+    factory: ModelFactory, config: Any, base: _Snapshot, name: str, count: ConfigLeaf | None
+) -> tuple[ConfigLeaf, _Difference, tuple[ConfigLeaf, ...]]:
+    """The integer that resizes expert weights and router rows; of several, the language model's, then the one on which
+    most hangs.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found: list[tuple[tuple[bool, int, int], ConfigLeaf, _Difference]] = []
+    for word in ("expert", "moe"):
+        for leaf in _integer_leaves(config, word, at_least=2) if count is None else [count]:
+            difference = _difference(factory, config, leaf, base)
+            if difference is not None and difference.expert_weights(base) and difference.router_rows(base):
+                rank = (leaf.holder(config) is text, len(difference.tensors), leaf.get(config))
+                found.append((rank, leaf, difference))
+        if found:
+            break
+    if not found:
+        raise UnsupportedModelError(
+            f"{name}: no routed experts found. No integer of the config resizes both expert weights and router rows, "
+            f"so this is a dense model, or one whose structure needs an adapter from a plugin."
+        )
+    _, best, difference = max(found, key=lambda entry: entry[0])
+    others = [
+        leaf
+        for _, leaf, other in found
+        if leaf != best and not set(other.tensors) & set(difference.tensors) and not other.odd
+    ]
+    return best, difference, tuple(others)
+
+
+def _effective_top_k(
+    found: tuple[ConfigLeaf, _Difference] | None,
+    finder: _LayerFinder,
+    blocks: Mapping[str, tuple[str, str, tuple[str, ...]]],
+    layers: Sequence[MoELayer],
+) -> tuple[ConfigLeaf | None, Integers]:
+    """The leaf and what follows it, if all routers choose as many experts as it says, with another number too, and no
+    tensor hangs on it.
+    """
+    if found is None:
+        return None, {}
+    leaf, difference = found
+    top_k = leaf.get(finder.config)
+    if difference.odd or difference.tensors or any(layer.top_k != top_k for layer in layers):
+        return None, {}
+    other = copy.deepcopy(finder.config)
+    leaf.set(other, top_k - 1 if top_k > 1 else 2)
+    try:
+        changed = dataclasses.replace(finder, model=_build(finder.factory, other), config=other)
+        probes: dict[object, RouterProbe] = {}
+        for path in (layers[0].path, layers[-1].path):
+            if changed.layer(path, *blocks[path], leaf, (1, 1), probes).top_k != leaf.get(other):
+                return None, {}
+    except Exception:  # a class may refuse the other number for any reason: then it is not to be changed
+        return None, {}
+    return leaf, difference.integers
+
+
+def _wider_problem(layer: MoELayer, top_k_leaf: ConfigLeaf | None, top_k_integers: Integers) -> str | None:
+    """Why the layer cannot be made to choose more experts while its config stays as it is."""
+    if top_k_leaf is None or layer.id_tensors:
+        return f"its router names {layer.top_k} experts, whatever it is asked"
+    if not any(_inside(path, layer.path) for path, _ in top_k_integers):
+        return f"its router reads from the config that it is to name {layer.top_k} experts"
+    if layer.router_probe.call != "choices":
+        return (
+            f"its block does not hand ids and weights to its experts, so they can be given no more than {layer.top_k}"
+        )
+    return None
+
+
+def _build(factory: ModelFactory, config: Any) -> nn.Module:
+    with torch.device("meta"):
+        model = factory(copy.deepcopy(config))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int
+
+
+def _integer_leaves(config: Any, word: str, *, at_least: int = 1) -> Iterator[ConfigLeaf]:
+    """The integers of a config and its sub-configs whose name contains `word`."""
+    from transformers import PreTrainedConfig
+
+    def walk(holder: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[ConfigLeaf]:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
+        for key, value in list(holder.__dict__.items()):
+            if isinstance(value, PreTrainedConfig):
+                yield from walk(value, (*path, key), seen)
+            elif _is_count(value) and value >= at_least and re.search(word, key):
+                yield ConfigLeaf(path, key)
+
+    yield from walk(config, (), set())
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What of a model can depend on the number of experts."""
+
+    shapes: dict[str, tuple[int, ...]]
+    integers: dict[tuple[str, str], int]
+    children: dict[str, tuple[str, ...]]
+    integer_tensors: tuple[str, ...]
+    num_parameters: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Snapshot:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return cls(
+            shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            integers={
+                (path, attribute): value
+                for path, module in modules.items()
+                for attribute, value in module.__dict__.items()
+                if _is_count(value)
+            },
+            children={path: tuple(module._modules) for path, module in modules.items()},
+            integer_tensors=tuple(n for n, t in tensors.items() if not (t.is_floating_point() or t.is_complex())),
+            num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
+        )
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """What changed between two builds, as expert axes; `odd` says what changed in no way that we can express."""
+
+    tensors: dict[str, ExpertAxis]
+    integers: dict[tuple[str, str], tuple[int, int]]
+    containers: dict[str, tuple[str, ...]]
+    odd: list[str]
+
+    def expert_weights(self, base: _Snapshot) -> set[str]:
+        """Paths of the modules that own expert weights: stacked in ≥ 3-D tensors, flattened, or one child per
+        expert.
+        """
+        owners = {
+            _parent(name)
+            for name, axis in self.tensors.items()
+            if (len(base.shapes[name]) >= 3 and axis.dim == 0) or axis.stride > 1
+        }
+        return owners | set(self.containers)
+
+    def router_rows(self, base: _Snapshot) -> list[str]:
+        """Names of the 2-D tensors that have one row per expert and are not the experts' own."""
+        owners = self.expert_weights(base)
+        return [
+            name
+            for name, axis in self.tensors.items()
+            if len(base.shapes[name]) == 2
+            and axis.stride == 1
+            and axis.dim == 0
+            and base.shapes[name][1] > 1
+            and not any(name.startswith(owner + ".") for owner in owners)
+        ]
+
+
+def _difference(
+    factory: ModelFactory, config: Any, leaf: ConfigLeaf, base: _Snapshot, *, by: int | None = None
+) -> _Difference | None:
+    """Build again with twice the value, or `by` more, and compare; None where the class refuses that value."""
+    value = leaf.get(config)
+    step = by or value
+    changed = copy.deepcopy(config)
+    try:
+        leaf.set(changed, value + step)
+        other = _Snapshot.of(_build(factory, changed))
+    except Exception:  # a config class may refuse a value for any reason; such a leaf cannot be the one we look for
+        return None
+    containers, odd = _grown_containers(base, other, value, step)
+    tensors: dict[str, ExpertAxis] = {}
+    for name, shape in base.shapes.items():
+        new = other.shapes.get(name)
+        if new == shape:
+            continue
+        dims = [i for i, (a, b) in enumerate(zip(shape, new, strict=False)) if a != b] if new else []
+        if new is None or len(new) != len(shape) or len(dims) != 1 or (new[dims[0]] - shape[dims[0]]) % step:
+            odd.append(f"tensor {name}: {shape} → {new}")
+            continue
+        stride = (new[dims[0]] - shape[dims[0]]) // step
+        if stride < 0 or shape[dims[0]] < stride * value:
+            odd.append(f"tensor {name}: {shape} → {new}")
+            continue
+        tensors[name] = ExpertAxis(dims[0], stride, shape[dims[0]] - stride * value)
+    grown = tuple(path + "." for path in containers)
+    odd += [f"tensor {name} appears" for name in other.shapes if name not in base.shapes and not name.startswith(grown)]
+    integers: dict[tuple[str, str], tuple[int, int]] = {}
+    for place, old in base.integers.items():
+        delta = other.integers.get(place, old) - old
+        if delta % step:
+            odd.append(f"attribute {'.'.join(place)}: {old} → {old + delta}")
+        elif delta:
+            integers[place] = (delta // step, old - delta // step * value)
+    return _Difference(tensors, integers, containers, odd)
+
+
+def _grown_containers(
+    base: _Snapshot, other: _Snapshot, value: int, step: int
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    containers: dict[str, tuple[str, ...]] = {}
+    odd: list[str] = []
+    for path, names in base.children.items():
+        new = other.children.get(path, names)
+        if new == names:
+            continue
+        kinds = {re.sub(r"\d+", "#", name) for name in set(new) - set(names)}
+        experts = tuple(name for name in names if re.sub(r"\d+", "#", name) in kinds)
+        if len(kinds) == 1 and len(experts) == value and len(new) == len(names) + step and set(names) < set(new):
+            containers[path] = experts
+        else:
+            odd.append(f"children of {path}: {len(names)} → {len(new)}")
+    return containers, odd
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".") or block == ""
+
+
+def _find_integer(
+    config: Any, count: ConfigLeaf, pattern: str, blocks: tuple[str, ...], base: _Snapshot, factory: ModelFactory
+) -> tuple[ConfigLeaf, _Difference] | None:
+    """The integer beside the expert count whose name fits, with what hangs on it.
+
+    One that changes attributes inside the MoE blocks is wanted; without such, one on which nothing hangs, and which
+    modules may read while they run.
+    """
+    fitting = [leaf for leaf in _integer_leaves(config, pattern) if leaf.path == count.path and leaf != count]
+    silent = []
+    for leaf in fitting:
+        difference = _difference(factory, config, leaf, base, by=1)
+        if difference is None:
+            continue
+        if any(_inside(path, block) for path, _ in difference.integers for block in blocks):
+            return leaf, difference
+        if not (difference.integers or difference.tensors or difference.odd):
+            silent.append((leaf, difference))
+    return silent[0] if len(silent) == 1 else None
+
+
+@dataclass(frozen=True)
+class _LayerFinder:
+    """Groups what the differential build found into MoE layers, one per block that owns experts and a router."""
+
+    factory: ModelFactory
+    model: nn.Module
+    base: _Snapshot
+    difference: _Difference
+    leaf: ConfigLeaf
+    config: Any
+    name: str
+
+    def layers(
+        self,
+        blocks: Mapping[str, tuple[str, str, tuple[str, ...]]],
+        top_k_leaf: ConfigLeaf | None,
+        group_leaves: Sequence[ConfigLeaf | None],
+    ) -> tuple[MoELayer, ...]:
+        """The layers in the order of the model."""
+        order = {path: position for position, path in enumerate(self.base.children)}
+        probes: dict[object, RouterProbe] = {}
+        groups = [leaf.get(self.config) if leaf else 1 for leaf in group_leaves]
+        layers = [
+            self.layer(block, *blocks[block], top_k_leaf, groups, probes)
+            for block in sorted(blocks, key=order.__getitem__)
+        ]
+        stray = [path for path in self.difference.tensors if not any(_inside(path, layer.path) for layer in layers)]
+        if stray:
+            raise UnsupportedModelError(f"{self.name}: {stray[0]} is indexed by expert but belongs to no MoE layer.")
+        return tuple(layers)
+
+    def blocks(self) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """Block → (experts, router, its weights): the smallest module around some experts that holds router rows
+        too.
+        """
+        routers = self.difference.router_rows(self.base)
+        owners: dict[str, list[str]] = {}
+        for owner in self.difference.expert_weights(self.base):
+            block = _parent(owner)
+            while block and not any(_inside(router, block) for router in routers):
+                block = _parent(block)
+            owners.setdefault(block, []).append(owner)
+        blocks: dict[str, tuple[str, str, tuple[str, ...]]] = {}
+        for block, owned in owners.items():
+            inside = [router for router in routers if _inside(router, block)]
+            if not inside:
+                raise UnsupportedModelError(f"{self.name}: {owned[0]} holds experts, and no router is beside them.")
+            router = _parent(min(inside, key=lambda path: path.count(".")))
+            while _parent(router) != block and not any(_inside(owner, _parent(router)) for owner in owned):
+                router = _parent(router)  # from the linear map to the module around it that also chooses
+            prefix = f"{block}." if block else ""
+            children = {owner[len(prefix) :].partition(".")[0] for owner in owned}
+            experts = prefix + children.pop() if len(children) == 1 else block
+            blocks[block] = experts, router, tuple(path for path in inside if _inside(path, router))
+        return blocks
+
+    def layer(
+        self,
+        block: str,
+        experts: str,
+        router: str,
+        router_weights: tuple[str, ...],
+        top_k_leaf: ConfigLeaf | None,
+        groups: Sequence[int],
+        probes: dict[object, RouterProbe],
+    ) -> MoELayer:
+        tensors = {path: axis for path, axis in self.difference.tensors.items() if _inside(path, block)}
+        containers = {path: names for path, names in self.difference.containers.items() if _inside(path, block)}
+        top_k = top_k_leaf.get(self.config) if top_k_leaf else None
+        id_tensors = [path for path in self.base.integer_tensors if _inside(path, block)]
+        for path in id_tensors:
+            if self.base.shapes[path][-1:] != (top_k,) or path in tensors:
+                raise UnsupportedModelError(
+                    f"{self.name}: {path} holds integers, and whether they are expert ids cannot be told; slicing "
+                    f"would leave them wrong. This needs an adapter from a plugin."
+                )
+        place = Place(block, router, experts, tensors, router_weights, tuple(containers), tuple(id_tensors))
+        key = self._signature(block)
+        if key not in probes:
+            probes[key] = probe_router(self.model, place, self.leaf, self.config, top_k, groups[0], self.name)
+        probe = probes[key]
+        return MoELayer(
+            path=block,
+            num_experts=self.leaf.get(self.config),
+            top_k=probe.top_k,
+            num_groups=groups[0] if probe.uses_groups else 1,
+            num_chosen_groups=groups[1] if probe.uses_groups else 1,
+            router=router,
+            experts=experts,
+            tensors=tensors,
+            integers={place: value for place, value in self.difference.integers.items() if _inside(place[0], block)},
+            containers=containers,
+            id_tensors=tuple(id_tensors),
+            parameters_per_expert=_parameters_per_expert(self.model, tensors, containers),
+            router_probe=probe,
+            router_weights=router_weights,
+            selection_biases=tuple(
+                name
+                for name in place.biases
+                if prod(self.base.shapes[name]) == self.base.shapes[name][tensors[name].dim]
+            ),
+            num_extra_choices=probe.num_extra_choices,
+            watch_problem=probe.watch_problem,
+            padding_problem=probe.padding_problem,
+        )
+
+    def _signature(self, block: str) -> object:
+        """What two blocks share that route alike: classes, shapes, and settings but the layer's number."""
+        module = self.model.get_submodule(block)
+        prefix = f"{block}." if block else ""
+        return (
+            tuple((name, type(child)) for name, child in module.named_modules()),
+            tuple((name[len(prefix) :], shape) for name, shape in self.base.shapes.items() if name.startswith(prefix)),
+            tuple(
+                (name, key, value)
+                for name, child in module.named_modules()
+                for key, value in child.__dict__.items()
+                if isinstance(value, int | float | str) and "layer" not in key
+            ),
+        )
+
+
+def _parameters_per_expert(
+    model: nn.Module, tensors: Mapping[str, ExpertAxis], containers: Mapping[str, tuple[str, ...]]
+) -> int:
+    parameters = dict(model.named_parameters())
+    total = 0
+    for name, axis in tensors.items():
+        if name in parameters:
+            total += parameters[name].numel() // parameters[name].shape[axis.dim] * axis.stride
+    for path, names in containers.items():
+        total += sum(p.numel() for p in model.get_submodule(f"{path}.{names[0]}").parameters())
+    return total

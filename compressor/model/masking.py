@@ -1,0 +1,161 @@
+"""Masking experts inside a router, and removing them from the tables that name them.
+
+Dimensions: T tokens, E experts of the layer, K experts chosen per token, H hidden size, N rows of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.errors import UnsupportedModelError
+from compressor.model.modules import tensor_at
+from compressor.model.router_logits import RouterLogits
+from compressor.model.structure import MoELayer, Structure
+
+
+def dropped_experts(layer: MoELayer, kept: Sequence[int], device: torch.device) -> Tensor:
+    """The ids that are not kept, ascending, int64."""
+    return torch.tensor(sorted(set(range(layer.num_experts)) - set(kept)), dtype=torch.int64, device=device)
+
+
+def router_weights(model: nn.Module, layer: MoELayer) -> list[Tensor]:
+    """What the layer's logits are computed with; RouterLogits knows the router's linear map by them."""
+    return [tensor_at(model, name) for name in layer.router_weights]
+
+
+def selection_biases(model: nn.Module, layer: MoELayer) -> list[tuple[str, Tensor]]:
+    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear
+    routers.
+    """
+    return [(name, tensor_at(model, name)) for name in layer.selection_biases]
+
+
+@contextmanager
+def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
+    """Hide experts from everything but the logits, and put it all back afterwards, bit for bit.
+
+    Selection biases, which some routers add to the scores after the linear map, become −inf. Look-up tables that hold
+    expert ids are redirected to experts that stay.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, tensor in selection_biases(model, layer):
+            saved.append((tensor, tensor.detach().clone()))
+            with torch.no_grad():
+                tensor.index_fill_(layer.tensors[name].dim, dropped, float("-inf"))
+        for name in layer.id_tensors:
+            tensor = tensor_at(model, name)
+            saved.append((tensor, tensor.detach().clone()))
+            tensor.copy_(redirected(tensor, dropped, router_weights(model, layer)[0][: layer.num_experts]))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+
+
+@torch.no_grad()
+def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
+    """A table of expert ids [N, K] in which every dropped expert is replaced by one that stays.
+
+    The stand-in is the kept expert whose router row is most alike (largest cosine), of those that the table's row does
+    not name already, so a token still has K different experts. No source prescribes this; an expert with a similar
+    router row was trained to be chosen for similar tokens.
+    """
+    if not len(dropped):
+        return ids
+    rows_EH = functional.normalize(router_EH.float(), dim=-1)
+    alike_EE = (rows_EH @ rows_EH.T).index_fill(1, dropped, float("-inf"))
+    is_dropped_E = torch.zeros(len(rows_EH), dtype=torch.bool, device=ids.device).index_fill(0, dropped, True)
+    new = ids.clone()
+    for column in range(ids.shape[-1]):
+        where = is_dropped_E[new[:, column].long()].nonzero()[:, 0]
+        for part in where.split(2**22 // len(rows_EH) + 1):  # type: ignore[no-untyped-call]
+            alike = alike_EE[new[part, column].long()].scatter(1, new[part].long(), float("-inf"))
+            new[part, column] = alike.argmax(-1).to(new.dtype)
+    return new
+
+
+def relabelled(ids: Tensor, layer: MoELayer, kept: Sequence[int], router_EH: Tensor) -> Tensor:
+    """A table of expert ids [N, K] as it is when only `kept` experts stay: dropped ones redirected, ids counted anew.
+
+    `router_EH` are the router's rows of all the layer's experts.
+    """
+    dropped = dropped_experts(layer, kept, ids.device)
+    new_id = torch.zeros(layer.num_experts, dtype=ids.dtype, device=ids.device)
+    new_id[torch.tensor(kept, device=ids.device)] = torch.arange(len(kept), dtype=ids.dtype, device=ids.device)
+    return new_id[redirected(ids, dropped, router_EH).long()]
+
+
+@contextmanager
+def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """Within the context the layer's router cannot choose any expert but `kept`: dropped logits and biases are −inf.
+
+    This is what removing the other experts means: the router's own softmax, top-k and renormalisation then see only the
+    kept ones.
+    """
+    router, weights = model.get_submodule(layer.router), router_weights(model, layer)
+    dropped = dropped_experts(layer, kept, weights[0].device)
+    if not len(dropped):
+        yield
+        return
+    active: list[RouterLogits] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        mode = RouterLogits(weights, dropped=dropped)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        active.append(mode)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not active:
+            return
+        mode = active.pop()
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if output is not None and mode.seen is None:  # no output: the forward has failed, and says why itself
+            raise UnsupportedModelError(
+                f"{layer.router}: saw no linear map with its weights inside its forward, so experts cannot be masked."
+            )
+
+    hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
+    try:
+        with experts_hidden(model, layer, dropped):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        while active:
+            active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def top_k_set(model: Any, structure: Structure, top_k: int | None) -> Iterator[None]:
+    """Within the context every router chooses `top_k` experts; None leaves them as they are."""
+    leaf = structure.top_k_leaf
+    if top_k is None or leaf is None:
+        yield
+        return
+    saved = leaf.get(model.config)
+    write_top_k(model, structure, top_k)
+    try:
+        yield
+    finally:
+        write_top_k(model, structure, saved)
+
+
+def write_top_k(model: Any, structure: Structure, top_k: int) -> None:
+    """Set the number of experts per token in the config and in every module that keeps it; not in modules that have
+    another one than the config for the time being (`SkipRule.normalise_over`).
+    """
+    assert structure.top_k_leaf is not None
+    before = structure.top_k_leaf.get(model.config)
+    structure.top_k_leaf.set(model.config, top_k)
+    for (path, attribute), (stride, extra) in structure.top_k_integers.items():
+        module = model.get_submodule(path)
+        if getattr(module, attribute) == stride * before + extra:
+            setattr(module, attribute, stride * top_k + extra)

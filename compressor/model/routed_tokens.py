@@ -1,0 +1,163 @@
+"""The tokens of one calibration batch at one MoE layer, as a method's statistic sees them.
+
+Dimensions: T tokens, c tokens of a chunk, E experts, K chosen per token, M ranks, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from compressor.model.routing_rule import Replay, RoutingRule
+from compressor.model.rule_fitting import renormalises
+from compressor.model.structure import MoELayer
+from compressor.wording import counted
+
+_ROWS_PER_EXPERT = 768
+"""Tokens that an expert is given at a time, on average: enough for fast matrix products, few enough that what lies
+between them (the experts' inner activations) stays near the processor. See benchmarks/README.md.
+"""
+_CHUNK_BYTES = 256 * 2**20
+_TOKENS_PER_GRAM = 64
+Lift = Callable[[Tensor], Tensor]
+"""Outputs of the experts module [N, H'] → what they add to the block's own output [N, H]; linear."""
+
+
+@dataclass(frozen=True)
+class RankedChunk:
+    """Some of the tokens with the outputs of their best-ranked experts.
+
+    `start` and `stop` are the chunk's place among the tokens. `order_cM` are expert ids, the K chosen ones first,
+    then the others by descending rank; `outputs_cMH` float32 is each one's output, not weighted.
+    """
+
+    start: int
+    stop: int
+    order_cM: Tensor
+    outputs_cMH: Tensor
+
+    def __repr__(self) -> str:
+        return f"RankedChunk(tokens {self.start}–{self.stop}, {self.order_cM.shape[1]} ranks)"
+
+    def first(self, num_ranks: int) -> RankedChunk:
+        """The same tokens with fewer of their ranks."""
+        return RankedChunk(self.start, self.stop, self.order_cM[:, :num_ranks], self.outputs_cMH[:, :num_ranks])
+
+    def gram(self) -> Tensor:
+        """[c, M, M] float64: inner products of these outputs; see `gram_of`."""
+        return gram_of(self.outputs_cMH)
+
+
+@dataclass
+class RoutedTokens:
+    """One batch at one layer: real tokens only, padding is gone.
+
+    hidden_TH       what the experts are given, in the model's dtype
+    logits_TE       the router's logits, float32
+    index_TK        the experts chosen, int64
+    weights_TK      their weights, as the router gave them
+    rule            the router's rule in closed form, or None: then `replay` says what a smaller set would choose
+    domain          the calibration source that the batch comes from
+    held_out        whether it is held-out text, which nothing may be decided by
+    target_TH       what the layer should put out, where that is not its own output on these tokens: in progressive
+                    pruning, the original model's output on the original model's activations; like `output_TH`
+    """
+
+    layer: MoELayer
+    hidden_TH: Tensor
+    logits_TE: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    rule: RoutingRule | None
+    replay: Replay
+    evaluate_experts: Callable[[Tensor, Tensor], Tensor]
+    """(hidden [c, H], expert ids [c, M]) → outputs [c, M, H]."""
+    lift: Lift | None = None
+    """How the block carries its experts' output to its own, where it scales or projects it."""
+    at_block: bool = True
+    """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give
+    them.
+    """
+    output_TH: Tensor | None = None
+    """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
+    experts_output_TH: Tensor | None = None
+    """The same before the block scales or projects it: what the experts module answers."""
+    domain: str = ""
+    held_out: bool = False
+    target_TH: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"RoutedTokens({counted(self.num_tokens, 'token')} of {self.domain or 'no source'} at {self.layer.path})"
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.hidden_TH)
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether it can be asked what an expert answers to a token; `layer.watch_problem` says why not."""
+        return self.layer.watch_problem is None
+
+    def renormalises(self) -> bool:
+        """Whether the router divides the chosen experts' weights by their sum; see `rule_fitting.renormalises`."""
+        return renormalises(self.layer, self.rule, self.index_TK, self.weights_TK, self.replay)
+
+    def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
+        """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's
+        output.
+
+        Costs num_ranks / K ordinary forwards of the experts. The first K ranks are the experts really chosen, so the
+        layer's own output falls out on the way.
+        """
+        hidden_size = self.hidden_TH.shape[-1]
+        most = max(1, min(_ROWS_PER_EXPERT * self.layer.num_experts, _CHUNK_BYTES // (4 * hidden_size)) // num_ranks)
+        chunk = ceil(self.num_tokens / ceil(self.num_tokens / most)) if self.num_tokens else most
+        order_TM = self.order(num_ranks)
+        output_TH = torch.empty_like(self.hidden_TH)
+        lifted: list[Tensor] = []
+        for start in range(0, self.num_tokens, chunk):
+            stop = min(start + chunk, self.num_tokens)
+            outputs_cMH = self.evaluate_experts(self.hidden_TH[start:stop], order_TM[start:stop]).float()
+            weights_cK = self.weights_TK[start:stop].float()
+            chosen_cKH = outputs_cMH[:, : weights_cK.shape[1]]
+            output_TH[start:stop] = torch.bmm(weights_cK[:, None], chosen_cKH)[:, 0].to(output_TH.dtype)
+            if self.lift is not None:
+                outputs_cMH = self.lift(outputs_cMH.flatten(0, 1)).view(*outputs_cMH.shape[:2], -1)
+                lifted.append(torch.bmm(weights_cK[:, None], outputs_cMH[:, : weights_cK.shape[1]])[:, 0])
+            yield RankedChunk(start, stop, order_TM[start:stop], outputs_cMH)
+        self.experts_output_TH = output_TH
+        self.output_TH = torch.cat(lifted) if lifted else output_TH
+
+    def order(self, num_ranks: int) -> Tensor:
+        """[T, num_ranks] int64: the chosen experts first, the others by descending rank.
+
+        Ties with the last chosen expert are broken as the router itself broke them. Without a closed rule the others
+        are ranked by their logits, which is good enough only if all of them are looked at.
+        """
+        ranking_TE = (
+            self.logits_TE.double() if self.rule is None else self.rule.ranking(self.rule.affinity(self.logits_TE))
+        )
+        others_TE = ranking_TE.scatter(1, self.index_TK, float("-inf"))
+        num_others = num_ranks - self.index_TK.shape[1]
+        if num_others <= 0:
+            return self.index_TK[:, :num_ranks]
+        return torch.cat([self.index_TK, others_TE.topk(num_others, dim=-1).indices], dim=1)
+
+
+def gram_of(outputs_cXH: Tensor) -> Tensor:
+    """[c, X, X] float64: inner products of float32 outputs.
+
+    Their terms are exact in float64. Experts that answer nearly alike have a δᵀ G δ far smaller than its terms, and
+    sums in float32 would leave nothing of it but their rounding, another one on every processor.
+    """
+    gram_cXX = outputs_cXH.new_empty(*outputs_cXH.shape[:2], outputs_cXH.shape[1], dtype=torch.float64)
+    for start in range(0, len(outputs_cXH), _TOKENS_PER_GRAM):
+        part = slice(start, start + _TOKENS_PER_GRAM)
+        wide_cXH = outputs_cXH[part].double()
+        gram_cXX[part] = torch.bmm(wide_cXH, wide_cXH.mT)
+    return gram_cXX

@@ -1,0 +1,1 @@
+"""Experts that are skipped while a model runs."""

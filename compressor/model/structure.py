@@ -1,0 +1,238 @@
+"""What is known of a model's MoE layers: how they route, and where everything is that is indexed by expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compressor.wording import counted
+
+Call = Literal["choices", "list", "masks", "scaled inputs", "pairs"]
+"""How a block hands tokens to its experts:
+
+choices         experts(hidden [T, H], ids [T, K], weights [T, K]), in any order
+list            a loop of the block over a list of modules
+masks           experts(hidden [T, H], one-hot mask [T, 1, E], weights [T, 1])
+scaled inputs   experts(hidden [E·T, H]): every expert sees all tokens, times their scores, 0 where it is not chosen
+pairs           lists of (token, expert) pairs, sorted by expert, through several modules
+"""
+
+
+@dataclass(frozen=True)
+class RouterProbe:
+    """What a router answered.
+
+    `index_position` and `weights_position` tell where in its output tuple the chosen expert ids [T, K] and their
+    weights [T, K] are; both None where its block chooses. `top_k` is the number of experts really chosen, which some
+    classes fix whatever the config says.
+    """
+
+    class_name: str
+    top_k: int
+    call: Call
+    index_position: int | None
+    weights_position: int | None
+    uses_groups: bool
+    num_extra_choices: int
+    reads_config: bool
+    block_runs: bool
+    """Whether the block's forward needs nothing but hidden states: not so where a decoder layer is the block."""
+    watch_problem: str | None
+    padding_problem: str | None
+
+
+@dataclass(frozen=True)
+class ExpertAxis:
+    """One dimension of a tensor that is indexed by expert: its size is `stride × num_experts + extra`.
+
+    `stride` is 1 but for tensors that keep all experts flattened in one dimension; `extra` counts rows behind the
+    experts' own, which pruning leaves alone.
+    """
+
+    dim: int
+    stride: int = 1
+    extra: int = 0
+
+    def rows(self, kept: Sequence[int], num_experts: int) -> torch.Tensor:
+        """Indices [stride × len(kept) + extra] int64 of the rows that stay when only `kept` experts do."""
+        first = torch.tensor(kept, dtype=torch.int64)[:, None] * self.stride
+        own = (first + torch.arange(self.stride)).reshape(-1)
+        return torch.cat([own, torch.arange(num_experts * self.stride, num_experts * self.stride + self.extra)])
+
+    def size(self, num_experts: int) -> int:
+        """The dimension's size with that many experts."""
+        return self.stride * num_experts + self.extra
+
+
+Integers = Mapping[tuple[str, str], tuple[int, int]]
+"""(module path, attribute) → (stride, extra) of an integer attribute: its value is `stride × count + extra`."""
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE block of a model: where it is, how it routes, and everything in it that is indexed by expert.
+
+    `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is
+    greater than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
+    """
+
+    path: str
+    num_experts: int
+    top_k: int
+    num_groups: int
+    num_chosen_groups: int
+    router: str
+    experts: str
+    tensors: Mapping[str, ExpertAxis]
+    integers: Integers
+    containers: Mapping[str, tuple[str, ...]]
+    """Module lists with one child per expert → the children's names, in expert order."""
+    id_tensors: tuple[str, ...]
+    """Integer tensors […, top_k] that hold expert ids as values: a token's experts are looked up, not computed."""
+    parameters_per_expert: int
+    """Parameters that go with one expert: its weights, its router row, its biases."""
+    router_probe: RouterProbe
+    router_weights: tuple[str, ...] = ()
+    """The router's tensors with one row per expert: what its logits are computed with."""
+    selection_biases: tuple[str, ...] = ()
+    """Tensors with one number per expert that are added to logits or scores, wherever in the block they live."""
+    num_extra_choices: int = 0
+    """Things behind the experts that the router can choose and that pruning leaves alone: identity experts."""
+    top_k_fixed: bool = False
+    """Whether the class chooses a fixed number of experts, whatever the config says."""
+    watch_problem: str | None = None
+    """Why the layer's tokens cannot be watched, in words, or None."""
+    padding_problem: str | None = None
+    """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
+    wider_problem: str | None = None
+    """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
+
+    def __repr__(self) -> str:
+        return f"MoELayer({self.path}: {counted(self.num_experts, 'expert')}, top-{self.top_k})"
+
+    def description(self) -> dict[str, Any]:
+        """What deciding needs to know of the layer, as JSON; `described` is the inverse."""
+        return {name: getattr(self, name) for name in _DESCRIBED}
+
+    @classmethod
+    def described(cls, description: Mapping[str, Any]) -> MoELayer:
+        """A layer to decide on, whose model is not at hand: it has no tensors and cannot be watched or edited."""
+        known = {name: description[name] for name in _DESCRIBED if name in description}
+        nothing: dict[str, Any] = {"router_probe": None, "tensors": {}, "integers": {}, "containers": {}}
+        return cls(router="", experts="", id_tensors=(), **nothing, **known)
+
+    @property
+    def num_choices(self) -> int:
+        """How many things the router chooses among: the experts and whatever stands behind them."""
+        return self.num_experts + self.num_extra_choices
+
+    @property
+    def number(self) -> str | None:
+        """The decoder layer's number: the first integer in the block's path; `model.layers.3.mlp` → "3"."""
+        return next((part for part in self.path.split(".") if part.isdecimal()), None)
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe may call the layer: the path of its block, or its number."""
+        return [self.path, *filter(None, [self.number])]
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the experts are modules in a list or dictionary, not stacked tensors."""
+        return bool(self.containers)
+
+    @property
+    def router_kind(self) -> str:
+        """The router's class and what it does, for tables."""
+        groups = f", {self.num_chosen_groups} of {self.num_groups} groups" if self.num_groups > 1 else ""
+        return f"{self.router_probe.class_name}: top-{self.top_k}{groups}"
+
+
+_DESCRIBED = (
+    "path",
+    "num_experts",
+    "top_k",
+    "num_groups",
+    "num_chosen_groups",
+    "num_extra_choices",
+    "parameters_per_expert",
+    "top_k_fixed",
+    "watch_problem",
+    "padding_problem",
+    "wider_problem",
+)
+
+
+@dataclass(frozen=True)
+class ConfigLeaf:
+    """An integer in a config: `path` leads to the sub-config (empty: the config itself), `key` names it there."""
+
+    path: tuple[str, ...]
+    key: str
+
+    def holder(self, config: Any) -> Any:
+        """The sub-config that holds the integer."""
+        for name in self.path:
+            config = getattr(config, name)
+        return config
+
+    def get(self, config: Any) -> int:
+        """The integer's value."""
+        return int(self.holder(config).__dict__[self.key])
+
+    def set(self, config: Any, value: int) -> None:
+        """Write the integer, in place."""
+        setattr(self.holder(config), self.key, value)
+
+    def __str__(self) -> str:
+        return ".".join((*self.path, self.key))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the differential build found: the layers, and the integers of the config that count experts and choices."""
+
+    layers: tuple[MoELayer, ...]
+    num_experts_leaf: ConfigLeaf
+    top_k_leaf: ConfigLeaf | None
+    """None where the class chooses a fixed number of experts whatever the config says."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every tensor of the model."""
+    num_parameters: int
+    integers: Integers = dataclasses.field(default_factory=dict)
+    """Integer attributes outside the MoE blocks that count experts."""
+    top_k_integers: Integers = dataclasses.field(default_factory=dict)
+    """Integer attributes that follow the number of experts per token."""
+    other_leaves: tuple[ConfigLeaf, ...] = ()
+    """Expert counts of other parts of the model (a vision tower's, a talker's), which are left as they are."""
+
+    def __repr__(self) -> str:
+        return f"Structure({layers_said(self.layers)})"
+
+    def with_counts(self, counts: Mapping[str, int]) -> Structure:
+        """The structure of the same model with other numbers of experts in some layers, by layer path."""
+        layers, shapes, num_parameters = [], dict(self.shapes), self.num_parameters
+        for layer in self.layers:
+            count = counts.get(layer.path, layer.num_experts)
+            num_parameters -= (layer.num_experts - count) * layer.parameters_per_expert
+            containers = {path: names[:count] for path, names in layer.containers.items()}
+            for path, names in layer.containers.items():
+                gone = tuple(f"{path}.{name}." for name in names[count:])
+                shapes = {name: shape for name, shape in shapes.items() if not (gone and name.startswith(gone))}
+            for name, axis in layer.tensors.items():
+                shape = list(shapes[name])
+                shape[axis.dim] = axis.size(count)
+                shapes[name] = tuple(shape)
+            layers.append(dataclasses.replace(layer, num_experts=count, containers=containers))
+        return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
+
+
+def layers_said(layers: Sequence[MoELayer]) -> str:
+    """`4 MoE layers of 8 experts, top-2`; the smallest and the largest where they differ."""
+    numbers = ([layer.num_experts for layer in layers], [layer.top_k for layer in layers])
+    experts, chosen = (f"{min(one)}–{max(one)}" if min(one) < max(one) else f"{one[0]}" for one in numbers)
+    return f"{counted(len(layers), 'MoE layer')} of {experts} experts, top-{chosen}"

@@ -1,0 +1,1 @@
+"""Text through a model, layer by layer, into statistics."""

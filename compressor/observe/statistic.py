@@ -1,0 +1,141 @@
+"""What a statistic is: figures gathered at a MoE layer.
+
+A statistic adds up one batch after another. What it returns are raw sums, one row per batch or one number per expert,
+so that figures of several files, processes or domains can be joined later.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from compressor.machine.distributed import Processes
+from compressor.model.routed_tokens import RankedChunk, RoutedTokens
+from compressor.observe.reductions import Rule, Statistics
+from compressor.wording import counted, shortened
+
+
+class Gathered(dict[str, Mapping[str, Tensor]]):
+    """What was observed: layer path → name → figures.
+
+    `domains` are the names of the calibration sources, in the order in which figures kept apart by source have them;
+    those of `held_out` among them were observed to see what a decision does to other text, not to decide by.
+    """
+
+    def __init__(self, layers: Statistics, domains: Sequence[str] = ("",), held_out: Sequence[str] = ()) -> None:
+        super().__init__(layers)
+        self.domains = tuple(domains)
+        self.held_out = tuple(held_out)
+
+    def __repr__(self) -> str:
+        return f"Gathered({counted(len(self), 'layer')}; {shortened(', '.join(filter(None, self.domains)), 160)})"
+
+
+class Statistic(ABC):
+    """Accumulates figures over the calibration batches at one MoE layer."""
+
+    weight_norms: bool = False
+    """Whether the layer's figures should hold the norms of its experts' weights too: `weights.l1`, `weights.squared`,
+    `weights.count`, [E] each.
+    """
+    optional: bool = False
+    """Whether it is no error if no token comes to the layer: there are no figures of it then."""
+
+    own_rules: Mapping[str, Rule] = {}
+    """How figures that belong to one run are joined over its processes, where their names do not follow `RULES`. In
+    several processes any other figure is refused.
+    """
+    processes: Processes = Processes()
+
+    def share(self, processes: Processes) -> None:
+        """Told before the first batch which processes share the batches: each sees some of them."""
+        self.processes = processes
+
+    @abstractmethod
+    def update(self, tokens: RoutedTokens) -> None:
+        """Add one batch. Padding tokens are not among `tokens`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The figures of this process's batches so far, on the CPU; sums in float64. The core joins them with those of
+        other processes, by `RULES` and `own_rules`; a process that no token came to is not asked.
+        """
+
+    def again(self) -> bool:
+        """Whether every batch has to be seen once more, in the same order, before the figures are whole.
+
+        Asked when all batches have been seen. A statistic that says True gets them all again through `update`. Asked in
+        every process, also where no token came to the layer; so this is the place to exchange what `tensors` needs,
+        and the answers must be the same.
+        """
+        return False
+
+
+class RankedStatistic(Statistic):
+    """A statistic of the outputs of each token's best-ranked experts. Several of them can share these outputs."""
+
+    @abstractmethod
+    def num_ranks(self, tokens: RoutedTokens) -> int:
+        """How many of each token's ranks are needed; the first ones are the experts chosen."""
+
+    @abstractmethod
+    def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
+        """Add some of a batch's tokens: exactly `num_ranks` ranks of them. Chunks come in order."""
+
+    def end_batch(self, tokens: RoutedTokens) -> None:
+        """All tokens of the batch have been added; `tokens.output_TH` is there."""
+
+    def update(self, tokens: RoutedTokens) -> None:
+        """Add one batch."""
+        num_ranks = self.num_ranks(tokens)
+        for chunk in tokens.ranked_outputs(num_ranks):
+            self.add(tokens, chunk)
+        self.end_batch(tokens)
+
+
+class JoinedStatistic(RankedStatistic):
+    """Several statistics of the same expert outputs, which are computed once. Their figures have different names."""
+
+    def __init__(self, parts: Sequence[RankedStatistic]) -> None:
+        self.parts = parts
+        self.weight_norms = any(part.weight_norms for part in parts)
+        self.own_rules = {name: rule for part in parts for name, rule in part.own_rules.items()}
+
+    def share(self, processes: Processes) -> None:
+        """Tell all of them."""
+        for part in self.parts:
+            part.share(processes)
+
+    def update(self, tokens: RoutedTokens) -> None:
+        """Add one batch to all of them; a second time only to those that asked for it, each in its own way."""
+        if self._again is None:
+            super().update(tokens)
+        for part in self._again or ():
+            part.update(tokens)
+
+    def num_ranks(self, tokens: RoutedTokens) -> int:
+        """The most that one of them needs."""
+        return max(part.num_ranks(tokens) for part in self.parts)
+
+    def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
+        """Give each of them the ranks that it needs."""
+        for part in self.parts:
+            part.add(tokens, chunk.first(part.num_ranks(tokens)))
+
+    def end_batch(self, tokens: RoutedTokens) -> None:
+        """Tell all of them."""
+        for part in self.parts:
+            part.end_batch(tokens)
+
+    def again(self) -> bool:
+        """Whether one of them wants the batches again."""
+        self._again = [part for part in (self.parts if self._again is None else self._again) if part.again()]
+        return bool(self._again)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The figures of all of them."""
+        return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
+
+    _again: Sequence[RankedStatistic] | None = None

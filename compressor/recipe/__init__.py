@@ -1,0 +1,1 @@
+"""YAML → recipe; every mistake with its place."""

@@ -1,0 +1,413 @@
+"""A recipe: YAML → `Recipe`, and recipe + installed methods → checked passes.
+
+    load_recipe(path or mapping, overrides=("passes.0.expert_pruning.keep=4",), methods=...)  →  LoadedRecipe
+
+Every mistake is reported in one RecipeError, one a line, with its place:
+
+    recipe.yaml:7:12 passes[0].expert_pruning.keep: what was found, what would be right
+
+Nothing here imports torch. Relative paths in a recipe are meant from the folder in which the command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from compressor.data.sources import BaseSource, FileName, FilePath, Source
+from compressor.errors import CalibrationError, CompressorError, RecipeError
+from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, place_of, said_together
+from compressor.recipe.messages import ModelT, validate
+from compressor.wording import did_you_mean, digest, shortened
+
+if TYPE_CHECKING:
+    from compressor.method import Method
+
+# What a recipe is ------------------------------------------------------------------------------------------
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _with_different_titles(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    try:
+        titles = [source.title for source in sources]
+    except CalibrationError as error:  # a task's file that does not tell its name
+        raise ValueError(str(error)) from error
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ValueError(f"two sources are called {title!r}; tell them apart with `name:`")
+    return sources
+
+
+class Calibration(_Settings):
+    """The text that the statistics are gathered on."""
+
+    batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
+    data: tuple[Source, ...] = Field(
+        default=(),
+        description="a list of the sources of text or token ids; each is a domain whose figures are kept apart",
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return _with_different_titles(sources)
+
+
+class Evaluation(_Settings):
+    """What is measured before and after."""
+
+    tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks, or the local ones of `task_path`")
+    task_path: FilePath | None = Field(
+        default=None, description="a folder of lm-eval task files (YAML), like lm-eval's include_path"
+    )
+    limit: int | None = Field(default=None, ge=1, description="documents per task; default all")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples before each question; default as the task says"
+    )
+    batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
+    perplexity: tuple[Source, ...] = Field(default=(), description="sources of text to measure perplexity on")
+    speed: bool = Field(default=False, description="measure tokens per second and memory")
+    each_pass: bool = Field(
+        default=False, description="measure every pass alone, too: what each of them does, and what they do together"
+    )
+    random: int = Field(
+        default=0,
+        ge=0,
+        description="for each pruning pass, so many random decisions of the same size to compare it with: by loss on "
+        "the calibration text, and by `perplexity`",
+    )
+
+    @field_validator("perplexity")
+    @classmethod
+    def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return _with_different_titles(sources)
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Evaluation:
+        idle = [name for name in ("task_path", "limit", "num_fewshot") if getattr(self, name) is not None]
+        if idle and not self.tasks:
+            raise ValueError(f"{said_together(idle)} would have no effect without `tasks`; give tasks or leave it out")
+        return self
+
+
+class PassSpec(_Settings):
+    """One pass as the recipe asks for it: a method and its options, not yet checked by the method."""
+
+    method: str = Field(description="name of an installed method")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's options")
+
+    @model_serializer
+    def _as_in_yaml(self) -> dict[str, Any]:
+        return {self.method: self.options}
+
+
+def _one_method(value: Any) -> Any:
+    """`{method: options}`, as a recipe writes a pass → what PassSpec takes."""
+    if isinstance(value, PassSpec):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"found {in_yaml(value)}, expected a method with its options, such as `name: {{}}`")
+    if len(value) != 1:
+        found = f"{len(value)} methods in one pass ({said_together(value)})" if value else "an empty mapping"
+        raise ValueError(f"found {found}, expected one method with its options; begin each pass with `- `")
+    [(method, options)] = value.items()
+    if not isinstance(options, dict | None):
+        raise ValueError(f"found {in_yaml(options)} as the options of {method}, expected a mapping, such as {{}}")
+    return {"method": method, "options": options or {}}
+
+
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"found {device!r}, expected auto, cpu, cuda, or one GPU by its number such as cuda:0")
+    return device
+
+
+def _bytes(value: object) -> object:
+    """`16GB`, `512 MiB`, `16e9` or a number → bytes; capital or small letters."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", text)
+    if found:
+        size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    elif re.fullmatch(r"\d+(\.\d+)?e\+?\d+", text):  # a number that YAML takes for text
+        size = float(text)
+    else:
+        raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {in_yaml(value)}")
+    if size >= TOO_LARGE:
+        raise ValueError(f"found {in_yaml(value)}, which is more than any machine has")
+    return round(size)
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+"""A number of bytes; in a recipe also `16GB` (powers of 1000) or `16GiB` (of 1024)."""
+
+
+class Recipe(_Settings):
+    """What to compress, on which text, with which passes, and what to measure."""
+
+    model: FileName = Field(min_length=1, description="the model to compress: a hub id, a local folder, or demo")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="number format to load the weights in; auto is the checkpoint's own"
+    )
+    device: Annotated[str, AfterValidator(_known_device)] = Field(
+        default="cpu",
+        description="where to compute: cpu, cuda or cuda:N; auto: on as few of this machine's GPUs as hold the model",
+    )
+    weights: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="memory: all at once; disk: one decoder layer at a time; auto: in memory where they fit",
+    )
+    hidden_states: Literal["auto", "memory", "file"] = Field(
+        default="auto", description="where the text waits between layers: in memory, in files, or as `memory` allows"
+    )
+    memory: Bytes | None = Field(
+        default=None, description="memory that the run may use, such as 64GB; default what is available"
+    )
+    device_memory: Bytes | None = Field(default=None, description="the same on the accelerator")
+    disk: Bytes | None = Field(default=None, description="disk that the run may use, its output included")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
+    calibration: Calibration = Field(
+        default_factory=Calibration, description="the text that the statistics are gathered on"
+    )
+    passes: tuple[Annotated[PassSpec, BeforeValidator(_one_method)], ...] = Field(
+        min_length=1, description="a list of methods with their options, applied in order"
+    )
+    evaluate: Evaluation | None = Field(default=None, description="what is measured before and after")
+    output: FilePath | None = Field(default=None, description="folder for the smaller model")
+
+    @field_validator("device_memory")
+    @classmethod
+    def _on_a_device(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if size is not None and info.data.get("device") == "cpu":
+            raise ValueError("would have no effect with `device: cpu`; give `memory`, or a device")
+        return size
+
+
+@dataclass(frozen=True)
+class ResolvedPass:
+    """A pass whose options its method has accepted."""
+
+    index: int
+    spec: PassSpec
+    method: Method[Any]
+
+    @property
+    def path(self) -> KeyPath:
+        """Where the pass stands in its recipe: `("passes", 0, "expert_pruning")`."""
+        return ("passes", self.index, self.spec.method)
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, its checked passes, and where in the file everything stands."""
+
+    recipe: Recipe
+    passes: tuple[ResolvedPass, ...]
+    """One for each of `recipe.passes`; empty if the recipe was loaded without `methods`."""
+    document: Document = field(compare=False)
+
+    def __repr__(self) -> str:
+        passes = ", ".join(spec.method for spec in self.recipe.passes)
+        return f"LoadedRecipe({shortened(self.recipe.model, 60)}: {shortened(passes, 120)})"
+
+    def error(self, path: Sequence[str | int], message: str) -> RecipeError:
+        """An error about the value at `path`, to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`.
+
+        A value that the recipe leaves to its default is shown at the nearest mapping around it.
+        """
+        return RecipeError(str(self.document.mistake(tuple(path), message)))
+
+    def sources_of(self, resolved: ResolvedPass) -> list[BaseSource]:
+        """The text that is read for a pass: the method's own, then the recipe's. None where the method needs none,
+        unless random decisions are to be compared with its own by their loss.
+        """
+        compares = self.recipe.evaluate is not None and self.recipe.evaluate.random > 0
+        if not resolved.method.needs_text and not compares:
+            return []
+        return [*resolved.method.sources(), *self.recipe.calibration.data]
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """An error within the context gets the place of the value at `path`."""
+        refusals = Refusals(self)
+        with refusals.at(*path):
+            yield
+        refusals.raise_all()
+
+    def to_yaml(self) -> str:
+        """The recipe as it is carried out, with overrides and defaults; it loads as the same recipe."""
+        return yaml.safe_dump(
+            self.to_mapping(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the effective recipe, except where the result is put and what it may take: `sha256:` and 16 hex
+        digits.
+
+        Options that the recipe leaves to their defaults count too, if the recipe was loaded with `methods`.
+        """
+        effective = self.to_mapping()
+        for key in CHANGES_NO_FIGURE:
+            effective.pop(key, None)
+        return digest(json.dumps(effective, sort_keys=True))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The recipe as it is carried out, as JSON types, with overrides and defaults."""
+        effective: dict[str, Any] = self.recipe.model_dump(mode="json", exclude_none=True, exclude={"passes"})
+        passes = [{p.spec.method: p.method.options.model_dump(mode="json")} for p in self.passes]
+        effective["passes"] = passes or [spec.model_dump(mode="json") for spec in self.recipe.passes]
+        return {name: effective[name] for name in Recipe.model_fields if name in effective}
+
+
+class Refusals:
+    """What is wrong beyond a recipe's own text, each at the place in it that the error is about, raised together.
+
+    refusals = Refusals(loaded)
+    with refusals.at("calibration", "data", 0):
+        ...  # an error that the user can mend is kept
+    refusals.raise_all()
+    """
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self._document = loaded.document
+        self._found: list[tuple[Mistake, CompressorError]] = []
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """An error within the context is about the value at `path`; it ends there."""
+        try:
+            yield
+        except CompressorError as error:
+            self._found.append((self._document.mistake(path, str(error)), error))
+
+    def raise_all(self) -> None:
+        """Raise what was found, in the order of the file, as errors of their own kind; of several kinds RecipeError."""
+        if not self._found:
+            return
+        found = sorted(self._found, key=lambda one: one[0].place)
+        kinds = {type(error) for _, error in found}
+        kind = kinds.pop() if len(kinds) == 1 else RecipeError
+        raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
+
+
+CHANGES_NO_FIGURE = ("output", "weights", "hidden_states", "memory", "device_memory", "disk")
+"""Keys of a recipe that say where to and with what it is carried out."""
+
+
+# Loading ---------------------------------------------------------------------------------------------------
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    output: Path | None = None,
+    live: str | None = None,
+    methods: Mapping[str, type[Method[Any]]] | None = None,
+    criteria: Mapping[str, Any] | None = None,
+) -> LoadedRecipe:
+    """Read and check a recipe: a YAML file by its path, a mapping with the same keys, or a Recipe.
+
+    `overrides` are texts such as `passes.0.expert_pruning.keep=4`, applied in order; `model` and `output`
+    replace those of the recipe; `live` is what a model is called that is at hand, where the recipe names none. With
+    `methods` (by name) the passes are checked as well; `criteria` are handed to them.
+    Raises one RecipeError that lists every mistake of all of them, in the order of the file.
+    """
+    document = Document()
+    if isinstance(source, str | Path):
+        document.read_file(Path(source))
+    elif isinstance(source, Mapping | Recipe):
+        document.read_python(source)
+    else:
+        raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")
+    for override in overrides:
+        document.override(override)
+    for key, value in (("model", model), ("output", output)):
+        if value is not None:
+            document.replace(key, str(value), f"--{key} {value}")
+    if live is not None and document.data.get("model") is None:
+        document.replace("model", live, "the model given")
+
+    recipe = validate(Recipe, document, ())
+    passes = _resolve(document, methods, criteria) if methods is not None else ()
+    if recipe is not None and not recipe.calibration.data and methods is not None:
+        _check_own_text(document, recipe, passes)
+    document.raise_mistakes()
+    assert recipe is not None
+    return LoadedRecipe(recipe, passes, document)
+
+
+def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[ResolvedPass]) -> None:
+    """Without calibration data every pass must bring its own text, or need none."""
+    has_text = all(one.method.sources() or not one.method.needs_text for one in passes)
+    if len(passes) == len(recipe.passes) and has_text:
+        return
+    document.add_mistake(
+        ("calibration", "data"),
+        "no text to observe the model on; list at least one source, such as `data: [{demo: mix}]`",
+    )
+
+
+def parse_options(
+    options_type: type[ModelT], method: str, given: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> ModelT:
+    """A method's options that stand in no recipe, and texts such as `keep=4` that change them. Raises RecipeError with
+    all mistakes, worded as those of a recipe.
+    """
+    document, path = Document(), ("passes", 0, method)
+    document.read_python({"passes": [{method: given}]})
+    for override in overrides:
+        document.override(override, inside=path)
+    options = None if document.mistakes else validate(options_type, document, path)
+    mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes, key=place_of)]
+    if options is None or mistakes:
+        raise RecipeError("\n".join(str(one).removeprefix("recipe ") for one in mistakes))
+    return options
+
+
+def _resolve(
+    document: Document, methods: Mapping[str, type[Method[Any]]], criteria: Mapping[str, Any] | None
+) -> tuple[ResolvedPass, ...]:
+    """The passes that are right, from the plain data: the rest of the recipe may be wrong."""
+    listed = document.data.get("passes")
+    resolved = []
+    for index, entry in enumerate(listed if isinstance(listed, list) else ()):
+        if not isinstance(entry, dict) or len(entry) != 1:
+            continue
+        [(name, given)] = entry.items()
+        path: KeyPath = ("passes", index, name)
+        if name not in methods:
+            known = f"Known methods: {', '.join(sorted(methods))}" if methods else "No method is installed"
+            document.add_mistake(path, f"unknown method{did_you_mean(name, methods)} {known}", at_key=True)
+        elif isinstance(given, dict | None):
+            options = validate(methods[name].options_type, document, path)
+            if options is not None:
+                spec = PassSpec(method=name, options=given or {})
+                resolved.append(ResolvedPass(index, spec, methods[name](options, criteria)))
+    return tuple(resolved)

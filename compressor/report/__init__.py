@@ -1,0 +1,1 @@
+"""A record as tables, model card and page, from plain JSON."""

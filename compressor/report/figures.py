@@ -1,0 +1,435 @@
+"""What a record says, as rows and lines for terminal, model card and page; takes plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from compressor.report.tables import Table
+from compressor.wording import counted, human_bytes, human_count, runs
+
+Json = Mapping[str, Any]
+NOTHING = "–"
+FIGURES = "Figures"
+MAX_COUNT_ROWS = 16
+ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the figures before and after: text, ready to print."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    note: str = ""  # what stands below the change
+
+
+def summary_tables(record: Json) -> list[Table]:
+    """The figures before and after, and those of each pass alone, as far as the record has them."""
+    rows = [
+        (row.name, row.before, row.after, "\n".join(filter(None, [row.change, row.note]))) for row in figures(record)
+    ]
+    heading, *alone = alone_rows(record) or [("",)]
+    tables = [
+        Table(FIGURES, ("figure", ">before", ">after", ">change"), rows),
+        Table("Each pass alone", (heading[0], *(f">{name}" for name in heading[1:])), alone),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def figures(record: Json) -> list[Figure]:
+    """The rows of the table of figures, in the order in which they are read: quality, size, speed, memory.
+
+    Accuracies are in percent with one standard error; changes of accuracies in percentage points, of
+    perplexities and sizes as a ratio after / before. Tasks that came through a group are left to the record.
+    """
+    evaluation = record.get("evaluation") or {}
+    before, after = (evaluation.get(side) or {} for side in ("before", "after"))
+    return [
+        *_perplexity_rows(before.get("perplexity", {}), after.get("perplexity", {})),
+        *_task_rows(before.get("tasks", {}), after.get("tasks", {}), evaluation.get("paired") or {}),
+        *_used_rows(before, after),
+        *_size_rows(before, after),
+        *_speed_rows(evaluation.get("speed") or {}),
+        *_memory_rows(before, after, evaluation.get("speed") or {}),
+    ]
+
+
+def alone_rows(record: Json) -> list[tuple[str, ...]]:
+    """What each pass does alone, beside all of them together, as a table whose first row is its heading; empty where it
+    was not measured. Speed is a ratio to the model without any pass; errors and ranges are in the record.
+    """
+    evaluation = record.get("evaluation") or {}
+    alone = evaluation.get("alone")
+    if not alone:
+        return []
+    columns = [{row.name: row for row in figures({**record, "evaluation": side})} for side in [*alone, evaluation]]
+    methods = [one["method"] for one in alone]
+    headings = [
+        f"{one['pass'] + 1}. {one['method']}" if methods.count(one["method"]) > 1 else one["method"] for one in alone
+    ]
+    rows: list[tuple[str, ...]] = [("figure", "none", *headings, "all")]
+    for name in dict.fromkeys(name for column in [columns[-1], *columns] for name in column):
+        if name.startswith(("process memory", "weights on disk")):
+            continue
+        known = next(column[name] for column in reversed(columns) if name in column)
+        is_speed = name.endswith("tokens/s")
+        unchanged = dataclasses.replace(known, after=known.before, change="×1.00")
+        cells = [column.get(name, unchanged) for column in columns]
+        texts = ["×1.00" if is_speed else known.before, *((cell.change if is_speed else cell.after) for cell in cells)]
+        for number, one in enumerate(alone, start=1):
+            texts[number] = NOTHING if "problem" in one else texts[number]
+        rows.append((name, *(re.split(" [±[]", text)[0] for text in texts)))
+    return rows
+
+
+def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str, int, Json]]:
+    """Runs of consecutive layers that agree in ``keys`` and in their path but for its first number.
+
+    Yields a label (``model.layers.0–31.mlp``), the number of layers and the first of them.
+    """
+    run: list[Json] = []
+
+    def alike(layer: Json) -> Any:
+        return [_split_path(layer["path"])[::2], [layer.get(key) for key in keys]]
+
+    for layer in layers:
+        if run and alike(layer) != alike(run[0]):
+            yield _label([one["path"] for one in run]), len(run), run[0]
+            run = []
+        run.append(layer)
+    if run:
+        yield _label([one["path"] for one in run]), len(run), run[0]
+
+
+def sensible_counts(layers: Sequence[Json]) -> list[int]:
+    """Expert counts worth showing, largest first: all up to 16 experts, else at most 16 in even steps.
+
+    None below 2 or below top-k. From 128 experts the steps are multiples of 8, which the powers of two are
+    too.
+    """
+    most, least = max(layer["num_experts"] for layer in layers), max(2, *(layer["top_k"] for layer in layers))
+    step = -(-most // MAX_COUNT_ROWS)
+    if most >= 128:
+        step = -(-step // 8) * 8
+    return list(range(most - step, least - 1, -step))
+
+
+# --- rows of the figures ---
+
+
+def _perplexity_rows(before: Json, after: Json) -> Iterator[Figure]:
+    for name in union(before, after):
+        one, other = before.get(name), after.get(name)
+        change = f"×{other['perplexity'] / one['perplexity']:.3f}" if one and other else ""
+        yield Figure(f"perplexity {name}", _perplexity(one), _perplexity(other), change)
+
+
+def _perplexity(result: Json | None) -> str:
+    if result is None:
+        return NOTHING
+    value, error = result["perplexity"], result.get("standard_error")
+    with_error = f" ± {value * error:.{_decimals(value)}f}" if error is not None else ""
+    return f"{_perplexity_said(value)}{with_error}"
+
+
+def _perplexity_said(value: float) -> str:
+    """The same in every table."""
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    return next((d for limit, d in ((10, 3), (100, 2), (1000, 1)) if value < limit), 0)
+
+
+def _task_rows(before: Json, after: Json, paired: Json) -> Iterator[Figure]:
+    for name in union(before, after):
+        one, other = before.get(name), after.get(name)
+        if (other or one or {}).get("group") is not None:
+            continue
+        ones, others = ((result or {}).get("metrics", {}) for result in (one, other))
+        for metric in _metric_names(ones, others):
+            flips = paired.get(name, {}).get(metric)
+            is_share = metric in ACCURACIES or flips is not None
+            yield Figure(
+                f"{name} {metric}" + (" %" if is_share else ""),
+                _metric(ones.get(metric), is_share),
+                _metric(others.get(metric), is_share),
+                _metric_change(ones.get(metric), others.get(metric), is_share),
+                _flips(flips),
+            )
+
+
+def _metric_names(before: Json, after: Json) -> list[str]:
+    names = union(before, after)
+    return [
+        *(name for name in ACCURACIES if name in names),
+        *(name for name in names if name not in ACCURACIES),
+    ]
+
+
+def _metric(metric: Json | None, is_share: bool) -> str:
+    if metric is None:
+        return NOTHING
+    value, error = metric["value"], metric["standard_error"]
+    if not is_share:
+        return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _metric_change(one: Json | None, other: Json | None, is_share: bool) -> str:
+    if one is None or other is None:
+        return ""
+    difference = other["value"] - one["value"]
+    return f"{_signed(100 * difference, '.1f')} points" if is_share else _signed(difference, ".3g")
+
+
+def _flips(flips: Json | None) -> str:
+    if flips is None:
+        return ""
+    p = f"p={flips['p_value']:.2g}" if flips["p_value"] >= 0.001 else "p<0.001"
+    return f"+{flips['gained']} −{flips['lost']} ({p})"
+
+
+def _used_rows(before: Json, after: Json) -> Iterator[Figure]:
+    """Experts that a token used on average over the layers, where one of the models skips some or chooses fewer."""
+    used = [side.get("experts_per_token") or {} for side in (before, after)]
+    for name in dict.fromkeys([*used[0], *used[1]]):
+        one, other = (statistics.mean(side[name].values()) if name in side else None for side in used)
+        skips = any(not float(number).is_integer() for side in used for number in side.get(name, {}).values())
+        if skips or (None not in (one, other) and one != other):
+            texts = [NOTHING if mean is None else f"{mean:.3f}" for mean in (one, other)]
+            yield Figure(f"experts/token {name}", texts[0], texts[1], ratio_said(one, other))
+
+
+def _size_rows(before: Json, after: Json) -> Iterator[Figure]:
+    sides = [{**(side.get("size") or {}), "disk": side.get("bytes_on_disk")} for side in (before, after)]
+    for key, name, human in (
+        ("parameters", "parameters", human_count),
+        ("active_parameters", "active parameters", human_count),
+        ("bytes", "weights in memory", human_bytes),
+        ("disk", "weights on disk", human_bytes),
+    ):
+        one, other = (side.get(key) for side in sides)
+        if one is not None or other is not None:
+            yield Figure(name, _text(one, human), _text(other, human), ratio_said(one, other))
+
+
+def _speed_rows(speed: Json) -> Iterator[Figure]:
+    for key in ("prefill", "decode"):
+        if speed.get(key):
+            one, other = (speed[key][name] for name in speed["names"])
+            ratio = speed[f"{key}_ratio"]
+            change = f"×{ratio['median']:.2f} [{ratio['min']:.2f}–{ratio['max']:.2f}]"
+            yield Figure(f"{key} tokens/s", _rate(one), _rate(other), change)
+
+
+def _memory_rows(before: Json, after: Json, speed: Json) -> Iterator[Figure]:
+    if speed.get("peak_memory"):
+        one, other = (speed["peak_memory"][name] for name in speed["names"])
+        yield Figure("device memory, peak", human_bytes(one), human_bytes(other), ratio_said(one, other))
+    peaks = [side.get("peak_memory") or {} for side in (before, after)]
+    one, other = (side.get("host_bytes") for side in peaks)
+    if one is not None or other is not None:
+        yield Figure("process memory, peak so far", _text(one, human_bytes), _text(other, human_bytes), "")
+
+
+def legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
+    if any("±" in row.before + row.after for row in rows):
+        yield "± one standard error."
+    if any(row.name.startswith("perplexity") for row in rows):
+        yield "Perplexity: lower is better."
+    if any(row.note for row in rows):
+        yield "+ answers that became right, − that became wrong; p: McNemar's exact test."
+    if any("[" in row.change for row in rows):
+        yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
+    evaluation = record.get("evaluation") or {}
+    yield from cut_prompts((evaluation.get("after") or {}).get("tasks", {}))
+    speed = evaluation.get("speed") or {}
+    if speed.get("decode_reason"):
+        yield f"No decode speed: {speed['decode_reason']}"
+
+
+def cut_prompts(tasks: Json) -> Iterator[str]:
+    """A sentence for each task (name → its figures as JSON) that was asked without the beginnings of some prompts."""
+    for name, task in tasks.items():
+        if task.get("cut"):
+            yield (
+                f"{name}: {task['cut']} of {task['documents']} prompts are longer than the model takes, and were asked "
+                f"without their beginnings."
+            )
+
+
+# --- what was kept ---
+
+
+_ID_LISTS = ("kept", "dropped", "unreached", "super_experts", "protected_super_experts")
+"""What of a layer's decision are ids of experts, as its pass saw them."""
+
+
+def shown_layers(done: Json, record: Json | None = None) -> dict[str, dict[str, Any]]:
+    """A pass's layers with ids as the original model has them, and what was dropped of those that the pass saw."""
+    seen = {path: range(count) for path, count in experts_of(record or {}).items()} | done.get("original_ids", {})
+    shown = {}
+    for path, decided in done["decision"].get("layers", {}).items():
+        layer = shown[path] = dict(decided)
+        if path in seen:
+            layer |= {key: [seen[path][expert] for expert in decided[key]] for key in _ID_LISTS if key in decided}
+            if "kept" in layer:
+                layer["dropped"] = [expert for expert in seen[path] if expert not in set(layer["kept"])]
+    return shown
+
+
+def experts_of(record: Json) -> dict[str, int]:
+    return {layer["path"]: layer["num_experts"] for layer in record.get("layers", [])}
+
+
+def random_table(done: Json) -> Table:
+    """A pass beside random decisions of the same size; without rows where there were none."""
+    columns = ("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
+    return Table(f"{done['method']}: does it beat chance?", columns, random_rows(done.get("random") or {}))
+
+
+def decision_notes(done: Json) -> list[str]:
+    """What a reader of a decision should know of some of its layers, one sentence for each kind of finding."""
+    layers = shown_layers(done)
+    notes = [*_skipping_notes(done["decision"])]
+    if done.get("original_ids"):
+        notes.append("experts have the original model's ids here; the decision itself has those that this pass saw")
+    if problem := (done.get("random") or {}).get("problem"):
+        notes.append(f"no random experts to compare with: {problem}")
+    unreached = {path: decided["unreached"] for path, decided in layers.items() if decided.get("unreached")}
+    if unreached:
+        number = sum(map(len, unreached.values()))
+        where = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in itertools.islice(unreached.items(), 3))
+        more = f"; and {counted(len(unreached) - 3, 'more layer')}" if len(unreached) > 3 else ""
+        notes.append(
+            f"no token of the calibration text reached {counted(number, 'expert')}, so nothing is known of "
+            f"{'it' if number == 1 else 'them'}; a criterion drops {'it' if number == 1 else 'them'} first "
+            f"({where}{more})"
+        )
+    supers = {path: decided["super_experts"] for path, decided in layers.items() if decided.get("super_experts")}
+    if supers:
+        where = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in supers.items())
+        gone = {path: ids for path, ids in _lost_supers(layers).items() if ids}
+        lost = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in gone.items())
+        notes.append(
+            f"super experts, whose outputs are extreme: {where}; "
+            + (f"dropped of these, which can ruin a model: {lost}" if lost else "all of them stay")
+        )
+    short = max((decided.get("uncovered", 0.0) for decided in layers.values()), default=0.0)
+    if short > 0:
+        notes.append(f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts")
+    return notes
+
+
+def _skipping_notes(decision: Json) -> Iterator[str]:
+    """By what rule experts are skipped, and how many a token uses."""
+    rules = [layer for layer in decision.get("layers", {}).values() if layer.get("rule")]
+    if not rules:
+        return
+    over = f" normalised over {rules[0]['normalise_over']}" if "normalise_over" in rules[0] else ""
+    rule = f"the {rules[0]['top_k']} largest{over}" if "top_k" in rules[0] else f"the rule {rules[0]['rule']}"
+    where = {"mean_experts": "calibration", "held_out_mean_experts": "held-out"}
+    used = [f"{decision[name]:.4g} experts on {text} text" for name, text in where.items() if name in decision]
+    tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
+    yield f"by {rule}, in {len(rules)} of {counted(len(decision['layers']), 'layer')}{tells}"
+
+
+def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
+    return {
+        path: [expert for expert in decided.get("super_experts", []) if expert in set(decided.get("dropped", []))]
+        for path, decided in layers.items()
+    }
+
+
+def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
+    """(figure, the decision's value, median of the random ones, their range, how many of them it beats)."""
+    compared = {"loss on calibration text": random["relative_loss"]} if "relative_loss" in random else {}
+    compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}
+    rows = []
+    for name, values in compared.items():
+        others = sorted(values["random"])
+        beaten = sum(other > values["ours"] for other in others)
+        said = _perplexity_said if name.startswith("perplexity ") else "{:.4g}".format
+        shown = (said(values["ours"]), said(statistics.median(others)), f"{said(others[0])}–{said(others[-1])}")
+        rows.append((name, *shown, f"{beaten} of {len(others)}"))
+    return rows
+
+
+def ids_said(ids: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` → ``0–2, 5``."""
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs(ids))
+
+
+# --- labels of layers ---
+
+
+def _split_path(path: str) -> tuple[str, int | None, str]:
+    """``model.layers.12.mlp`` → (``model.layers.``, 12, ``.mlp``)."""
+    found = re.fullmatch(r"((?:[^.]*[^.\d][^.]*\.)*)(\d+)(\..*|)", path)
+    return (found[1], int(found[2]), found[3]) if found else (path, None, "")
+
+
+def _label(paths: Sequence[str]) -> str:
+    before, _, after = _split_path(paths[0])
+    numbers = [number for number in (_split_path(path)[1] for path in paths) if number is not None]
+    return f"{before}{_numbers(numbers)}{after}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """0–31, or with even gaps 1, 3, …, 31."""
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{{{numbers[0]}, {numbers[1]}, …, {numbers[-1]}}}"
+    text = ids_said(numbers)
+    return f"{{{text}}}" if "," in text else text
+
+
+def short_labels(paths: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A pattern shared by all paths (``model.layers.N.mlp``) and each path's number; else the paths."""
+    parts = [_split_path(path) for path in paths]
+    if len({(before, after) for before, _, after in parts}) == 1 and parts[0][1] is not None:
+        before, _, after = parts[0]
+        return f"{before}N{after}", {path: str(number) for path, (_, number, _) in zip(paths, parts, strict=True)}
+    return "layers", {path: path for path in paths}
+
+
+# --- text ---
+
+
+def _text(value: int | None, human: Callable[[int], str]) -> str:
+    return NOTHING if value is None else human(value)
+
+
+def as_yaml(data: Any) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def union(*mappings: Json) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def ratio_said(before: float | None, after: float | None) -> str:
+    return f"×{after / before:.3f}" if before and after is not None else ""
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
+
+
+def _signed(value: float, form: str) -> str:
+    """With a sign that is never a hyphen: +0.3, −1.2, and 0.0 without one."""
+    text = format(abs(value), form)
+    if not float(text):
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"

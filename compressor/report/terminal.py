@@ -1,0 +1,258 @@
+"""A record, a plan, an inspection or decisions, printed as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from compressor.report.figures import (
+    FIGURES,
+    NOTHING,
+    Json,
+    collapse,
+    decision_notes,
+    figures,
+    ids_said,
+    legend,
+    random_table,
+    ratio_said,
+    sensible_counts,
+    short_labels,
+    shown_layers,
+    summary_tables,
+    union,
+)
+from compressor.report.tables import Table, show_facts
+from compressor.wording import counted, human_bytes, human_count, human_seconds
+
+
+def print_summary(record: Json, console: Console) -> None:
+    """What was done, the figures before and after, and which experts each pass kept in each layer."""
+    show_facts(
+        {
+            "model": record["model"]["reference"],
+            "architecture": record["model"].get("architecture"),
+            "passes": ", ".join(done["method"] for done in record.get("passes", [])),
+            "output": record.get("output"),
+            "time": ", ".join(f"{step} {human_seconds(value)}" for step, value in record.get("seconds", {}).items()),
+        },
+        console,
+    )
+    for table in summary_tables(record):
+        table.show(console)
+        if table.title == FIGURES:
+            for line in legend(figures(record), record):
+                console.print(Text(line, style="dim"))
+    for done in record.get("passes", []):
+        _print_decision(done, shown_layers(done, record), console)
+
+
+def print_plan(plan: Json, console: Console) -> None:
+    """What a recipe will do to a model, before any weight is read.
+
+    ``plan``: ``model``, ``architecture``, ``layers`` (each ``path``, ``num_experts``, ``top_k``, ``kept``,
+    ``dropped``, all but the path numbers of experts), ``parameters`` and ``bytes`` (``{"before", "after"}``),
+    ``expert_parameters``, ``dtype``, ``needs`` (as `Work.to_json` gives them), ``notes``.
+    """
+    show_facts({"model": plan["model"], "architecture": plan.get("architecture"), "dtype": plan.get("dtype")}, console)
+    rows = [
+        (label, str(count), f"{one['num_experts']} → {one['kept']}", str(one["dropped"]), str(one["top_k"]))
+        for label, count, one in collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped"))
+    ]
+    Table("Layers", ("layers", ">count", ">experts", ">dropped", ">top-k"), rows).show(console)
+    sizes = [
+        (name, human(plan[name]["before"]), human(plan[name]["after"]), ratio_said(*plan[name].values()))
+        for name, human in (("parameters", human_count), ("bytes", human_bytes))
+        if plan.get(name)
+    ]
+    Table("Size", ("", ">before", ">after", ">change"), sizes).show(console)
+    if plan.get("expert_parameters"):
+        share = plan["expert_parameters"] / plan["parameters"]["before"]
+        console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
+    if plan.get("needs"):
+        _print_needs(plan["needs"], console)
+    _print_notes(plan, console)
+
+
+_WAITING = {"memory": "memory", "file": "files on the output's disk"}
+
+
+def _print_needs(needs: Json, console: Console) -> None:
+    """How the weights are held, and what the run needs for that."""
+    how = (
+        "all in memory"
+        if needs["weights"] == "memory"
+        else f"one decoder layer at a time: {needs['layers']} of {human_bytes(needs['largest_layer'])} at most"
+    )
+    there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
+    rows = [
+        ("weights", how),
+        ("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}"),
+        ("memory", f"{human_bytes(needs['memory'])}{there}; mapped files beside it, as far as there is room"),
+    ]
+    if needs["device_memory"]:
+        rows.append(("device memory", human_bytes(needs["device_memory"])))
+    rows.append(("disk", human_bytes(needs["disk"])))
+    reading = f"the weights {counted(needs['readings'], 'time')}, {human_bytes(needs['bytes_read'])}"
+    if needs.get("tasks_at_once"):
+        reading += f"; for tasks once more for every {needs['tasks_at_once']:,} tokens asked, before and after"
+    rows.append(("reading", reading))
+    Table("Needs", ("", "about"), rows).show(console)
+
+
+def print_inspection(info: Json, console: Console) -> None:
+    """A model's MoE layers, and what each smaller number of experts would save.
+
+    ``info``: ``model``, ``architecture``, ``layers`` (each ``path``, ``num_experts``, ``top_k``, ``router``,
+    ``parameters_per_expert``), ``parameters``, ``bytes``, ``expert_parameters``, ``expert_bytes``, ``dtype``,
+    ``notes``.
+    """
+    show_facts({"model": info["model"], "architecture": info.get("architecture"), "dtype": info.get("dtype")}, console)
+    rows = [
+        (
+            *(label, str(count), str(layer["num_experts"]), str(layer["top_k"])),
+            *(layer.get("router") or NOTHING, human_count(layer["parameters_per_expert"])),
+        )
+        for label, count, layer in collapse(info["layers"], ("num_experts", "top_k", "router", "parameters_per_expert"))
+    ]
+    Table("MoE layers", ("layers", ">count", ">experts", ">top-k", "router", ">each expert"), rows).show(console)
+    parameters, experts = info["parameters"], info["expert_parameters"]
+    console.print(
+        Text(
+            f"{human_count(parameters)} parameters ({human_bytes(info['bytes'])}), of which experts hold "
+            f"{human_count(experts)} ({human_bytes(info['expert_bytes'])}, {experts / parameters:.1%})."
+        )
+    )
+    savings = []
+    for count in sensible_counts(info["layers"]):
+        dropped = sum(max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"])
+        saved = round(dropped * info["expert_bytes"] / experts)
+        numbers = (human_count(parameters - dropped), human_bytes(info["bytes"] - saved), human_bytes(saved))
+        savings.append((str(count), *numbers, f"{saved / info['bytes']:.1%}"))
+    headings = (">experts", ">parameters", ">bytes", ">saved", ">of all")
+    Table("With fewer experts in every layer", headings, savings).show(console)
+    _print_notes(info, console)
+
+
+def print_methods(plugins: Sequence[Any], console: Console) -> None:
+    """The installed plugins (`compressor.plugins.Plugin`), what they offer, and each method's options."""
+    for plugin in plugins:
+        console.print(Text(f"{plugin.name}  (from {plugin.distribution} {plugin.version})", style="bold"))
+        for method in plugin.methods:
+            summary = (method.__doc__ or "").strip().split("\n")[0]
+            console.print(
+                Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False)
+            )
+            for name, field in method.options_type.model_fields.items():
+                default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+                about = Text(f"{name}: ", style="bold") + Text(
+                    f"{_type_name(field.annotation)}{default}", style="not bold"
+                )
+                console.print(Padding(about, (0, 0, 0, 4), expand=False))
+                console.print(Padding(Text(field.description or ""), (0, 0, 0, 8), expand=False))
+        Table("criteria", ("criterion", "source"), [(one.name, one.source) for one in plugin.criteria]).show(console)
+    if not plugins:
+        console.print(Text("No plugins are installed."))
+
+
+def _type_name(annotation: Any) -> str:
+    """As a recipe's author would say it: without None, and without what checks a value."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        kinds = [_type_name(argument) for argument in arguments if argument is not type(None)]
+        return " | ".join(dict.fromkeys(kinds))
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is not None:
+        named = [_type_name(argument) for argument in arguments if argument is not ...]
+        return f"{{{': '.join(named)}}}" if issubclass(origin, dict) else f"[{', '.join(named)}]"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return f"{{{', '.join(f'{name}: {_type_name(field.annotation)}' for name, field in fields)}}}"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+
+
+def _default(value: Any) -> str:
+    """As a recipe has it, behind a type; nothing for what is left out."""
+    if value in (None, {}, ()):
+        return ""
+    return f"; default {str(value).lower() if isinstance(value, bool) else value}"
+
+
+# --- what was kept ---
+
+
+def _print_decision(done: Json, decided_layers: Mapping[str, Json], console: Console) -> None:
+    layers = _with_domain_losses(decided_layers)
+    if not layers:
+        return
+    pattern, labels = short_labels(list(layers))
+    room = console.width // 2
+    hidden = {*_ALWAYS_HIDDEN, *(_HIDDEN if any("domains" in one for one in decided_layers.values()) else ())}
+    figures_shown = [key for key in union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
+    has_kept = any("kept" in decided for decided in layers.values())
+    headings = [f">{_HEADINGS.get(key, key)}" for key in figures_shown]
+    rows = []
+    for path, decided in layers.items():
+        numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
+        ids = [_few_ids(decided.get(key, []), room) for key in ("kept", "dropped")] if has_kept else []
+        rows.append((labels[path], *numbers, *ids))
+    columns = ("layer", *headings, *(["kept", "dropped"] if has_kept else []))
+    Table(f"{done['method']}: {pattern}", columns, rows).show(console)
+    for note in decision_notes(done):
+        console.print(Text(f"• {note}"))
+    random_table(done).show(console)
+
+
+_HEADINGS = {
+    "beta": "β",
+    "mean_experts": "experts a token",
+    "kept_mass": "mass kept",
+    "relative_loss": "relative loss",
+}
+_ALWAYS_HIDDEN = ("kept", "uncovered", "loss_before_swaps", "top_k", "normalise_over")
+_HIDDEN = ("loss", "objective", "median_loss", "sets", "swaps")
+"""Figures that only the record has: some always, others where each domain has a column."""
+
+
+def _few_ids(ids: Sequence[int], most: int) -> str:
+    """The ids, if they take no more letters than this; decision.json has them all."""
+    text = ids_said(ids) or NOTHING
+    return text if len(text) <= most else counted(len(ids), "expert")
+
+
+def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
+    """Each domain's relative loss as a figure of its own, and the number of experts that held-out text uses."""
+    return {
+        path: {key: value for key, value in decided.items() if key != "domains"}
+        | dict(decided.get("domains", {}))
+        | ({"held out": decided["held_out"]["mean_experts"]} if "held_out" in decided else {})
+        for path, decided in layers.items()
+    }
+
+
+def print_decisions(decided: Json, console: Console) -> None:
+    """The passes of a decision.json: kept and dropped experts, and what each layer loses."""
+    for done in decided["passes"]:
+        _print_decision(done, shown_layers(done), console)
+
+
+def _all_numbers(layers: Json, key: str) -> bool:
+    values = [decided[key] for decided in layers.values() if key in decided]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+# --- text ---
+
+
+def _print_notes(info: Json, console: Console) -> None:
+    for note in info.get("notes") or []:
+        console.print(Text(f"• {note}"))

@@ -1,0 +1,1 @@
+"""One recipe from start to end, and decisions made or applied without a run."""

@@ -1,0 +1,250 @@
+"""Apply a decision to a checkpoint: on disk where that can be (`checkpoint_edit`), and then nothing is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import headers
+from compressor.checkpoint.atomic_files import write_json
+from compressor.checkpoint.classes import auto_class
+from compressor.checkpoint.extra_layers import LeftOut, find_left_out
+from compressor.checkpoint.files import files_beside
+from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config
+from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.load import load_model
+from compressor.checkpoint.output import OutputFolder, disk_errors_named, refuse_output_over_input
+from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.verify import ids_left, random_batch, save_verified
+from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.machine.progress import Progress
+from compressor.method import Decision, Method
+from compressor.model.adapter import Adapter, structure_of
+from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.structure import MoELayer
+from compressor.plugins import load_plugins
+from compressor.recipe.schema import parse_options
+from compressor.run import check
+from compressor.run.record import (
+    DECISION,
+    FORMAT,
+    CompressionResult,
+    counts_and_rules_json,
+    layers_json,
+    left_out_json,
+    model_json,
+    original_ids_json,
+    write_record,
+)
+
+
+def apply(
+    decision: str | Path | Mapping[str, Any],
+    model: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    other_model: bool = False,
+    hard_link: bool = False,
+    without: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Apply a decision made before, a decision.json, a record.json or what `decide` returns, to the original model.
+
+    On disk, without loading the model, where no method of it needs weights (`Method.needs_weights`): then quantised
+    models can be pruned too, and `hard_link` links files of weights that do not change, where the file system can.
+    Otherwise the model is loaded, edited, saved, loaded again and compared. The output has a record, a page and a model
+    card, as a run's has, with nothing measured.
+
+    A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
+    meant: a fine-tuned version, say.
+    """
+    progress, plugins, output = progress or Progress(), load_plugins(without), Path(output)
+    decided = _Decided.read(decision, plugins.methods)
+    decided.refuse_original_ids()
+    methods = [decided.method_of(done) for done in decided.passes]
+    refuse_output_over_input(output, model)
+    with OutputFolder(output, overwrite=overwrite) as folder, disk_errors_named(output):
+        found = find_checkpoint(model, trust_remote_code=trust_remote_code)
+        fingerprint = headers.fingerprint(found.folder, verify_files(found.folder))
+        if not other_model:
+            decided.refuse_other_model(fingerprint, model)
+        beside = files_beside(found.folder)
+        if beside.left:
+            progress.say(beside.note)
+        application = _Application(decided, methods, plugins.adapters, found, folder, progress)
+        record = application.on_disk(hard_link=hard_link)
+        record["model"]["fingerprint"] = fingerprint
+        record["versions"] = plugins.versions()
+        record["output"] = str(output)
+        if beside.left:
+            record["left_behind"] = list(beside.left)
+        about = {"model": decided.model} if decided.model else {}
+        passes = {"passes": record["passes"]} | {
+            key: record[key] for key in ("left_out", "left_behind") if key in record
+        }
+        write_json(folder.path / "compressor" / DECISION, {"format": FORMAT} | about | passes)
+        write_record(folder.path, record)
+        folder.finish()
+    return CompressionResult(record, output, None, None)
+
+
+@dataclass(frozen=True)
+class _Application:
+    """A decision that is applied to a checkpoint: its passes, one after another, on disk or in memory."""
+
+    decided: _Decided
+    methods: Sequence[Method[Any]]
+    adapters: Sequence[Adapter]
+    found: Checkpoint
+    folder: OutputFolder
+    progress: Progress
+
+    def on_disk(self, *, hard_link: bool) -> dict[str, Any]:
+        """Edit the checkpoint on disk, or in memory where that cannot be; returns the record."""
+        needing = [method.name for method in self.methods if method.needs_weights]
+        if needing:
+            return self.in_memory(f"{needing[0]} needs weights")
+        before = meta_model(self.found, self.adapters)
+        after = copy.deepcopy(before)
+        passes = self._edit(after)
+        left_out = self._left_out(type(after.model))
+        is_quantised = self.found.quantisation is not None
+        if is_quantised and after.skip_rules:
+            raise UnsupportedModelError(
+                f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
+                f"the pruning passes alone."
+            )
+        try:
+            edit = plan_edit(self.found, before, after, left_out)
+        except UnsupportedModelError as error:
+            if is_quantised:
+                raise
+            return self.in_memory(str(error))
+        beside = files_beside(self.found.folder).num_bytes
+        self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link) + beside)
+        with self.progress.task("editing on disk, without loading the model: bytes") as update:
+            edit.write(self.folder.path, hard_link=hard_link, progress=update)
+        return self._record(before.layers, after, passes, left_out)
+
+    def in_memory(self, why: str) -> dict[str, Any]:
+        """Load the model, edit it, save it, and compare; returns the record."""
+        self.progress.say(f"loading {self.found.reference}: it cannot be edited on disk, because {why}")
+        model = load_model(self.found, adapters=self.adapters)
+        moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
+        layers = moe.layers
+        passes = self._edit(moe)
+        left_out = self._left_out(type(model))
+        save_verified(moe, self.found, self.folder, random_batch(model), left_out, self.adapters)
+        return self._record(layers, moe, passes, left_out)
+
+    def _edit(self, moe: MoEModel) -> list[dict[str, Any]]:
+        """Carry the passes out; what the record says of them."""
+        original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
+        all_ids = original_ids
+        passes = []
+        for done, method in zip(self.decided.passes, self.methods, strict=True):
+            num_removals = len(moe.removals)
+            try:
+                self._refuse_other_layers(done["decision"], moe)
+                method.edit(moe, done["decision"])
+            except (ValueError, UnsupportedModelError) as error:
+                raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {error}") from error
+            decision = done["decision"]
+            passes.append({**done, **original_ids_json(original_ids, all_ids), "decision": decision})
+            original_ids = ids_left(original_ids, moe.removals[num_removals:])
+        return passes
+
+    def _refuse_other_layers(self, decision: Decision, moe: MoEModel) -> None:
+        known = [layer.path for layer in moe.layers]
+        for path in decision["layers"]:
+            if path not in known:
+                raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(known)}")
+
+    def _left_out(self, cls: Any) -> LeftOut | None:
+        left_out = find_left_out(self.found.folder, load_config(self.found), cls)
+        if left_out:
+            self.progress.say(check.left_out_note(left_out))
+        return left_out
+
+    def _record(
+        self, layers: Sequence[MoELayer], after: MoEModel, passes: list[dict[str, Any]], left_out: LeftOut | None
+    ) -> dict[str, Any]:
+        about = model_json(after.config, auto_class(type(after.model), after.config), layers)
+        return {
+            "format": FORMAT,
+            "model": {"reference": self.found.reference, **about},
+            **({"decided_on": self.decided.model} if self.decided.model else {}),
+            "layers": layers_json(layers),
+            "passes": passes,
+            **left_out_json(left_out),
+            **counts_and_rules_json(after),
+        }
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A decision.json or record.json that was read: what messages call it, its format, the model that it was decided
+    on, and its passes.
+    """
+
+    name: str
+    format: int
+    model: Mapping[str, Any]
+    passes: Sequence[Mapping[str, Any]]
+    methods: Mapping[str, type[Method[Any]]]
+
+    @classmethod
+    def read(cls, source: str | Path | Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> _Decided:
+        """From a file, or what would be in one. Raises RecipeError where it is none."""
+        name = "the decision" if isinstance(source, Mapping) else str(source)
+        try:
+            data = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+            if data["format"] not in (1, FORMAT):
+                raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
+            keys = ("method", "version", "options", "domains", "decision")
+            passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
+            if not passes:
+                raise ValueError("it has no passes")
+            for done in passes:
+                if not all(isinstance(layer, dict) for layer in done["decision"]["layers"].values()):
+                    raise ValueError("its layers are no mappings")
+            return cls(name, data["format"], data.get("model") or {}, passes, methods)
+        except KeyError as error:
+            raise RecipeError(f"{name}: not a decision that a run has written: it has no key {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise RecipeError(f"{name}: not a decision that a run has written: {error}") from error
+
+    def method_of(self, done: Mapping[str, Any]) -> Method[Any]:
+        """The method that made a pass's decision, with the options it was made with."""
+        if done["method"] not in self.methods:
+            raise RecipeError(f"{self.name}: no installed plugin offers the method {done['method']!r}.")
+        method = self.methods[done["method"]]
+        try:
+            return method(parse_options(method.options_type, done["method"], done["options"]))
+        except RecipeError as error:
+            raise RecipeError(f"{self.name}: options of {done['method']!r} that it does not know: {error}") from error
+
+    def refuse_other_model(self, fingerprint: str, reference: str) -> None:
+        """Raise RecipeError unless this is the model that was decided on, as far as that is known."""
+        decided_on = self.model.get("fingerprint")
+        if decided_on is not None and decided_on != fingerprint:
+            raise RecipeError(
+                f"{self.name} was decided on {self.model.get('reference')} ({decided_on}), and {reference} is another "
+                f"model ({fingerprint}). If it should be applied all the same, say so with --other-model."
+            )
+
+    def refuse_original_ids(self) -> None:
+        """Raise RecipeError where ids are not those that their pass saw: of a second pruning pass in format 1."""
+        pruning = [done for done in self.passes if any("kept" in one for one in done["decision"]["layers"].values())]
+        if self.format == 1 and len(pruning) > 1:
+            raise RecipeError(
+                f"{self.name}: it is of format 1, in which {len(pruning)} pruning passes name experts by the ids of "
+                f"the original model; this version reads ids that each pass saw (format {FORMAT}). Run the recipe "
+                f"again, or apply the decision with the version that wrote it."
+            )

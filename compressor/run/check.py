@@ -1,0 +1,560 @@
+"""What a recipe will do, and what a model is made of, from config and recipe alone: no weight is read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.checkpoint import classes
+from compressor.checkpoint.classes import architecture, max_positions, model_class, next_token_problem
+from compressor.checkpoint.extra_layers import LeftOut, find_left_out
+from compressor.checkpoint.files import files_beside
+from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of
+from compressor.checkpoint.headers import first_dtype, verify_files
+from compressor.checkpoint.load import load_model, load_tokenizer
+from compressor.checkpoint.output import OutputFolder
+from compressor.checkpoint.quantization import (
+    format_of,
+    loading_problem,
+    reading_problem,
+    what_helps,
+    without_quantisation,
+)
+from compressor.checkpoint.quiet import quiet_transformers
+from compressor.data.lm_eval_tasks import LoadedTasks
+from compressor.data.packing import held_out_name
+from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.errors import UnsupportedModelError
+from compressor.machine.environment import available_memory, gpus
+from compressor.machine.memory_estimate import PLACEMENTS, Placement
+from compressor.machine.progress import Progress
+from compressor.method import OptionError, Plan
+from compressor.model.adapter import Adapter, structure_of
+from compressor.model.moe_model import refuse_quantised
+from compressor.model.skipping.install import fitting_rules, skip_problem
+from compressor.model.skipping.rule import SkipRule
+from compressor.model.structure import MoELayer, Structure, layers_said
+from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
+from compressor.run import readiness
+from compressor.run.memory import Problem, disk_problem, placement, work_of
+from compressor.run.readiness import Limits
+from compressor.wording import counted, human_bytes, shortened
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `terminal.print_plan`
+    takes.
+    """
+
+    checkpoint: Checkpoint | None
+    """None of a live model that came from none."""
+    structure: Structure | None
+    """None where nothing is known of its experts, if it has any: such a model can be measured."""
+    auto_class: str
+    left_out: LeftOut | None
+    plan: dict[str, Any]
+    limits: Limits
+    place: Placement = PLACEMENTS[0]
+    """Where weights and hidden states are to be."""
+    devices: tuple[str, ...] = ("cpu",)
+    """What computes: of several devices, each some of the layers."""
+    tokens_at_once: int = 0
+    """How much text passes a layer together while it is measured from disk."""
+    tokenizer: Any | None = None
+    tasks: LoadedTasks | None = None
+    """Those to measure, with their documents."""
+
+    def __repr__(self) -> str:
+        experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
+        return f"Preview({shortened(str(self.plan.get('model')), 60)}: {experts})"
+
+    @property
+    def layers(self) -> Sequence[MoELayer]:
+        """The MoE layers that are known of."""
+        return self.structure.layers if self.structure else ()
+
+
+def check(
+    loaded: LoadedRecipe,
+    adapters: Sequence[Adapter] = (),
+    *,
+    folder: OutputFolder | None = None,
+    model: Any = None,
+    live_on: Sequence[str] = (),
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Preview:
+    """Whether the recipe can work, and what will be kept and dropped. Reads no weights, and writes nothing.
+
+    `folder` is the output, where this process is to write it; `model`, whose weights are `live_on` some devices, and
+    `tokenizer` replace what the recipe's `model` would load. A run begins with this, so what it refuses and config,
+    tokenizer, headers of weights or the first rows of a text can tell is refused here, with its place in the recipe.
+    Raises CompressorError, one of its kinds.
+    """
+    recipe, progress = loaded.recipe, progress or Progress()
+    readiness.check_surroundings(loaded, folder, model)
+    found: Checkpoint | None
+    with loaded.at("model"):
+        if model is None:
+            found = find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+            config = without_quantisation(load_config(found))
+            quantiser_of(found)  # refuses what cannot be read
+            cls = model_class(found, config)
+        else:
+            found, config, cls = origin_of(recipe, model), model.config, type(model)
+            refuse_quantised(config)
+        left_out = find_left_out(found.folder, config, cls) if found else None
+        if tokenizer is None and found is not None:
+            tokenizer = load_tokenizer(found)
+    preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on)
+    needs, from_disk = preview.plan["needs"], preview.place.weights == "disk"
+    if found is not None and model is None:
+        preview.plan["notes"] += _check_weights(loaded, found, adapters, are_compared=from_disk, progress=progress)
+    beside = files_beside(found.folder) if found else None
+    if beside and beside.left:
+        preview.plan["notes"].append(beside.note)
+    with loaded.at("output"):
+        if folder is not None:
+            num_bytes = needs["disk"] + (beside.num_bytes if beside else 0)
+            folder.require_space(num_bytes, who="the run, with what it keeps of the text,")
+    readiness.check_text(loaded, tokenizer, preview.limits, progress)
+    tasks = readiness.read_tasks(loaded, tokenizer, preview.limits, config, from_disk=from_disk, progress=progress)
+    return dataclasses.replace(preview, tokenizer=tokenizer, tasks=tasks)
+
+
+def origin_of(recipe: Recipe, model: Any) -> Checkpoint | None:
+    """The checkpoint that a live model came from, None where it is not there."""
+    name = model.config._name_or_path
+    if not name or not Path(name, "config.json").exists():
+        return None
+    return Checkpoint(recipe.model, Path(name), recipe.trust_remote_code)
+
+
+def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: Progress | None = None) -> Preview:
+    """How the recipe's model is measured alone: whatever transformers can load and run, known to us or not. From disk
+    where it does not fit, as long as it can be read layer by layer. Reads no weights.
+
+    Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that it cannot load here.
+    """
+    recipe, progress = loaded.recipe, progress or Progress()
+    readiness.check_surroundings(loaded, None, None)
+    with loaded.at("model"):
+        found = find_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, weights=False)
+        quantisation, config = found.quantisation, without_quantisation(load_config(found))
+        cls = model_class(found, config)
+        tokenizer = load_tokenizer(found)
+    _check_evaluation(loaded, cls, config)
+    structure, unknown, devices = None, None, _devices(recipe)
+    try:
+        structure = structure_of(cls, config, adapters)
+    except UnsupportedModelError as error:
+        unknown = str(error)
+    layers = structure.layers if structure else ()
+    with loaded.at("model"):
+        dtype = _dtype(recipe.dtype, config, found)
+    model = _on_meta(cls, config, dtype)
+    work = work_of(loaded, model, config, layers, dtype, (0, 0))
+    problems: dict[str, Problem | None] = {"disk": (("weights",), unknown) if unknown else None, "memory": None}
+    if structure:
+        problems["disk"] = disk_problem(loaded, structure, work, config, is_live=False)
+    if quantisation is not None and (why := reading_problem(quantisation)):
+        problems["disk"] = (("weights",), why)
+        if here := loading_problem(quantisation, devices[0]):
+            raise UnsupportedModelError(
+                f"{found.reference}: the checkpoint is quantised ({format_of(quantisation)}), and transformers cannot "
+                f"load it here: {here}."
+            )
+    place, limits = placement(loaded, work, problems, devices), _limits(model)
+    readiness.check_text(loaded, tokenizer, limits, progress)
+    tasks = readiness.read_tasks(
+        loaded, tokenizer, limits, config, from_disk=place.weights == "disk", progress=progress
+    )
+    return Preview(
+        found,
+        structure,
+        classes.auto_class(cls, config),
+        None,
+        {},
+        limits,
+        place,
+        devices[: place.num_gpus],
+        work.tokens_at_once,
+        tokenizer=tokenizer,
+        tasks=tasks,
+    )
+
+
+def _check_weights(
+    loaded: LoadedRecipe, found: Checkpoint, adapters: Sequence[Adapter], *, are_compared: bool, progress: Progress
+) -> list[str]:
+    """Raise CheckpointError where headers tell that weights are damaged, or not those of the config, unless they
+    `are_compared` already. Returns notes.
+    """
+    if found.awaits_weights:
+        return ["the model's weights are not here yet, so only its config was looked at"]
+    with loaded.at("model"):
+        num_tensors = sum(len(shard.tensors) for shard in verify_files(found.folder))
+        if num_tensors > _MANY_TENSORS:
+            progress.say(f"comparing the names and shapes of {num_tensors:,} tensors with the config")
+        if not are_compared:
+            load_model(found, device="meta", adapters=adapters)
+    return []
+
+
+_MANY_TENSORS = 10_000
+"""More take longer than a moment."""
+
+
+def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
+    """Raise RecipeError for what cannot be measured: how a model continues text that does not, one pass of one."""
+    evaluation = loaded.recipe.evaluate
+    if loaded.recipe.evaluate and loaded.recipe.evaluate.each_pass and len(loaded.passes) == 1:
+        raise loaded.error(
+            ("evaluate", "each_pass"), "the recipe has one pass, so this would have no effect; leave it out"
+        )
+    without_text = [one for one in loaded.passes if not loaded.sources_of(one)]
+    if evaluation and evaluation.random and not evaluation.perplexity and without_text:
+        raise loaded.error(
+            ("evaluate", "random"),
+            f"{without_text[0].method.name} reads no text, so there is nothing to compare random decisions on: give "
+            f"`perplexity`, or calibration text",
+        )
+    problem = next_token_problem(cls, config)
+    if not problem:
+        return
+    cannot = f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured"
+    for key in ("perplexity", "tasks"):
+        if evaluation and getattr(evaluation, key):
+            raise loaded.error(
+                ("evaluate", key),
+                f"{cannot} like this; leave `{key}` out (an empty `evaluate: {{}}` still measures sizes)",
+            )
+    for place, source in readiness.own_tasks(loaded):
+        raise loaded.error(place, f"{cannot} on {source.title}, as this method has it")
+
+
+def _preview(
+    loaded: LoadedRecipe,
+    found: Checkpoint | None,
+    config: Any,
+    cls: Any,
+    left_out: LeftOut | None,
+    adapters: Sequence[Adapter],
+    *,
+    live_on: Sequence[str],
+) -> Preview:
+    """What follows from class and config, and from the headers of weights where they have to be read from disk.
+    `live_on`: the devices that hold the weights already.
+    """
+    is_live = bool(live_on)
+    _check_evaluation(loaded, cls, config)
+    stored = None if is_live else found
+    quantisation = stored.quantisation if stored else None
+    with loaded.at("model"):
+        structure = structure_of(cls, config, adapters)
+        rules = fitting_rules(structure, config)
+    notes = [left_out_note(left_out)] if left_out else []
+    layers = _check_passes(loaded, structure, rules, notes, is_quantised=quantisation is not None)
+    _check_random(loaded, structure.layers, layers)
+    with loaded.at("model"):
+        dtype = _dtype(loaded.recipe.dtype, config, stored)
+    plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
+    model = _on_meta(cls, config, dtype)
+    work = work_of(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
+    problems = {
+        "disk": disk_problem(loaded, structure, work, config, is_live=is_live),
+        "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
+    }
+    devices = tuple(live_on) or _devices(loaded.recipe)
+    place = placement(loaded, work, problems, devices, is_live=is_live)
+    if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
+        kept = {layer.path: layer.num_experts for layer in layers}
+        with loaded.at("model"):
+            sizes = _stored(stored, structure, kept, left_out, adapters) if stored else None
+        if sizes is not None:
+            is_quantised = quantisation is not None
+            work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
+            place = placement(loaded, work, problems, devices)
+            plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
+        if quantisation is not None:
+            notes.append(_quantised_note(quantisation, dtype, loaded.recipe.model, is_estimate=sizes is None))
+    used, limits = devices[: place.num_gpus], _limits(model)
+    if loaded.recipe.device == "auto" and not is_live:
+        notes.append(auto_note(used, place))
+    available = loaded.recipe.memory or available_memory()
+    plan_json["needs"] = work.to_json(place, device=used[0], available=available)
+    auto_class = classes.auto_class(cls, config)
+    return Preview(found, structure, auto_class, left_out, plan_json, limits, place, used, work.tokens_at_once)
+
+
+def _about(config: Any, structure: Structure, after: Sequence[MoELayer], dtype: torch.dtype) -> dict[str, Any]:
+    """What a plan says of a model, whose layers will be those of `after`, all in one dtype."""
+    pairs = list(zip(structure.layers, after, strict=True))
+    removed = sum((old.num_experts - new.num_experts) * old.parameters_per_expert for old, new in pairs)
+    sizes = {"before": structure.num_parameters, "after": structure.num_parameters - removed}
+    return {
+        "architecture": architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": old.path,
+                "num_experts": old.num_experts,
+                "top_k": new.top_k,
+                "kept": new.num_experts,
+                "dropped": old.num_experts - new.num_experts,
+            }
+            for old, new in pairs
+        ],
+        "parameters": sizes,
+        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
+        "bytes": {when: number * dtype.itemsize for when, number in sizes.items()},
+    }
+
+
+def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"), quiet_transformers():
+        return cls(copy.deepcopy(config)).to(dtype)
+
+
+def _limits(model: Any) -> Limits:
+    return Limits(model.get_input_embeddings().weight.shape[0], max_positions(model.config))
+
+
+def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Sequence[MoELayer]) -> None:
+    """Raise RecipeError where random decisions are asked for, and no pass drops an expert."""
+    evaluation, counts = loaded.recipe.evaluate, [[layer.num_experts for layer in layers] for layers in (before, after)]
+    if loaded.passes and evaluation and evaluation.random and counts[0] == counts[1]:
+        raise loaded.error(
+            ("evaluate", "random"), "no pass drops experts, so there is nothing to draw at random; leave it out"
+        )
+
+
+def _check_passes(
+    loaded: LoadedRecipe,
+    structure: Structure,
+    rules: Mapping[str, SkipRule],
+    notes: list[str],
+    *,
+    is_quantised: bool,
+) -> Sequence[MoELayer]:
+    """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
+    be met by what the passes before it leave.
+    """
+    layers: Sequence[MoELayer] = structure.layers
+    notes += _skipping_notes(rules)
+    for resolved in loaded.passes:
+        plan = check_pass(loaded, resolved, layers)
+        if plan.skips and is_quantised:
+            raise loaded.error(
+                resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
+            )
+        _check_domains(loaded, resolved)
+        smaller = tuple(
+            dataclasses.replace(
+                layer,
+                num_experts=plan.num_kept.get(layer.path, layer.num_experts),
+                top_k=plan.top_k or layer.top_k,
+            )
+            for layer in layers
+        )
+        rules = plan.skips or _rules_after(loaded, resolved, plan, layers, smaller, rules)
+        layers = smaller
+        notes += plan.notes
+    return layers
+
+
+def _rules_after(
+    loaded: LoadedRecipe,
+    resolved: ResolvedPass,
+    plan: Plan,
+    layers: Sequence[MoELayer],
+    smaller: Sequence[MoELayer],
+    rules: Mapping[str, SkipRule],
+) -> Mapping[str, SkipRule]:
+    """The rules by which the model goes on skipping after a pass. Raises RecipeError where it could not."""
+    left = {}
+    for old, new in zip(layers, smaller, strict=True):
+        if old.path not in rules:
+            continue
+        # which experts stay is not known yet, and does not matter to what a rule asks of the layer
+        rule = left[old.path] = rules[old.path].of_experts(range(new.num_experts))
+        problem = skip_problem(new, rule)
+        if problem:
+            only_fewer_choices = dataclasses.replace(new, num_experts=old.num_experts)
+            is_top_k = plan.top_k is not None and skip_problem(only_fewer_choices, rules[old.path]) is not None
+            option = "top_k" if is_top_k else plan.count_option
+            raise loaded.error(
+                (*resolved.path, *filter(None, [option])),
+                f"{old.path}: the model skips experts by then, and could not go on skipping: {problem}. Prune first, "
+                f"and let the pruned model skip",
+            )
+    return left
+
+
+def _stored(
+    found: Checkpoint,
+    structure: Structure,
+    num_kept: Mapping[str, int],
+    left_out: LeftOut | None,
+    adapters: Sequence[Adapter],
+) -> tuple[int, int] | None:
+    """Bytes of a checkpoint's files, now and afterwards, from their headers; None where they are not here.
+
+    Which experts go does not matter for it. Raises UnsupportedModelError where experts cannot be taken out.
+    """
+    if not found.has_weights:
+        return None
+    before = meta_model(found, adapters)
+    after = copy.deepcopy(before)
+    kept = {}
+    for layer in structure.layers:
+        size, per_group = layer.num_experts // layer.num_groups, num_kept[layer.path] // layer.num_groups
+        kept[layer.path] = [expert for expert in range(layer.num_experts) if expert % size < per_group]
+    after.keep(kept)
+    edit = plan_edit(found, before, after, left_out)
+    return edit.bytes_before, edit.bytes_after
+
+
+# Memory ----------------------------------------------------------------------------------------------------
+
+
+def _devices(recipe: Recipe) -> tuple[str, ...]:
+    """Devices that the recipe allows; by `auto` all GPUs of this machine, or its CPU."""
+    return (gpus() or ("cpu",)) if recipe.device == "auto" else (recipe.device,)
+
+
+# The same, in words ----------------------------------------------------------------------------------------
+
+
+def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
+    """That the model skips experts already, if it does."""
+    kinds = ", ".join(dict.fromkeys(rule.rule for rule in rules.values()))
+    return (
+        [f"the model skips experts in {counted(len(rules), 'layer')} ({kinds}), by `config.compressor`"]
+        if rules
+        else []
+    )
+
+
+def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, reference: str, *, is_estimate: bool) -> str:
+    """What a quantised checkpoint is treated like, in one sentence or two."""
+    kind = str(dtype).removeprefix("torch.")
+    if why := reading_problem(quantisation):
+        return (
+            f"the checkpoint is quantised ({format_of(quantisation)}), and a recipe cannot work on it: {why}; the "
+            f"bytes named are those of the unquantised model in {kind}. {what_helps(quantisation, reference)}"
+        )
+    sizes = "; the bytes named are those of such numbers, the checkpoint has fewer" if is_estimate else ""
+    return (
+        f"the checkpoint is quantised ({format_of(quantisation)}): it is observed as the {kind} numbers that its "
+        f"weights stand for, and edited as it is stored{sizes}"
+    )
+
+
+def auto_note(used: Sequence[str], place: Placement) -> str:
+    """What `device: auto` has come to, in one sentence."""
+    if tuple(used) == ("cpu",):
+        return "device auto: torch sees no GPU on this machine, so the CPU computes"
+    named, there = ", ".join(used), len(gpus())
+    if place.weights == "disk":
+        return f"device auto: {named} of {there} GPU(s), weights are read from disk one decoder layer at a time"
+    each = ", each with some of the layers" if len(used) > 1 else ""
+    return f"device auto: {named} of {there} GPU(s), all weights there{each}"
+
+
+def left_out_note(left_out: LeftOut) -> str:
+    """What a compressed checkpoint will be without, in one sentence."""
+    size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
+    keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
+    becomes = f" and {keys} {'become' if len(left_out.announced) > 1 else 'becomes'} 0" if keys else ""
+    return (
+        f"the checkpoint has {counted(left_out.num_tensors, 'tensor')}{size} of extra prediction layers, "
+        f"{', '.join(left_out.layers)}, that transformers does not build; the smaller checkpoint is written without "
+        f"them{becomes}"
+    )
+
+
+def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
+    """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
+    try:
+        return resolved.method.check(layers)
+    except OptionError as error:
+        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
+
+
+def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
+    """Whether the pass's text has different names, and those that its options speak of."""
+    titles = [source.title for source in loaded.sources_of(resolved)]
+    twice = [title for title in titles if titles.count(title) > 1]
+    if twice:
+        raise loaded.error(resolved.path, f"two of its sources are called {twice[0]!r}; tell them apart with `name:`")
+    clash = [title for title in titles if held_out_name(title) in titles] if resolved.method.held_out else []
+    if clash:
+        raise loaded.error(
+            resolved.path,
+            f"a source is called {held_out_name(clash[0])!r}, as the held-out text of {clash[0]!r} is; rename it",
+        )
+    try:
+        resolved.method.check_domains(titles)
+    except OptionError as error:
+        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
+    """A model's MoE layers and sizes from its config alone, as `terminal.print_inspection` takes them."""
+    found = find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
+    quantisation = found.quantisation
+    config = without_quantisation(load_config(found))
+    cls = model_class(found, config)
+    structure = structure_of(cls, config, adapters)
+    left_out = find_left_out(found.folder, config, cls)
+    dtype = _dtype("auto", config, found)
+    experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
+    notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
+    if not structure.top_k_leaf:
+        notes.append("the number of experts per token is fixed by the model's code")
+    if structure.other_leaves:
+        others = ", ".join(f"`{leaf}`" for leaf in structure.other_leaves)
+        notes.append(f"experts counted by {others} (other parts of the model) are left as they are")
+    if left_out:
+        notes.append(left_out_note(left_out))
+    notes += _skipping_notes(fitting_rules(structure, config))
+    if quantisation is not None:
+        notes.append(_quantised_note(quantisation, dtype, reference, is_estimate=True))
+    return {
+        "model": reference,
+        "architecture": architecture(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "router": layer.router_kind,
+                "parameters_per_expert": layer.parameters_per_expert,
+            }
+            for layer in structure.layers
+        ],
+        "parameters": structure.num_parameters,
+        "bytes": structure.num_parameters * dtype.itemsize,
+        "expert_parameters": experts,
+        "expert_bytes": experts * dtype.itemsize,
+        "notes": notes,
+    }
+
+
+def _dtype(wanted: str, config: Any, found: Checkpoint | None) -> torch.dtype:
+    """What the weights are loaded in. A config may name none: then the files' headers say it, where they are here."""
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    if isinstance(named := getattr(config, "dtype", None), torch.dtype):
+        return named
+    shards = verify_files(found.folder) if found is not None and found.has_weights else []
+    return first_dtype(shards) or torch.float32

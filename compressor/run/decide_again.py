@@ -1,0 +1,128 @@
+"""Decide again from figures, without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint.atomic_files import write_json
+from compressor.errors import DiskError, RecipeError
+from compressor.method import Decision, Method, OptionError
+from compressor.model.structure import MoELayer
+from compressor.observe.statistic import Gathered
+from compressor.observe.statistics_file import load_statistics, merge_statistics
+from compressor.plugins import load_plugins
+from compressor.recipe.schema import parse_options
+from compressor.report.html import page
+from compressor.run.record import DECISION, FORMAT
+
+
+def decide(
+    statistics: str | Path | Sequence[str | Path],
+    method: str = "expert_pruning",
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    without: Iterable[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Decide again from figures gathered before: another count, criterion or blend, without the model.
+
+    `statistics` is a `statistics.safetensors` that a run has left in its output's `compressor/` folder, or several of
+    them, gathered on different text, which are added up. `options` are those of the method, such as `keep=64,
+    criterion="reap"`; `overrides` are such options as texts (`keep=64`), read as a recipe's. Returns what decision.json
+    holds: `apply` makes the smaller model from it. It is written to `output`, a file if that ends in .json, else a
+    folder, with report.html beside it.
+
+    Raises CheckpointError where the files do not belong together, RecipeError where options are wrong, the figures
+    cannot answer them or the output exists (unless `overwrite`).
+    """
+    file = None if output is None else decision_file(output)
+    if file is not None and os.path.exists(file) and not overwrite:
+        raise RecipeError(f"{file} exists. Choose another output, or say --overwrite.")
+    files = [Path(statistics)] if isinstance(statistics, str | Path) else [Path(file) for file in statistics]
+    plugins = load_plugins(without)
+    named = ", ".join(map(str, files))
+    if method not in plugins.methods:
+        raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")
+    chosen = plugins.methods[method]
+    made = chosen(parse_options(chosen.options_type, method, options, overrides), plugins.criteria)
+    passes, about = merge_statistics([load_statistics(file) for file in files])
+    names = _passes_to_decide_on(passes, about, named, method)
+    layers = [MoELayer.described(layer) for layer in about["layers"]]
+    try:
+        made.check(layers)
+        decision, domains = _decide_on_first(made, layers, {name: passes[name] for name in names}, about, named)
+    except OptionError as error:
+        raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}") from error
+    done = {
+        "method": method,
+        "version": made.version,
+        "options": made.options.model_dump(mode="json"),
+        "domains": domains,
+        "decision": decision,
+    }
+    decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
+    if file is not None:
+        _write_decision(file, decided, with_page=file != Path(output or ""))
+    return decided
+
+
+def _write_decision(file: Path, decided: Mapping[str, Any], *, with_page: bool) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, decided)
+        if with_page:
+            (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{file}: it cannot be written there: {error.strerror}. Choose another output.") from error
+
+
+def decision_file(output: str | Path) -> Path:
+    """Where a decision is written: the output itself, if its name ends in .json, else in that folder."""
+    output = Path(output)
+    return output if output.suffix == ".json" else output / DECISION
+
+
+def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> list[str]:
+    """The passes whose figures are of the original model's layers, this method's own first."""
+    own = [name for name in about["passes"] if name.partition(".")[2] == method]
+    names = [*own, *(name for name in about["passes"] if name not in own)]
+    usable = [name for name in names if about["passes"][name]["layers"] == about["layers"] and passes.get(name)]
+    if own and not set(own) & set(usable):
+        raise RecipeError(
+            f"{named}: the figures of {own[0]} are of the model as the passes before it had left it, so they decide "
+            f"nothing for the original. Run the pass again, on what those have written."
+        )
+    if not usable:
+        raise RecipeError(f"{named}: it holds no figures of the original model's layers.")
+    if about["passes"][usable[0]]["progressive"]:
+        raise RecipeError(
+            f"{named}: its figures were gathered progressively: each layer saw the layers before it as they were "
+            f"pruned then, so they answer no other question. Observe again without `progressive`."
+        )
+    return usable
+
+
+def _decide_on_first(
+    method: Method[Any],
+    layers: Sequence[MoELayer],
+    passes: Mapping[str, Any],
+    about: Mapping[str, Any],
+    named: str,
+) -> tuple[Decision, list[str]]:
+    """(decision, domains decided by), from the first pass whose figures the method understands."""
+    lacking: dict[str, KeyError] = {}
+    for name, figures in passes.items():
+        held_out = about["passes"][name].get("held_out", ())
+        domains = [domain for domain in about["passes"][name]["domains"] if domain not in held_out]
+        method.check_domains(domains)
+        try:
+            return method.decide(layers, Gathered(figures, about["passes"][name]["domains"], held_out)), domains
+        except KeyError as error:
+            lacking[name] = error
+    lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())
+    raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")

@@ -1,0 +1,198 @@
+"""Whether a run could begin: device, output, text and tasks, looked at before any weight is read.
+
+What a run refuses and the recipe, a tokenizer, the first rows of a source or the hub's answer can tell is refused here,
+at its place in the recipe, and all of a kind together. `check` asks it for `compressor check` and for a run alike.
+
+Not seen: what only the rest of a text or the weights tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.checkpoint.output import OutputFolder, refuse_output_over_input
+from compressor.data.lm_eval_tasks import LoadedTasks, TaskSources, set_fewshot
+from compressor.data.packing import check_length, load_sequences
+from compressor.data.sequences import check_vocabulary
+from compressor.data.sources import SOURCE_KINDS, BaseSource, DatasetSource, Split, TaskSource, TokensSource
+from compressor.errors import CalibrationError, EvaluationError, RecipeError
+from compressor.evaluate.lm_eval import check_requests, refuse_without_tokenizer, writes_problem
+from compressor.machine.progress import Progress
+from compressor.recipe.document import KeyPath
+from compressor.recipe.schema import Evaluation, LoadedRecipe, Refusals, ResolvedPass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can be given: ids below `num_embeddings`, in sequences of `max_positions`, if it names a limit."""
+
+    num_embeddings: int
+    max_positions: int | None
+
+
+# Where a source stands -------------------------------------------------------------------------------------
+
+
+def own_tasks(loaded: LoadedRecipe) -> list[tuple[KeyPath, TaskSource]]:
+    """The tasks whose training text a method brings, which are measured too, with their places in the recipe."""
+    return [(place, one) for place, one in _of_methods(loaded.passes) if isinstance(one, TaskSource)]
+
+
+def evaluation_of(loaded: LoadedRecipe) -> Evaluation | None:
+    """What is measured: as the recipe says, and the methods' own tasks in any case."""
+    return loaded.recipe.evaluate or (Evaluation() if own_tasks(loaded) else None)
+
+
+def _of_methods(passes: Sequence[ResolvedPass]) -> list[tuple[KeyPath, BaseSource]]:
+    """The text that methods bring, with its place in the recipe: the option of its name, where there is one."""
+    found: list[tuple[KeyPath, BaseSource]] = []
+    for one in passes:
+        for source in one.method.sources():
+            known = type(source).model_fields.keys() & type(one.method.options).model_fields.keys()
+            found.append(((*one.path, *(kind for kind in SOURCE_KINDS if kind in known)), source))
+    return found
+
+
+def _of_recipe(loaded: LoadedRecipe) -> list[tuple[KeyPath, BaseSource, Split]]:
+    """Every source that a run reads, with its place, and the split that it is read for."""
+    reading = [one for one in loaded.passes if loaded.sources_of(one)]
+    shared = loaded.recipe.calibration.data if reading else ()
+    measured = loaded.recipe.evaluate.perplexity if loaded.recipe.evaluate else ()
+    return [
+        *((("calibration", "data", n), one, "train") for n, one in enumerate(shared)),
+        *((place, one, "train") for place, one in _of_methods(reading)),
+        *((("evaluate", "perplexity", n), one, "held-out") for n, one in enumerate(measured)),
+    ]
+
+
+# Before the model ------------------------------------------------------------------------------------------
+
+
+def check_surroundings(loaded: LoadedRecipe, folder: OutputFolder | None, model: Any) -> None:
+    """Raise where the device cannot be used, the output not be written (None: by others than this process), or a file
+    of text not be found. `model` is a live one, if any.
+    """
+    refusals = Refusals(loaded)
+    with refusals.at("device"):
+        if model is None and loaded.recipe.device != "auto":  # a live model stays where it is
+            _check_device(loaded.recipe.device)
+    with refusals.at("output"):
+        if folder is not None:
+            for reference in (loaded.recipe.model, model.config._name_or_path if model is not None else ""):
+                refuse_output_over_input(folder.target, reference)
+            if not _is_done(loaded, folder):
+                folder.check()
+    for place, source, _ in _of_recipe(loaded):
+        with refusals.at(*place):
+            source.lengths()
+    refusals.raise_all()
+
+
+def _is_done(loaded: LoadedRecipe, folder: OutputFolder) -> bool:
+    """Whether a run that is to go on has nothing left to do: the output is of this recipe."""
+    try:
+        record = json.loads((folder.target / "compressor" / "record.json").read_text(encoding="utf-8"))
+        return folder.resume and record.get("recipe_fingerprint") == loaded.fingerprint
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        there = f"this machine has {count} GPU(s) that torch can use" if count else "torch can use no GPU here"
+        raise RecipeError(
+            f"{device!r} cannot be used: {str(error).splitlines()[0]} ({there}). Choose another device, such as cpu"
+        ) from error
+
+
+# With the model's config and tokenizer ---------------------------------------------------------------------
+
+
+def check_text(loaded: LoadedRecipe, tokenizer: Any | None, limits: Limits, progress: Progress) -> None:
+    """Raise where the first sequence of a source cannot be read, or given to the model."""
+    if tokenizer is not None and any(not isinstance(source, TokensSource) for _, source, _ in _of_recipe(loaded)):
+        _check_tokenizer(loaded, tokenizer, limits)
+    refusals = Refusals(loaded)
+    for place, source, split in _of_recipe(loaded):
+        if isinstance(source, DatasetSource | TaskSource):
+            progress.say(f"looking at the first text of {source.title}")
+        with refusals.at(*place):
+            check_length(source, limits.max_positions)
+            check_vocabulary(load_sequences(source, tokenizer, seed=None, split=split), limits.num_embeddings)
+    refusals.raise_all()
+
+
+def _check_tokenizer(loaded: LoadedRecipe, tokenizer: Any, limits: Limits) -> None:
+    """Raise CalibrationError where it knows more than the model, special tokens that were added to it left aside: some
+    models have them in the tokenizer alone.
+    """
+    if tokenizer.vocab_size > limits.num_embeddings:
+        with loaded.at("model"):
+            raise CalibrationError(
+                f"its tokenizer knows {tokenizer.vocab_size} ids, but the model has only {limits.num_embeddings} "
+                f"embeddings: it belongs to another model. Put the model's own tokenizer into its folder."
+            )
+
+
+def read_tasks(
+    loaded: LoadedRecipe, tokenizer: Any | None, limits: Limits, config: Any, *, from_disk: bool, progress: Progress
+) -> LoadedTasks | None:
+    """The tasks to measure, None where there are none. Raises where one is unknown, its documents cannot be read, or
+    a model of this config cannot be asked it: without a tokenizer, to write while it is on disk, longer than it is.
+    """
+    wanted = _tasks(loaded)
+    if not wanted:
+        return None
+    if tokenizer is not None:
+        _check_tokenizer(loaded, tokenizer, limits)
+    progress.say(f"reading tasks: {', '.join(name for name, _ in wanted.values())}")
+    refusals, found = Refusals(loaded), dict[KeyPath, LoadedTasks]()
+    sources: dict[Path | None, TaskSources] = {}
+    for place, (name, folder) in wanted.items():
+        with refusals.at(*place):
+            refuse_without_tokenizer([name], tokenizer)
+        if tokenizer is not None and folder not in sources:
+            with refusals.at(*place[:1], *(("task_path",) if place[0] == "evaluate" else place[1:])):
+                sources[folder] = TaskSources(folder, seed=loaded.recipe.seed, say=progress.say)
+        with refusals.at(*place):
+            of_name = sources[folder].load(name) if folder in sources else LoadedTasks()
+            writing = {task for task, one in of_name.tasks.items() if one.OUTPUT_TYPE == "generate_until"}
+            if from_disk and writing and place[0] == "evaluate":
+                raise EvaluationError(writes_problem(writing))
+            if from_disk and writing:
+                progress.say(f"not measured: {writes_problem(writing)}")
+            else:
+                found[place] = of_name
+    refusals.raise_all()
+    together, evaluation = reduce(or_, found.values(), LoadedTasks()), evaluation_of(loaded)
+    assert evaluation is not None
+    with loaded.at("evaluate", "num_fewshot"):
+        set_fewshot(together.tasks, evaluation.num_fewshot)
+    for place, of_name in found.items():
+        with refusals.at(*place):
+            check_requests(of_name, tokenizer, config, seed=loaded.recipe.seed)
+    refusals.raise_all()
+    return together if together.names else None
+
+
+def _tasks(loaded: LoadedRecipe) -> dict[KeyPath, tuple[str, Path | None]]:
+    """Place in the recipe → name, and the folder in which it is looked for first; each task once."""
+    evaluation = loaded.recipe.evaluate
+    found: dict[KeyPath, tuple[str, Path | None]] = {}
+    for n, name in enumerate(evaluation.tasks if evaluation else ()):
+        found[("evaluate", "tasks", n)] = (name, evaluation.task_path if evaluation else None)
+    for place, source in own_tasks(loaded):
+        if source.name_in_index not in {name for name, _ in found.values()}:
+            found[place] = (source.name_in_index, source.folder)
+    return found
