@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -182,6 +183,43 @@ def test_imports_go_downwards(name: str) -> None:
             assert target == name or target in below, (
                 f"{file.relative_to(ROOT)} imports {target}, which stands above it"
             )
+
+
+LONGEST_CHAIN = 13
+"""Files, each of which imports the next: from `__main__` down to `wording`."""
+
+
+def files_imported() -> dict[str, set[str]]:
+    """Every file of the core, as a module → the files it imports, also inside functions and for type checkers only."""
+    paths = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in CORE.rglob("*.py")}
+    modules = {path.removesuffix(".__init__"): file for file, path in paths.items()}
+    found: dict[str, set[str]] = {name: set() for name in modules}
+    for name, file in modules.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "compressor":
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found[name].add(whole if whole in modules else str(node.module))
+    return found
+
+
+def longest_chain(imported: dict[str, set[str]]) -> list[str]:
+    """The longest list of files, each of which imports the next. Raises CycleError where some import each other."""
+    below: dict[str, list[str]] = {}
+    for name in TopologicalSorter(imported).static_order():
+        below[name] = [name, *max((below[other] for other in imported[name]), key=len, default=[])]
+    return max(below.values(), key=len)
+
+
+def test_imports_have_no_circle_and_no_long_chain() -> None:
+    found = longest_chain(files_imported())
+    assert len(found) <= LONGEST_CHAIN, " → ".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+    with pytest.raises(CycleError):
+        longest_chain({"a": {"b"}, "b": {"a"}})
 
 
 def test_the_package_itself_imports_only_what_is_light() -> None:

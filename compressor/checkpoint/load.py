@@ -19,7 +19,7 @@ from compressor.checkpoint.quiet import quiet_transformers
 from compressor.errors import CheckpointError
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
-from compressor.model.moe_model import MoEModel
+from compressor.model.skipping.install import restore
 from compressor.model.uneven import settle, uneven_class, uneven_counts
 
 _T = TypeVar("_T", bound=Hashable)
@@ -83,7 +83,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.reference}: cannot be moved to device {device!r}: {error}") from error
     if "skipping" in read_entry(config) and not to_measure:
-        MoEModel(model, structure_of(type(model), model.config, adapters)).restore_skipping()
+        restore(model, structure_of(type(model), model.config, adapters), model.config)
     return model
 
 

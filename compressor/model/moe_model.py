@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import structure_of
 from compressor.model.capture import RealTokens, Visitor, tapped
 from compressor.model.config_entry import write_entry
@@ -146,11 +146,7 @@ class MoEModel:
         """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the
         config's rules do not fit the model.
         """
-        rules = skipping.fitting_rules(self.structure, self.config)
-        try:
-            skipping.install(self.model, self.structure, rules)
-        except ValueError as error:  # layers that share their experts
-            raise CheckpointError(f"config.json: `compressor.skipping`: {error}.") from error
+        skipping.restore(self.model, self.structure, self.config)
 
     @contextmanager
     def unskipped(self) -> Iterator[None]:

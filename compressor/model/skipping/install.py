@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.model.block_rule import rule_of_block
 from compressor.model.config_entry import KEY, read_entry
 from compressor.model.skipping.layers import INSTALLERS
 from compressor.model.skipping.rule import VERSION, SkipRule
@@ -145,6 +146,17 @@ def reinstate(
         raise
 
 
+def restore(model: nn.Module, structure: Structure, config: Any) -> None:
+    """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the config's
+    rules do not fit the model.
+    """
+    rules = fitting_rules(structure, config)
+    try:
+        install(model, structure, rules)
+    except ValueError as error:  # layers that share their experts
+        raise CheckpointError(f"config.json: `compressor.skipping`: {error}.") from error
+
+
 def remove(model: nn.Module) -> None:
     """Let all layers run as they would without us."""
     for module in model.modules():
@@ -222,6 +234,8 @@ def _install_layer(
         _ask_for_more(model, structure, layer, state)
     if other is not None:
         return
+    if call == "list" and layer.router_probe.index_position is None and state.routing is None:
+        state.routing = rule_of_block(model, layer)
     INSTALLERS[call](model, layer, state)
     owner.__dict__[STATE] = state
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.block_rule import rule_of_block
 from compressor.model.router_probe import places_of_choices
 from compressor.model.skipping.state import (
     IMPLEMENTATION,
@@ -133,8 +132,6 @@ class _ListBatch:
 def install_list(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
     [(container, names)] = layer.containers.items()
     block, router = model.get_submodule(layer.path), model.get_submodule(layer.router)
-    if layer.router_probe.index_position is None and state.routing is None:
-        state.routing = rule_of_block(model, layer)
     hooks = [
         block.register_forward_pre_hook(_ListBlockIn(state), with_kwargs=True),
         block.register_forward_hook(_ListBlockOut(state), always_call=True),
