@@ -33,9 +33,6 @@ TORCH = {
 """torch's dtypes by their names in a safetensors header."""
 
 
-# Verifying -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Shard:
     """The header of one safetensors file: tensor name → (dtype as safetensors writes it, shape), → bytes, and → where
@@ -164,9 +161,6 @@ def fingerprint(folder: Path, shards: list[Shard]) -> str:
                 file.seek(max(0, shard.num_bytes - _SAMPLE_BYTES) * part // 4)
                 digest.update(file.read(_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-# Loading ---------------------------------------------------------------------------------------------------
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], reference: str) -> None:

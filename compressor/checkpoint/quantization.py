@@ -1,8 +1,8 @@
 """Checkpoints whose weights are stored in fewer bits.
 
     observe, measure    as the numbers that the stored weights stand for: transformers' own loader dequantises each
-                        tensor when it is read, one decoder layer at a time (`stream`)
-    edit                as they are stored (`disk`): nothing is dequantised, so nothing is quantised anew
+                        tensor when it is read, one decoder layer at a time (`layerwise_weights`)
+    edit                as they are stored (`checkpoint_edit`): nothing is dequantised, so nothing is quantised anew
     measure alone       the same numbers, in memory too; what cannot be read so as transformers' quantiser loads it
 
 So a quantised checkpoint goes in, and a smaller one of the same format comes out. Which formats can be read is

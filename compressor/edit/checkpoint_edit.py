@@ -1,7 +1,7 @@
 """Edit on disk: a smaller checkpoint from a larger one, its tensors copied in pieces, without loading the model.
 
     config.json ► meta_model ► method.edit ► MoEModel, its removals ─┐
-    headers of the shards ► moe.fates: what becomes of each tensor ◄─┘
+    headers of the shards ► tensor_map: what becomes of each tensor ◄┘
                                 │
                                 ▼
     plan_edit ► Edit: every tensor copied, renamed, dropped, cut or rewritten; sizes ► checked with transformers' loader

@@ -39,9 +39,6 @@ else:  # imported when a model is asked, and put beside the classes that need it
     _HFLM = object
 
 
-# --- tasks --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Metric(Result):
     """One figure of a task. ``standard_error`` is None where it is not a mean over documents."""

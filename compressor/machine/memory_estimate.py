@@ -50,9 +50,9 @@ TASKS = 1_200_000_000
 _MEASURED_AT_ONCE = 2**16
 """Tokens that pass a layer together where nothing is observed."""
 _EXPERT_OUTPUTS = 2**28
-"""Bytes of expert outputs held at one time, at most; see `moe.tokens`."""
+"""Bytes of expert outputs held at one time, at most; see `model.routed_tokens`."""
 _SEARCH = 2**28
-"""Bytes of the tables and copies at work in a search, at most; see `selection.greedy` and `selection.state`."""
+"""Bytes of the tables and copies at work in a search, at most; see `selection.greedy` and `selection.token_state`."""
 _COMPARED = 4 * 256
 """Tokens whose logits an edited model is compared on."""
 _MARGIN = 1.05

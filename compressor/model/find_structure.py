@@ -3,7 +3,7 @@
 The model class is built twice on the meta device (no memory, no weights) from two configs that differ in ONE integer.
 A tensor dimension, an integer attribute or a list of child modules that changes with it is, by construction, indexed by
 expert. Which integer of the config is the number of experts is found the same way: it is the one whose change resizes
-both expert weights and router rows. `probe` then runs one MoE block of each kind to learn how it routes.
+both expert weights and router rows. `router_probe` then runs one MoE block of each kind to learn how it routes.
 """
 
 from __future__ import annotations

@@ -422,9 +422,6 @@ def _stored(
     return edit.bytes_before, edit.bytes_after
 
 
-# Memory ----------------------------------------------------------------------------------------------------
-
-
 def _devices(recipe: Recipe) -> tuple[str, ...]:
     """Devices that the recipe allows; by `auto` all GPUs of this machine, or its CPU."""
     return (gpus() or ("cpu",)) if recipe.device == "auto" else (recipe.device,)

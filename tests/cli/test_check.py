@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 import compressor
+from compressor.checkpoint.output import OutputFolder
 from compressor.data import sources
 
 Cli = Callable[..., Any]
@@ -293,7 +294,7 @@ def test_work_of_a_run_before(both_refuse: Any, cli: Cli, recipe: WriteRecipe, t
 
 
 def test_an_output_that_another_run_writes(both_refuse: Any, tmp_path: Path) -> None:
-    with compressor.checkpoint.OutputFolder(tmp_path / "out"):
+    with OutputFolder(tmp_path / "out"):
         [line] = both_refuse()
     assert line.startswith(f"output: {tmp_path / 'out'}: another run is writing this output (process {os.getpid()}). ")
 

@@ -16,6 +16,7 @@ from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.report.figures import alone_rows
 from compressor.report.html import page
+from compressor.run import check as checking
 from compressor.run.apply import apply
 from compressor_dynamic_skipping import DynamicSkipping
 
@@ -199,7 +200,7 @@ def test_pruning_that_leaves_nothing_to_skip_is_refused_by_check(eight, tokens, 
     plugins = load_plugins()
 
     def check(settings):
-        check.check(load_recipe(settings, methods=plugins.methods, criteria=plugins.criteria))
+        checking.check(load_recipe(settings, methods=plugins.methods, criteria=plugins.criteria))
 
     passes = [{"dynamic_skipping": skip}, {"expert_pruning": prune}]
     with pytest.raises(RecipeError) as error:

@@ -48,7 +48,7 @@ for key, job in jobs.items():
         job["folder"], dtype="auto", trust_remote_code=job["remote"], output_loading_info=True)
     model.eval()
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()       # off the file: see compressor.checkpoint.align
+        tensor.data = tensor.data.clone()       # off the file: see compressor.checkpoint.load.align
     assert not any(info.values()), (key, info)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()   # into memory laid out as the live model's: see test_saved_to_the_bit

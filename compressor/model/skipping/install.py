@@ -1,7 +1,7 @@
 """Skip experts while a model runs: only the (token, expert) pairs that stay are evaluated. On, off, and counted.
 
 What a layer needs while it skips is a `LayerSkip` on one of its modules. It is copied with the model, belongs to this
-model alone, and is gone when skipping is switched off. `skip_layers` has the ways of doing it, `skip_rule` formulas.
+model alone, and is gone when skipping is switched off. `layers` has the ways of doing it, `rule` the formulas.
 """
 
 from __future__ import annotations

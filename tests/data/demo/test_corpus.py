@@ -98,6 +98,9 @@ def test_unknown_names_are_refused():
 
 
 def test_reading_text_needs_no_torch():
-    program = "import sys, compressor.data.demo.corpus as c; next(c.documents('prose')); print('torch' in sys.modules)"
+    program = (
+        "import sys, compressor.data.demo.corpus as c; "
+        "next(c.documents('prose', 'train')); print('torch' in sys.modules)"
+    )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "False"

@@ -51,7 +51,7 @@ def test_files_are_small_and_name_no_folder():
 
 
 def test_missing_files_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(compressor.demo, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(compressor.data.demo, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(CheckpointError, match=r"config.json, .*model.safetensors.* missing; install"):
         model_folder()
 
