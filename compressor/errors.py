@@ -17,9 +17,12 @@ it is shown with its traceback and exits with status 1.
 
 from __future__ import annotations
 
-from compressor.wording import shortened
-
 _LONGEST_WORD, _LONGEST_LINE = 500, 2000
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters: of a longer one the middle is left out."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
 
 
 class CompressorError(Exception):

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from compressor.errors import PluginError
-from compressor.wording import shortened
+from compressor.errors import PluginError, shortened
 
 if TYPE_CHECKING:
     from compressor.method import Method

@@ -1,17 +1,10 @@
-"""How things are said to people: sizes, times, counts, what a name may have meant; texts too long to be read, or known
-by their digests.
-"""
+"""How things are said to people: sizes, times, counts, what a name may have meant; texts known by their digests."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
-
-
-def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters: of a longer one the middle is left out."""
-    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 import yaml
 
-from compressor.errors import CalibrationError, EvaluationError
+from compressor.errors import CalibrationError, EvaluationError, shortened
 from compressor.machine import network
-from compressor.wording import shortened
 
 LocalTasks = Callable[[], Mapping[str, Mapping[str, Any]]]
 

@@ -135,8 +135,6 @@ def run_tasks(
     The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer, for answers
     longer than the model, and for whatever lm-eval itself refuses.
     """
-    from lm_eval.evaluator import evaluate
-
     refuse_without_tokenizer(tasks.names, tokenizer)
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
@@ -150,20 +148,22 @@ def run_tasks(
     ):
         lm = _language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device)
         refuse_long_answers(tasks.tasks, lm.max_length)
-        try:
-            raw = evaluate(
-                lm=lm,
-                task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        finally:
-            for task in tasks.tasks.values():
-                task._instances = None  # the prompts with this model's answers
+        raw = _evaluated(lm, tasks, limit)
     results = {name: _task_result(name, task, raw, tasks, len(lm.cut[name])) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
+
+
+def _evaluated(lm: Any, tasks: LoadedTasks, limit: int | None) -> Json:
+    """What lm-eval makes of the answers; the tasks forget these."""
+    from lm_eval.evaluator import evaluate
+
+    task_dict = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
+    try:
+        return evaluate(lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True)  # type: ignore[no-any-return]
+    finally:
+        for task in tasks.tasks.values():
+            task._instances = None  # the prompts with this model's answers
 
 
 def refuse_without_tokenizer(names: Sequence[str], tokenizer: Any | None) -> None:

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from compressor.wording import counted
-
 Call = Literal["choices", "list", "masks", "scaled inputs", "pairs"]
 """How a block hands tokens to its experts:
 
@@ -112,7 +110,7 @@ class MoELayer:
     """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
 
     def __repr__(self) -> str:
-        return f"MoELayer({self.path}: {counted(self.num_experts, 'expert')}, top-{self.top_k})"
+        return f"MoELayer({self.path}: {self.num_experts} experts, top-{self.top_k})"
 
     def description(self) -> dict[str, Any]:
         """What deciding needs to know of the layer, as JSON; `described` is the inverse."""
@@ -235,4 +233,4 @@ def layers_said(layers: Sequence[MoELayer]) -> str:
     """`4 MoE layers of 8 experts, top-2`; the smallest and the largest where they differ."""
     numbers = ([layer.num_experts for layer in layers], [layer.top_k for layer in layers])
     experts, chosen = (f"{min(one)}–{max(one)}" if min(one) < max(one) else f"{one[0]}" for one in numbers)
-    return f"{counted(len(layers), 'MoE layer')} of {experts} experts, top-{chosen}"
+    return f"{len(layers)} MoE layer{'s' * (len(layers) != 1)} of {experts} experts, top-{chosen}"

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from compressor.errors import shortened
 from compressor.machine.distributed import Processes
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens
 from compressor.observe.reductions import Rule, Statistics
-from compressor.wording import counted, shortened
+from compressor.wording import counted
 
 
 class Gathered(dict[str, Mapping[str, Tensor]]):

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from compressor.errors import RecipeError
-from compressor.wording import did_you_mean, shortened
+from compressor.errors import RecipeError, shortened
+from compressor.wording import did_you_mean
 
 KeyPath = tuple[str | int, ...]
 """The way from the top of a recipe to a value: `("passes", 0, "expert_pruning", "keep")`."""

@@ -34,10 +34,10 @@ from pydantic import (
 )
 
 from compressor.data.sources import BaseSource, FileName, FilePath, Source
-from compressor.errors import CalibrationError, CompressorError, RecipeError
+from compressor.errors import CalibrationError, CompressorError, RecipeError, shortened
 from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, place_of, said_together
 from compressor.recipe.messages import ModelT, validate
-from compressor.wording import did_you_mean, digest, shortened
+from compressor.wording import did_you_mean, digest
 
 if TYPE_CHECKING:
     from compressor.method import Method

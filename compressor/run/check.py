@@ -30,7 +30,7 @@ from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.errors import UnsupportedModelError
+from compressor.errors import UnsupportedModelError, shortened
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import PLACEMENTS, Placement
 from compressor.machine.progress import Progress
@@ -44,7 +44,7 @@ from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.run import readiness
 from compressor.run.memory import Problem, disk_problem, placement, work_of
 from compressor.run.readiness import Limits
-from compressor.wording import counted, human_bytes, shortened
+from compressor.wording import counted, human_bytes
 
 
 @dataclass(frozen=True)

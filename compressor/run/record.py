@@ -10,12 +10,12 @@ from typing import Any
 from compressor.checkpoint import classes
 from compressor.checkpoint.atomic_files import write_json
 from compressor.checkpoint.extra_layers import LeftOut
+from compressor.errors import shortened
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
 from compressor.report.card import model_card
 from compressor.report.html import page, summary
-from compressor.wording import shortened
 
 FORMAT = 2
 """Of record.json and decision.json. In format 1 `kept` and `dropped` of every pass were in the original's ids, now they

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compressor.wording import counted
-
 _HIDDEN = -1000.0
 """What is added to the scores of tokens that are not seen is below this: −inf, the dtype's least, or some −10,000."""
 
@@ -48,7 +46,7 @@ class Counter:
     def __repr__(self) -> str:
         used = self.experts_per_token.values()
         mean = f", {sum(used) / len(used):.3g} experts a token" if used else ""
-        return f"Counter({counted(len(used), 'layer')}{mean})"
+        return f"Counter({len(used)} layer{'s' * (len(used) != 1)}{mean})"
 
     def add(self, path: str, used_TK: Tensor) -> None:
         """Count one batch; `used_TK` says which of the chosen were evaluated."""
