@@ -23,7 +23,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -203,10 +203,10 @@ def plan_edit(found: Checkpoint, before: MoEModel, after: MoEModel, left_out: Le
     not build. Raises CheckpointError where the checkpoint does not fit its config, UnsupportedModelError, naming the
     tensor, where experts cannot be taken out on disk.
     """
-    return _Planner(found, before, after, left_out).plan()
+    return _EditPlan(found, before, after, left_out).edit()
 
 
-class _Planner:
+class _EditPlan:
     def __init__(self, found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None) -> None:
         self.found, self.before, self.after, self.left_out = found, before, after, left_out
         self.shards = verify_files(found.folder)
@@ -223,17 +223,24 @@ class _Planner:
             path: [new for new, expert in enumerate(self.kept[path]) if expert in gone] for path, gone in off.items()
         }
 
-    def plan(self) -> Edit:
+    def edit(self) -> Edit:
         self._check_before()
-        shapes = {name: shape for name, (_, shape) in self.on_disk.items()}
-        found = fates(self.before, self.after, self.kept, shapes, quantisation=self.quantisation)
-        self.at = {fate.target: name for name, fate in found.items() if fate.target is not None}
         self._check_dtypes()
-        self.new_values = dict(self._new_values())
-        edits = {name: self._tensor_edit(name, fate) for name, fate in found.items()}
+        values = dict(self._new_values())
+        edits = {name: self._tensor_edit(name, fate, values.get(name)) for name, fate in self.fates.items()}
         shards = tuple(ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
         self._check_after(edits)
-        return Edit(self.found, self.after, shards, self.left_out, _modules(found))
+        return Edit(self.found, self.after, shards, self.left_out, _modules(self.fates))
+
+    @cached_property
+    def fates(self) -> dict[str, Fate]:
+        shapes = {name: shape for name, (_, shape) in self.on_disk.items()}
+        return fates(self.before, self.after, self.kept, shapes, quantisation=self.quantisation)
+
+    @cached_property
+    def at(self) -> dict[str, str]:
+        """The model's tensor → its name on disk, where it is there as it is."""
+        return {fate.target: name for name, fate in self.fates.items() if fate.target is not None}
 
     # against the model
 
@@ -336,7 +343,7 @@ class _Planner:
 
     # one tensor
 
-    def _tensor_edit(self, name: str, fate: Fate) -> TensorEdit:
+    def _tensor_edit(self, name: str, fate: Fate, values: Callable[[], Tensor] | None) -> TensorEdit:
         dtype, shape = self.on_disk[name]
         if fate.name is None:
             return TensorEdit(name, "dropped", name, dtype, shape, shape)
@@ -351,7 +358,6 @@ class _Planner:
                 becomes = "cut"
                 if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
                     raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
-        values = self.new_values.get(name)
         if fate.gather is not None:
             gather = fate.gather
             values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)

@@ -163,27 +163,48 @@ def fates(
     config.json says of it. Raises CheckpointError where names or counts do not fit the model, UnsupportedModelError
     where experts cannot be taken out.
     """
-    return _Planner(before, after, kept, shapes, quantisation).plan()
+    from transformers.core_model_loading import dot_natural_key
+
+    change = _Change(before, after, kept, shapes, quantisation)
+    names = sorted(shapes, key=dot_natural_key)
+    result = {name: Fate(None) for name in ignored_names(before.model, names)}
+    found = {name: change.owner(name) for name in names if name not in result}
+    leads_to = {owner.name: (target, pattern) for owner, target, pattern in filter(None, found.values())}
+    groups: _Groups = {}
+    for name, (target, pattern) in leads_to.items():
+        groups.setdefault(target, {}).setdefault(pattern, []).append(name)
+    for names in (names for by_pattern in groups.values() for names in by_pattern.values()):
+        names.sort(key=dot_natural_key)
+    of_owner = {name: fate for target in groups for name, fate in _of_group(change, groups, target).items()}
+    result |= _of_strangers(change, [name for name, owned in found.items() if owned is None])
+    result |= {name: _of_companion(change, name, own[0], of_owner[own[0].name]) for name, own in found.items() if own}
+    taken: dict[str, str] = {}
+    for name, fate in result.items():
+        if fate.name is not None and taken.setdefault(fate.name, name) != name:
+            raise UnsupportedModelError(f"{name} and {taken[fate.name]} would both be called {fate.name} afterwards.")
+    return {name: result[name] for name in shapes}
 
 
-@dataclass
-class _Planner:
-    before: MoEModel
-    after: MoEModel
-    kept: Kept
-    shapes: Mapping[str, Shape]
-    quantisation: Mapping[str, Any] | None
+_Groups = dict[str, dict[str | None, list[str]]]
+"""A tensor of the model → a converter's pattern, None for the tensor itself → the names on disk that it is made of."""
 
-    def __post_init__(self) -> None:
-        from transformers.core_model_loading import dot_natural_key
 
-        self.names = sorted(self.shapes, key=dot_natural_key)
-        self.natural = dot_natural_key
-        self.mapping = _Mapping(self.before.model)
-        self.smaller = _Mapping(self.after.model)
+class _Change:
+    """A model becoming a smaller one: both on the meta device, who stays, what is on disk, and how names lead there."""
+
+    def __init__(
+        self,
+        before: MoEModel,
+        after: MoEModel,
+        kept: Kept,
+        shapes: Mapping[str, Shape],
+        quantisation: Mapping[str, Any] | None,
+    ) -> None:
+        self.before, self.kept, self.shapes, self.quantisation = before, kept, shapes, quantisation
+        self.mapping, self.smaller = _Mapping(before.model), _Mapping(after.model)
         self.stacked: dict[str, tuple[MoELayer, ExpertAxis]] = {}
         self.children: dict[str, tuple[MoELayer, str, int]] = {}
-        for layer in self.before.layers:
+        for layer in before.layers:
             in_lists = tuple(path + "." for path in layer.containers)
             for name, axis in layer.tensors.items():
                 if not (in_lists and name.startswith(in_lists)):
@@ -192,45 +213,7 @@ class _Planner:
                 for expert, name in enumerate(names):
                     self.children.setdefault(f"{path}.{name}", (layer, path, expert))
 
-    def plan(self) -> dict[str, Fate]:
-        """Owners first, then what goes with them."""
-        ignored = ignored_names(self.before.model, self.names)
-        owners: dict[str, _Owner] = {}
-        strangers: dict[str, str] = {}
-        self.groups: dict[str, dict[str | None, list[str]]] = {}
-        seen: set[str] = set()
-        for name in self.names:
-            if name in ignored:
-                continue
-            found = self._owner(name)
-            if found is None:
-                strangers[name] = self.mapping.rename(name)[0]
-                continue
-            owners[name], target, pattern = found
-            if owners[name].name not in seen:
-                seen.add(owners[name].name)
-                self.groups.setdefault(target, {}).setdefault(pattern, []).append(owners[name].name)
-        for by_pattern in self.groups.values():
-            for of_pattern in by_pattern.values():
-                of_pattern.sort(key=self.natural)
-        of_owner: dict[str, Fate] = {}
-        for target in self.groups:
-            of_owner |= self._of_group(target)
-        result = {name: Fate(None) for name in ignored}
-        result |= self._of_strangers(strangers)
-        for name, owner in owners.items():
-            result[name] = self._of_companion(name, owner, of_owner[owner.name])
-        taken: dict[str, str] = {}
-        for name, fate in result.items():
-            if fate.name is not None and taken.setdefault(fate.name, name) != name:
-                raise UnsupportedModelError(
-                    f"{name} and {taken[fate.name]} would both be called {fate.name} afterwards."
-                )
-        return {name: result[name] for name in self.shapes}
-
-    # names
-
-    def _owner(self, name: str) -> tuple[_Owner, str, str | None] | None:
+    def owner(self, name: str) -> tuple[_Owner, str, str | None] | None:
         """(owner, the model's tensor, the converter's pattern), or None for a name that leads nowhere."""
         for owner in _owners(name) if self.quantisation is not None else [_Owner(name)]:
             target, pattern = self.mapping.rename(owner.name)
@@ -238,7 +221,7 @@ class _Planner:
                 return owner, target, pattern
         return None
 
-    def _child(self, target: str) -> tuple[MoELayer, str, int, str] | None:
+    def child(self, target: str) -> tuple[MoELayer, str, int, str] | None:
         """(layer, list, expert, rest of the name) of a tensor of a module that is one expert."""
         parts = target.split(".")
         for end in range(len(parts) - 1, 0, -1):
@@ -246,250 +229,259 @@ class _Planner:
                 return *found, ".".join(parts[end:])
         return None
 
-    # one group of tensors that become one of the model's, or some
 
-    def _of_group(self, target: str) -> dict[str, Fate]:
-        by_pattern = self.groups[target]
-        if child := self._child(target):
-            return self._of_child(by_pattern, *child)
-        if None in by_pattern:
-            if len(by_pattern) > 1:
-                raise CheckpointError(f"{target}: the checkpoint holds it twice, stacked and by expert.")
-            layer_axis = self.stacked.get(target)
-            if layer_axis is None:
-                return {name: Fate(name, target=target) for name in by_pattern[None]}
-            return {name: Fate(name, *layer_axis, target) for name in by_pattern[None]}
-        pattern = next(iter(by_pattern))
-        assert pattern is not None
-        hit = [name for name in self.mapping.targets(target, pattern) if name in self.stacked]
-        if not hit:
-            return {name: Fate(name) for names in by_pattern.values() for name in names}
-        sources = {key: names for key, names in by_pattern.items() if key is not None}
-        if max(map(len, sources.values())) > 1:
-            return self._of_list(target, sources, hit)
-        return self._of_converted(target, {key: name for key, [name] in sources.items()}, hit)
+def _of_group(change: _Change, groups: _Groups, target: str) -> dict[str, Fate]:
+    by_pattern = groups[target]
+    if child := change.child(target):
+        return _of_child(change, groups, by_pattern, *child)
+    if None in by_pattern:
+        if len(by_pattern) > 1:
+            raise CheckpointError(f"{target}: the checkpoint holds it twice, stacked and by expert.")
+        layer_axis = change.stacked.get(target)
+        if layer_axis is None:
+            return {name: Fate(name, target=target) for name in by_pattern[None]}
+        return {name: Fate(name, *layer_axis, target) for name in by_pattern[None]}
+    pattern = next(iter(by_pattern))
+    assert pattern is not None
+    hit = [name for name in change.mapping.targets(target, pattern) if name in change.stacked]
+    if not hit:
+        return {name: Fate(name) for names in by_pattern.values() for name in names}
+    sources = {key: names for key, names in by_pattern.items() if key is not None}
+    if max(map(len, sources.values())) > 1:
+        return _of_list(change, target, sources, hit)
+    return _of_converted(change, target, {key: name for key, [name] in sources.items()}, hit)
 
-    def _of_child(
-        self, by_pattern: Mapping[str | None, list[str]], layer: MoELayer, path: str, expert: int, rest: str
-    ) -> dict[str, Fate]:
-        ids, children = list(self.kept[layer.path]), layer.containers[path]
-        if expert not in ids:
-            return {name: Fate(None) for names in by_pattern.values() for name in names}
-        place = f"{path}.{children[ids.index(expert)]}.{rest}"
-        there = self.groups.get(place, {})
-        result: dict[str, Fate] = {}
-        for pattern, names in by_pattern.items():
-            if len(there.get(pattern, ())) != len(names):
-                raise CheckpointError(f"{place} is not in the checkpoint, though {path}.{children[expert]}.{rest} is.")
-            result |= {name: Fate(new, layer) for name, new in zip(names, there[pattern], strict=True)}
-        return result
 
-    def _of_list(self, target: str, sources: Mapping[str, list[str]], hit: Sequence[str]) -> dict[str, Fate]:
-        """One tensor an expert: which of them stay, and what they are called then."""
-        first = next(iter(sources.values()))
-        lengths = {pattern: len(names) for pattern, names in sources.items()}
-        if len(set(lengths.values())) > 1:
-            raise CheckpointError(f"{target}: the checkpoint holds {lengths} tensors for it, which should be as many.")
-        places = self._places(target, sources, range(len(first)), self.mapping)
-        wanted, others = {}, dict(places)
-        for name in hit:
-            layer, axis = self.stacked[name]
-            others.pop(name)
-            found = places[name]
-            if len(found) != axis.size(layer.num_experts) or axis.stride != 1:
-                raise CheckpointError(
-                    f"{layer.path}: by its config it has {layer.num_experts} experts, the checkpoint holds "
-                    f"{len(found) - axis.extra} ({first[0]} to {first[-1]})."
-                )
-            wanted[name] = [found[row] for row in axis.rows(self.kept[layer.path], layer.num_experts)]
-        stay = sorted({place for found in [*wanted.values(), *others.values()] for place in found})
-        if self._places(target, sources, stay, self.smaller) != wanted | others:
-            layers = " and ".join(dict.fromkeys(self.stacked[name][0].path for name in hit))
-            raise UnsupportedModelError(
-                f"{layers}: their experts are one list on disk ({first[0]} …), so they must keep equally many."
+def _of_child(
+    change: _Change,
+    groups: _Groups,
+    by_pattern: Mapping[str | None, list[str]],
+    layer: MoELayer,
+    path: str,
+    expert: int,
+    rest: str,
+) -> dict[str, Fate]:
+    ids, children = list(change.kept[layer.path]), layer.containers[path]
+    if expert not in ids:
+        return {name: Fate(None) for names in by_pattern.values() for name in names}
+    place = f"{path}.{children[ids.index(expert)]}.{rest}"
+    there = groups.get(place, {})
+    result: dict[str, Fate] = {}
+    for pattern, names in by_pattern.items():
+        if len(there.get(pattern, ())) != len(names):
+            raise CheckpointError(f"{place} is not in the checkpoint, though {path}.{children[expert]}.{rest} is.")
+        result |= {name: Fate(new, layer) for name, new in zip(names, there[pattern], strict=True)}
+    return result
+
+
+def _of_list(change: _Change, target: str, sources: Mapping[str, list[str]], hit: Sequence[str]) -> dict[str, Fate]:
+    """One tensor an expert: which of them stay, and what they are called then."""
+    first = next(iter(sources.values()))
+    lengths = {pattern: len(names) for pattern, names in sources.items()}
+    if len(set(lengths.values())) > 1:
+        raise CheckpointError(f"{target}: the checkpoint holds {lengths} tensors for it, which should be as many.")
+    places = _places_of_experts(change, target, sources, range(len(first)), change.mapping)
+    wanted, others = {}, dict(places)
+    for name in hit:
+        layer, axis = change.stacked[name]
+        others.pop(name)
+        found = places[name]
+        if len(found) != axis.size(layer.num_experts) or axis.stride != 1:
+            raise CheckpointError(
+                f"{layer.path}: by its config it has {layer.num_experts} experts, the checkpoint holds "
+                f"{len(found) - axis.extra} ({first[0]} to {first[-1]})."
             )
-        result: dict[str, Fate] = {}
-        for names in sources.values():
-            result |= {name: Fate(None) for name in names}
-            result |= {
-                names[place]: Fate(new, self.stacked[hit[0]][0]) for place, new in zip(stay, names, strict=False)
-            }
-        return result
-
-    def _places(
-        self, target: str, sources: Mapping[str, list[str]], labels: Sequence[int], mapping: _Mapping
-    ) -> dict[str, list[int]]:
-        """For each tensor of the model, the place in the list that each expert's part comes from; places sent through
-        the converter instead of weights.
-        """
-
-        def number(name: str, label: int) -> Tensor:
-            return torch.full((2,) * len(self.shapes.get(name, (0, 0))), float(label))
-
-        numbered = {p: list(map(number, names, labels)) for p, names in sources.items()}
-        try:
-            made = mapping.convert(target, numbered)
-        except Exception as error:  # an operation of transformers may refuse in any way
-            raise UnsupportedModelError(
-                f"{target}: what transformers makes it of cannot be followed: {error}"
-            ) from error
-        found = {}
-        for name, label in made.items():
-            dim = self.stacked[name][1].dim if name in self.stacked else 0
-            rows = label.movedim(dim, 0).flatten(1)
-            if not torch.equal(rows, rows[:, :1].expand_as(rows)):
-                raise UnsupportedModelError(f"{name}: its converter mixes the experts that it reads from {sources}.")
-            found[name] = rows[:, 0].int().tolist()
-        return found
-
-    def _of_converted(self, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
-        """All experts in one tensor whose shape, order or name a converter changes."""
-        layer, axis = self.stacked[hit[0]]
-        if any(self.stacked[name][0] is not layer for name in hit):
-            return self._of_several_layers(target, sources, hit)
-        if axis.stride != 1 or axis.extra:
-            raise UnsupportedModelError(f"{target}: its experts are flattened, and a converter changes their tensor.")
-        present = {pattern: self.shapes[name] for pattern, name in sources.items() if name in self.shapes}
-        if len(present) < len(sources):  # quantised: what is there are companions, which keep the experts apart or not
-            return {name: Fate(name, layer, axis) for name in sources.values()}
-        for dim in range(max(map(len, present.values()))):
-            if self._counts_experts(target, present, dim, layer, hit):
-                cut = {p: _has(shape, dim, layer.num_experts) for p, shape in present.items()}
-                one = ExpertAxis(dim)
-                return {name: Fate(name, layer, one if cut[p] else None) for p, name in sources.items()}
+        wanted[name] = [found[row] for row in axis.rows(change.kept[layer.path], layer.num_experts)]
+    stay = sorted({place for found in [*wanted.values(), *others.values()] for place in found})
+    if _places_of_experts(change, target, sources, stay, change.smaller) != wanted | others:
+        layers = " and ".join(dict.fromkeys(change.stacked[name][0].path for name in hit))
         raise UnsupportedModelError(
-            f"{target}: no dimension of {', '.join(sources.values())} ({[list(s) for s in present.values()]}) holds "
-            f"{layer.num_experts} experts such that transformers makes the smaller model of the rest."
+            f"{layers}: their experts are one list on disk ({first[0]} …), so they must keep equally many."
         )
+    result: dict[str, Fate] = {}
+    for names in sources.values():
+        result |= {name: Fate(None) for name in names}
+        result |= {names[place]: Fate(new, change.stacked[hit[0]][0]) for place, new in zip(stay, names, strict=False)}
+    return result
 
-    def _counts_experts(
-        self, target: str, shapes: Mapping[str, Shape], dim: int, layer: MoELayer, hit: Sequence[str]
-    ) -> bool:
-        """Whether sources cut along a dimension become what the smaller model has, with the experts in their order."""
-        num_kept = len(self.kept[layer.path])
-        has = {pattern: _has(shape, dim, layer.num_experts) for pattern, shape in shapes.items()}
-        if not any(has.values()):
+
+def _places_of_experts(
+    change: _Change, target: str, sources: Mapping[str, list[str]], labels: Sequence[int], mapping: _Mapping
+) -> dict[str, list[int]]:
+    """For each tensor of the model, the place in the list that each expert's part comes from; places sent through
+    the converter instead of weights.
+    """
+
+    def number(name: str, label: int) -> Tensor:
+        return torch.full((2,) * len(change.shapes.get(name, (0, 0))), float(label))
+
+    numbered = {p: list(map(number, names, labels)) for p, names in sources.items()}
+    try:
+        made = mapping.convert(target, numbered)
+    except Exception as error:  # an operation of transformers may refuse in any way
+        raise UnsupportedModelError(f"{target}: what transformers makes it of cannot be followed: {error}") from error
+    found = {}
+    for name, label in made.items():
+        dim = change.stacked[name][1].dim if name in change.stacked else 0
+        rows = label.movedim(dim, 0).flatten(1)
+        if not torch.equal(rows, rows[:, :1].expand_as(rows)):
+            raise UnsupportedModelError(f"{name}: its converter mixes the experts that it reads from {sources}.")
+        found[name] = rows[:, 0].int().tolist()
+    return found
+
+
+def _of_converted(change: _Change, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
+    """All experts in one tensor whose shape, order or name a converter changes."""
+    layer, axis = change.stacked[hit[0]]
+    if any(change.stacked[name][0] is not layer for name in hit):
+        return _of_several_layers(change, target, sources, hit)
+    if axis.stride != 1 or axis.extra:
+        raise UnsupportedModelError(f"{target}: its experts are flattened, and a converter changes their tensor.")
+    present = {pattern: change.shapes[name] for pattern, name in sources.items() if name in change.shapes}
+    if len(present) < len(sources):  # quantised: what is there are companions, which keep the experts apart or not
+        return {name: Fate(name, layer, axis) for name in sources.values()}
+    for dim in range(max(map(len, present.values()))):
+        if _counts_experts(change, target, present, dim, layer, hit):
+            cut = {p: _has(shape, dim, layer.num_experts) for p, shape in present.items()}
+            one = ExpertAxis(dim)
+            return {name: Fate(name, layer, one if cut[p] else None) for p, name in sources.items()}
+    raise UnsupportedModelError(
+        f"{target}: no dimension of {', '.join(sources.values())} ({[list(s) for s in present.values()]}) holds "
+        f"{layer.num_experts} experts such that transformers makes the smaller model of the rest."
+    )
+
+
+def _counts_experts(
+    change: _Change, target: str, shapes: Mapping[str, Shape], dim: int, layer: MoELayer, hit: Sequence[str]
+) -> bool:
+    """Whether sources cut along a dimension become what the smaller model has, with the experts in their order."""
+    num_kept = len(change.kept[layer.path])
+    has = {pattern: _has(shape, dim, layer.num_experts) for pattern, shape in shapes.items()}
+    if not any(has.values()):
+        return False
+
+    def cut(shape: Shape) -> Shape:
+        return (*shape[:dim], num_kept, *shape[dim + 1 :])
+
+    meta = {p: torch.empty(cut(shape) if has[p] else shape, device="meta") for p, shape in shapes.items()}
+    small = {p: (2,) * len(shape) for p, shape in shapes.items()}
+    labels = {p: _row_numbers(cut(shape), dim) if has[p] else torch.zeros(shape) for p, shape in small.items()}
+    try:
+        made = change.smaller.convert(target, {p: [tensor] for p, tensor in meta.items()})
+        sent = change.smaller.convert(target, {p: [tensor] for p, tensor in labels.items()})
+    except Exception:  # with a wrong dimension operations fail in any way
+        return False
+    for name in hit:
+        expert_dim = change.stacked[name][1].dim
+        if made[name].shape != change.smaller.tensors[name].shape or sent[name].shape[expert_dim] != num_kept:
             return False
+        rows = sent[name].movedim(expert_dim, 0).flatten(1)
+        if not torch.equal(rows, torch.arange(num_kept)[:, None].expand_as(rows).to(rows.dtype)):
+            return False
+    return True
 
-        def cut(shape: Shape) -> Shape:
-            return (*shape[:dim], num_kept, *shape[dim + 1 :])
 
-        meta = {p: torch.empty(cut(shape) if has[p] else shape, device="meta") for p, shape in shapes.items()}
-        small = {p: (2,) * len(shape) for p, shape in shapes.items()}
-        labels = {p: _row_numbers(cut(shape), dim) if has[p] else torch.zeros(shape) for p, shape in small.items()}
+def _of_several_layers(change: _Change, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
+    """One tensor on disk for several layers: its numbers' places are sent through the converter, for the tensor as
+    it is and for a smaller one, and compared where they come out.
+    """
+    (pattern, name), *others = sources.items()
+    shape = change.shapes.get(name)
+    if others or shape is None or prod(shape) > _FEW:
+        raise UnsupportedModelError(f"{target}: {', '.join(sources.values())} holds experts of several layers.")
+    layers = [change.stacked[one][0] for one in hit]
+    for dim, size in enumerate(shape):
+        if size != layers[0].num_experts:
+            continue
+        new_shape = (*shape[:dim], len(change.kept[layers[0].path]), *shape[dim + 1 :])
         try:
-            made = self.smaller.convert(target, {p: [tensor] for p, tensor in meta.items()})
-            sent = self.smaller.convert(target, {p: [tensor] for p, tensor in labels.items()})
+            old = change.mapping.convert(target, {pattern: [_places(shape)]})
+            new = change.smaller.convert(target, {pattern: [_places(new_shape)]})
         except Exception:  # with a wrong dimension operations fail in any way
-            return False
-        for name in hit:
-            expert_dim = self.stacked[name][1].dim
-            if made[name].shape != self.smaller.tensors[name].shape or sent[name].shape[expert_dim] != num_kept:
-                return False
-            rows = sent[name].movedim(expert_dim, 0).flatten(1)
-            if not torch.equal(rows, torch.arange(num_kept)[:, None].expand_as(rows).to(rows.dtype)):
-                return False
-        return True
+            continue
+        if any(new[one].shape != change.smaller.tensors[one].shape for one in hit):
+            continue
+        gather = torch.zeros(prod(new_shape), dtype=torch.int64)
+        for one, places in old.items():
+            stay = places
+            if one in hit:
+                layer, axis = change.stacked[one]
+                stay = places.index_select(axis.dim, axis.rows(change.kept[layer.path], layer.num_experts))
+            gather[new[one].flatten()] = stay.flatten()
+        return {name: Fate(name, layers[0], gather=gather.reshape(new_shape))}
+    raise UnsupportedModelError(
+        f"{' and '.join(layer.path for layer in layers)}: their experts are in one tensor on disk ({name}), so "
+        f"they must keep equally many."
+    )
 
-    def _of_several_layers(self, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
-        """One tensor on disk for several layers: its numbers' places are sent through the converter, for the tensor as
-        it is and for a smaller one, and compared where they come out.
-        """
-        (pattern, name), *others = sources.items()
-        shape = self.shapes.get(name)
-        if others or shape is None or prod(shape) > _FEW:
-            raise UnsupportedModelError(f"{target}: {', '.join(sources.values())} holds experts of several layers.")
-        layers = [self.stacked[one][0] for one in hit]
-        for dim, size in enumerate(shape):
-            if size != layers[0].num_experts:
-                continue
-            new_shape = (*shape[:dim], len(self.kept[layers[0].path]), *shape[dim + 1 :])
-            try:
-                old = self.mapping.convert(target, {pattern: [_places(shape)]})
-                new = self.smaller.convert(target, {pattern: [_places(new_shape)]})
-            except Exception:  # with a wrong dimension operations fail in any way
-                continue
-            if any(new[one].shape != self.smaller.tensors[one].shape for one in hit):
-                continue
-            gather = torch.zeros(prod(new_shape), dtype=torch.int64)
-            for one, places in old.items():
-                stay = places
-                if one in hit:
-                    layer, axis = self.stacked[one]
-                    stay = places.index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
-                gather[new[one].flatten()] = stay.flatten()
-            return {name: Fate(name, layers[0], gather=gather.reshape(new_shape))}
+
+def _of_companion(change: _Change, name: str, owner: _Owner, fate: Fate) -> Fate:
+    if fate.axis is None:
+        return dataclasses.replace(fate, name=None if fate.name is None else owner.companion_of(fate.name))
+    assert fate.layer is not None
+    shape = change.shapes[name]
+    itself = not owner.tail and name == owner.name
+    if itself and (fate.target is None or change.mapping.tensors[fate.target].shape == shape):
+        return fate
+    if prod(shape) == 1 and not itself:
+        return Fate(name)  # one number for all experts
+    if len(change.kept[fate.layer.path]) == fate.layer.num_experts:
+        return Fate(name)
+    axis = _axis_of_companion(change, name, shape, fate.layer, fate.axis)
+    return Fate(name, fate.layer, axis)
+
+
+def _axis_of_companion(change: _Change, name: str, shape: Shape, layer: MoELayer, axis: ExpertAxis) -> ExpertAxis:
+    size = shape[axis.dim] if axis.dim < len(shape) else 0
+    stride, rest = divmod(size, layer.num_experts)
+    blocks = (change.quantisation or {}).get("weight_block_size") or [1]
+    straddles = stride and axis.stride > 1 and (axis.stride % stride or axis.stride % blocks[0])
+    if change.quantisation is None or not stride or rest or axis.extra or straddles or stride > axis.stride:
         raise UnsupportedModelError(
-            f"{' and '.join(layer.path for layer in layers)}: their experts are in one tensor on disk ({name}), so "
-            f"they must keep equally many."
+            f"{name} {list(shape)}: its {layer.num_experts} experts are packed together, so none can be taken out "
+            f"of it. Prune the unquantised checkpoint, then quantise the result; or quantise experts one by one, "
+            f"and no router."
         )
+    return ExpertAxis(axis.dim, stride)
 
-    # what goes with a weight
 
-    def _of_companion(self, name: str, owner: _Owner, fate: Fate) -> Fate:
-        if fate.axis is None:
-            return dataclasses.replace(fate, name=None if fate.name is None else owner.companion_of(fate.name))
-        assert fate.layer is not None
-        shape = self.shapes[name]
-        itself = not owner.tail and name == owner.name
-        if itself and (fate.target is None or self.mapping.tensors[fate.target].shape == shape):
-            return fate
-        if prod(shape) == 1 and not itself:
-            return Fate(name)  # one number for all experts
-        if len(self.kept[fate.layer.path]) == fate.layer.num_experts:
-            return Fate(name)
-        axis = self._axis_of_companion(name, shape, fate.layer, fate.axis)
-        return Fate(name, fate.layer, axis)
-
-    def _axis_of_companion(self, name: str, shape: Shape, layer: MoELayer, axis: ExpertAxis) -> ExpertAxis:
-        size = shape[axis.dim] if axis.dim < len(shape) else 0
-        stride, rest = divmod(size, layer.num_experts)
-        blocks = (self.quantisation or {}).get("weight_block_size") or [1]
-        straddles = stride and axis.stride > 1 and (axis.stride % stride or axis.stride % blocks[0])
-        if self.quantisation is None or not stride or rest or axis.extra or straddles or stride > axis.stride:
+def _of_strangers(change: _Change, strangers: Sequence[str]) -> dict[str, Fate]:
+    """Names that lead nowhere in the model: in a quantised checkpoint, experts by number where the model has them
+    stacked, and anything outside of the MoE blocks.
+    """
+    if strangers and change.quantisation is None:
+        raise CheckpointError(f"{strangers[0]} is nothing of {type(change.before.model).__name__}.")
+    numbered: dict[tuple[str, str], dict[int, str]] = {}
+    result = {}
+    for name in strangers:
+        renamed, _ = change.mapping.rename(name)
+        layer = next((layer for layer in change.before.layers if renamed.startswith(_under(layer.path))), None)
+        if layer is None:
+            result[name] = Fate(name)
+            continue
+        if (change.quantisation or {}).get("quant_method") == "torchao":
             raise UnsupportedModelError(
-                f"{name} {list(shape)}: its {layer.num_experts} experts are packed together, so none can be taken out "
-                f"of it. Prune the unquantised checkpoint, then quantise the result; or quantise experts one by one, "
-                f"and no router."
+                f"{name}: a piece of a weight that torchao has taken apart, and its experts cannot be taken out of "
+                f"that. Apply the decision to the unquantised model, then quantise the result."
             )
-        return ExpertAxis(axis.dim, stride)
-
-    def _of_strangers(self, strangers: Mapping[str, str]) -> dict[str, Fate]:
-        """Names that lead nowhere in the model: in a quantised checkpoint, experts by number where the model has them
-        stacked, and anything outside of the MoE blocks.
-        """
-        if strangers and self.quantisation is None:
-            raise CheckpointError(f"{next(iter(strangers))} is nothing of {type(self.before.model).__name__}.")
-        numbered: dict[tuple[str, str], dict[int, str]] = {}
-        result = {}
-        for name, renamed in strangers.items():
-            layer = next((layer for layer in self.before.layers if renamed.startswith(_under(layer.path))), None)
-            if layer is None:
-                result[name] = Fate(name)
-                continue
-            if (self.quantisation or {}).get("quant_method") == "torchao":
-                raise UnsupportedModelError(
-                    f"{name}: a piece of a weight that torchao has taken apart, and its experts cannot be taken out of "
-                    f"that. Apply the decision to the unquantised model, then quantise the result."
-                )
-            number, _, rest = renamed.removeprefix(_under(layer.experts)).partition(".")
-            if not renamed.startswith(_under(layer.experts)) or not number.isdecimal() or not rest:
-                raise UnsupportedModelError(
-                    f"{name}: inside a MoE block, and neither the block nor what it is quantised from has anything of "
-                    f"that name, so whether it counts experts cannot be told."
-                )
-            numbered.setdefault((layer.path, rest), {})[int(number)] = name
-        by_path = {layer.path: layer for layer in self.before.layers}
-        for (path, rest), by_number in numbered.items():
-            layer = by_path[path]
-            if sorted(by_number) != list(range(layer.num_experts)):
-                raise CheckpointError(
-                    f"{path}: by its config it has {layer.num_experts} experts, the checkpoint holds {rest} of "
-                    f"{len(by_number)}."
-                )
-            result |= {name: Fate(None) for name in by_number.values()}
-            result |= {by_number[expert]: Fate(by_number[new], layer) for new, expert in enumerate(self.kept[path])}
-        return result
+        number, _, rest = renamed.removeprefix(_under(layer.experts)).partition(".")
+        if not renamed.startswith(_under(layer.experts)) or not number.isdecimal() or not rest:
+            raise UnsupportedModelError(
+                f"{name}: inside a MoE block, and neither the block nor what it is quantised from has anything of "
+                f"that name, so whether it counts experts cannot be told."
+            )
+        numbered.setdefault((layer.path, rest), {})[int(number)] = name
+    by_path = {layer.path: layer for layer in change.before.layers}
+    for (path, rest), by_number in numbered.items():
+        layer = by_path[path]
+        if sorted(by_number) != list(range(layer.num_experts)):
+            raise CheckpointError(
+                f"{path}: by its config it has {layer.num_experts} experts, the checkpoint holds {rest} of "
+                f"{len(by_number)}."
+            )
+        result |= {name: Fate(None) for name in by_number.values()}
+        result |= {by_number[expert]: Fate(by_number[new], layer) for new, expert in enumerate(change.kept[path])}
+    return result
 
 
 def _owners(name: str) -> Iterator[_Owner]:
