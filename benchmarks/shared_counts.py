@@ -24,7 +24,7 @@ from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise
 from compressor.recipe.schema import load_recipe
-from compressor.selection.expert_selection import allocated
+from compressor.selection.layer_plan import allocated
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 
 DOMAINS = ("code", "prose", "arithmetic")

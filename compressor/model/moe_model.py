@@ -196,7 +196,7 @@ class MoEModel:
         self._check_top_k(top_k)
         switched_off: dict[str, list[int]] = {}
         if padded:
-            checked, switched_off = self._padded(checked)
+            checked, switched_off = _padded(self.layers, checked)
         self._check_shared_tensors(checked)
         rules = self._rules_after(checked, top_k)
         skipped = skipping.states(self.model)
@@ -265,25 +265,6 @@ class MoEModel:
                         f"{layer.path} and {other} share their weights ({name}), so they must keep the same experts."
                     )
 
-    def _padded(self, kept: Mapping[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """(kept ids, all counts equal; new ids of the surplus experts to be switched off)."""
-        most = max(len(ids) for ids in kept.values())
-        filled: dict[str, list[int]] = {}
-        switched_off: dict[str, list[int]] = {}
-        for layer in self.layers:
-            own, size = set(kept[layer.path]), layer.num_experts // layer.num_groups
-            if len(own) < most and layer.padding_problem:
-                raise UnsupportedModelError(f"{layer.path}: cannot be padded: {layer.padding_problem}.")
-            ids: list[int] = []
-            for group in range(layer.num_groups):
-                members = range(group * size, (group + 1) * size)
-                mine = [expert for expert in members if expert in own]
-                spare = [expert for expert in members if expert not in own]
-                ids += sorted(mine + spare[: most // layer.num_groups - len(mine)])
-            filled[layer.path] = ids
-            switched_off[layer.path] = [position for position, expert in enumerate(ids) if expert not in own]
-        return filled, switched_off
-
     def _keep_in_layer(self, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
         for name in layer.id_tensors:
             table = tensor_at(self.model, name)
@@ -291,6 +272,28 @@ class MoEModel:
                 rows = router_weights(self.model, layer)[0][: layer.num_experts]
                 table.copy_(relabelled(table, layer, kept, rows))
         return slice_layer(self.model, layer, kept, made)
+
+
+def _padded(
+    layers: Sequence[MoELayer], kept: Mapping[str, list[int]]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """(kept ids, all counts equal; new ids of the surplus experts to be switched off)."""
+    most = max(len(ids) for ids in kept.values())
+    filled: dict[str, list[int]] = {}
+    switched_off: dict[str, list[int]] = {}
+    for layer in layers:
+        own, size = set(kept[layer.path]), layer.num_experts // layer.num_groups
+        if len(own) < most and layer.padding_problem:
+            raise UnsupportedModelError(f"{layer.path}: cannot be padded: {layer.padding_problem}.")
+        ids: list[int] = []
+        for group in range(layer.num_groups):
+            members = range(group * size, (group + 1) * size)
+            mine = [expert for expert in members if expert in own]
+            spare = [expert for expert in members if expert not in own]
+            ids += sorted(mine + spare[: most // layer.num_groups - len(mine)])
+        filled[layer.path] = ids
+        switched_off[layer.path] = [position for position, expert in enumerate(ids) if expert not in own]
+    return filled, switched_off
 
 
 def check_kept(layer: MoELayer, kept: Sequence[int], *, top_k: int | None = None) -> list[int]:

@@ -13,13 +13,21 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressor.method import Decision, Method, OptionError, Plan, check_layer_names
-from compressor.selection.options import SelectionOptions, ids_for
+from compressor.selection.layer_plan import (
+    LayerPlan,
+    allocated,
+    check_top_k,
+    padding_note,
+    planned_counts,
+    rounding_notes,
+    total_kept,
+)
+from compressor.selection.options import SelectionOptions
 from compressor.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -32,11 +40,9 @@ if TYPE_CHECKING:
     from compressor.selection.choose import Choice, Fixed
     from compressor.selection.greedy import GreedySearch
 
-_MAX_RANKS = 20
 _MANY_DROPPED = 0.6
 _STARTS_WHERE_MANY_GO = 2
 
-Route = Literal["criterion", "exact", "greedy"]
 OptionsT = TypeVar("OptionsT", bound=SelectionOptions)
 
 
@@ -51,54 +57,47 @@ class ExpertSelection(Method[OptionsT]):
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         self._check_criterion()
         self._check_text()
-        self._check_top_k(layers)
+        options, plans = self.options, [self._plan(layer) for layer in layers]
+        check_top_k(layers, options.top_k)
         for option, by_layer in self._by_layer().items():
             check_layer_names(layers, option, by_layer)
-        for layer in layers:
-            self._check_multiple(layer)
-            if not self.options.budget:
-                self._check_count(layer)
-            self._check_fixed(layer)
-            if self._changes(layer):
-                self._check_search(layer)
-        planned = self._planned(layers)
-        if self.options.top_k is None and sum(planned.values()) == sum(layer.num_experts for layer in layers):
+        for plan in plans:
+            plan.check()
+        planned = planned_counts(plans, options)
+        if options.top_k is None and sum(planned.values()) == sum(layer.num_experts for layer in layers):
             where = f"{layers[0].path}: all {layers[0].num_experts} experts would stay"
-            if self.options.multiple_of is not None:
-                where += f" (`multiple_of: {self.options.multiple_of}`)"
-            raise self._refused(f"{where}: nothing to prune.")
-        notes = sorted({note for layer in layers for note in self._search_notes(layer)})
-        notes += self._rounding_notes(layers)
-        if self.options.budget:
+            if options.multiple_of is not None:
+                where += f" (`multiple_of: {options.multiple_of}`)"
+            raise OptionError(options.count_option, f"{where}: nothing to prune.")
+        notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
+        notes += rounding_notes(plans, options)
+        if options.budget:
             notes.append(
                 f"{sum(planned.values()):,} experts stay in {len(layers)} layers; how many in which is found on the "
                 f"calibration text, an even split is shown"
             )
-        if self.options.padded:
-            notes.append(self._padding_note(layers, planned))
-        if self.options.progressive:
+        if options.padded:
+            notes.append(padding_note(layers, planned, options))
+        if options.progressive:
             notes.append("each layer is observed on what comes out of the layers already pruned")
-        if self.options.top_k is not None:
-            notes.append(f"each token chooses {self.options.top_k} of a layer's experts, now {layers[0].top_k}")
-        return Plan(planned, notes, top_k=self.options.top_k, count_option=self.options.count_option)
+        if options.top_k is not None:
+            notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
+        return Plan(planned, notes, top_k=options.top_k, count_option=options.count_option)
 
-    def _refused(self, message: str) -> OptionError:
-        return OptionError(self.options.count_option, message)
+    def _plan(self, layer: MoELayer) -> LayerPlan:
+        return LayerPlan(layer, self.options)
 
-    def _check_top_k(self, layers: Sequence[MoELayer]) -> None:
-        for layer in layers:
-            top_k = self.options.top_k
-            if top_k is None:
-                return
-            if layer.top_k_fixed:
-                message = f"its class chooses {layer.top_k} experts per token whatever the config says"
-            elif top_k == layer.top_k:
-                message = f"each token chooses {top_k} experts already; leave `top_k` out"
-            elif top_k > layer.top_k:
-                message = f"each token chooses {layer.top_k} experts, which can be lowered but not raised to {top_k}"
-            else:
-                continue
-            raise OptionError("top_k", f"{layer.path}: {message}.")
+    def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
+        if self.options.criterion is None or not any(plan.changes for plan in plans):
+            return []
+        criterion = self.criteria[self.options.criterion]
+        notes = [f"experts are kept by their score: {criterion.name} ({criterion.source})"]
+        if not self.needs_text:
+            notes.append(
+                "no calibration text is read for it, so super experts are not known and not protected (with "
+                "`gather: [outputs]` some is, and they are)"
+            )
+        return sorted(notes)
 
     def _check_criterion(self) -> None:
         name = self.options.criterion
@@ -120,214 +119,6 @@ class ExpertSelection(Method[OptionsT]):
         """The options that name layers."""
         options = self.options
         return {options.count_option: options.by_layer, "protect": options.protect, "forbid": options.forbid}
-
-    def _check_fixed(self, layer: MoELayer) -> None:
-        """Ids that exist, in one list only, and no more than there is room for."""
-        protected, forbidden = ids_for(layer, self.options.protect), ids_for(layer, self.options.forbid)
-        for option, ids in (("protect", protected), ("forbid", forbidden)):
-            unknown = [expert for expert in ids if expert >= layer.num_experts]
-            if unknown:
-                raise OptionError(
-                    option,
-                    f"{layer.path}: it has no expert {unknown[0]}; its experts are 0 to {layer.num_experts - 1}.",
-                )
-        both = sorted(set(protected) & set(forbidden))
-        if both:
-            raise OptionError("forbid", f"{layer.path}: expert {both[0]} is both protected and forbidden.")
-        crowded = [list(self._crowded(layer, count)) for count in self._counts(layer)]
-        if all(crowded):
-            raise OptionError(*crowded[0][0])
-
-    def _crowded(self, layer: MoELayer, num_kept: int) -> Iterator[tuple[str, str]]:
-        """(option, what is wrong) where a list is longer than there is room for."""
-        protected, forbidden = ids_for(layer, self.options.protect), ids_for(layer, self.options.forbid)
-        size, per_group = layer.num_experts // layer.num_groups, num_kept // layer.num_groups
-        for group in range(layer.num_groups):
-            where = layer.path if layer.num_groups == 1 else f"{layer.path}, group {group}"
-            stay = sum(expert // size == group for expert in protected)
-            go = sum(expert // size == group for expert in forbidden)
-            if stay > per_group:
-                yield "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
-            if go > size - per_group:
-                yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
-
-    def _check_multiple(self, layer: MoELayer) -> None:
-        """There is a multiple that the layer can keep, and a count that was given is one."""
-        multiple, asked = self.options.multiple_of, self.options.asked(layer)
-        if multiple is None:
-            return
-        possible = self._possible(layer)
-        if not possible:
-            raise OptionError(
-                "multiple_of",
-                f"{layer.path}: none of the counts that it can keep is a multiple of {multiple}; it has "
-                f"{layer.num_experts} experts.",
-            )
-        if isinstance(asked, int) and asked % multiple:
-            below, above = (asked // multiple * multiple, (asked // multiple + 1) * multiple)
-            near = " and ".join(str(count) for count in (below, above) if count in possible) or str(possible[-1])
-            raise self._refused(
-                f"{layer.path}: {asked} is not a multiple of {multiple} (`multiple_of`). The nearest that it can keep: "
-                f"{near}."
-            )
-
-    def _rounding_notes(self, layers: Sequence[MoELayer]) -> list[str]:
-        """What `multiple_of` has changed."""
-        multiple = self.options.multiple_of
-        if multiple is None:
-            return []
-        notes: list[str] = []
-        if self.options.budget:
-            asked, total = self.options.budget.total([layer.num_experts for layer in layers]), self._total(layers)
-            notes += [f"{total:,} experts stay in all instead of {asked:,}"] if asked != total else []
-        for layer in layers:
-            num_kept, count = self.options.num_kept(layer), self._counts(layer)[0]
-            if num_kept not in (None, count):
-                notes.append(f"{count} of {layer.num_experts} experts stay instead of {num_kept}")
-        return [f"multiple_of {multiple}: {note}" for note in dict.fromkeys(notes)]
-
-    def _check_count(self, layer: MoELayer) -> None:
-        from compressor.model.moe_model import count_problem
-
-        [num_kept] = self._counts(layer)
-        if num_kept < 1:
-            raise self._refused(
-                f"{layer.path}: it has {layer.num_experts} experts, so dropping {self.options.drop} would leave none."
-            )
-        problem = count_problem(self._smaller(layer), num_kept)
-        if problem:
-            raise self._refused(f"{layer.path}: {problem}.")
-
-    def _check_search(self, layer: MoELayer) -> None:
-        if layer.watch_problem is not None:
-            raise self._refused(f"{layer.watch_problem}.")
-        if self.options.search != "exact" or self._few_sets(layer):
-            return
-        sets, ranks, counts = self._num_sets(layer), self._num_ranks(layer), self._counts(layer)
-        limit = (
-            f"the limit is {self.options.max_subsets:,} (`max_subsets`)"
-            if sets > self.options.max_subsets
-            else f"each token would need its best {ranks} experts, the limit is {_MAX_RANKS}"
-        )
-        kept = f"{counts[0]}" if len(counts) == 1 else f"from {counts[0]} to {counts[-1]}"
-        raise OptionError(
-            "search",
-            f"{layer.path}: keeping {kept} of {layer.num_experts} experts means {sets:,} possible sets per layer, too "
-            f"many to look at all of them: {limit}. Say `search: greedy`, or leave it out.",
-        )
-
-    def _search_notes(self, layer: MoELayer) -> Iterator[str]:
-        counts, route = self._counts(layer), self._route(layer)
-        if not self._changes(layer):
-            return
-        if route == "criterion":
-            criterion = self.criteria[self.options.criterion or ""]
-            yield f"experts are kept by their score: {criterion.name} ({criterion.source})"
-            if not self.needs_text:
-                yield (
-                    "no calibration text is read for it, so super experts are not known and not protected (with "
-                    "`gather: [outputs]` some is, and they are)"
-                )
-            return
-        kept = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        sets = self._num_sets(layer)
-        if sets == 1:
-            return
-        amount = f"{sets:,}" if sets < 10**9 else f"{sets:.1e}"
-        how = "all of them looked at" if route == "exact" else "searched: greedy removal, then best swaps"
-        yield f"{amount} sets of {kept} experts per layer, {how}"
-
-    def _padding_note(self, layers: Sequence[MoELayer], planned: Mapping[str, int]) -> str:
-        most = max(planned.values())
-        if not self.options.budget and min(planned.values()) == most:
-            raise OptionError("padded", f"every layer keeps {most} experts, so there is nothing to pad; leave it out.")
-        for layer in layers:
-            if layer.padding_problem is not None and (self.options.budget or planned[layer.path] < most):
-                raise OptionError("padded", f"{layer.path}: cannot be padded: {layer.padding_problem}.")
-        if self.options.budget:
-            return "padded to the largest layer's count: what the other layers drop beyond that saves no memory"
-        stay = {layer.path: most - planned[layer.path] for layer in layers}
-        parameters = sum(stay[layer.path] * layer.parameters_per_expert for layer in layers)
-        return (
-            f"padded to {most} experts in every layer: {parameters:,} parameters of {sum(stay.values())} dropped "
-            f"experts stay in the checkpoint"
-        )
-
-    # how many
-
-    def _smaller(self, layer: MoELayer) -> MoELayer:
-        """The layer with the number of choices per token that it will have."""
-        return layer if self.options.top_k is None else dataclasses.replace(layer, top_k=self.options.top_k)
-
-    def _counts(self, layer: MoELayer) -> list[int]:
-        """The counts among whose sets is searched, ascending: one, or with a mean all that the layer could keep."""
-        num_kept, asked = self.options.num_kept(layer), self.options.asked(layer)
-        if num_kept is None or asked is None:
-            return self._possible(layer)
-        if self.options.multiple_of is None or isinstance(asked, int):
-            return [num_kept]
-        return [min(self._possible(layer), key=lambda count: (abs(count - asked), -count), default=num_kept)]
-
-    def _possible(self, layer: MoELayer) -> list[int]:
-        """All counts that the layer could keep, ascending."""
-        from compressor.model.moe_model import count_problem
-
-        smaller, multiple = self._smaller(layer), self.options.multiple_of or 1
-        counts = range(multiple, layer.num_experts + 1, multiple)
-        return [count for count in counts if count_problem(smaller, count) is None]
-
-    def _num_sets(self, layer: MoELayer) -> int:
-        from compressor.selection.exact import num_subsets
-
-        return sum(num_subsets(layer, count) for count in self._counts(layer))
-
-    def _num_ranks(self, layer: MoELayer) -> int:
-        from compressor.selection.exact import ranks_needed
-
-        return max(ranks_needed(layer, count, self.options.top_k) for count in self._counts(layer))
-
-    def _changes(self, layer: MoELayer) -> bool:
-        """Whether anything changes in the layer."""
-        return self.options.top_k is not None or self._counts(layer) != [layer.num_experts]
-
-    def _few_sets(self, layer: MoELayer) -> bool:
-        return self._num_sets(layer) <= self.options.max_subsets and self._num_ranks(layer) <= _MAX_RANKS
-
-    def _route(self, layer: MoELayer) -> Route:
-        if self.options.criterion is not None:
-            return "criterion"
-        if self.options.search != "auto":
-            return self.options.search
-        return "exact" if self._few_sets(layer) else "greedy"
-
-    def _total(self, layers: Sequence[MoELayer]) -> int:
-        """The experts that a mean leaves in all. Raises OptionError if the layers cannot keep exactly so many."""
-        from compressor.selection.allocation import possible_totals
-
-        assert self.options.budget is not None
-        total = self.options.budget.total([layer.num_experts for layer in layers])
-        possible = possible_totals([self._counts(layer) for layer in layers])
-        if total in possible:
-            return total
-        if self.options.multiple_of is not None and possible[0] <= total <= possible[-1]:
-            return min(possible, key=lambda one: (abs(one - total), -one))
-        nearest = min(possible, key=lambda one: (abs(one - total), one))
-        raise self._refused(
-            f"a mean of {self.options.budget.mean} is {total} experts in {len(layers)} layers, which cannot be: what "
-            f"the layers can keep adds up to {possible[0]} at least and {possible[-1]} at most"
-            f"{'' if len(possible) > possible[-1] - possible[0] else ', in steps'}. "
-            f"The nearest possible mean is {nearest / len(layers):.6g}."
-        )
-
-    def _planned(self, layers: Sequence[MoELayer]) -> dict[str, int]:
-        """The count of every layer; with a mean, whose split only the figures can tell, the most even one."""
-        if not self.options.budget:
-            return {layer.path: self._counts(layer)[0] for layer in layers}
-        total = self._total(layers)
-        mean = total / len(layers)
-        return allocated(
-            {one.path: {count: (count - mean) ** 2 for count in self._counts(one)} for one in layers}, total
-        )
 
     # observe, decide, edit
 
@@ -361,7 +152,8 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection.exact import SubsetErrors
         from compressor.selection.pair_losses import PairLosses
 
-        if not self._changes(layer):
+        plan = self._plan(layer)
+        if not plan.changes:
             return None
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
         needs = {*self.options.gather, *(criterion.needs if criterion else ())}
@@ -369,32 +161,32 @@ class ExpertSelection(Method[OptionsT]):
         parts: list[RankedStatistic] = [sums]
         if "pairs" in needs:
             parts.append(PairLosses(layer))
-        route, counts = self._route(layer), self._counts(layer)
-        if route == "exact":
-            parts.append(SubsetErrors(layer, counts, self.options.top_k))
-        if route == "greedy":
-            parts.append(self._greedy_search(layer, sums))
+        if plan.route == "exact":
+            parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
+        if plan.route == "greedy":
+            parts.append(self._greedy_search(plan, sums))
         return JoinedStatistic(parts)
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
-        if not self._changes(layer) or self._route(layer) != "greedy":
+        plan = self._plan(layer)
+        if not plan.changes or plan.route != "greedy":
             return 0.0
         from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
 
         options = self.options
-        ranks = ranks_looked_at(layer, min(self._counts(layer)), options.top_k, options.ranks)
+        ranks = ranks_looked_at(layer, min(plan.counts), options.top_k, options.ranks)
         top_k = options.top_k or layer.top_k
         return most_bytes_of_token(layer, ranks, top_k, has_residual=options.progressive)
 
-    def _greedy_search(self, layer: MoELayer, sums: ExpertSums) -> GreedySearch:
+    def _greedy_search(self, plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
         from compressor.selection.greedy import GreedySearch
 
-        counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
+        layer, counts = plan.layer, [count for count in plan.counts if plan.has_room(count)]
         fewest = min(counts)
 
         def protected() -> list[int]:
-            return self._fixed(layer, sums.largest(), fewest).staying
+            return self._fixed(plan, sums.largest(), fewest).staying
 
         many_go = layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts
         starts = self.options.starts
@@ -404,29 +196,30 @@ class ExpertSelection(Method[OptionsT]):
             top_k=self.options.top_k,
             blend=self.options.blend,
             protected=protected,
-            forbidden=ids_for(layer, self.options.forbid),
+            forbidden=plan.forbidden,
             num_ranks=self.options.ranks,
             num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
         )
 
-    def _fixed(self, layer: MoELayer, largest_E: Tensor, num_kept: int) -> Fixed:
+    def _fixed(self, plan: LayerPlan, largest_E: Tensor, num_kept: int) -> Fixed:
         from compressor.selection import choose
 
         return choose.fixed_experts(
-            layer,
+            plan.layer,
             largest_E,
             num_kept,
-            protected=ids_for(layer, self.options.protect),
-            forbidden=ids_for(layer, self.options.forbid),
+            protected=plan.protected,
+            forbidden=plan.forbidden,
             protect_supers=self.options.protect_super_experts,
         )
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
+        plans = [self._plan(layer) for layer in layers]
         found = {layer.path: self.best_of_counts(layer, statistics) for layer in layers}
         decision: Decision = {"layers": {}}
         if self.options.budget:
-            total = self._total(layers)
+            total = total_kept(plans, self.options)
             costs = {path: {count: cost**2 for count, (_, cost) in of.items()} for path, of in found.items()}
             num_kept = allocated(costs, total)
             decision["budget"] = {
@@ -437,7 +230,7 @@ class ExpertSelection(Method[OptionsT]):
                 "summed_squared_loss": sum(costs[path][count] for path, count in num_kept.items()),
             }
         else:
-            num_kept = {layer.path: self._counts(layer)[0] for layer in layers}
+            num_kept = {plan.path: plan.counts[0] for plan in plans}
         decision["layers"] = {path: found[path][count][0] for path, count in num_kept.items()}
         if self.options.top_k is not None:
             decision["top_k"] = self.options.top_k
@@ -452,28 +245,28 @@ class ExpertSelection(Method[OptionsT]):
         """
         from compressor.selection.choose import ChoiceError
 
-        if not self._changes(layer):
+        plan = self._plan(layer)
+        if not plan.changes:
             return {layer.num_experts: (_unchanged(layer), 0.0)}
         if layer.path not in statistics:
-            raise self._refused(f"{layer.path}: nothing was gathered at this layer; observe again.")
-        counts = [count for count in self._counts(layer) if self._has_room(layer, count)]
+            raise OptionError(
+                self.options.count_option, f"{layer.path}: nothing was gathered at this layer; observe again."
+            )
+        counts = [count for count in plan.counts if plan.has_room(count)]
         try:
-            return {count: self._best(layer, statistics, count) for count in counts}
+            return {count: self._best(plan, statistics, count) for count in counts}
         except ChoiceError as error:
-            raise self._refused(f"{error}.") from error
+            raise OptionError(self.options.count_option, f"{error}.") from error
 
-    def _has_room(self, layer: MoELayer, num_kept: int) -> bool:
-        """Whether so many experts can be kept with those that are protected, and without those that are forbidden."""
-        return not list(self._crowded(layer, num_kept))
-
-    def _best(self, layer: MoELayer, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
+    def _best(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         from compressor.selection import choose
         from compressor.selection.scores import largest
 
-        figures, options = statistics[layer.path], self.options
+        layer, options = plan.layer, self.options
+        figures = statistics[layer.path]
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
-        fixed = self._fixed(layer, largest(figures), num_kept)
+        fixed = self._fixed(plan, largest(figures), num_kept)
         notes = choose.notes(figures, fixed)
         if options.criterion is not None:
             criterion = self.criteria[options.criterion]
@@ -507,18 +300,6 @@ class ExpertSelection(Method[OptionsT]):
     def edit(self, moe: MoEModel, decision: Decision) -> None:
         """Remove the experts that are not kept."""
         moe.keep(_kept(decision), top_k=decision.get("top_k"), padded=decision.get("padded", False))
-
-
-def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
-    """Layer path → the count it keeps, from layer path → count → its cost."""
-    import torch
-
-    from compressor.selection.allocation import allocate
-
-    table_LC = torch.full((len(costs), 1 + max(map(max, costs.values()))), float("inf"), dtype=torch.float64)
-    for row_C, by_count in zip(table_LC, costs.values(), strict=True):
-        row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
-    return dict(zip(costs, allocate(table_LC, total), strict=True))
 
 
 def _unchanged(layer: MoELayer) -> Choice:

@@ -1,0 +1,298 @@
+"""What the options of choosing experts mean for the layers of a model: which counts, by which route, and whether that
+can be.
+
+What needs torch is imported where it is used, so that options can be listed and checked without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from compressor.method import OptionError
+from compressor.selection.options import SelectionOptions, ids_for
+
+if TYPE_CHECKING:
+    from compressor.model.structure import MoELayer
+
+_MAX_RANKS = 20
+
+Route = Literal["criterion", "exact", "greedy"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the options mean for one layer."""
+
+    layer: MoELayer
+    options: SelectionOptions
+
+    @property
+    def path(self) -> str:
+        """The layer's."""
+        return self.layer.path
+
+    @cached_property
+    def possible(self) -> list[int]:
+        """All counts that the layer could keep, ascending."""
+        from compressor.model.moe_model import count_problem
+
+        multiple = self.options.multiple_of or 1
+        counts = range(multiple, self.layer.num_experts + 1, multiple)
+        return [count for count in counts if count_problem(self._smaller, count) is None]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The counts among whose sets is searched, ascending: one, or with a mean all that the layer could keep."""
+        num_kept, asked = self.options.num_kept(self.layer), self.options.asked(self.layer)
+        if num_kept is None or asked is None:
+            return self.possible
+        if self.options.multiple_of is None or isinstance(asked, int):
+            return [num_kept]
+        return [min(self.possible, key=lambda count: (abs(count - asked), -count), default=num_kept)]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything changes in the layer."""
+        return self.options.top_k is not None or self.counts != [self.layer.num_experts]
+
+    @cached_property
+    def route(self) -> Route:
+        """How its experts are chosen."""
+        if self.options.criterion is not None:
+            return "criterion"
+        if self.options.search != "auto":
+            return self.options.search
+        return "exact" if self._few_sets else "greedy"
+
+    @cached_property
+    def protected(self) -> list[int]:
+        """Ids that must stay."""
+        return ids_for(self.layer, self.options.protect)
+
+    @cached_property
+    def forbidden(self) -> list[int]:
+        """Ids that must go."""
+        return ids_for(self.layer, self.options.forbid)
+
+    def has_room(self, num_kept: int) -> bool:
+        """Whether so many experts can be kept with those that are protected, and without those that are forbidden."""
+        return not list(self._crowded(num_kept))
+
+    def check(self) -> None:
+        """Raise OptionError where this cannot be."""
+        self._check_multiple()
+        if not self.options.budget:
+            self._check_count()
+        self._check_fixed()
+        if self.changes:
+            self._check_search()
+
+    def search_note(self) -> str | None:
+        """What is searched, in words; None where there is no choice."""
+        if not self.changes or self._num_sets == 1:
+            return None
+        amount = f"{self._num_sets:,}" if self._num_sets < 10**9 else f"{self._num_sets:.1e}"
+        how = "all of them looked at" if self.route == "exact" else "searched: greedy removal, then best swaps"
+        return f"{amount} sets of {self._counts_said('')} experts per layer, {how}"
+
+    @cached_property
+    def _smaller(self) -> MoELayer:
+        """The layer with the number of choices per token that it will have."""
+        top_k = self.options.top_k
+        return self.layer if top_k is None else dataclasses.replace(self.layer, top_k=top_k)
+
+    @cached_property
+    def _num_sets(self) -> int:
+        from compressor.selection.exact import num_subsets
+
+        return sum(num_subsets(self.layer, count) for count in self.counts)
+
+    @cached_property
+    def _num_ranks(self) -> int:
+        from compressor.selection.exact import ranks_needed
+
+        return max(ranks_needed(self.layer, count, self.options.top_k) for count in self.counts)
+
+    @property
+    def _few_sets(self) -> bool:
+        return self._num_sets <= self.options.max_subsets and self._num_ranks <= _MAX_RANKS
+
+    def _counts_said(self, several: str) -> str:
+        return f"{self.counts[0]}" if len(self.counts) == 1 else f"{several}{self.counts[0]} to {self.counts[-1]}"
+
+    def _refused(self, message: str) -> OptionError:
+        return OptionError(self.options.count_option, message)
+
+    def _crowded(self, num_kept: int) -> Iterator[tuple[str, str]]:
+        """(option, what is wrong) where a list is longer than there is room for."""
+        layer = self.layer
+        size, per_group = layer.num_experts // layer.num_groups, num_kept // layer.num_groups
+        for group in range(layer.num_groups):
+            where = layer.path if layer.num_groups == 1 else f"{layer.path}, group {group}"
+            stay = sum(expert // size == group for expert in self.protected)
+            go = sum(expert // size == group for expert in self.forbidden)
+            if stay > per_group:
+                yield "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
+            if go > size - per_group:
+                yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
+
+    def _check_multiple(self) -> None:
+        """There is a multiple that the layer can keep, and a count that was given is one."""
+        multiple, asked = self.options.multiple_of, self.options.asked(self.layer)
+        if multiple is None:
+            return
+        if not self.possible:
+            raise OptionError(
+                "multiple_of",
+                f"{self.path}: none of the counts that it can keep is a multiple of {multiple}; it has "
+                f"{self.layer.num_experts} experts.",
+            )
+        if isinstance(asked, int) and asked % multiple:
+            below, above = (asked // multiple * multiple, (asked // multiple + 1) * multiple)
+            near = [str(count) for count in (below, above) if count in self.possible] or [str(self.possible[-1])]
+            raise self._refused(
+                f"{self.path}: {asked} is not a multiple of {multiple} (`multiple_of`). The nearest that it can keep: "
+                f"{' and '.join(near)}."
+            )
+
+    def _check_count(self) -> None:
+        from compressor.model.moe_model import count_problem
+
+        [num_kept] = self.counts
+        if num_kept < 1:
+            raise self._refused(
+                f"{self.path}: it has {self.layer.num_experts} experts, so dropping {self.options.drop} would leave "
+                f"none."
+            )
+        problem = count_problem(self._smaller, num_kept)
+        if problem:
+            raise self._refused(f"{self.path}: {problem}.")
+
+    def _check_fixed(self) -> None:
+        """Ids that exist, in one list only, and no more than there is room for."""
+        num_experts = self.layer.num_experts
+        for option, ids in (("protect", self.protected), ("forbid", self.forbidden)):
+            unknown = [expert for expert in ids if expert >= num_experts]
+            if unknown:
+                raise OptionError(
+                    option, f"{self.path}: it has no expert {unknown[0]}; its experts are 0 to {num_experts - 1}."
+                )
+        both = sorted(set(self.protected) & set(self.forbidden))
+        if both:
+            raise OptionError("forbid", f"{self.path}: expert {both[0]} is both protected and forbidden.")
+        crowded = [list(self._crowded(count)) for count in self.counts]
+        if all(crowded):
+            raise OptionError(*crowded[0][0])
+
+    def _check_search(self) -> None:
+        if self.layer.watch_problem is not None:
+            raise self._refused(f"{self.layer.watch_problem}.")
+        if self.options.search != "exact" or self._few_sets:
+            return
+        limit = (
+            f"the limit is {self.options.max_subsets:,} (`max_subsets`)"
+            if self._num_sets > self.options.max_subsets
+            else f"each token would need its best {self._num_ranks} experts, the limit is {_MAX_RANKS}"
+        )
+        raise OptionError(
+            "search",
+            f"{self.path}: keeping {self._counts_said('from ')} of {self.layer.num_experts} experts means "
+            f"{self._num_sets:,} possible sets per layer, too many to look at all of them: {limit}. Say `search: "
+            f"greedy`, or leave it out.",
+        )
+
+
+# All layers together ---------------------------------------------------------------------------------------
+
+
+def check_top_k(layers: Sequence[MoELayer], top_k: int | None) -> None:
+    """Raise OptionError where tokens of some layer cannot choose fewer experts, so many."""
+    for layer in layers if top_k is not None else ():
+        if layer.top_k_fixed:
+            message = f"its class chooses {layer.top_k} experts per token whatever the config says"
+        elif top_k == layer.top_k:
+            message = f"each token chooses {top_k} experts already; leave `top_k` out"
+        elif top_k is not None and top_k > layer.top_k:
+            message = f"each token chooses {layer.top_k} experts, which can be lowered but not raised to {top_k}"
+        else:
+            continue
+        raise OptionError("top_k", f"{layer.path}: {message}.")
+
+
+def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
+    """The experts that a mean leaves in all. Raises OptionError if the layers cannot keep exactly so many."""
+    from compressor.selection.allocation import possible_totals
+
+    assert options.budget is not None
+    total = options.budget.total([plan.layer.num_experts for plan in plans])
+    possible = possible_totals([plan.counts for plan in plans])
+    if total in possible:
+        return total
+    if options.multiple_of is not None and possible[0] <= total <= possible[-1]:
+        return min(possible, key=lambda one: (abs(one - total), -one))
+    nearest = min(possible, key=lambda one: (abs(one - total), one))
+    raise OptionError(
+        options.count_option,
+        f"a mean of {options.budget.mean} is {total} experts in {len(plans)} layers, which cannot be: what the layers "
+        f"can keep adds up to {possible[0]} at least and {possible[-1]} at most"
+        f"{'' if len(possible) > possible[-1] - possible[0] else ', in steps'}. "
+        f"The nearest possible mean is {nearest / len(plans):.6g}.",
+    )
+
+
+def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:
+    """The count of every layer; with a mean, whose split only the figures can tell, the most even one."""
+    if not options.budget:
+        return {plan.path: plan.counts[0] for plan in plans}
+    total = total_kept(plans, options)
+    mean = total / len(plans)
+    return allocated({plan.path: {count: (count - mean) ** 2 for count in plan.counts} for plan in plans}, total)
+
+
+def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
+    """Layer path → the count it keeps, from layer path → count → its cost."""
+    import torch
+
+    from compressor.selection.allocation import allocate
+
+    table_LC = torch.full((len(costs), 1 + max(map(max, costs.values()))), float("inf"), dtype=torch.float64)
+    for row_C, by_count in zip(table_LC, costs.values(), strict=True):
+        row_C[list(by_count)] = torch.tensor(list(by_count.values()), dtype=torch.float64)
+    return dict(zip(costs, allocate(table_LC, total), strict=True))
+
+
+def rounding_notes(plans: Sequence[LayerPlan], options: SelectionOptions) -> list[str]:
+    """What `multiple_of` has changed."""
+    if options.multiple_of is None:
+        return []
+    notes: list[str] = []
+    if options.budget:
+        asked, total = options.budget.total([plan.layer.num_experts for plan in plans]), total_kept(plans, options)
+        notes += [f"{total:,} experts stay in all instead of {asked:,}"] if asked != total else []
+    for plan in plans:
+        num_kept, count = options.num_kept(plan.layer), plan.counts[0]
+        if num_kept not in (None, count):
+            notes.append(f"{count} of {plan.layer.num_experts} experts stay instead of {num_kept}")
+    return [f"multiple_of {options.multiple_of}: {note}" for note in dict.fromkeys(notes)]
+
+
+def padding_note(layers: Sequence[MoELayer], planned: Mapping[str, int], options: SelectionOptions) -> str:
+    """What `padded` costs. Raises OptionError where it would do nothing, or cannot be."""
+    most = max(planned.values())
+    if not options.budget and min(planned.values()) == most:
+        raise OptionError("padded", f"every layer keeps {most} experts, so there is nothing to pad; leave it out.")
+    for layer in layers:
+        if layer.padding_problem is not None and (options.budget or planned[layer.path] < most):
+            raise OptionError("padded", f"{layer.path}: cannot be padded: {layer.padding_problem}.")
+    if options.budget:
+        return "padded to the largest layer's count: what the other layers drop beyond that saves no memory"
+    stay = {layer.path: most - planned[layer.path] for layer in layers}
+    parameters = sum(stay[layer.path] * layer.parameters_per_expert for layer in layers)
+    return (
+        f"padded to {most} experts in every layer: {parameters:,} parameters of {sum(stay.values())} dropped "
+        f"experts stay in the checkpoint"
+    )
