@@ -59,16 +59,16 @@ class ExpertSelection(Method[OptionsT]):
         self._check_text()
         options, plans = self.options, [self._plan(layer) for layer in layers]
         check_top_k(layers, options.top_k)
-        for option, by_layer in self._by_layer().items():
+        named: list[tuple[str, Mapping[str, Any]]] = [
+            (options.count_option, options.by_layer),
+            ("protect", options.protect),
+            ("forbid", options.forbid),
+        ]
+        for option, by_layer in named:
             check_layer_names(layers, option, by_layer)
         for plan in plans:
             plan.check()
         planned = planned_counts(plans, options)
-        if options.top_k is None and sum(planned.values()) == sum(layer.num_experts for layer in layers):
-            where = f"{layers[0].path}: all {layers[0].num_experts} experts would stay"
-            if options.multiple_of is not None:
-                where += f" (`multiple_of: {options.multiple_of}`)"
-            raise OptionError(options.count_option, f"{where}: nothing to prune.")
         notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
         notes += rounding_notes(plans, options)
         if options.budget:
@@ -114,11 +114,6 @@ class ExpertSelection(Method[OptionsT]):
                 option,
                 f"it would have no effect, since `criterion: {self.options.criterion}` looks at no text; leave it out.",
             )
-
-    def _by_layer(self) -> dict[str, Mapping[str, Any]]:
-        """The options that name layers."""
-        options = self.options
-        return {options.count_option: options.by_layer, "protect": options.protect, "forbid": options.forbid}
 
     # observe, decide, edit
 

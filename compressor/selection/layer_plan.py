@@ -245,12 +245,20 @@ def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:
-    """The count of every layer; with a mean, whose split only the figures can tell, the most even one."""
-    if not options.budget:
-        return {plan.path: plan.counts[0] for plan in plans}
-    total = total_kept(plans, options)
-    mean = total / len(plans)
-    return allocated({plan.path: {count: (count - mean) ** 2 for count in plan.counts} for plan in plans}, total)
+    """The count of every layer; with a mean, whose split only the figures can tell, the most even one. Raises
+    OptionError where nothing would change.
+    """
+    planned = {plan.path: plan.counts[0] for plan in plans}
+    if options.budget:
+        total = total_kept(plans, options)
+        mean = total / len(plans)
+        planned = allocated({plan.path: {count: (count - mean) ** 2 for count in plan.counts} for plan in plans}, total)
+    if options.top_k is None and sum(planned.values()) == sum(plan.layer.num_experts for plan in plans):
+        where = f"{plans[0].path}: all {plans[0].layer.num_experts} experts would stay"
+        if options.multiple_of is not None:
+            where += f" (`multiple_of: {options.multiple_of}`)"
+        raise OptionError(options.count_option, f"{where}: nothing to prune.")
+    return planned
 
 
 def allocated(costs: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:

@@ -105,20 +105,20 @@ def check_model(
         load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
     subject = _Subject(model, inputs, load, trust_remote_code)
     report = Report(type(model).__name__)
-    checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("keep all", subject.keep_all),
-        ("removed = masked", subject.removed),
-        ("top-k lowered", subject.top_k_lowered),
-        ("uneven", subject.uneven),
-        ("padded", subject.padded),
-        ("edited on disk", subject.on_disk),
-        ("skipping", subject.skipping),
+    checks: list[tuple[str, Callable[[_Subject], Iterator[Check]]]] = [
+        ("keep all", _keep_all),
+        ("removed = masked", _removed),
+        ("top-k lowered", _top_k_lowered),
+        ("uneven", _uneven),
+        ("padded", _padded),
+        ("edited on disk", _on_disk),
+        ("skipping", _skipping),
     ]
     if statistics:
-        checks.append(("statistics", subject.statistics))
+        checks.append(("statistics", _statistics))
     for name, run in checks:
         try:
-            report.checks += run()
+            report.checks += run(subject)
         except CompressorError as error:
             report.checks.append(Check(name, False, str(error)))
         except Exception as error:  # whatever the model's own code raises is a failure with a name
@@ -137,155 +137,23 @@ class _Subject:
         self.moe = MoEModel(copy.deepcopy(self.model).eval())
         self.untouched = answers(self.moe.model, self.inputs)
 
-    def _module(self, path: str) -> nn.Module:
+    def module(self, path: str) -> nn.Module:
         return self.moe.model.get_submodule(path)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The experts' dtype: parts of a model may have others, and its answers too."""
-        return next(self._module(self.moe.layers[0].experts).parameters()).dtype
+        return next(self.module(self.moe.layers[0].experts).parameters()).dtype
 
-    def _copy(self) -> MoEModel:
+    def copy(self) -> MoEModel:
         return MoEModel(copy.deepcopy(self.model).eval())
 
-    # the edit, against masks and against what was saved
-
-    def keep_all(self) -> Iterator[Check]:
-        """Removing nothing changes no bit."""
-        moe = self._copy()
-        moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
-        yield _equal("keep all", answers(moe.model, self.inputs), self.untouched)
-
-    def removed(self) -> Iterator[Check]:
-        """The same number everywhere: removed = masked, saved = live, with the model's own classes, and generate()."""
-        kept = kept_evenly(self.moe)
-        if kept is None:
-            yield Check("removed = masked", None, "no smaller number of experts is possible in all layers")
-            return
-        with self.moe.masked(kept):
-            masked = answers(self.moe.model, self.inputs)
-        if torch.equal(masked, self.untouched):
-            yield Check("removed = masked", False, "masking experts changes nothing, so nothing can be compared")
-            return
-        moe = self._copy()
-        moe.keep(kept)
-        yield _close("removed = masked", answers(moe.model, self.inputs), masked)
-        with tempfile.TemporaryDirectory() as folder:
-            yield from self._saved("saved", moe, Path(folder), self.load)
-
-    def top_k_lowered(self) -> Iterator[Check]:
-        """Fewer experts per token, in the config too."""
-        layer = self.moe.layers[0]
-        if layer.top_k_fixed or min(each.top_k for each in self.moe.layers) < 2:
-            yield Check("top-k lowered", None, f"every token chooses {layer.top_k}, whatever the config says")
-            return
-        kept = {each.path: range(each.num_experts) for each in self.moe.layers}
-        with self.moe.masked(kept, top_k=layer.top_k - 1):
-            masked = answers(self.moe.model, self.inputs)
-        if torch.equal(masked, self.untouched):
-            yield Check("top-k lowered", False, "a lower top-k changes nothing")
-            return
-        moe = self._copy()
-        moe.keep(kept, top_k=layer.top_k - 1)
-        yield _close("top-k lowered", answers(moe.model, self.inputs), masked)
-        with tempfile.TemporaryDirectory() as folder:
-            yield from self._saved("top-k saved", moe, Path(folder), self.load)
-
-    def uneven(self) -> Iterator[Check]:
-        """Other numbers in other layers: live, saved, read back twice by `compressor`, and by nobody else."""
-        kept = kept_unevenly(self.moe)
-        if kept is None:
-            yield Check("uneven", None, "needs two MoE layers, and two numbers that are possible in them")
-            return
-        with self.moe.masked(kept):
-            masked = answers(self.moe.model, self.inputs)
-        moe = self._copy()
-        moe.keep(kept)
-        yield _close("uneven", answers(moe.model, self.inputs), masked)
-        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-            yield from self._saved("uneven saved", moe, Path(first), self._load_with_compressor)
-            again = MoEModel(self._load_with_compressor(Path(first)))
-            yield from self._saved("uneven saved twice", again, Path(second), self._load_with_compressor)
-            try:
-                self.load(Path(first))
-                yield Check("uneven refused elsewhere", False, "it loads without this library, as another model")
-            except Exception as error:  # transformers' own, of several kinds
-                yield Check("uneven refused elsewhere", True, type(error).__name__)
-
-    def padded(self) -> Iterator[Check]:
-        """Other numbers in other layers, as a checkpoint that loads anywhere."""
-        kept = kept_unevenly(self.moe)
-        problem = next((layer.padding_problem for layer in self.moe.layers if layer.padding_problem), None)
-        if kept is None or problem:
-            yield Check("padded", None, problem or "needs two MoE layers")
-            return
-        with self.moe.masked(kept):
-            masked = answers(self.moe.model, self.inputs)
-        moe = self._copy()
-        moe.keep(kept, padded=True)
-        yield _close("padded", answers(moe.model, self.inputs), masked)
-        with tempfile.TemporaryDirectory() as folder:
-            yield from self._saved("padded saved", moe, Path(folder), self.load)
-
-    def on_disk(self) -> Iterator[Check]:
-        """A checkpoint read layer by layer answers as in memory, to the bit; one edited on disk holds what is saved
-        after the same edit of the live model, byte by byte.
-        """
-        wanted = {"": kept_evenly(self.moe), " (uneven)": kept_unevenly(self.moe)}
-        with tempfile.TemporaryDirectory() as name:
-            source = Checkpoint(self.model.config.model_type, Path(name) / "source", self.trust_remote_code)
-            self.model.save_pretrained(source.folder)
-            loaded = load_model(source)
-            yield self._layer_by_layer(source, loaded)
-            before = meta_model(source)
-            for suffix, kept in wanted.items():
-                if kept is None:
-                    yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
-                    continue
-                live, edited = Path(name) / f"live{suffix}", Path(name) / f"edited{suffix}"
-                moe, after = MoEModel(copy.deepcopy(loaded)), copy.deepcopy(before)
-                moe.keep(kept)
-                after.keep(kept)
-                try:
-                    edit = plan_edit(source, before, after)
-                except UnsupportedModelError as error:
-                    yield Check(f"edited on disk{suffix}", None, str(error))
-                    continue
-                moe.config._name_or_path = str(source.folder)
-                save(moe, live)
-                edited.mkdir()
-                edit.write(edited)
-                different = _differing_tensors(edited, live, source.folder)
-                if read_config(live) != read_config(edited):
-                    different.append("config.json")
-                yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
-
-    def _layer_by_layer(self, source: Checkpoint, loaded: Any) -> Check:
-        weights = StreamedWeights(load_model(source, device="meta"), source)
-        outside = [
-            layer.path
-            for layer in self.moe.layers
-            if not f"{layer.path}.".startswith(tuple(f"{u}." for u in weights.units))
-        ]
-        if outside:
-            return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
-        ids, found = self.inputs["input_ids"], []
-        batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
-        layerwise.forward(
-            weights.model,
-            [batch],
-            lambda _, output: found.append(forward.answers_at(batch, output)),
-            _ignore,
-            weights=weights,
-        )
-        return _equal("read layer by layer", found[0], forward.logits(loaded, batch))
-
-    def _load_with_compressor(self, folder: Path) -> Any:
+    def load_with_compressor(self, folder: Path) -> Any:
         return load_model(
-            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self._dtype).removeprefix("torch.")
+            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self.dtype).removeprefix("torch.")
         )
 
-    def _saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
+    def saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
         save(moe, folder)
         again = load(folder).eval()
         align(again)
@@ -303,121 +171,259 @@ class _Subject:
             found = _generated(again, self.inputs)
             yield Check(f"{name}: generate", found is not None and torch.equal(text, found))
 
-    # skipping
 
-    def skipping(self) -> Iterator[Check]:
-        """Skipped experts as with a weight of 0, over every experts implementation; FLOPs saved; saved and loaded."""
-        choices = self._choices()
-        if not choices:
-            yield Check("skipping", None, "no token chooses two experts or more, so there is nothing to skip")
-            return
-        rules = {path: _middling_rule(*found) for path, found in choices.items()}
-        nothing = {path: rule.at(1e-30) for path, rule in rules.items()}
-        with self.moe.zeroed(rules):
-            expected = answers(self.moe.model, self.inputs)
-        if torch.equal(expected, self.untouched):
-            yield Check("skipping", False, "skipping experts changes nothing, so nothing can be compared")
-            return
-        moe = self._copy()
+def _keep_all(subject: _Subject) -> Iterator[Check]:
+    """Removing nothing changes no bit."""
+    moe = subject.copy()
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    yield _equal("keep all", answers(moe.model, subject.inputs), subject.untouched)
+
+
+def _removed(subject: _Subject) -> Iterator[Check]:
+    """The same number everywhere: removed = masked, saved = live, with the model's own classes, and generate()."""
+    kept = kept_evenly(subject.moe)
+    if kept is None:
+        yield Check("removed = masked", None, "no smaller number of experts is possible in all layers")
+        return
+    with subject.moe.masked(kept):
+        masked = answers(subject.moe.model, subject.inputs)
+    if torch.equal(masked, subject.untouched):
+        yield Check("removed = masked", False, "masking experts changes nothing, so nothing can be compared")
+        return
+    moe = subject.copy()
+    moe.keep(kept)
+    yield _close("removed = masked", answers(moe.model, subject.inputs), masked)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from subject.saved("saved", moe, Path(folder), subject.load)
+
+
+def _top_k_lowered(subject: _Subject) -> Iterator[Check]:
+    """Fewer experts per token, in the config too."""
+    layer = subject.moe.layers[0]
+    if layer.top_k_fixed or min(each.top_k for each in subject.moe.layers) < 2:
+        yield Check("top-k lowered", None, f"every token chooses {layer.top_k}, whatever the config says")
+        return
+    kept = {each.path: range(each.num_experts) for each in subject.moe.layers}
+    with subject.moe.masked(kept, top_k=layer.top_k - 1):
+        masked = answers(subject.moe.model, subject.inputs)
+    if torch.equal(masked, subject.untouched):
+        yield Check("top-k lowered", False, "a lower top-k changes nothing")
+        return
+    moe = subject.copy()
+    moe.keep(kept, top_k=layer.top_k - 1)
+    yield _close("top-k lowered", answers(moe.model, subject.inputs), masked)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from subject.saved("top-k saved", moe, Path(folder), subject.load)
+
+
+def _uneven(subject: _Subject) -> Iterator[Check]:
+    """Other numbers in other layers: live, saved, read back twice by `compressor`, and by nobody else."""
+    kept = kept_unevenly(subject.moe)
+    if kept is None:
+        yield Check("uneven", None, "needs two MoE layers, and two numbers that are possible in them")
+        return
+    with subject.moe.masked(kept):
+        masked = answers(subject.moe.model, subject.inputs)
+    moe = subject.copy()
+    moe.keep(kept)
+    yield _close("uneven", answers(moe.model, subject.inputs), masked)
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        yield from subject.saved("uneven saved", moe, Path(first), subject.load_with_compressor)
+        again = MoEModel(subject.load_with_compressor(Path(first)))
+        yield from subject.saved("uneven saved twice", again, Path(second), subject.load_with_compressor)
+        try:
+            subject.load(Path(first))
+            yield Check("uneven refused elsewhere", False, "it loads without this library, as another model")
+        except Exception as error:  # transformers' own, of several kinds
+            yield Check("uneven refused elsewhere", True, type(error).__name__)
+
+
+def _padded(subject: _Subject) -> Iterator[Check]:
+    """Other numbers in other layers, as a checkpoint that loads anywhere."""
+    kept = kept_unevenly(subject.moe)
+    problem = next((layer.padding_problem for layer in subject.moe.layers if layer.padding_problem), None)
+    if kept is None or problem:
+        yield Check("padded", None, problem or "needs two MoE layers")
+        return
+    with subject.moe.masked(kept):
+        masked = answers(subject.moe.model, subject.inputs)
+    moe = subject.copy()
+    moe.keep(kept, padded=True)
+    yield _close("padded", answers(moe.model, subject.inputs), masked)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from subject.saved("padded saved", moe, Path(folder), subject.load)
+
+
+def _on_disk(subject: _Subject) -> Iterator[Check]:
+    """A checkpoint read layer by layer answers as in memory, to the bit; one edited on disk holds what is saved
+    after the same edit of the live model, byte by byte.
+    """
+    wanted = {"": kept_evenly(subject.moe), " (uneven)": kept_unevenly(subject.moe)}
+    with tempfile.TemporaryDirectory() as name:
+        source = Checkpoint(subject.model.config.model_type, Path(name) / "source", subject.trust_remote_code)
+        subject.model.save_pretrained(source.folder)
+        loaded = load_model(source)
+        yield _layer_by_layer(subject, source, loaded)
+        before = meta_model(source)
+        for suffix, kept in wanted.items():
+            if kept is None:
+                yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
+                continue
+            live, edited = Path(name) / f"live{suffix}", Path(name) / f"edited{suffix}"
+            moe, after = MoEModel(copy.deepcopy(loaded)), copy.deepcopy(before)
+            moe.keep(kept)
+            after.keep(kept)
+            try:
+                edit = plan_edit(source, before, after)
+            except UnsupportedModelError as error:
+                yield Check(f"edited on disk{suffix}", None, str(error))
+                continue
+            moe.config._name_or_path = str(source.folder)
+            save(moe, live)
+            edited.mkdir()
+            edit.write(edited)
+            different = _differing_tensors(edited, live, source.folder)
+            if read_config(live) != read_config(edited):
+                different.append("config.json")
+            yield Check(f"edited on disk{suffix}", not different, ", ".join(different[:3]))
+
+
+def _layer_by_layer(subject: _Subject, source: Checkpoint, loaded: Any) -> Check:
+    weights = StreamedWeights(load_model(source, device="meta"), source)
+    outside = [
+        layer.path
+        for layer in subject.moe.layers
+        if not f"{layer.path}.".startswith(tuple(f"{u}." for u in weights.units))
+    ]
+    if outside:
+        return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
+    ids, found = subject.inputs["input_ids"], []
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+    layerwise.forward(
+        weights.model,
+        [batch],
+        lambda _, output: found.append(forward.answers_at(batch, output)),
+        _ignore,
+        weights=weights,
+    )
+    return _equal("read layer by layer", found[0], forward.logits(loaded, batch))
+
+
+def _skipping(subject: _Subject) -> Iterator[Check]:
+    """Skipped experts as with a weight of 0, over every experts implementation; FLOPs saved; saved and loaded."""
+    choices = _choices(subject)
+    if not choices:
+        yield Check("skipping", None, "no token chooses two experts or more, so there is nothing to skip")
+        return
+    rules = {path: _middling_rule(*found) for path, found in choices.items()}
+    nothing = {path: rule.at(1e-30) for path, rule in rules.items()}
+    with subject.moe.zeroed(rules):
+        expected = answers(subject.moe.model, subject.inputs)
+    if torch.equal(expected, subject.untouched):
+        yield Check("skipping", False, "skipping experts changes nothing, so nothing can be compared")
+        return
+    moe = subject.copy()
+    moe.skip(nothing)
+    yield _equal("skip nothing", answers(moe.model, subject.inputs), subject.untouched)
+    moe.skip(rules)
+    yield _close("skipping", answers(moe.model, subject.inputs), expected, subject.dtype)
+    with moe.unskipped():
+        yield _equal("skipping off", answers(moe.model, subject.inputs), subject.untouched)
+    yield from _over_kernels(subject, rules, nothing)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from subject.saved("skipping saved", moe, Path(folder), subject.load_with_compressor)
+        plain = subject.load(Path(folder)).eval()
+        align(plain)
+        _same_implementations(subject.moe.model, plain)
+        yield _equal("unskipped elsewhere", answers(plain, subject.inputs), subject.untouched)
+
+
+def _choices(subject: _Subject) -> dict[str, tuple[RoutedTokens, bool]]:
+    """Layer path → (what its tokens chose, whether their weights are renormalised), of the layers that text comes
+    to and that choose two or more.
+    """
+    seen: dict[str, tuple[RoutedTokens, bool]] = {}
+
+    def visit(tokens: RoutedTokens) -> None:
+        seen.setdefault(tokens.layer.path, (tokens, tokens.renormalises()))
+
+    ids = subject.inputs["input_ids"]
+    real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
+    with subject.moe.watched({layer.path: visit for layer in subject.moe.layers if layer.top_k > 1}, real):
+        answers(subject.moe.model, subject.inputs)
+    return seen
+
+
+def _over_kernels(subject: _Subject, rules: Mapping[str, SkipRule], nothing: Mapping[str, SkipRule]) -> Iterator[Check]:
+    """The same answers over all experts implementations; FLOPs saved over what the skipped experts cost."""
+    moe = subject.copy()
+    moe.model.requires_grad_(False)  # the FLOP counter stumbles over some modules with gradients
+    experts: list[Any] = [module for module in moe.model.modules() if is_decorated(module)]
+    for name in ("eager", "grouped_mm", "batched_mm") if experts else ("own code",):
+        for module in experts:
+            module.config._experts_implementation_internal = name
+        with moe.zeroed(rules):
+            expected = answers(moe.model, subject.inputs)
         moe.skip(nothing)
-        yield _equal("skip nothing", answers(moe.model, self.inputs), self.untouched)
+        with moe.counted() as chosen, FlopCounterMode(display=False) as before:
+            answers(moe.model, subject.inputs)
         moe.skip(rules)
-        yield _close("skipping", answers(moe.model, self.inputs), expected, self._dtype)
-        with moe.unskipped():
-            yield _equal("skipping off", answers(moe.model, self.inputs), self.untouched)
-        yield from self._over_kernels(rules, nothing)
-        with tempfile.TemporaryDirectory() as folder:
-            yield from self._saved("skipping saved", moe, Path(folder), self._load_with_compressor)
-            plain = self.load(Path(folder)).eval()
-            align(plain)
-            _same_implementations(self.moe.model, plain)
-            yield _equal("unskipped elsewhere", answers(plain, self.inputs), self.untouched)
+        with moe.counted() as used, FlopCounterMode(display=False) as after:
+            found = answers(moe.model, subject.inputs)
+        moe.skip({})
+        yield _close(f"skipping over {name}", found, expected, subject.dtype)
+        if name == "grouped_mm":  # whose work the FLOP counter does not see
+            continue
+        saved = before.get_total_flops() - after.get_total_flops()
+        wanted = sum(
+            2 * expert_matrix_size(moe.model, layer) * chosen.tokens[layer.path]
+            * (_evaluated(layer, chosen) - used.experts_per_token[layer.path])
+            for layer in moe.layers if layer.path in rules
+        )  # fmt: skip
+        yield Check(f"FLOPs saved over {name}", abs(saved - wanted) < 0.5, f"{saved / wanted:.2f}")
 
-    def _choices(self) -> dict[str, tuple[RoutedTokens, bool]]:
-        """Layer path → (what its tokens chose, whether their weights are renormalised), of the layers that text comes
-        to and that choose two or more.
-        """
-        seen: dict[str, tuple[RoutedTokens, bool]] = {}
 
-        def visit(tokens: RoutedTokens) -> None:
-            seen.setdefault(tokens.layer.path, (tokens, tokens.renormalises()))
+def _statistics(subject: _Subject) -> Iterator[Check]:
+    """What a layer's tokens say of a smaller set is what the block computes under masks."""
+    for layer in subject.moe.layers:
+        if layer.watch_problem:
+            yield Check(f"statistics of {layer.path}", None, layer.watch_problem)
+            continue
+        yield _layer_statistics(subject, layer)
 
-        ids = self.inputs["input_ids"]
-        real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
-        with self.moe.watched({layer.path: visit for layer in self.moe.layers if layer.top_k > 1}, real):
-            answers(self.moe.model, self.inputs)
-        return seen
 
-    def _over_kernels(self, rules: Mapping[str, SkipRule], nothing: Mapping[str, SkipRule]) -> Iterator[Check]:
-        """The same answers over all experts implementations; FLOPs saved over what the skipped experts cost."""
-        moe = self._copy()
-        moe.model.requires_grad_(False)  # the FLOP counter stumbles over some modules with gradients
-        experts: list[Any] = [module for module in moe.model.modules() if is_decorated(module)]
-        for name in ("eager", "grouped_mm", "batched_mm") if experts else ("own code",):
-            for module in experts:
-                module.config._experts_implementation_internal = name
-            with moe.zeroed(rules):
-                expected = answers(moe.model, self.inputs)
-            moe.skip(nothing)
-            with moe.counted() as chosen, FlopCounterMode(display=False) as before:
-                answers(moe.model, self.inputs)
-            moe.skip(rules)
-            with moe.counted() as used, FlopCounterMode(display=False) as after:
-                found = answers(moe.model, self.inputs)
-            moe.skip({})
-            yield _close(f"skipping over {name}", found, expected, self._dtype)
-            if name == "grouped_mm":  # whose work the FLOP counter does not see
-                continue
-            saved = before.get_total_flops() - after.get_total_flops()
-            wanted = sum(
-                2 * expert_matrix_size(moe.model, layer) * chosen.tokens[layer.path]
-                * (_evaluated(layer, chosen) - used.experts_per_token[layer.path])
-                for layer in moe.layers if layer.path in rules
-            )  # fmt: skip
-            yield Check(f"FLOPs saved over {name}", abs(saved - wanted) < 0.5, f"{saved / wanted:.2f}")
+def _layer_statistics(subject: _Subject, layer: MoELayer) -> Check:
+    name = f"statistics of {layer.path}"
+    kept = _choose(layer, _counts(layer)[:1] or [layer.num_experts], seed=1)
+    seen: list[tuple[Tensor, RoutedTokens]] = []
 
-    # figures
+    def visit(tokens: RoutedTokens) -> None:
+        seen.append((_predicted_change(tokens, kept), tokens))
 
-    def statistics(self) -> Iterator[Check]:
-        """What a layer's tokens say of a smaller set is what the block computes under masks."""
-        for layer in self.moe.layers:
-            if layer.watch_problem:
-                yield Check(f"statistics of {layer.path}", None, layer.watch_problem)
-                continue
-            yield self._layer_statistics(layer)
-
-    def _layer_statistics(self, layer: MoELayer) -> Check:
-        name = f"statistics of {layer.path}"
-        kept = _choose(layer, _counts(layer)[:1] or [layer.num_experts], seed=1)
-        seen: list[tuple[Tensor, RoutedTokens]] = []
-
-        def visit(tokens: RoutedTokens) -> None:
-            seen.append((_predicted_change(tokens, kept), tokens))
-
-        ids = self.inputs["input_ids"]
-        real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
-        places = (
-            layer.path,
-            layer.experts if not isinstance(self._module(layer.experts), nn.ModuleList) else layer.path,
-        )
-        with _outputs_of(self.moe.model, places) as full, self.moe.watched({layer.path: visit}, real):
-            answers(self.moe.model, self.inputs)
-        if not seen:
-            return Check(name, None, "no text token comes here")
-        predicted, tokens = seen[0]
-        with _outputs_of(self.moe.model, places) as masked, self.moe.masked({layer.path: kept}):
-            answers(self.moe.model, self.inputs)
-        # shared experts may take part in the renormalisation: then the block's output changes with them too
-        rows = max(len(self.moe.model.get_parameter(weight)) for weight in layer.router_weights)
-        at = 0 if tokens.at_block and rows == layer.num_choices else 1
-        # layers before this one are not masked, so it is given the same tokens in both runs
-        change = (masked[at][-1].double() - full[at][-1].double()).reshape(len(predicted), -1)
-        if not change.norm():
-            return Check(name, None, "masking changes nothing here")
-        error = float((predicted - change).norm() / change.norm())
-        limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(tokens.hidden_TH.dtype, 0.1)
-        rule = "closed rule" if tokens.rule is not None else "replay"
-        return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
+    ids = subject.inputs["input_ids"]
+    real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
+    places = (
+        layer.path,
+        layer.experts if not isinstance(subject.module(layer.experts), nn.ModuleList) else layer.path,
+    )
+    with _outputs_of(subject.moe.model, places) as full, subject.moe.watched({layer.path: visit}, real):
+        answers(subject.moe.model, subject.inputs)
+    if not seen:
+        return Check(name, None, "no text token comes here")
+    predicted, tokens = seen[0]
+    with _outputs_of(subject.moe.model, places) as masked, subject.moe.masked({layer.path: kept}):
+        answers(subject.moe.model, subject.inputs)
+    # shared experts may take part in the renormalisation: then the block's output changes with them too
+    rows = max(len(subject.moe.model.get_parameter(weight)) for weight in layer.router_weights)
+    at = 0 if tokens.at_block and rows == layer.num_choices else 1
+    # layers before this one are not masked, so it is given the same tokens in both runs
+    change = (masked[at][-1].double() - full[at][-1].double()).reshape(len(predicted), -1)
+    if not change.norm():
+        return Check(name, None, "masking changes nothing here")
+    error = float((predicted - change).norm() / change.norm())
+    limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(tokens.hidden_TH.dtype, 0.1)
+    rule = "closed rule" if tokens.rule is not None else "replay"
+    return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
 
 
 def _ignore(done: int, total: int) -> None:
