@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
-from compressor import JoinedStatistic, MoELayer, MoEModel, RoutingRule
+from compressor import MoELayer, MoEModel
 from compressor.machine.environment import hardware, versions
 from compressor.model.capture import RealTokens
+from compressor.plugin import JoinedStatistic, RoutingRule
 from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.greedy import GreedySearch, Search
 from compressor.selection.objective import Objective

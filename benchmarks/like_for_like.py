@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel
+from compressor import MoEModel
 from compressor.checkpoint.find import find_checkpoint
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.data.lm_eval_tasks import LoadedTasks, load_tasks
@@ -36,6 +36,7 @@ from compressor.evaluate.lm_eval import run_tasks
 from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise
+from compressor.plugin import Gathered
 from compressor.plugins import load_plugins
 from compressor.selection.reference import SetLosses, relative_losses
 

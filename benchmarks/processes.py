@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compressor import JoinedStatistic, MoEModel, Processes
+from compressor import MoEModel, Processes
 from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
 from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
+from compressor.plugin import JoinedStatistic
 from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.greedy import GreedySearch
 

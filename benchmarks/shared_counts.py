@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel
+from compressor import MoEModel
 from compressor.checkpoint.find import find_checkpoint
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.data.packing import load_sequences
@@ -23,6 +23,7 @@ from compressor.evaluate.perplexity import perplexity
 from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise
+from compressor.plugin import Gathered
 from compressor.recipe.schema import load_recipe
 from compressor.selection.layer_plan import allocated
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions

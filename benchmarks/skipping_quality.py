@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from compressor import Gathered, MoEModel, SkipRule
+from compressor import MoEModel, SkipRule
 from compressor.checkpoint.find import find_checkpoint
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.data.packing import load_sequences
@@ -36,6 +36,7 @@ from compressor.evaluate.perplexity import perplexity
 from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise
+from compressor.plugin import Gathered
 from compressor.selection.allocation import allocate
 from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
 from compressor_dynamic_skipping.curves import FixedCount, SkipCurves

@@ -99,12 +99,16 @@ def check_layer_names(layers: Sequence[MoELayer], option: str, by_layer: Mapping
 
 
 class Method(ABC, Generic[OptionsT]):
-    """A compression method. Subclass it, set `name`, `version` and `Options`, and offer the class through the hook."""
+    """A compression method: a subclass sets `name`, `version`, `api` and `options_type`, and is offered by the hook
+    `compressor_methods`.
+    """
 
     name: ClassVar[str]
     """The recipe key, such as `expert_pruning`."""
     version: ClassVar[str]
     """Written into every record; change it when the same figures would lead to another decision."""
+    api: ClassVar[int]
+    """The `PLUGIN_API` that it was written for; a method of another version is refused by name."""
     options_type: ClassVar[type[Options]]
     needs_weights: ClassVar[bool] = True
     """Whether `edit` does more than call `moe.keep` and `moe.skip`. Where no method of a decision does, it is applied
@@ -112,7 +116,7 @@ class Method(ABC, Generic[OptionsT]):
     """
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
-        """`criteria` are the installed ones, by name (compressor.Criterion), for methods that score experts."""
+        """`criteria` are the installed ones, by name (compressor.plugin.Criterion), for methods that score experts."""
         self.options = options
         self.criteria: Mapping[str, Any] = criteria or {}
 

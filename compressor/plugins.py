@@ -1,45 +1,47 @@
 """Plugins: who offers which compression methods, criteria and adapters.
 
-A plugin is a module with a function marked `@compressor.hookimpl`, announced under the entry-point group `compressor`
-of its distribution. The core knows no plugin by name: its own come through the same door.
+A plugin is a module with functions marked `@hookimpl` (`compressor.plugin`), announced under the entry-point group
+`compressor` of its distribution. The core knows no plugin by name: its own come through the same door.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Literal
-
-import pluggy
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compressor.errors import PluginError, shortened
+from compressor.wording import did_you_mean
 
 if TYPE_CHECKING:
     from compressor.method import Method
     from compressor.model.adapter import Adapter
     from compressor.selection.criteria import Criterion
 
+PLUGIN_API = 2
+"""The version of the contract of `compressor.plugin`: every method says by its `api` for which one it was written."""
 GROUP = "compressor"
+_ALIKE = 0.75
+"""How much a name must be like one of the contract's to be taken for a slip."""
+_NOT_TO_OVERRIDE = {
+    "tasks": "a task that `sources` names is measured too",
+    "restore": "what `moe.skip` was told is in the checkpoint's config, and put back by the core",
+    "options": "the core sets it",
+    "criteria": "the core sets it; a plugin offers its own by the hook `compressor_criteria`",
+}
+"""Names that were in the contract's first version, or that instances get from the core → what there is instead."""
 
-hookspec = pluggy.HookspecMarker("compressor")
-hookimpl = pluggy.HookimplMarker("compressor")
+HookT = TypeVar("HookT", bound=Callable[[], Sequence[Any]])
 
 
-class Hooks:
-    """What a plugin can offer."""
-
-    @hookspec
-    def compressor_methods(self) -> list[type[Method[Any]]]:  # type: ignore[empty-body]
-        """Compression methods: subclasses of `compressor.Method`, each with its own `name`."""
-
-    @hookspec
-    def compressor_adapters(self) -> list[Adapter]:  # type: ignore[empty-body]
-        """Adapters for models whose structure cannot be found by itself: instances of `compressor.Adapter`."""
-
-    @hookspec
-    def compressor_criteria(self) -> list[Criterion]:  # type: ignore[empty-body]
-        """Criteria that experts can be chosen by: instances of `compressor.Criterion`, each with its own `name`."""
+def hookimpl(function: HookT) -> HookT:
+    """Mark a plugin's function as one that is called for what the plugin offers; see `HOOKS` for its name."""
+    function.is_compressor_hook = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,12 @@ def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None
     if unknown:
         known = ", ".join(entry.name for entry in installed) or "none"
         raise PluginError(f"--without {min(unknown)}: no such plugin is installed; installed are: {known}.")
-    manager = pluggy.PluginManager("compressor")
-    manager.add_hookspecs(Hooks)
-    plugins = tuple(_load(entry, manager) for entry in installed if entry.name not in blocked)
+    plugins = tuple(_load(entry) for entry in installed if entry.name not in blocked)
     return Plugins(plugins, _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
 
 
 def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
-    """Each entry point once, sorted by name.
-
-    Pluggy takes the first of two plugins with one name and says nothing of the second; we refuse.
-    """
+    """Each entry point once, sorted by name."""
     owners: dict[str, EntryPoint] = {}
     for entry in found:
         other = owners.setdefault(entry.name, entry)
@@ -119,83 +116,111 @@ def _distribution(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
 
 
-def _load(entry: EntryPoint, manager: pluggy.PluginManager) -> Plugin:
+def _load(entry: EntryPoint) -> Plugin:
     distribution, version = _distribution(entry)
     who = f"plugin {entry.name!r} (from {distribution} {version})"
+    answers = _answers(entry, who)
+    for name, answer in answers.items():
+        if not isinstance(answer, list | tuple):
+            kind = name.removeprefix("compressor_")
+            raise PluginError(f"{who}: {name}() answers {answer!r}, expected a list of {kind}.")
+        for offered in answer:
+            HOOKS[name](offered, who)
+    return Plugin(entry.name, distribution, version, *(tuple(answers.get(name, ())) for name in HOOKS))
+
+
+def _answers(entry: EntryPoint, who: str) -> dict[str, Any]:
+    """Hook → what a plugin answers to it."""
     try:
-        module = entry.load()
-        if manager.is_registered(module):
-            raise PluginError(f"{who}: its module {entry.value} is registered under another name too.")
-        manager.register(module, name=entry.name)
-        manager.check_pending()
-        answers = _answers(manager.hook.compressor_methods, module)
-        adapter_answers = _answers(manager.hook.compressor_adapters, module)
-        criteria_answers = _answers(manager.hook.compressor_criteria, module)
+        marked = {
+            name: function
+            for name, function in vars(entry.load()).items()
+            if isinstance(function, FunctionType) and hasattr(function, "is_compressor_hook")
+        }
+        for name in marked.keys() - HOOKS:
+            raise PluginError(f"{who}: there is no hook {name!r}{did_you_mean(name, HOOKS)}")
+        answers = {name: function() for name, function in marked.items()}
     except PluginError:
         raise
     except Exception as error:  # a plugin may fail in any way; the run stops, naming it
+        moved = isinstance(error, ImportError) and error.name == "compressor"
         raise PluginError(
-            f"{who} cannot be loaded: {type(error).__name__}: {error}. Mend or uninstall it, or run with "
+            f"{who} cannot be loaded: {type(error).__name__}: {error}."
+            f"{' What plugins use is in compressor.plugin.' if moved else ''} Mend or uninstall it, or run with "
             f"--without {entry.name}."
         ) from error
-    if not answers and not adapter_answers and not criteria_answers:
-        raise PluginError(
-            f"{who}: {entry.value} has no function `compressor_methods`, `compressor_adapters` or "
-            f"`compressor_criteria` marked @compressor.hookimpl."
-        )
-    for answer in answers:
-        if not isinstance(answer, list | tuple):
-            raise PluginError(f"{who}: compressor_methods() answers {answer!r}, expected a list of methods.")
-    methods = tuple(method for answer in answers for method in answer)
-    for method in methods:
-        _verify(method, who)
-    adapters = tuple(adapter for answer in adapter_answers for adapter in _adapters(answer, who))
-    criteria = tuple(criterion for answer in criteria_answers for criterion in _criteria(answer, who))
-    return Plugin(entry.name, distribution, version, methods, adapters, criteria)
+    if not answers:
+        raise PluginError(f"{who}: {entry.value} has no function marked @hookimpl, called {' or '.join(HOOKS)}.")
+    return answers
 
 
-def _answers(hook: Any, module: Any) -> list[Any]:
-    """What one plugin answers to one hook."""
-    return [implementation.function() for implementation in hook.get_hookimpls() if implementation.plugin is module]
-
-
-def _adapters(answer: Any, who: str) -> list[Adapter]:
+def _verify_adapter(adapter: Any, who: str) -> None:
     from compressor.model.adapter import Adapter
 
-    if not isinstance(answer, list | tuple):
-        raise PluginError(f"{who}: compressor_adapters() answers {answer!r}, expected a list of adapters.")
-    for adapter in answer:
-        if not isinstance(adapter, Adapter) or not isinstance(getattr(adapter, "name", None), str):
-            raise PluginError(f"{who}: {adapter!r} is not an instance of compressor.Adapter with a `name`.")
-    return list(answer)
+    if not isinstance(adapter, Adapter) or not isinstance(getattr(adapter, "name", None), str):
+        raise PluginError(f"{who}: {adapter!r} is not an instance of compressor.plugin.Adapter with a `name`.")
 
 
-def _criteria(answer: Any, who: str) -> list[Criterion]:
+def _verify_criterion(criterion: Any, who: str) -> None:
     from compressor.selection.criteria import Criterion
 
-    if not isinstance(answer, list | tuple):
-        raise PluginError(f"{who}: compressor_criteria() answers {answer!r}, expected a list of criteria.")
-    for criterion in answer:
-        if not isinstance(criterion, Criterion):
-            raise PluginError(f"{who}: {criterion!r} is not an instance of compressor.Criterion.")
-        if not criterion.name.isidentifier():
-            raise PluginError(f"{who}: {criterion.name!r} is no name for a criterion; use letters, digits and _.")
-    return list(answer)
+    if not isinstance(criterion, Criterion):
+        raise PluginError(f"{who}: {criterion!r} is not an instance of compressor.plugin.Criterion.")
+    if not criterion.name.isidentifier():
+        raise PluginError(f"{who}: {criterion.name!r} is no name for a criterion; use letters, digits and _.")
 
 
-def _verify(method: Any, who: str) -> None:
+def _verify_method(method: Any, who: str) -> None:
     from compressor.method import Method, Options
 
     if not (isinstance(method, type) and issubclass(method, Method)):
-        raise PluginError(f"{who}: {method!r} is not a subclass of compressor.Method.")
+        raise PluginError(f"{who}: {method!r} is not a subclass of compressor.plugin.Method.")
     for attribute, kind in (("name", str), ("version", str)):
         if not isinstance(getattr(method, attribute, None), kind):
             raise PluginError(f"{who}: {method.__name__} has no `{attribute}`.")
+    if (api := getattr(method, "api", None)) != PLUGIN_API:
+        says = "does not say which `api` it was written for" if api is None else f"was written for `api = {api!r}`"
+        raise PluginError(
+            f"{who}: {method.__name__} {says}, and this version of moe-compressor has {PLUGIN_API}. Bring it up to "
+            f"what docs/plugins.md says and set `api = {PLUGIN_API}`, or install the versions that belong together."
+        )
     if not (isinstance(getattr(method, "options_type", None), type) and issubclass(method.options_type, Options)):
-        raise PluginError(f"{who}: {method.__name__}.options_type is not a subclass of compressor.Options.")
+        raise PluginError(f"{who}: {method.__name__}.options_type is not a subclass of compressor.plugin.Options.")
     abstract = sorted(getattr(method, "__abstractmethods__", ()))
     if abstract:
         raise PluginError(f"{who}: {method.__name__} does not implement {', '.join(abstract)}.")
+    _refuse_other_names(method, who)
+
+
+def _refuse_other_names(method: type[Method[Any]], who: str) -> None:
+    """Raise PluginError where a method's class has a name that nothing would ever call, or that is not for overriding:
+    an override that is misspelt would have no effect, without a word.
+    """
+    ours = [base for base in method.__mro__ if base.__module__.partition(".")[0] == "compressor"]
+    contract = {name for base in ours for name in (*vars(base), *inspect.get_annotations(base))} - {*_NOT_TO_OVERRIDE}
+    for base in method.__mro__:
+        if base in ours:
+            continue
+        for name in (name for name in vars(base) if not name.startswith("_") and name not in contract):
+            if name in _NOT_TO_OVERRIDE:
+                raise PluginError(
+                    f"{who}: {base.__name__}.{name} is not for a method to define: {_NOT_TO_OVERRIDE[name]}."
+                )
+            if alike := difflib.get_close_matches(name, contract, n=1, cutoff=_ALIKE):
+                raise PluginError(
+                    f"{who}: {base.__name__}.{name} overrides nothing; did you mean {alike[0]!r}? A name of the "
+                    f"method's own that is so like one of the contract's should begin with _."
+                )
+
+
+HOOKS: Mapping[str, Callable[[Any, str], None]] = {
+    "compressor_methods": _verify_method,
+    "compressor_adapters": _verify_adapter,
+    "compressor_criteria": _verify_criterion,
+}
+"""What a plugin can offer, each a list: subclasses of Method, instances of Adapter, instances of Criterion; and what
+verifies one of them.
+"""
 
 
 def _by_unique_name(plugins: Iterable[Plugin], kind: Literal["method", "criterion"]) -> dict[str, Any]:

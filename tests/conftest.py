@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor import MoELayer, RoutedTokens, RoutingRule
+    from compressor import MoELayer
+    from compressor.plugin import RoutedTokens, RoutingRule
 
 _MODULES = tempfile.TemporaryDirectory(prefix="hf-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # before transformers is imported: code that comes with models goes here
@@ -127,7 +128,7 @@ def make_tokens(make_layer: Callable[..., MoELayer]) -> Callable[..., RoutedToke
     what else can be chosen. `choose` is the router: logits, K → ids, weights; it must leave logits of −inf alone.
     """
 
-    from compressor import RoutedTokens
+    from compressor.plugin import RoutedTokens
 
     def make(
         hidden_TH: Tensor,

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from compressor import CalibrationError, Processes, RoutedTokens, compress
+from compressor import CalibrationError, Processes, compress
 from compressor.cli import main
+from compressor.plugin import RoutedTokens
 from compressor.plugins import load_plugins
 from compressor.selection.activation_sums import ExpertSums
 

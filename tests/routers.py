@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from compressor import RoutingRule
+from compressor.plugin import RoutingRule
 
 ROUTERS = (
     "softmax",

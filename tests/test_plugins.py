@@ -28,15 +28,17 @@ METHOD = """
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from pydantic import Field
-from compressor import Decision
-from compressor import Method
-from compressor import MoELayer
-from compressor import MoEModel
-from compressor import OptionError
-from compressor import Options
-from compressor import Plan
-from compressor import count_problem
-from compressor import hookimpl
+from compressor.plugin import (
+    Decision,
+    Method,
+    MoELayer,
+    MoEModel,
+    OptionError,
+    Options,
+    Plan,
+    count_problem,
+    hookimpl,
+)
 
 
 class FirstOptions(Options):
@@ -48,6 +50,7 @@ class KeepFirst(Method[FirstOptions]):
 
     name = "keep_first"
     version = "1"
+    api = 2
     options_type: ClassVar[type[Options]] = FirstOptions
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
@@ -73,7 +76,7 @@ def compressor_methods() -> list[type[KeepFirst]]:
 """
 
 OFFER = """
-from compressor import Method, Options, hookimpl
+from compressor.plugin import Method, Options, hookimpl
 {body}
 @hookimpl
 def compressor_methods():
@@ -177,7 +180,7 @@ def test_one_module_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(tmp_path)
     write_distribution(tmp_path, "twice", {"first": "twice", "second": "twice"}, METHOD)
     found = [entry for dist in distributions(path=[str(tmp_path)]) for entry in dist.entry_points]
-    with pytest.raises(PluginError, match=r"plugin 'second' \(from twice 1\.2\): its module twice is registered under"):
+    with pytest.raises(PluginError, match="two plugins offer a method called 'keep_first': first and second"):
         load_plugins(found=found)
 
 
@@ -187,8 +190,7 @@ def test_one_module_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def (", "SyntaxError: "),
-        ("from compressor import nothing_like_it", "ImportError: cannot import name 'nothing_like_it'"),
-        (offer("[]").replace("compressor_methods", "compressor_method"), "PluginValidationError: "),
+        ("from compressor.plugin import nothing_like_it", "ImportError: cannot import name 'nothing_like_it'"),
         (offer("[1 / 0]"), "ZeroDivisionError: division by zero"),
     ],
 )
@@ -206,6 +208,7 @@ NO_STEPS = """
 class Half(Method):
     name = "half"
     version = "1"
+    api = 2
     options_type = Options
     def check(self, layers): ...
     def edit(self, moe, decision): ...
@@ -218,24 +221,28 @@ WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, la
     [
         (
             "x = 1",
-            "rubbish has no function `compressor_methods`, `compressor_adapters` or "
-            "`compressor_criteria` marked @compressor.hookimpl.",
+            "rubbish has no function marked @hookimpl, called compressor_methods or compressor_adapters or "
+            "compressor_criteria.",
+        ),
+        (
+            offer("[]").replace("compressor_methods", "compressor_method"),
+            "there is no hook 'compressor_method'; did you mean 'compressor_methods'?",
         ),
         (offer("None"), "compressor_methods() answers None, expected a list of methods."),
         (offer("'text'"), "compressor_methods() answers 'text', expected a list of methods."),
-        (offer("[3]"), "3 is not a subclass of compressor.Method."),
-        (offer("[Options]"), "<class 'compressor.method.Options'> is not a subclass of compressor.Method."),
+        (offer("[3]"), "3 is not a subclass of compressor.plugin.Method."),
+        (offer("[Options]"), "<class 'compressor.method.Options'> is not a subclass of compressor.plugin.Method."),
         (offer("[Half]", NO_STEPS), "Half does not implement decide, statistic."),
         (offer("[Half]", WHOLE.replace('name = "half"', "")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('"half"', "3")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('version = "1"', "")), "Half has no `version`."),
         (
             offer("[Half]", WHOLE.replace("options_type = Options", "")),
-            "Half.options_type is not a subclass of compressor.Options.",
+            "Half.options_type is not a subclass of compressor.plugin.Options.",
         ),
         (
             offer("[Half]", WHOLE.replace("options_type = Options", "options_type = dict")),
-            "Half.options_type is not a subclass of compressor.Options.",
+            "Half.options_type is not a subclass of compressor.plugin.Options.",
         ),
     ],
 )
@@ -243,6 +250,51 @@ def test_plugin_that_offers_rubbish(source: str, says: str, install: Install) ->
     with pytest.raises(PluginError) as error:
         load_plugins(found=install({"rubbish": source}))
     assert str(error.value) == f"plugin 'rubbish' (from rubbish 1.2): {says}"
+
+
+def test_imports_of_the_first_version_are_sent_to_where_the_names_are(install: Install) -> None:
+    with pytest.raises(
+        PluginError, match=r"cannot import name 'Decision' .* What plugins use is in compressor\.plugin\. "
+    ):
+        load_plugins(found=install({"old": METHOD.replace("compressor.plugin", "compressor")}))
+
+
+@pytest.mark.parametrize(
+    ("api", "says"), [("", "does not say which `api` it was written for"), ("api = 1", "was written for `api = 1`")]
+)
+def test_methods_of_another_version(api: str, says: str, install: Install) -> None:
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=install({"old": METHOD.replace("api = 2", api)}))
+    assert str(error.value) == (
+        f"plugin 'old' (from old 1.2): KeepFirst {says}, and this version of moe-compressor has 2. Bring it up to what "
+        f"docs/plugins.md says and set `api = 2`, or install the versions that belong together."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("perview", "KeepFirst.perview overrides nothing; did you mean 'preview'? A name of the method's own that is"),
+        ("need_text", "KeepFirst.need_text overrides nothing; did you mean 'needs_text'?"),
+        ("tasks", "KeepFirst.tasks is not for a method to define: a task that `sources` names is measured too."),
+        ("restore", "KeepFirst.restore is not for a method to define: what `moe.skip` was told is in the checkpoint"),
+        ("criteria", "KeepFirst.criteria is not for a method to define: the core sets it; a plugin offers its own by"),
+    ],
+)
+def test_names_that_nothing_would_call(name: str, says: str, install: Install) -> None:
+    override = f"    def {name}(self):\n        return None\n\n    def edit("
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=install({"slip": METHOD.replace("    def edit(", override)}))
+    assert str(error.value).startswith(f"plugin 'slip' (from slip 1.2): {says}")
+
+
+def test_a_slip_in_a_base_class_is_found_and_names_of_its_own_are_not_refused(install: Install) -> None:
+    body = (
+        WHOLE + "    def _preview(self): ...\n    def best_layers(self): ...\nclass Whole(Half):\n    name = 'whole'\n"
+    )
+    assert list(load_plugins(found=install({"half": offer("[Whole]", body)})).methods) == ["whole"]
+    with pytest.raises(PluginError, match=r"Half\.previews overrides nothing; did you mean 'preview'\?"):
+        load_plugins(["half"], install({"slip": offer("[Whole]", body.replace("_preview(", "previews("))}))
 
 
 def test_the_same_plugin_whole_is_taken(install: Install) -> None:

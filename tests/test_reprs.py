@@ -13,6 +13,7 @@ from tiny_models import tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compressor
+from compressor import plugin
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.machine.distributed import Processes
@@ -76,12 +77,12 @@ def test_plugins_and_plans() -> None:
     assert repr(loaded) == "LoadedRecipe(demo: expert_pruning)"
     assert repr(check.check(loaded)) == "Preview(demo: 4 MoE layers of 8 experts, top-2)"
     rule = compressor.SkipRule("contribution", True, beta=0.5, expert_norms=(1.0,) * 256)
-    assert repr(compressor.Plan({"a": 6, "b": 1})) == "Plan(7 experts in 2 layers)"
-    assert repr(compressor.Plan({"a": 1}, skips={"a": rule})) == "Plan(1 expert in 1 layer, 1 layer that will skip)"
+    assert repr(plugin.Plan({"a": 6, "b": 1})) == "Plan(7 experts in 2 layers)"
+    assert repr(plugin.Plan({"a": 1}, skips={"a": rule})) == "Plan(1 expert in 1 layer, 1 layer that will skip)"
     assert len(repr(rule)) < 120
 
 
-def test_tokens(make_tokens: Callable[..., compressor.RoutedTokens]) -> None:
+def test_tokens(make_tokens: Callable[..., plugin.RoutedTokens]) -> None:
     matrices, logits = torch.ones(4, 3, 3), torch.rand(50, 4)
 
     def choose(logits_TN: Any, top_k: int) -> Any:

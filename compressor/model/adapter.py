@@ -1,13 +1,13 @@
 """Who explains a model's structure: adapters that plugins offer, and for all other models what is found by itself.
 
-    class SpecialistsAdapter(compressor.Adapter):
+    class SpecialistsAdapter(Adapter):
         name = "specialists"
 
         def explains(self, config):
             return config.model_type == "specialists"
 
         def structure(self, factory, config):
-            return compressor.find_structure(factory, config, count=compressor.ConfigLeaf((), "num_specialists"))
+            return find_structure(factory, config, count=ConfigLeaf((), "num_specialists"))
 
 An adapter answers with a `Structure`: it may say which integer counts the experts and let the rest be found, or mend
 what was found with `dataclasses.replace`. Everything else (masking, watching, removing, saving) works from that.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor import hookimpl
+from compressor.plugin import hookimpl
 from compressor_dynamic_skipping.method import DynamicSkipping, DynamicSkippingOptions
 
 __all__ = ["DynamicSkipping", "DynamicSkippingOptions"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor import CheckpointError, MoELayer, Processes, RoutedTokens, Rule, SkipRule, Statistic
+from compressor.plugin import CheckpointError, MoELayer, Processes, RoutedTokens, Rule, SkipRule, Statistic
 
 RULES = ("ratio", "tail_mass", "contribution")
 

@@ -20,12 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from compressor import Decision, Method, OptionError, Options, Plan, check_layer_names
+from compressor.plugin import Decision, Method, OptionError, Options, Plan, check_layer_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor import Gathered, MoELayer, MoEModel, SkipRule, Statistic
+    from compressor.plugin import Gathered, MoELayer, MoEModel, SkipRule, Statistic
     from compressor_dynamic_skipping.curves import FixedCount
     from compressor_dynamic_skipping.thresholds import Curve, Reached
 
@@ -167,6 +167,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     name = "dynamic_skipping"
     version = "1"
+    api = 2
     options_type: ClassVar[type[Options]] = DynamicSkippingOptions
     needs_weights = False
 
@@ -195,7 +196,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     def _planned_rule(self) -> SkipRule:
         """A layer's rule, but for what calibration finds: thresholds, norms, whether its router renormalises."""
-        from compressor import SkipRule
+        from compressor.plugin import SkipRule
 
         options = self.options
         if options.top_k is None:
@@ -451,7 +452,7 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
 def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:
     """The rules of a decision; `of_all`: it speaks of every layer. Raises ValueError where it was made for others."""
-    from compressor import SkipRule
+    from compressor.plugin import SkipRule
 
     layers = decision["layers"]
     ours = {layer.path for layer in moe.layers}

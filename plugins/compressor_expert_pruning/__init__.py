@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor import Criterion, hookimpl
+from compressor.plugin import Criterion, hookimpl
 from compressor_expert_pruning.criteria import CRITERIA
 from compressor_expert_pruning.method import ExpertPruning, ExpertPruningOptions
 

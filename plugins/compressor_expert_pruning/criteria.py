@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor import Criterion, ExpertFigures
+from compressor.plugin import Criterion, ExpertFigures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def quad_mix(figures: ExpertFigures) -> Tensor:
     assert figures.pairs is not None
     import torch
 
-    from compressor import fewest_losses
+    from compressor.plugin import fewest_losses
 
     kept = fewest_losses(
         figures.pairs, figures.num_kept, figures.num_groups, protected=figures.protected, forbidden=figures.forbidden

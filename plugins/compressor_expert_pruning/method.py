@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from compressor import ExpertSelection, Options, SelectionOptions
+from compressor.plugin import ExpertSelection, Options, SelectionOptions
 
 
 class ExpertPruningOptions(SelectionOptions):
@@ -16,4 +16,5 @@ class ExpertPruning(ExpertSelection[ExpertPruningOptions]):
 
     name = "expert_pruning"
     version = "3"
+    api = 2
     options_type: ClassVar[type[Options]] = ExpertPruningOptions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor import hookimpl
+from compressor.plugin import hookimpl
 from compressor_task_pruning.method import TaskPruning, TaskPruningOptions
 
 __all__ = ["TaskPruning", "TaskPruningOptions"]

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compressor import ExpertSelection, FileName, FilePath, Options, SelectionOptions, TaskSource
+from compressor.plugin import ExpertSelection, FileName, FilePath, Options, SelectionOptions, TaskSource
 
 
 class TaskPruningOptions(SelectionOptions):
@@ -34,6 +34,7 @@ class TaskPruning(ExpertSelection[TaskPruningOptions]):
 
     name = "task_pruning"
     version = "2"
+    api = 2
     options_type: ClassVar[type[Options]] = TaskPruningOptions
 
     def sources(self) -> list[TaskSource]:

@@ -21,7 +21,7 @@ from tiny_models import tiny_folder, tiny_model, token_ids, write_checkpoint, wr
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import compressor
-from compressor import CheckpointError, DiskError, EvaluationError, MoEModel, RecipeError, Statistic
+from compressor import CheckpointError, DiskError, EvaluationError, MoEModel, RecipeError
 from compressor.checkpoint.find import Checkpoint, read_config
 from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
@@ -34,6 +34,7 @@ from compressor.edit.safetensors_writer import write_shard
 from compressor.machine.progress import Progress
 from compressor.observe import activation_offload, layerwise
 from compressor.observe.activation_offload import Parking
+from compressor.plugin import Statistic
 from compressor.testing import tiny
 
 Recipe = dict[str, Any]

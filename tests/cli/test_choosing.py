@@ -200,10 +200,10 @@ def test_a_third_party_criterion_is_one_function(
         plugins,
         "loudest",
         {"loudest": ""},
-        "import compressor\n\n\n"
+        "from compressor.plugin import Criterion, hookimpl\n\n\n"
         "def loudest(figures):\n    return figures.largest\n\n\n"
-        "@compressor.hookimpl\ndef compressor_criteria():\n"
-        "    return [compressor.Criterion('loudest', loudest, 'a test')]\n",
+        "@hookimpl\ndef compressor_criteria():\n"
+        "    return [Criterion('loudest', loudest, 'a test')]\n",
     )
     path = recipe(passes=[{"expert_pruning": {"keep": 6, "criterion": "loudest"}}])
     install_from(plugins)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor import CheckpointError, MoEModel, RoutedTokens, SkipRule
+from compressor import CheckpointError, MoEModel, SkipRule
 from compressor.model.capture import RealTokens
+from compressor.plugin import RoutedTokens
 from compressor.testing.tiny import answers, tiny_inputs, tiny_model
 from compressor_dynamic_skipping.curves import NUM_BINS, FixedCount, SkipCurves, bins_of, edges, expert_norms
 from compressor_dynamic_skipping.thresholds import Curve, beta_for_mean, uncertainty

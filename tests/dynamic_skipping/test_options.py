@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressor import Gathered, OptionError
 from compressor.model.find_structure import find_structure
+from compressor.plugin import Gathered, OptionError
 from compressor.testing.tiny import model_class, tiny_config
 from compressor_dynamic_skipping import DynamicSkipping, DynamicSkippingOptions
 from compressor_dynamic_skipping.curves import NUM_BINS

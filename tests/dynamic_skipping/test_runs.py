@@ -10,8 +10,9 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import MoEModel, OptionError, RecipeError, SkipRule
+from compressor import MoEModel, RecipeError, SkipRule
 from compressor.observe.statistics_file import load_statistics, merge_statistics
+from compressor.plugin import OptionError
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.report.figures import alone_rows

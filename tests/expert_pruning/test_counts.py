@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressor import Gathered, OptionError
 from compressor.errors import RecipeError
+from compressor.plugin import Gathered, OptionError
 from compressor.recipe.schema import load_recipe
 from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions

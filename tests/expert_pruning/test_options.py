@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compressor import OptionError
+from compressor.plugin import OptionError
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 
 

@@ -20,17 +20,7 @@ import pytest
 import torch
 from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, write_token_file
 
-from compressor import (
-    JoinedStatistic,
-    MoEModel,
-    PluginError,
-    ProcessError,
-    Processes,
-    RankedStatistic,
-    RecipeError,
-    Statistic,
-    compress,
-)
+from compressor import MoEModel, PluginError, ProcessError, Processes, RecipeError, compress
 from compressor.data.sequences import Sequences, TokenBatch, make_batches
 from compressor.evaluate.perplexity import perplexity
 from compressor.machine.distributed import SeveralProcesses, _ends_when_told
@@ -39,6 +29,7 @@ from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
 from compressor.observe.reductions import joined_figures
 from compressor.observe.statistics_file import load_statistics
+from compressor.plugin import JoinedStatistic, RankedStatistic, Statistic
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.run.pipeline import _Run

@@ -16,20 +16,20 @@ Cli = Callable[..., Any]
 InstallFrom = Callable[[Path], None]
 
 ADAPTER = """
-import compressor
+from compressor.plugin import Adapter, ConfigLeaf, find_structure, hookimpl
 
 
-class SpecialistsAdapter(compressor.Adapter):
+class SpecialistsAdapter(Adapter):
     name = "specialists"
 
     def explains(self, config):
         return config.model_type == "specialists"
 
     def structure(self, factory, config):
-        return compressor.find_structure(factory, config, count=compressor.ConfigLeaf((), "num_specialists"))
+        return find_structure(factory, config, count=ConfigLeaf((), "num_specialists"))
 
 
-@compressor.hookimpl
+@hookimpl
 def compressor_adapters():
     return [SpecialistsAdapter()]
 """
@@ -93,9 +93,11 @@ def test_with_its_adapter(specialists: Path, tmp_path: Path, keep: Any, cli: Cli
 
 
 def test_an_adapter_that_is_none(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
-    source = "import compressor\n\n\n@compressor.hookimpl\ndef compressor_adapters():\n    return [object()]\n"
+    source = (
+        "from compressor.plugin import hookimpl\n\n\n@hookimpl\ndef compressor_adapters():\n    return [object()]\n"
+    )
     write_distribution(tmp_path, "wrong", {"wrong": ""}, source)
     install_from(tmp_path)
     done = cli("methods")
     assert done.status == 2
-    assert "is not an instance of compressor.Adapter with a `name`" in done.err
+    assert "is not an instance of compressor.plugin.Adapter with a `name`" in done.err

@@ -9,11 +9,12 @@ import torch
 from by_hand import ROUTING, expert_outputs, routing_weights
 from tiny_models import FEW, random_model, tiny_model, token_ids
 
-from compressor import Gathered, MoEModel
+from compressor import MoEModel
 from compressor.data.sequences import make_batches
 from compressor.machine.progress import Progress
 from compressor.observe.forward import model_inputs
 from compressor.observe.layerwise import observe
+from compressor.plugin import Gathered
 from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 

@@ -7,9 +7,10 @@ import torch
 from tiny_models import keep_six, random_model, tiny_config, tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compressor import MoEModel, UnsupportedModelError, count_problem
+from compressor import MoEModel, UnsupportedModelError
 from compressor.model.find_structure import find_structure
 from compressor.model.moe_model import check_kept
+from compressor.plugin import count_problem
 from compressor.testing.tiny import tiny_model as tiny_testing_model
 
 

@@ -9,8 +9,9 @@ import torch
 from by_hand import ROUTING, choose, correction_bias, router_logits
 from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
 
-from compressor import MoEModel, RoutingRule
+from compressor import MoEModel
 from compressor.model.capture import RealTokens
+from compressor.plugin import RoutingRule
 
 # name → (score, renormalised, scale, has a correction bias, and what groups are chosen by); None: no closed form
 RULES = {

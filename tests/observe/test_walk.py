@@ -9,11 +9,12 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from compressor import MoEModel, RoutedTokens, Statistic, UnsupportedModelError
+from compressor import MoEModel, UnsupportedModelError
 from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
 from compressor.model.capture import RealTokens
 from compressor.observe import forward, layerwise
+from compressor.plugin import RoutedTokens, Statistic
 from compressor.testing import tiny
 
 IDS = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(0))

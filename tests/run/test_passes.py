@@ -17,11 +17,12 @@ from rich.console import Console
 from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, write_token_file
 
 import compressor
-from compressor import Decision, Method, MoELayer, MoEModel, Options, Plan, RecipeError, Statistic
+from compressor import MoELayer, MoEModel, RecipeError
 from compressor.data.sequences import Sequences
 from compressor.evaluate.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
+from compressor.plugin import Decision, Method, Options, Plan, Statistic
 from compressor.plugins import load_plugins
 from compressor.report.figures import ids_said, shown_layers
 from compressor.report.terminal import print_summary
@@ -211,6 +212,7 @@ class KeepFirst(Method[NoOptions]):
 
     name = "keep_first"
     version = "1"
+    api = 2
     options_type: ClassVar[type[Options]] = NoOptions
 
     def check(self, layers: Any) -> Plan:

@@ -17,21 +17,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, token_ids, write_token_file
 
 import compressor
-from compressor import (
-    CalibrationError,
-    CheckpointError,
-    CompressorError,
-    DiskError,
-    RecipeError,
-    Statistic,
-    VerificationError,
-)
+from compressor import CalibrationError, CheckpointError, CompressorError, DiskError, RecipeError, VerificationError
 from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.resume_state import Journal, ObservationJournal, digest, flatten, unflatten
 from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
 from compressor.model.moe_model import MoEModel
 from compressor.observe import layerwise
+from compressor.plugin import Statistic
 from compressor.testing import tiny
 
 Recipe = dict[str, Any]

@@ -10,8 +10,9 @@ import routers
 import torch
 from routers import output
 
-from compressor import RoutingRule, UnsupportedModelError
+from compressor import UnsupportedModelError
 from compressor.model.routing_rule import GroupRule
+from compressor.plugin import RoutingRule
 from compressor.selection.greedy import GreedySearch, Search
 from compressor.selection.objective import Objective
 from compressor.selection.reference import SetLosses, random_kept, relative_losses

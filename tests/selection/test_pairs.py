@@ -10,11 +10,12 @@ import torch
 from routers import ROUTERS
 from tiny_models import tiny_model, token_ids
 
-from compressor import MoEModel, RoutingRule
+from compressor import MoEModel
 from compressor.data.sequences import make_batches
 from compressor.machine.progress import Progress
 from compressor.observe.layerwise import observe
 from compressor.observe.statistic import JoinedStatistic
+from compressor.plugin import RoutingRule
 from compressor.selection.exact import SubsetErrors
 from compressor.selection.pair_losses import PairLosses, fewest_losses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor import RoutingRule
+from compressor.plugin import RoutingRule
 from compressor.selection.exact import (
     SubsetErrors,
     SubsetTables,

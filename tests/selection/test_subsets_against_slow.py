@@ -9,8 +9,8 @@ import routers
 import torch
 from routers import HIDDEN, ROUTERS, output
 
-from compressor import RoutingRule
 from compressor.model import routed_tokens as tokens_module
+from compressor.plugin import RoutingRule
 from compressor.selection import exact as subsets
 from compressor.selection.exact import SubsetErrors, SubsetTables, dropped_subsets
 
