@@ -102,11 +102,6 @@ def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
     return found
 
 
-def list_of(unit: str) -> str:
-    """The path of the module list that a unit is in."""
-    return unit.rpartition(".")[0]
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a safetensors file, which is read when it is indexed, as transformers' loader does."""

@@ -42,6 +42,7 @@ from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.observe import forward, layerwise
 from compressor.observe.activation_offload import Parking
+from compressor.observe.streams import Consume
 
 
 class OnDisk(InMemory):
@@ -112,7 +113,7 @@ class OnDisk(InMemory):
         return dataclasses.replace(found, bytes=stored_bytes(self.source))
 
     def _run_with(self, update: Update | None) -> Run:
-        def run(batches: Sequence[TokenBatch], consume: layerwise.Consume) -> None:
+        def run(batches: Sequence[TokenBatch], consume: Consume) -> None:
             assert self.weights is not None
             parts = _in_parts(batches, self.tokens_at_once)
             for number, part in enumerate(parts):
