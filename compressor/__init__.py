@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from compressor.model.structure import MoELayer
     from compressor.run.apply import apply
     from compressor.run.decide_again import decide
-    from compressor.run.pipeline import compress, load, restore
+    from compressor.run.loading import load, restore
+    from compressor.run.pipeline import compress
     from compressor.run.record import CompressionResult
 
 _HOME = {
@@ -46,8 +47,8 @@ _HOME = {
     "apply": "run.apply",
     "compress": "run.pipeline",
     "decide": "run.decide_again",
-    "load": "run.pipeline",
-    "restore": "run.pipeline",
+    "load": "run.loading",
+    "restore": "run.loading",
 }
 
 __all__ = [

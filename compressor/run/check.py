@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +26,23 @@ from compressor.checkpoint.quantization import (
     without_quantisation,
 )
 from compressor.checkpoint.quiet import quiet_transformers
-from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.errors import UnsupportedModelError, shortened
+from compressor.errors import UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
-from compressor.machine.memory_estimate import PLACEMENTS, Placement
+from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
 from compressor.method import OptionError, Plan
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import refuse_quantised
 from compressor.model.skipping.install import fitting_rules, skip_problem
 from compressor.model.skipping.rule import SkipRule
-from compressor.model.structure import MoELayer, Structure, layers_said
+from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.run import readiness
 from compressor.run.memory import Problem, disk_problem, placement, work_of
-from compressor.run.readiness import Limits
+from compressor.run.preview import Limits, Preview
 from compressor.wording import counted, human_bytes
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `terminal.print_plan`
-    takes.
-    """
-
-    checkpoint: Checkpoint | None
-    """None of a live model that came from none."""
-    structure: Structure | None
-    """None where nothing is known of its experts, if it has any: such a model can be measured."""
-    auto_class: str
-    left_out: LeftOut | None
-    plan: dict[str, Any]
-    limits: Limits
-    place: Placement = PLACEMENTS[0]
-    """Where weights and hidden states are to be."""
-    devices: tuple[str, ...] = ("cpu",)
-    """What computes: of several devices, each some of the layers."""
-    tokens_at_once: int = 0
-    """How much text passes a layer together while it is measured from disk."""
-    tokenizer: Any | None = None
-    tasks: LoadedTasks | None = None
-    """Those to measure, with their documents."""
-
-    def __repr__(self) -> str:
-        experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
-        return f"Preview({shortened(str(self.plan.get('model')), 60)}: {experts})"
-
-    @property
-    def layers(self) -> Sequence[MoELayer]:
-        """The MoE layers that are known of."""
-        return self.structure.layers if self.structure else ()
 
 
 def check(

@@ -8,7 +8,8 @@ perplexities are those of the edited model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,55 @@ from compressor.edit.verify import compare_answers
 from compressor.errors import VerificationError
 from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
+from compressor.recipe.schema import ResolvedPass
+from compressor.run.job import Job
 from compressor.selection.reference import SetLosses, random_kept, relative_losses
+
+
+@contextmanager
+def beside(
+    job: Job,
+    piece: InMemory,
+    resolved: ResolvedPass,
+    decision: Decision,
+    batches: Sequence[TokenBatch],
+    texts: Sequence[Sequences],
+    probe: TokenBatch,
+    name: str,
+) -> Iterator[dict[str, Any]]:
+    """Around a pass's edit: random decisions, measured before it, beside what it has made of the model. What is yielded
+    has them afterwards, as the pass's entry says them: `random`, if the recipe asks for it. The last pass's own
+    perplexities are those of the evaluation, see `with_evaluated`.
+    """
+    entry: dict[str, Any] = {}
+    evaluation = job.recipe.evaluate
+    if evaluation is None or not evaluation.random:
+        yield entry
+        return
+    with job.timed("random decisions"):
+        chosen, found = AsMasked(piece, resolved.method, decision, probe), {}
+        if chosen.problem is None:
+            seeds = [job.recipe.seed + number for number in range(evaluation.random)]
+            how = (chosen, seeds, batches, texts, evaluation.batch_size)
+            found = job.noted(f"random {name}", lambda: measure(piece, *how))
+    yield entry
+    with job.timed("random decisions"):
+        chosen.after(piece)
+        entry["random"] = found if chosen.problem is None else {"problem": chosen.problem}
+        if chosen.problem is None and resolved is not job.loaded.passes[-1]:
+            batch_size = evaluation.batch_size
+            ours = job.noted(
+                f"perplexity after {name}",
+                lambda: {text.name: piece.perplexity(text, batch_size).perplexity for text in texts},
+            )
+            entry["random"] = with_ours(found, ours)
+
+
+def with_evaluated(entry: dict[str, Any], perplexity: Mapping[str, float]) -> dict[str, Any]:
+    """The last pass's entry with the perplexities of the evaluation, if it has random decisions beside it."""
+    if "perplexity" not in entry.get("random", ()):
+        return entry
+    return {**entry, "random": with_ours(entry["random"], perplexity)}
 
 
 class AsMasked:

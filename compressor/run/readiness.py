@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -28,15 +27,7 @@ from compressor.evaluate.lm_eval import check_requests, refuse_without_tokenizer
 from compressor.machine.progress import Progress
 from compressor.recipe.document import KeyPath
 from compressor.recipe.schema import Evaluation, LoadedRecipe, Refusals, ResolvedPass
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a model can be given: ids below `num_embeddings`, in sequences of `max_positions`, if it names a limit."""
-
-    num_embeddings: int
-    max_positions: int | None
-
+from compressor.run.preview import Limits
 
 # Where a source stands -------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 from compressor.checkpoint import classes
 from compressor.checkpoint.atomic_files import write_json
 from compressor.checkpoint.extra_layers import LeftOut
-from compressor.errors import shortened
+from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.output import OutputFolder, journal_folder
+from compressor.checkpoint.resume_state import Journal
+from compressor.data.sequences import Sequences
+from compressor.errors import CheckpointError, shortened
+from compressor.machine.progress import Progress
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
+from compressor.recipe.schema import CHANGES_NO_FIGURE, LoadedRecipe
 from compressor.report.card import model_card
 from compressor.report.html import page, summary
+from compressor.run.preview import Preview
+from compressor.wording import digest
 
 FORMAT = 2
 """Of record.json and decision.json. In format 1 `kept` and `dropped` of every pass were in the original's ids, now they
@@ -84,3 +93,99 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / "compressor" / RECORD, record)
     (folder / "compressor" / "report.html").write_text(page(record), encoding="utf-8")
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+# Of a run --------------------------------------------------------------------------------------------------
+
+
+def identity_json(
+    loaded: LoadedRecipe,
+    model: Mapping[str, Any],
+    tokenizer: str,
+    texts: Mapping[str, str],
+    num_processes: int,
+    versions: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a run is about: two of which this is the same find the same, wherever they put it. `tokenizer` and `texts`
+    are fingerprints.
+    """
+    recipe = loaded.to_mapping()
+    # whatever the model's path: its fingerprint tells whether it is the same
+    for key in (*CHANGES_NO_FIGURE, "model"):
+        recipe.pop(key, None)
+    return {
+        "recipe": recipe,
+        "model": model,
+        "tokenizer": tokenizer,
+        "text": texts,
+        "processes": num_processes,
+        "versions": versions,
+    }
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """A digest of what a run is about."""
+    return digest(json.dumps(identity, sort_keys=True))
+
+
+def record_before(output: Path, fingerprint: Callable[[], str], progress: Progress) -> dict[str, Any] | None:
+    """What a run before has recorded that did all of this: a whole output gets its name first, if it was stopped just
+    then. None where something else is there, or work to go on with. `fingerprint` tells what this run is about.
+    """
+    if OutputFolder(output).complete():
+        progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
+    if Journal(journal_folder(output)).has_work:
+        return None
+    try:
+        record: dict[str, Any] = json.loads((output / "compressor" / RECORD).read_text(encoding="utf-8"))
+        found = record.get("run_fingerprint")
+    except (OSError, ValueError, AttributeError):  # whatever it is, it is in the way, and refused as that
+        return None
+    if found is None or found != fingerprint():
+        return None
+    try:
+        verify_files(output)
+    except CheckpointError as error:
+        progress.say(f"what a run of this recipe has written is damaged: {error}")
+        return None
+    progress.say(f"{output}: a run of this recipe has written it already; nothing is left to do")
+    return record
+
+
+def about_json(
+    loaded: LoadedRecipe,
+    model: Mapping[str, Any],
+    tokenizer: str,
+    calibration: Sequence[Sequences],
+    layers: Sequence[MoELayer],
+) -> dict[str, Any]:
+    """What figures and decisions are about: they can be used again for this model only."""
+    return {
+        "model": {"reference": loaded.recipe.model, **model},
+        "tokenizer": tokenizer,
+        "domains": [sequences.to_json() for sequences in calibration],
+        "layers": [layer.description() for layer in layers],
+        "recipe_fingerprint": loaded.fingerprint,
+    }
+
+
+def run_json(
+    loaded: LoadedRecipe,
+    run_fingerprint: str | None,
+    about: Mapping[str, Any],
+    preview: Preview,
+    passes: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What was done, on what, with what; `about` is that of `about_json`."""
+    return {
+        "format": FORMAT,
+        "model": about["model"],
+        "tokenizer": about["tokenizer"],
+        "recipe": loaded.to_mapping(),
+        "recipe_fingerprint": loaded.fingerprint,
+        **({"run_fingerprint": run_fingerprint} if run_fingerprint else {}),
+        "seed": loaded.recipe.seed,
+        "calibration": about["domains"],
+        "layers": layers_json(preview.layers),
+        "passes": passes,
+    } | left_out_json(preview.left_out)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoint import output as output_folder
 from compressor.edit import in_memory, verify
 from compressor.observe import layerwise
-from compressor.run import pipeline, record
+from compressor.run import passes, pipeline, record
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
@@ -773,7 +773,7 @@ def test_interrupted_work_in_the_way_of_apply(cli: Cli, recipe: WriteRecipe, mix
 def test_too_little_disk(refused_run: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
     says = f"{tmp_path / 'out'}: the run, with what it keeps of the text, needs "
-    monkeypatch.setattr(pipeline._Run, "_load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(pipeline, "load_moe", lambda *_: pytest.fail("weights were read"))
     refused_run(says=says)
 
 
@@ -794,8 +794,8 @@ def kept(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("where", "name", "failure"),
     [
-        (pipeline, "save_statistics", no_space_for_safetensors),
-        (pipeline, "write_json", no_space),
+        (passes, "save_statistics", no_space_for_safetensors),
+        (passes, "write_json", no_space),
         (verify, "save_checkpoint", no_space_for_safetensors),
         (record, "model_card", no_space),
     ],
@@ -823,9 +823,9 @@ def test_disk_that_fills_up(
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (pipeline._Run, "_load"),
+        (pipeline, "load_moe"),
         (layerwise, "observe"),
-        (pipeline, "save_statistics"),
+        (passes, "save_statistics"),
         (in_memory, "save_verified"),
         (record, "model_card"),
     ],
@@ -841,7 +841,7 @@ def test_ctrl_c(
     path = recipe()
     answer = cli("run", "--quiet", path)
     assert (answer.status, answer.out) == (130, "")
-    is_kept = name not in ("_load", "observe")  # before anything is done there is nothing to keep
+    is_kept = name not in ("load_moe", "observe")  # before anything is done there is nothing to keep
     says = "interrupted; nothing is left under the output's name\n"
     assert answer.err == (kept(tmp_path) if is_kept else "") + says
     assert sorted(tmp_path.iterdir()) == [*([tmp_path / ".out.partial"] if is_kept else []), path]

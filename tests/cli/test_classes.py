@@ -13,7 +13,7 @@ import transformers
 import yaml
 
 import compressor
-from compressor.run import check, pipeline
+from compressor.run import check, loading
 from compressor.testing import tiny
 
 Cli = Callable[..., Any]
@@ -83,7 +83,7 @@ def test_next_token_is_not_measured(
     model_type: str, key: str, saved: Any, refused: Refused, recipe: WriteRecipe, tokens: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    for module in (check, pipeline):
+    for module in (check, loading):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     asked = {"perplexity": [{"tokens": str(tokens)}], "tasks": ["demo_parity"]}
     path = recipe(model=saved(model_type), evaluate={key: asked[key]})

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ from compressor.observe.statistics_file import load_statistics
 from compressor.plugin import JoinedStatistic, RankedStatistic, Statistic
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
-from compressor.run.pipeline import _Run
+from compressor.run.loading import own_devices
 from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.exact import SubsetErrors
 from compressor.selection.greedy import GreedySearch
@@ -399,8 +398,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
     def device(name: str, processes: Processes) -> tuple[str, ...]:
         loaded = load_recipe({**asked, "device": name}, methods=plugins.methods, criteria=plugins.criteria)
-        planned: Any = SimpleNamespace(devices=(name,))
-        return _Run.of(loaded, plugins, None, processes)._own_devices(planned)
+        return own_devices(loaded, processes, (name,))
 
     assert [device(name, third) for name in ("cpu", "cuda", "cuda:1")] == [("cpu",), ("cuda:2",), ("cuda:1",)]
     assert device("cuda", Processes()) == ("cuda",)

@@ -22,6 +22,7 @@ from compressor.machine.memory_estimate import ACCELERATOR, PLACEMENTS, PROCESS,
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.run import check, memory
+from compressor.run.preview import Preview
 from compressor.wording import human_seconds
 
 Recipe = dict[str, Any]
@@ -138,7 +139,7 @@ def recipe(tmp_path: Path) -> Recipe:
     }
 
 
-def preview(recipe: Recipe, *overrides: str) -> check.Preview:
+def preview(recipe: Recipe, *overrides: str) -> Preview:
     plugins = load_plugins()
     loaded = load_recipe(recipe, overrides=overrides, methods=plugins.methods, criteria=plugins.criteria)
     return check.check(loaded, plugins.adapters)

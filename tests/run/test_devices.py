@@ -23,12 +23,11 @@ from compressor.data.sequences import TokenBatch
 from compressor.evaluate.speed import speed
 from compressor.machine.distributed import Processes
 from compressor.machine.memory_estimate import shares
-from compressor.machine.progress import Progress
 from compressor.model.skipping.rule import SkipRule
 from compressor.observe import activation_offload, forward, layerwise
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
-from compressor.run import check, memory, pipeline, readiness
+from compressor.run import check, loading, memory, readiness
 
 Recipe = dict[str, Any]
 PRUNE_AND_SKIP = [{"expert_pruning": {"keep": 6, "gather": ["pairs", "outputs"]}}, {"dynamic_skipping": {}}]
@@ -62,7 +61,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make this a machine with some GPUs, each with some bytes of memory; without a number all of its GPUs are used."""
 
     def have(number: int, free: int | None = None) -> None:
-        for module in (check, pipeline):
+        for module in (check, loading):
             monkeypatch.setattr(module, "gpus", lambda: DEVICES[:number])
         monkeypatch.setattr(memory, "available_on", lambda device: free)
 
@@ -373,11 +372,10 @@ def test_several_processes_take_a_gpu_each(make_recipe: Any, gpus: Any) -> None:
     second = Processes()
     second.rank, second.size = 1, 2
     loaded = load_recipe(make_recipe(device="auto"), methods=load_plugins().methods, criteria=load_plugins().criteria)
-    run = pipeline._Run.of(loaded, load_plugins(), Progress(), second)
     with pytest.raises(
         RecipeError, match="device: `auto` is for one process, and this is one of 2: with `device: cuda`"
     ):
-        run._own_devices(check.check(loaded))
+        loading.own_devices(loaded, second, check.check(loaded).devices)
 
 
 @pytest.mark.parametrize(

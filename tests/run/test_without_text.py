@@ -23,7 +23,7 @@ from compressor.observe.statistics_file import load_statistics
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.report.html import page
-from compressor.run import check, pipeline
+from compressor.run import check, texts
 from compressor.selection.activation_sums import ExpertSums
 
 Recipe = dict[str, Any]
@@ -50,8 +50,8 @@ def refused_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("text was read, or run through the model")
 
-    monkeypatch.setattr(pipeline, "load_sequences", refuse)
-    monkeypatch.setattr(pipeline, "load_with_held_out", refuse)
+    monkeypatch.setattr(texts, "load_sequences", refuse)
+    monkeypatch.setattr(texts, "load_with_held_out", refuse)
     monkeypatch.setattr(layerwise, "observe", refuse)
     monkeypatch.setattr(packing, "load_sequences", refuse)
 

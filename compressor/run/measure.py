@@ -1,0 +1,176 @@
+"""What is measured of a model, and of two side by side: quality, size and speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.data.lm_eval_tasks import LoadedTasks
+from compressor.data.sequences import Sequences
+from compressor.edit.in_memory import AsLoaded
+from compressor.evaluate.lm_eval import TaskResult
+from compressor.evaluate.paired import paired
+from compressor.evaluate.perplexity import Perplexity
+from compressor.evaluate.size import RoutedSize, Size, bytes_on_disk
+from compressor.evaluate.speed import peak_memory, speed
+from compressor.machine.distributed import Processes
+from compressor.machine.progress import Progress
+from compressor.model.skipping.usage import Counter
+from compressor.model.structure import MoELayer
+from compressor.recipe.schema import Evaluation
+from compressor.report.figures import cut_prompts
+from compressor.run.job import Job
+from compressor.wording import counted
+
+_ExpertsUsed = dict[str, dict[str, float]]
+"""Text (or "tasks") → layer path → experts that a token used."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a run measures, and on what; the same before and after."""
+
+    evaluation: Evaluation
+    texts: Sequence[Sequences]
+    """For perplexity."""
+    tasks: LoadedTasks | None
+    tokenizer: Any | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's quality and size, as evaluate's own objects."""
+
+    perplexity: Mapping[str, Perplexity]
+    tasks: Mapping[str, TaskResult]
+    size: Size
+    peak_memory: Mapping[str, int | None]
+    experts_per_token: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By text, then by layer; empty where no layer is known of."""
+    bytes_on_disk: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record says of it."""
+        return {
+            **({"experts_per_token": self.experts_per_token} if self.experts_per_token else {}),
+            "perplexity": {name: value.to_json() for name, value in self.perplexity.items()},
+            "tasks": {name: value.to_json() for name, value in self.tasks.items()},
+            "size": self.size.to_json(),
+            "peak_memory": self.peak_memory,
+            **({"bytes_on_disk": self.bytes_on_disk} if self.bytes_on_disk is not None else {}),
+        }
+
+    def with_bytes_of(self, folder: Path) -> Measured:
+        """The same, with what the checkpoint takes in a folder."""
+        return dataclasses.replace(self, bytes_on_disk=bytes_on_disk(folder))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measured:
+        """The inverse of `to_json`."""
+        objects = {
+            "perplexity": {name: Perplexity(**value) for name, value in data["perplexity"].items()},
+            "tasks": {name: TaskResult.from_json(value) for name, value in data["tasks"].items()},
+            "size": Size(**data["size"]),
+        }
+        return cls(**{**data, **objects})
+
+
+def measure(
+    job: Job,
+    piece: AsLoaded,
+    yardstick: Yardstick | None,
+    when: str,
+    devices: Sequence[str],
+    *,
+    name: str | None = None,
+) -> Measured | None:
+    """Quality and size of a model; None without a yardstick. The journal keeps them by `name`, or else by `when`."""
+    if yardstick is None:
+        return None
+    progress = job.progress
+
+    def found() -> dict[str, Any]:
+        perplexity, used = _perplexity(piece, yardstick, when, progress)
+        tasks, used_by_tasks = _tasks(piece, yardstick, when, progress)
+        used = used or used_by_tasks
+        sizes = piece.size(_routed(piece.layers, used))
+        experts_per_token = used if any(used.values()) else {}
+        return Measured(perplexity, tasks, sizes, peak_memory(*devices), experts_per_token).to_json()
+
+    return Measured.from_json(job.noted(f"evaluation {name or when}", found))
+
+
+def _perplexity(
+    piece: AsLoaded, yardstick: Yardstick, when: str, progress: Progress
+) -> tuple[dict[str, Perplexity], _ExpertsUsed]:
+    found, used = {}, {}
+    for text in yardstick.texts:
+        with progress.task(f"{when}: perplexity {text.name}") as update, piece.counted() as counter:
+            found[text.name] = piece.perplexity(text, yardstick.evaluation.batch_size, update)
+        used[text.name] = _used(piece.layers, counter, piece.processes)
+    return found, used
+
+
+def _tasks(
+    piece: AsLoaded, yardstick: Yardstick, when: str, progress: Progress
+) -> tuple[dict[str, TaskResult], _ExpertsUsed]:
+    if yardstick.tasks is None:
+        return {}, {}
+    title = f"{when}: {counted(len(yardstick.tasks.names), 'task')}"
+    with progress.task(title) as update, piece.counted() as counter:
+        found = piece.ask(
+            yardstick.tasks,
+            yardstick.tokenizer,
+            update,
+            limit=yardstick.evaluation.limit,
+            batch_size=yardstick.evaluation.batch_size,
+            seed=yardstick.seed,
+        )
+    for sentence in cut_prompts({name: result.to_json() for name, result in found.items()}):
+        progress.say(f"{when}: {sentence}")
+    # lm-eval's padding is among the tokens: nobody tells which they are
+    return found, {"tasks": _used(piece.layers, counter, piece.processes)}
+
+
+def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) -> dict[str, float]:
+    """Layer path → experts that a token used: as counted where it skips some, else as many as it chooses."""
+    whole = Counter()
+    for sums in processes.exchange(counter.sums):
+        whole.add_sums(sums)
+    return {layer.path: float(layer.top_k) for layer in layers} | whole.experts_per_token
+
+
+def _routed(layers: Sequence[MoELayer], used: _ExpertsUsed) -> list[RoutedSize]:
+    return [
+        RoutedSize(
+            layer.num_experts,
+            statistics.mean([by_layer[layer.path] for by_layer in used.values()] or [layer.top_k]),
+            layer.parameters_per_expert,
+        )
+        for layer in layers
+    ]
+
+
+def compared(before: Measured, after: Measured, texts: Sequence[Sequences]) -> dict[str, Any]:
+    """The record's `evaluation`: figures before and after, and answers flipped."""
+    return {
+        "text": [sequences.to_json() for sequences in texts],
+        "before": before.to_json(),
+        "after": after.to_json(),
+        "paired": {
+            task: {metric: flips.to_json() for metric, flips in by_metric.items()}
+            for task, by_metric in paired(before.tasks, after.tasks).items()
+        },
+    }
+
+
+def compared_speed(original: Any, smaller: Any, texts: Sequence[Sequences], seed: int) -> dict[str, Any]:
+    """The original against the smaller model, alternated, on the first of these texts."""
+    vocabulary = int(smaller.get_input_embeddings().weight.shape[0])
+    text = next((one.ids for one in texts), ())
+    return speed({"before": original, "after": smaller}, vocab_size=vocabulary, text=text, seed=seed).to_json()

@@ -1,0 +1,162 @@
+"""One pass: observe → decide → edit, and the files that the first two leave."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from compressor.checkpoint.atomic_files import write_json
+from compressor.checkpoint.output import OutputFolder
+from compressor.data.sequences import Sequences, TokenBatch
+from compressor.edit.in_memory import InMemory
+from compressor.errors import RecipeError
+from compressor.method import Decision, OptionError
+from compressor.model.moe_model import Kept
+from compressor.model.structure import MoELayer
+from compressor.observe.statistic import Gathered
+from compressor.observe.statistics_file import save_statistics
+from compressor.recipe.schema import LoadedRecipe, ResolvedPass
+from compressor.run.job import Job
+from compressor.run.record import DECISION, FORMAT, STATISTICS, original_ids_json
+from compressor.wording import counted
+
+_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision")
+"""What decision.json says of a pass; the record says more, such as how long it took."""
+
+
+@contextmanager
+def placed(loaded: LoadedRecipe, resolved: ResolvedPass) -> Iterator[None]:
+    """Errors of a pass get its place in the recipe."""
+    try:
+        yield
+    except OptionError as error:
+        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
+
+
+def observe(
+    job: Job, piece: InMemory, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
+) -> Gathered:
+    """The pass's figures; under a `name` the journal keeps them layer by layer."""
+    moe, method, num_idle = piece.moe, resolved.method, job.processes.size - len(batches)
+    if num_idle > 0 and method.needs_text:
+        job.progress.say(
+            f"{counted(len(batches), 'calibration batch')}: {counted(num_idle, 'process')} with nothing to observe"
+        )
+    statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
+    wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+    journal = job.observation(name)
+    if not method.needs_text:
+        title = f"{resolved.spec.method}: weighing experts, without text"
+        return Gathered(piece.weigh(wanted, title=title, journal=journal), ())
+    domains = list(dict.fromkeys(batch.domain for batch in batches))
+    held_out = list(dict.fromkeys(batch.domain for batch in batches if batch.held_out))
+
+    def edited(path: str, figures: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+        decision = decide(job, resolved, [moe.layer(path)], Gathered({path: figures}, domains, held_out))
+        context = method.preview(moe, decision)
+        assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
+        return context
+
+    figures = piece.observe(
+        batches,
+        wanted,
+        title=f"{resolved.spec.method}: observing",
+        edited=edited if method.progressive else None,
+        journal=journal,
+    )
+    return Gathered(figures, domains, held_out)
+
+
+def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
+    """The pass's decision, which is the first process's."""
+    with placed(job.loaded, resolved):
+        decision = resolved.method.decide(layers, figures)
+        return job.processes.exchange(decision)[0]  # type: ignore[no-any-return]
+
+
+def edit(
+    job: Job, piece: InMemory, resolved: ResolvedPass, decision: Decision, probe: TokenBatch, name: str
+) -> dict[str, float]:
+    """Carry the decision out; how far the answers on `probe` are from those expected."""
+    with placed(job.loaded, resolved):
+        return piece.edit(resolved.method, decision, probe, name)
+
+
+def entry_json(
+    resolved: ResolvedPass,
+    figures: Gathered,
+    held_out: Sequence[Sequences],
+    decision: Decision,
+    original_ids: Kept,
+    all_ids: Kept,
+) -> dict[str, Any]:
+    """What the record says of a pass that has been decided on."""
+    return {
+        "method": resolved.spec.method,
+        "version": resolved.method.version,
+        "options": resolved.method.options.model_dump(mode="json"),
+        "domains": [name for name in figures.domains if name not in figures.held_out],
+        **({"held_out": [one.to_json() for one in held_out]} if held_out else {}),
+        **original_ids_json(original_ids, all_ids),
+        "decision": decision,
+    }
+
+
+# The files -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PassFiles:
+    """What the passes of a run leave in an output's folder, if there is one; it grows with each of them. `about` says
+    which model and text it is about.
+    """
+
+    folder: OutputFolder | None
+    about: Mapping[str, Any]
+    gathered: dict[str, Gathered] = field(default_factory=dict)
+    described: dict[str, Any] = field(default_factory=dict)
+
+    def add_figures(self, name: str, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> None:
+        """Write the statistics, of this pass and those before it."""
+        if self.folder is None:
+            return
+        self.gathered[name] = figures
+        self.described[name] = {
+            "domains": list(figures.domains),
+            **({"held_out": list(figures.held_out)} if figures.held_out else {}),
+            "progressive": resolved.method.progressive,
+            "layers": [layer.description() for layer in layers],
+        }
+        file = self.folder.path / "compressor" / STATISTICS
+        save_statistics(file, self.gathered, {**self.about, "passes": self.described})
+
+    def write_decisions(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the decisions of the passes so far, of which the record will say `entries`."""
+        if self.folder is None:
+            return
+        passes = [{key: one[key] for key in _DECIDED if key in one} for one in entries]
+        written = {"format": FORMAT, "model": self.about["model"], "passes": passes}
+        write_json(self.folder.path / "compressor" / DECISION, written)
+
+    @contextmanager
+    def kept_if_undecided(self, name: str, resolved: ResolvedPass) -> Iterator[None]:
+        """Figures that do not answer what was asked may answer something else, if they are the original model's: they
+        outlive the run then, and the error says where they are.
+        """
+        try:
+            yield
+        except RecipeError as error:
+            is_of_original = self.described.get(name, {}).get("layers") == self.about["layers"]
+            if self.folder is None or not is_of_original or resolved.method.progressive:
+                raise
+            kept = self.folder.target.with_name(f"{self.folder.target.name}.{STATISTICS}")
+            shutil.copyfile(self.folder.path / "compressor" / STATISTICS, kept)
+            raise RecipeError(
+                f"{error} What was observed is kept: `compressor decide {kept} --method {resolved.spec.method} --set "
+                f"…` decides by it without the model, and `compressor apply` carries that out."
+            ) from error

@@ -1,0 +1,101 @@
+"""The text of a run: read once, whichever passes use it, and cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.data.packing import load_sequences, load_with_held_out, missing_sequences
+from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
+from compressor.data.sources import BaseSource
+from compressor.edit.verify import random_batch
+from compressor.machine.progress import Progress
+from compressor.recipe.schema import LoadedRecipe
+
+_PROBE_SEQUENCES, _PROBE_TOKENS = 4, 256
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a recipe's passes are calibrated on, and what the model is measured on."""
+
+    by_pass: Sequence[Sequence[Sequences]]
+    """The calibration text of every pass, one entry a domain."""
+    held_out: Sequence[Sequence[Sequences]]
+    """Held-out text of every pass that wants it."""
+    perplexity: Sequence[Sequences]
+
+    def calibration(self) -> list[Sequences]:
+        """Every text that some pass is calibrated on, once."""
+        return list({id(one): one for of_pass in self.by_pass for one in of_pass}.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        """Name → fingerprint of every text."""
+        held_out = [one for of_pass in self.held_out for one in of_pass]
+        return {one.name: one.fingerprint for one in [*self.calibration(), *held_out, *self.perplexity]}
+
+
+def read_texts(
+    loaded: LoadedRecipe,
+    measured: Iterable[BaseSource],
+    tokenizer: Any | None,
+    num_embeddings: int,
+    progress: Progress,
+) -> Texts:
+    """Read what the passes are calibrated on, and what is `measured`. Raises CalibrationError where a text cannot be
+    read, or has ids of `num_embeddings` and above.
+    """
+    seed = loaded.recipe.seed
+    read, others = _read_calibration(loaded, tokenizer)
+    by_pass, held_out = [], []
+    for one in loaded.passes:
+        names = [repr(source) for source in loaded.sources_of(one)]
+        by_pass.append([read[name] for name in names])
+        found = [others[name] for name in names] if one.method.held_out else []
+        held_out.append([sequences for sequences in found if sequences is not None])
+    if others and not any(others.values()):
+        progress.say("no text is left to hold out: what is decided is only known for the calibration text")
+    perplexity = [load_sequences(source, tokenizer, seed=seed, split="held-out") for source in measured]
+    texts = [*read.values(), *perplexity]
+    for sentence in (*(note for one in texts for note in one.notes), *missing_sequences(texts)):
+        progress.say(sentence)
+    for sequences in [*read.values(), *filter(None, others.values()), *perplexity]:
+        check_vocabulary(sequences, num_embeddings)
+    return Texts(by_pass, held_out, perplexity)
+
+
+def _read_calibration(
+    loaded: LoadedRecipe, tokenizer: Any | None
+) -> tuple[dict[str, Sequences], dict[str, Sequences | None]]:
+    """Source → its text, and of those that some pass wants held-out text of, that text; None where none is left.
+    A source that several passes use is read once.
+    """
+    seed = loaded.recipe.seed
+    with_held_out = {repr(source) for one in loaded.passes if one.method.held_out for source in loaded.sources_of(one)}
+    read: dict[str, Sequences] = {}
+    others: dict[str, Sequences | None] = {}
+    for source in (source for one in loaded.passes for source in loaded.sources_of(one)):
+        name = repr(source)
+        if name in read:
+            continue
+        if name in with_held_out:
+            read[name], others[name] = load_with_held_out(source, tokenizer, seed=seed)
+        else:
+            read[name] = load_sequences(source, tokenizer, seed=seed)
+    return read, others
+
+
+def batches_of(texts: Iterable[Sequences], batch_size: int, *, held_out: bool = False) -> list[TokenBatch]:
+    """The batches of several texts, one text after another."""
+    return [batch for one in texts for batch in make_batches(one.ids, batch_size, one.name, held_out=held_out)]
+
+
+def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:
+    """What a model's answers are compared on: the first few tokens of the first few sequences, or random ids where
+    there is no text.
+    """
+    if not batches:
+        return random_batch(model)
+    rows, columns = slice(0, _PROBE_SEQUENCES), slice(0, _PROBE_TOKENS)
+    return TokenBatch(batches[0].input_ids[rows, columns], batches[0].attention_mask[rows, columns])
