@@ -168,6 +168,8 @@ def _verify_criterion(criterion: Any, who: str) -> None:
         raise PluginError(f"{who}: {criterion!r} is not an instance of compressor.plugin.Criterion.")
     if not criterion.name.isidentifier():
         raise PluginError(f"{who}: {criterion.name!r} is no name for a criterion; use letters, digits and _.")
+    if criterion.statistic is not None and not criterion.needs_text:
+        raise PluginError(f"{who}: the criterion {criterion.name} has a statistic, which needs text; set `needs_text`.")
 
 
 def _verify_method(method: Any, who: str) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_folder
 
+import compressor
 from compressor.errors import PluginError
 from compressor.plugins import load_plugins
 
@@ -331,8 +333,6 @@ def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
     for layer in second["decision"]["layers"].values():
         assert set(layer["kept"]) < {0, 1, 2, 3, 4, 5}
     # whoever loads the folder needs no plugin
-    import compressor
-
     assert [layer.num_experts for layer in compressor.MoEModel(compressor.load(tmp_path / "out")[0]).layers] == [4] * 3
 
 
@@ -356,6 +356,69 @@ def test_the_tutorials_plugin_works(tmp_path: Path, cli: Cli, install_from: Inst
     record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
     assert record["passes"][0]["method"] == "least_used"
     assert all(len(layer["kept"]) == 6 for layer in record["passes"][0]["decision"]["layers"].values())
+
+
+def page_source(name: str) -> str:
+    """The code of docs/plugins.md that begins with this file's name."""
+    page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    [source] = re.findall(rf"```python\n(# {name}\n.*?)```", page, re.DOTALL)
+    return str(source)
+
+
+def test_a_criterion_with_a_statistic_of_its_own(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
+    """As docs/plugins.md has it: the same in memory, from disk, and by `decide`; by what the routers answer."""
+    write_distribution(tmp_path, "confident", {"confident": ""}, page_source("my_confident.py"))
+    install_from(tmp_path)
+    ids = [list(range(32)), list(range(30, 62))]
+    for name, row in zip(("a", "b"), ids, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input_ids": row}))
+    recipe: dict[str, Any] = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(tmp_path / f"{name}.jsonl"), "name": name} for name in ("a", "b")]},
+        "passes": [{"expert_pruning": {"keep": 5, "criterion": "confident", "blend": "pooled"}}],
+    }
+    found = []
+    for weights in ("memory", "disk"):
+        path = tmp_path / f"{weights}.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "weights": weights, "output": str(tmp_path / weights)}))
+        answer = cli("run", "--quiet", path)
+        assert (answer.status, answer.err) == (0, "")
+        record = json.loads((tmp_path / weights / "compressor" / "record.json").read_text())
+        found.append(record["passes"][0]["decision"]["layers"])
+    options = {"keep": 5, "blend": "pooled"}
+    statistics = tmp_path / "disk" / "compressor" / "statistics.safetensors"
+    found.append(compressor.decide(statistics, criterion="confident", **options)["passes"][0]["decision"]["layers"])
+    assert found[0] == found[1] == found[2]
+    # by hand, of the first layer, whose router sees the same whatever else is done
+    model = compressor.load(tiny_folder("mixtral"))[0]
+    with torch.no_grad():
+        logits = model(torch.tensor(ids), output_router_logits=True).router_logits[0]
+    assert found[0]["model.layers.0.mlp"]["kept"] == sorted(logits.abs().sum(0).topk(5).indices.tolist())
+
+
+def test_figures_of_its_own_that_were_not_gathered(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
+    write_distribution(tmp_path, "confident", {"confident": ""}, page_source("my_confident.py"))
+    install_from(tmp_path)
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(32))}))
+    recipe = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
+        "passes": [{"expert_pruning": {"keep": 5, "criterion": "frequency"}}],
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli("run", "--quiet", tmp_path / "recipe.yaml").status == 0
+    says = r"the criterion confident needs figures of its own, `sums\.confident\.…`, which were not gathered"
+    with pytest.raises(compressor.RecipeError, match=says):
+        compressor.decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep=5, criterion="confident")
+
+
+def test_a_criterion_whose_statistic_would_see_nothing(install: Install) -> None:
+    offered = '[Criterion("confident", lambda figures: 1 / 0, "this page", statistic=LogitSizes'
+    source = page_source("my_confident.py")
+    source = re.sub(r"\[Criterion\(.*?statistic=LogitSizes", lambda _: f"{offered}, needs_text=False", source)
+    with pytest.raises(PluginError, match=r"confident has a statistic, which needs text; set `needs_text`"):
+        load_plugins(found=install({"confident": source}))
 
 
 def test_broken_plugin_stops_the_command_and_without_heals_it(

@@ -97,10 +97,14 @@ class RankedStatistic(Statistic):
 
 
 class JoinedStatistic(RankedStatistic):
-    """Several statistics of the same expert outputs, which are computed once. Their figures have different names."""
+    """Several statistics, and the expert outputs that the ranked ones share are computed once. Their figures have
+    different names.
+    """
 
-    def __init__(self, parts: Sequence[RankedStatistic]) -> None:
+    def __init__(self, parts: Sequence[Statistic]) -> None:
         self.parts = parts
+        self._ranked = [part for part in parts if isinstance(part, RankedStatistic)]
+        self._others = [part for part in parts if part not in self._ranked]
         self.weight_norms = any(part.weight_norms for part in parts)
         self.own_rules = {name: rule for part in parts for name, rule in part.own_rules.items()}
 
@@ -113,21 +117,21 @@ class JoinedStatistic(RankedStatistic):
         """Add one batch to all of them; a second time only to those that asked for it, each in its own way."""
         if self._again is None:
             super().update(tokens)
-        for part in self._again or ():
+        for part in self._others if self._again is None else self._again:
             part.update(tokens)
 
     def num_ranks(self, tokens: RoutedTokens) -> int:
         """The most that one of them needs."""
-        return max(part.num_ranks(tokens) for part in self.parts)
+        return max(part.num_ranks(tokens) for part in self._ranked)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Give each of them the ranks that it needs."""
-        for part in self.parts:
+        for part in self._ranked:
             part.add(tokens, chunk.first(part.num_ranks(tokens)))
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Tell all of them."""
-        for part in self.parts:
+        for part in self._ranked:
             part.end_batch(tokens)
 
     def again(self) -> bool:
@@ -139,4 +143,4 @@ class JoinedStatistic(RankedStatistic):
         """The figures of all of them."""
         return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
 
-    _again: Sequence[RankedStatistic] | None = None
+    _again: Sequence[Statistic] | None = None

@@ -173,6 +173,11 @@ def by_criterion(
                 f"{layer.path}: the criterion {criterion.name} needs `{need}`, which {were}; observe again with this "
                 f"criterion, or with `gather: [{need}]`"
             )
+    if criterion.statistic is not None and not any(name.startswith(criterion.own_figures) for name in figures):
+        raise ChoiceError(
+            f"{layer.path}: the criterion {criterion.name} needs figures of its own, `{criterion.own_figures}…`, which "
+            f"were not gathered; observe again with this criterion"
+        )
     try:
         score_E = blended_scores(
             criterion,
@@ -187,6 +192,11 @@ def by_criterion(
         )
     except BlendError as error:
         raise ChoiceError(f"{layer.path}: {error}") from error
+    if score_E.shape != (layer.num_experts,):
+        raise ChoiceError(
+            f"{layer.path}: the criterion {criterion.name} answers scores of shape {list(score_E.shape)}, expected one "
+            f"for each of {layer.num_experts} experts"
+        )
     _, dropped = kept_by_score(
         score_E, num_kept, num_groups=layer.num_groups, protected=fixed.staying, forbidden=fixed.forbidden
     )

@@ -10,13 +10,16 @@ Dimensions: E experts, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from compressor.model.structure import MoELayer
+    from compressor.observe.statistic import Statistic
 
 Need = Literal["pairs", "weights", "outputs"]
 """Figures that cost more than the sums, and are gathered only for criteria that ask for them: `pairs` (losses of pairs
@@ -70,6 +73,8 @@ class ExpertFigures:
     """Σ w²; only for `weights`."""
     num_weights: Tensor | None = None
     """How many weights an expert has; only for `weights`."""
+    own: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the criterion's own statistic gathered as `sums.CRITERION.NAME`, by NAME, added up over the domains."""
 
     def mean(self, summed: Tensor) -> Tensor:
         """A sum over an expert's tokens → its mean; NaN for an expert that no token chose: it has no mean."""
@@ -99,3 +104,13 @@ class Criterion:
     """Whether an expert's score depends on which others stay. Such scores cannot be averaged over domains, so the
     losses of pairs are, before the criterion sees them.
     """
+    statistic: Callable[[MoELayer], Statistic] | None = None
+    """What gathers figures of the criterion's own, such as a subclass of Statistic: sums called `sums.CRITERION.NAME`,
+    [D, …] with a row for each domain in the order in which they are first seen. Its `score` finds them in `own`. So
+    named, they add up over domains, files and processes.
+    """
+
+    @property
+    def own_figures(self) -> str:
+        """How the names of its own statistic's figures begin."""
+        return f"sums.{self.name}."

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from compressor.model.moe_model import MoEModel
     from compressor.model.structure import MoELayer
-    from compressor.observe.statistic import Gathered, RankedStatistic, Statistic
+    from compressor.observe.statistic import Gathered, Statistic
     from compressor.selection.activation_sums import ExpertSums
     from compressor.selection.choose import Choice, Fixed
     from compressor.selection.greedy import GreedySearch
@@ -153,7 +153,9 @@ class ExpertSelection(Method[OptionsT]):
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
         needs = {*self.options.gather, *(criterion.needs if criterion else ())}
         sums = ExpertSums(layer, outputs="outputs" in needs)
-        parts: list[RankedStatistic] = [sums]
+        parts: list[Statistic] = [sums]
+        if criterion is not None and criterion.statistic is not None:
+            parts.append(criterion.statistic(layer))
         if "pairs" in needs:
             parts.append(PairLosses(layer))
         if plan.route == "exact":

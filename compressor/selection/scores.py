@@ -39,10 +39,11 @@ def expert_figures(
     seed: int = 0,
     protected: Sequence[int] = (),
     forbidden: Sequence[int] = (),
+    own: str | None = None,
 ) -> ExpertFigures:
-    """The figures of some domains added up, as a criterion takes them."""
+    """The figures of some domains added up, as a criterion takes them; `own` is how the names of its own begin."""
     of_domains = list(domains)
-    optional: dict[str, Any] = {
+    tensors: dict[str, Any] = {name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS} | {
         "output": figures["sums.output"][of_domains].double().sum(0) if "sums.output" in figures else None,
         "spread": _spread(figures, of_domains) if "sums.spread" in figures else None,
         "pairs": figures["pairs.loss"][of_domains].sum(0) if "pairs.loss" in figures else None,
@@ -50,6 +51,9 @@ def expert_figures(
         "weight_squared": figures.get("weights.squared"),
         "num_weights": figures.get("weights.count"),
     }
+    if own is not None:
+        of_its_own = {name: figure for name, figure in figures.items() if name.startswith(own)}
+        tensors["own"] = {name.removeprefix(own): figure[of_domains].sum(0) for name, figure in of_its_own.items()}
     return ExpertFigures(
         num_kept=num_kept,
         num_groups=num_groups,
@@ -57,8 +61,7 @@ def expert_figures(
         protected=tuple(protected),
         forbidden=tuple(forbidden),
         largest=largest(figures, of_domains),
-        **{name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS},
-        **optional,
+        **tensors,
     )
 
 
@@ -102,6 +105,7 @@ def blended_scores(
             seed=seed,
             protected=protected,
             forbidden=forbidden,
+            own=criterion.own_figures if criterion.statistic is not None else None,
         )
         return criterion.score(one).double()
 

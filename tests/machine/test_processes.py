@@ -28,7 +28,7 @@ from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
 from compressor.observe.reductions import joined_figures
 from compressor.observe.statistics_file import load_statistics
-from compressor.plugin import JoinedStatistic, RankedStatistic, Statistic
+from compressor.plugin import Criterion, ExpertSelection, JoinedStatistic, RankedStatistic, SelectionOptions, Statistic
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.run.loading import own_devices
@@ -358,6 +358,34 @@ class Looks(RankedStatistic):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {self.name: torch.tensor([[1.0 * self.num_batches]])}
+
+
+class LogitSizes(Statistic):
+    """A criterion's own: Σ |router logit|, [D, E]; it looks at no expert's output."""
+
+    def __init__(self, layer: Any) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def update(self, tokens: Any) -> None:
+        sizes_E = tokens.logits_TE.double().abs().sum(0)
+        self.sums[tokens.domain] = self.sums.get(tokens.domain, 0) + sizes_E
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"sums.confident.logit": torch.stack(list(self.sums.values()))}
+
+
+def test_a_criterions_own_figures_are_those_of_one_process(batches: list[TokenBatch]) -> None:
+    confident = Criterion("confident", lambda figures: figures.own["logit"], "a test", statistic=LogitSizes)
+    options = SelectionOptions(keep=12, criterion="confident")
+    make = KeepConfident(options, {"confident": confident}).statistic
+    alone = observed(make, batches, Processes())
+    assert alone["model.layers.1.mlp"]["sums.confident.logit"].shape == (3, 16)
+    for found in together(2, lambda p: observed(make, batches, p)):
+        assert_alike(found, alone)
+
+
+class KeepConfident(ExpertSelection[SelectionOptions]):
+    name, version, api, options_type = "keep_confident", "1", 2, SelectionOptions
 
 
 def test_figures_of_other_plugins_are_joined_by_their_names_or_refused(batches: list[TokenBatch]) -> None:

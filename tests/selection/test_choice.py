@@ -143,6 +143,14 @@ def test_by_criterion(make_layer):
     assert found == {"kept": [0, 3], "dropped": [1, 2], "search": "frequency", "score_kept": pytest.approx(7 / 8)}
 
 
+def test_scores_that_are_not_one_for_each_expert(make_layer):
+    criterion = Criterion("pair", lambda figures: figures.tokens[:2], "a test")
+    with pytest.raises(
+        ChoiceError, match=r"the criterion pair answers scores of shape \[2\], expected one for each of 4"
+    ):
+        choose.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
+
+
 def test_figures_that_a_criterion_needs(make_layer):
     criterion = Criterion("mone", lambda figures: figures.tokens, "x", frozenset({"outputs"}))
     with pytest.raises(ChoiceError) as error:
