@@ -2,7 +2,8 @@
 
 Seconds of the processor, of the test and the processes that it waited for, but not of what its fixtures make.
 Processors differ: before a test fails, a fixed piece of work is timed on this one, and the limit grows by how much
-slower it is than where `REFERENCE` was measured.
+slower it is than where `REFERENCE` was measured. With several threads nothing is checked: threads that wait for each other
+spin, and how long depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 def check(item: pytest.Item, seconds: float) -> None:
     """Fail a test that has no mark and took longer than this machine explains."""
     is_marked = item.get_closest_marker("slow") or item.get_closest_marker("nightly")
-    if seconds > LIMIT and not is_marked:
+    if seconds > LIMIT and not is_marked and torch.get_num_threads() == 1:
         factor = slowness()
         if seconds > LIMIT * factor:
             pytest.fail(message(item.nodeid, seconds, factor), pytrace=False)
