@@ -2,8 +2,8 @@
 
 Seconds of the processor, of the test and the processes that it waited for, but not of what its fixtures make.
 Processors differ: before a test fails, a fixed piece of work is timed on this one, and the limit grows by how much
-slower it is than where `REFERENCE` was measured. With several threads nothing is checked: threads that wait for each other
-spin, and how long depends on what else the machine does.
+slower it is than where `REFERENCE` was measured. With several threads nothing is checked: threads that wait for each
+other spin, and how long depends on what else the machine does.
 """
 
 from __future__ import annotations
