@@ -13,9 +13,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {closest[0]!r}?" if closest else "."
 
 
-def digest(text: str) -> str:
-    """`sha256:` and 16 hex digits."""
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+def digest(whole: str | Iterable[str | bytes]) -> str:
+    """`sha256:` and 16 hex digits of a text, or of parts one after another."""
+    found = hashlib.sha256()
+    for part in [whole] if isinstance(whole, str) else whole:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return f"sha256:{found.hexdigest()[:16]}"
 
 
 def runs(numbers: Iterable[int]) -> list[range]:

@@ -6,7 +6,6 @@ Dimensions: B sequences of a batch, S positions.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CalibrationError
-from compressor.wording import counted
+from compressor.wording import counted, digest
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,7 @@ class TokenBatch:
 
 def fingerprint(sequences: Iterable[Tensor]) -> str:
     """A digest of token ids, sensitive to order and to where sequences end: `sha256:` and 16 hex digits."""
-    digest = hashlib.sha256()
-    for ids in sequences:
-        digest.update(f"{len(ids)}:".encode())
-        digest.update(ids.to(torch.int64).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return digest(part for ids in sequences for part in (f"{len(ids)}:", ids.to(torch.int64).numpy().tobytes()))
 
 
 def make_batches(
@@ -121,4 +116,4 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
     else:
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
         text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return digest(text)

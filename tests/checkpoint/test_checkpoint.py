@@ -458,20 +458,20 @@ def entry(begin: int, end: int, shape: Any = (4,), dtype: str = "U8") -> dict[st
 @pytest.mark.parametrize(
     ("header", "num_bytes", "says"),
     [
-        ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "b overlaps the tensor before it (bytes 2 to 6, not 4)."),
-        ({"a": entry(0, 4), "b": entry(6, 10)}, 10, "b leaves a gap before it (bytes 6 to 10, not 4)."),
-        ({"a": entry(4, 8)}, 8, "a leaves a gap before it (bytes 4 to 8, not 0)."),
-        ({"a": entry(0, 4), "b": entry(4, 8)}, 6, "the header describes "),
-        ({"a": entry(0, 4)}, 5, "the header describes "),
-        ({"a": entry(4, 0)}, 4, "damaged at its start: a is U8 [4], and -4 bytes long"),
-        ({"a": entry(-4, 0)}, 4, "damaged at its start: a has no proper shape and offsets: [4], -4 to 0"),
-        ({"a": entry(0, 4, [2.0, 2])}, 4, "damaged at its start: a has no proper shape and offsets: [2.0, 2], 0 to 4"),
-        ({"a": entry(0, 4, [-2, -2])}, 4, "damaged at its start: a has no proper shape and offsets: [-2, -2], 0 to 4"),
-        ({"a": entry(0, 4, [2, 3])}, 4, "damaged at its start: a is U8 [2, 3], and 4 bytes long"),
-        ({"a": entry(0, 4, dtype="F32")}, 4, "damaged at its start: a is F32 [4], and 4 bytes long"),
-        ({"a": entry(0, 4, dtype="U7")}, 4, "damaged at its start: a has the unknown dtype 'U7'"),
-        ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)),) * 2), 4, "damaged at its start: a is listed twice"),
-        ({"a": [0, 4]}, 4, "damaged at its start: list indices must be integers"),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "invalid offset for tensor `b`. Download or copy it again."),
+        ({"a": entry(0, 4), "b": entry(6, 10)}, 10, "invalid offset for tensor `b`"),
+        ({"a": entry(4, 8)}, 8, "invalid offset for tensor `a`"),
+        ({"a": entry(0, 4), "b": entry(4, 8)}, 6, "file not fully covered"),
+        ({"a": entry(0, 4)}, 5, "file not fully covered"),
+        ({"a": entry(4, 0)}, 4, "invalid offset for tensor `a`"),
+        ({"a": entry(-4, 0)}, 4, "integer `-4`, expected usize"),
+        ({"a": entry(0, 4, [2.0, 2])}, 4, "floating point `2.0`, expected usize"),
+        ({"a": entry(0, 4, [-2, -2])}, 4, "integer `-2`, expected usize"),
+        ({"a": entry(0, 4, [2, 3])}, 4, "invalid shape, data type, or offset for tensor"),
+        ({"a": entry(0, 4, dtype="F32")}, 4, "invalid shape, data type, or offset for tensor"),
+        ({"a": entry(0, 4, dtype="U7")}, 4, "unknown variant `U7`"),
+        ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)),) * 2), 4, "a is listed twice"),
+        ({"a": [0, 4]}, 4, "expected string or map"),
     ],
 )  # fmt: skip
 def test_header_that_lies(header: Any, num_bytes: int, says: str, tmp_path: Path) -> None:
@@ -479,7 +479,7 @@ def test_header_that_lies(header: Any, num_bytes: int, says: str, tmp_path: Path
     write_file(path, header, num_bytes)
     with pytest.raises(CheckpointError) as refusal:
         verify_files(tmp_path)
-    assert str(refusal.value).startswith(f"{path}: ")
+    assert str(refusal.value).startswith(f"{path}: damaged, cut short, or not a safetensors file: ")
     assert says in str(refusal.value)
 
 
