@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,17 @@ _Locate = Callable[[int, int], _Place]
 """Line and column, from 0 → place."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Mistake:
+    """Ordered by its place alone."""
+
     place: _Place
-    path: KeyPath
-    message: str
+    path: KeyPath = field(compare=False)
+    message: str = field(compare=False)
 
     def __str__(self) -> str:
         path = _dotted(self.path)
         return f"{self.place.text}{' ' if path else ''}{path}: {self.message}"
-
-
-def place_of(mistake: Mistake) -> _Place:
-    return mistake.place
 
 
 class _UnreadableError(Exception):
@@ -116,7 +114,7 @@ class Document:
 
     def raise_mistakes(self) -> None:
         """Raise one RecipeError with all mistakes in the order of the file, if there are any."""
-        mistakes, self._mistakes = sorted(self._mistakes, key=place_of), []
+        mistakes, self._mistakes = sorted(self._mistakes), []
         if mistakes:
             raise RecipeError("\n".join(dict.fromkeys(map(str, mistakes))))
 

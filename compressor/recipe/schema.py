@@ -35,7 +35,7 @@ from pydantic import (
 
 from compressor.data.sources import BaseSource, FileName, FilePath, Source
 from compressor.errors import CalibrationError, CompressorError, RecipeError, shortened
-from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, place_of, said_together
+from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
 from compressor.wording import did_you_mean, digest
 
@@ -309,7 +309,7 @@ class Refusals:
         """Raise what was found, in the order of the file, as errors of their own kind; of several kinds RecipeError."""
         if not self._found:
             return
-        found = sorted(self._found, key=lambda one: one[0].place)
+        found = sorted(self._found, key=lambda one: one[0])
         kinds = {type(error) for _, error in found}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
@@ -385,7 +385,7 @@ def parse_options(
     for override in overrides:
         document.override(override, inside=path)
     options = None if document.mistakes else validate(options_type, document, path)
-    mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes, key=place_of)]
+    mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes)]
     if options is None or mistakes:
         raise RecipeError("\n".join(str(one).removeprefix("recipe ") for one in mistakes))
     return options
