@@ -13,14 +13,15 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from compressor.method import Decision, Method, OptionError, Plan, check_layer_names
+from compressor.method import Decision, Method, OptionError, Plan
 from compressor.selection.layer_plan import (
     LayerPlan,
     allocated,
+    check_names,
     check_top_k,
     padding_note,
     planned_counts,
@@ -59,13 +60,7 @@ class ExpertSelection(Method[OptionsT]):
         self._check_text()
         options, plans = self.options, [self._plan(layer) for layer in layers]
         check_top_k(layers, options.top_k)
-        named: list[tuple[str, Mapping[str, Any]]] = [
-            (options.count_option, options.by_layer),
-            ("protect", options.protect),
-            ("forbid", options.forbid),
-        ]
-        for option, by_layer in named:
-            check_layer_names(layers, option, by_layer)
+        check_names(layers, options)
         for plan in plans:
             plan.check()
         planned = planned_counts(plans, options)

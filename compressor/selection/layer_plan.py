@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from compressor.method import OptionError
+from compressor.method import OptionError, check_layer_names
 from compressor.selection.options import SelectionOptions, ids_for
 
 if TYPE_CHECKING:
@@ -221,6 +221,13 @@ def check_top_k(layers: Sequence[MoELayer], top_k: int | None) -> None:
         else:
             continue
         raise OptionError("top_k", f"{layer.path}: {message}.")
+
+
+def check_names(layers: Sequence[MoELayer], options: SelectionOptions) -> None:
+    """Raise OptionError where an option names a layer that is not there."""
+    check_layer_names(layers, options.count_option, options.by_layer)
+    check_layer_names(layers, "protect", options.protect)
+    check_layer_names(layers, "forbid", options.forbid)
 
 
 def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
