@@ -4,7 +4,7 @@ A method goes through three steps. Each step takes only what the step before it 
 
     observe   `statistic(layer)` makes one accumulator per MoE layer; the core feeds it every calibration batch
     decide    `decide(layers, statistics)` is a pure function of the figures: no model, no data
-    edit      `edit(moe, decision)` applies the decision to a live model, in place
+    edit      `edit(layer, decision)` applies the decision to one layer's weights, wherever they are
 
 `check` comes before all of them and needs the model's config only. A method never runs the model and knows no other
 method.
@@ -24,15 +24,33 @@ from compressor.data.sources import BaseSource
 from compressor.wording import counted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
     from compressor.model.skipping.rule import SkipRule
     from compressor.model.structure import MoELayer
     from compressor.observe.statistic import Gathered, Statistic
 
-Decision = dict[str, Any]
-"""What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original
-model.
-"""
+
+class Decision(dict[str, Any]):
+    """What a method decided, as JSON: `{"layers": {PATH: {...}}}`; PATH is the MoE block's module path in the original
+    model. `tensors` are what is no JSON, by layer path and name; most methods need none.
+    """
+
+    def __init__(self, decided: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        super().__init__(decided)
+        self.tensors = tensors or {}
+
+    @classmethod
+    def of(cls, decided: Mapping[str, Any]) -> Decision:
+        """The same, if it is a plain mapping without tensors."""
+        return decided if isinstance(decided, cls) else cls(decided)
+
+    @property
+    def shapes(self) -> dict[str, dict[str, list[int]]]:
+        """The tensors' shapes, by layer path and name."""
+        return {path: {name: list(one.shape) for name, one in of.items()} for path, of in self.tensors.items()}
 
 
 class Options(BaseModel):
@@ -64,6 +82,8 @@ class Plan:
     top_k: int | None = None
     count_option: str | None = None
     skips: Mapping[str, SkipRule] = field(default_factory=dict)
+    changes_values: bool = False
+    """Whether experts or routers get other numbers: refused for quantised checkpoints, before anything is observed."""
 
     def __repr__(self) -> str:
         skips = f", {counted(len(self.skips), 'layer')} that will skip" if self.skips else ""
@@ -110,10 +130,6 @@ class Method(ABC, Generic[OptionsT]):
     api: ClassVar[int]
     """The `PLUGIN_API` that it was written for; a method of another version is refused by name."""
     options_type: ClassVar[type[Options]]
-    needs_weights: ClassVar[bool] = True
-    """Whether `edit` does more than call `moe.keep` and `moe.skip`. Where no method of a decision does, it is applied
-    to a checkpoint on disk, whose weights are never loaded: `edit` is then given a model on the meta device.
-    """
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
         """`criteria` are the installed ones, by name (compressor.plugin.Criterion), for methods that score experts."""
@@ -162,16 +178,20 @@ class Method(ABC, Generic[OptionsT]):
         """Make the accumulator for one layer, or None if this layer needs no figures."""
 
     @abstractmethod
-    def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
-        """Turn the figures into a decision.
+    def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Mapping[str, Any]:
+        """Turn the figures into a decision: JSON, or a `Decision` where it has tensors.
 
         `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same
         figures, same decision. Raises OptionError where the figures cannot tell what the options ask for.
         """
 
     @abstractmethod
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
-        """Apply the decision to the live model, in place."""
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        """Apply the decision to one layer: write its experts' numbers, and say what to keep or skip.
+
+        Asked once a layer, and once more on copies in float32 where it asks for weights, so it must be a pure function
+        of decision and layer. Weights are read only if it asks for them, one decoder layer at a time.
+        """
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object] | None:
         """A context in which the untouched model computes what the edited one will, or None if there is no such thing.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
     from compressor.model.adapter import Adapter
     from compressor.model.find_structure import find_structure
+    from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel, count_problem
     from compressor.model.routed_tokens import RankedChunk, RoutedTokens
     from compressor.model.routing_rule import RoutingRule
@@ -50,6 +51,7 @@ _HOME = {
     "FilePath": "data.sources",
     "Gathered": "observe.statistic",
     "JoinedStatistic": "observe.statistic",
+    "LayerWeights": "model.layer_weights",
     "Method": "method",
     "MoELayer": "model.structure",
     "MoEModel": "model.moe_model",
@@ -89,6 +91,7 @@ __all__ = [
     "FilePath",
     "Gathered",
     "JoinedStatistic",
+    "LayerWeights",
     "Method",
     "MoELayer",
     "MoEModel",

@@ -32,9 +32,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from compressor.plugin import (
     Decision,
+    LayerWeights,
     Method,
     MoELayer,
-    MoEModel,
     OptionError,
     Options,
     Plan,
@@ -68,8 +68,8 @@ class KeepFirst(Method[FirstOptions]):
     def decide(self, layers: Sequence[MoELayer], statistics: Mapping[str, Any]) -> Decision:
         return {"layers": {layer.path: {"kept": list(range(self.options.count))} for layer in layers}}
 
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
-        moe.keep({path: layer["kept"] for path, layer in decision["layers"].items()})
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        layer.keep(decision["layers"][layer.path]["kept"])
 
 
 @hookimpl
@@ -124,15 +124,15 @@ def offer(offered: str, body: str = "") -> str:
 def test_our_own() -> None:
     plugins = load_plugins()
     names = [(plugin.name, plugin.distribution) for plugin in plugins.plugins]
-    own = ("dynamic-skipping", "expert-pruning", "task-pruning")
+    own = ("dynamic-skipping", "expert-merging", "expert-pruning", "task-pruning")
     assert names == [(name, "moe-compressor") for name in own]
-    assert list(plugins.methods) == ["dynamic_skipping", "expert_pruning", "task_pruning"]
+    assert list(plugins.methods) == ["dynamic_skipping", "expert_merging", "expert_pruning", "task_pruning"]
     assert {"reap", "ean", "frequency", "aimer", "random"} <= set(plugins.criteria)
     assert plugins.methods["expert_pruning"].__module__ == "compressor_expert_pruning.method"
 
 
 def test_without(install: Install) -> None:
-    assert list(load_plugins(["expert-pruning"]).methods) == ["dynamic_skipping", "task_pruning"]
+    assert list(load_plugins(["expert-pruning"]).methods) == ["dynamic_skipping", "expert_merging", "task_pruning"]
     found = install({"one": METHOD, "two": offer("[]")})
     assert [plugin.name for plugin in load_plugins(["one"], found).plugins] == ["two"]
 

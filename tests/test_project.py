@@ -91,6 +91,7 @@ FOR_PLUGINS = [
     "FilePath",
     "Gathered",
     "JoinedStatistic",
+    "LayerWeights",
     "Method",
     "MoELayer",
     "MoEModel",

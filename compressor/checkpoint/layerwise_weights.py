@@ -233,6 +233,32 @@ class StreamedWeights:
             for unit in [*self._held, *self._entered]:
                 self.free(unit)
 
+    def unit_of(self, path: str) -> str:
+        """The unit that a module is in. Raises UnsupportedModelError where it is in none."""
+        for unit in self.units:
+            if f"{path}.".startswith(f"{unit}."):
+                return unit
+        raise UnsupportedModelError(f"{path} is in no list of layers that could be read one by one.")
+
+    def stored_in(self, unit: str) -> dict[str, StoredTensor]:
+        """All tensors of a unit by their names on disk."""
+        return self._stored_in(self._names_in(unit))
+
+    def as_stored(self, unit: str) -> dict[str, Tensor]:
+        """The tensors of a unit that is loaded as files have them, by transformers' own way back: name on disk →
+        tensor, in the model's dtype.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        names = self._names_in(unit)
+        with quiet_transformers():
+            return dict(revert_weight_conversion(self.model, {name: tensor_at(self.model, name) for name in names}))
+
+    def replace(self, stored: Mapping[str, StoredTensor]) -> None:
+        """Read these instead of those of the same names from now on."""
+        for made_of in self._sources.values():
+            made_of.update({key: stored[key] for key in made_of if key in stored})
+
     def _names_in(self, unit: str) -> list[str]:
         return [name for name in self._names if name.startswith(unit + ".")]
 

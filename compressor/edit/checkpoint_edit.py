@@ -12,7 +12,7 @@
 Bytes are copied as they are, so a quantised checkpoint stays quantised. Memory does not grow with the model: only what
 gets other values is read as a tensor (tables of expert ids, biases that switch experts off), and the headers.
 
-Not covered: methods whose edit changes weights, and experts packed together in one quantised tensor.
+Not covered: experts packed together in one quantised tensor.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
 from compressor.checkpoint.find import Checkpoint, load_config, read_config
 from compressor.checkpoint.headers import BITS, TORCH, first_dtype, verify_files
+from compressor.checkpoint.layerwise_weights import StoredTensor
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
 from compressor.checkpoint.quantization import quantisation_of, without_quantisation
 from compressor.checkpoint.quiet import quiet_transformers
@@ -195,20 +196,34 @@ class Edit:
             )
 
 
-def plan_edit(found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None = None) -> Edit:
+def plan_edit(
+    found: Checkpoint,
+    before: MoEModel,
+    after: MoEModel,
+    left_out: LeftOut | None = None,
+    edited: Mapping[str, StoredTensor] | None = None,
+) -> Edit:
     """Say what becomes of every tensor when the model `before` becomes `after`: both on the meta device, the second a
     copy of the first that a method has edited.
 
     Reads headers, and tables of expert ids only when written. `left_out` is what of the checkpoint transformers does
-    not build. Raises CheckpointError where the checkpoint does not fit its config, UnsupportedModelError, naming the
-    tensor, where experts cannot be taken out on disk.
+    not build; `edited` holds tensors that get other numbers, with all of `before`'s experts. Raises CheckpointError
+    where the checkpoint does not fit its config, UnsupportedModelError, naming the tensor, where
+    experts cannot be taken out on disk.
     """
-    return _EditPlan(found, before, after, left_out).edit()
+    return _EditPlan(found, before, after, left_out, edited or {}).edit()
 
 
 class _EditPlan:
-    def __init__(self, found: Checkpoint, before: MoEModel, after: MoEModel, left_out: LeftOut | None) -> None:
-        self.found, self.before, self.after, self.left_out = found, before, after, left_out
+    def __init__(
+        self,
+        found: Checkpoint,
+        before: MoEModel,
+        after: MoEModel,
+        left_out: LeftOut | None,
+        edited: Mapping[str, StoredTensor],
+    ) -> None:
+        self.found, self.before, self.after, self.left_out, self.edited = found, before, after, left_out, edited
         self.shards = verify_files(found.folder)
         self.on_disk = {name: about for shard in self.shards for name, about in shard.tensors.items()}
         self.shard_of = {name: shard for shard in self.shards for name in shard.tensors}
@@ -334,7 +349,13 @@ class _EditPlan:
         kept = self._read(bias).index_select(axis.dim, axis.rows(self.kept[layer.path], layer.num_experts))
         return kept.index_fill_(axis.dim, torch.tensor(off), SWITCHED_OFF)
 
+    def _cut(self, name: str, axis: ExpertAxis | None, rows: Sequence[int]) -> Tensor:
+        tensor = self._read(name)
+        return tensor if axis is None else tensor.index_select(axis.dim, torch.tensor(rows))
+
     def _read(self, name: str) -> Tensor:
+        if name in self.edited:
+            return self.edited[name][...]
         shard, (dtype, shape) = self.shard_of[name], self.on_disk[name]
         with shard.path.open("rb") as file:
             file.seek(shard.offsets[name])
@@ -358,6 +379,8 @@ class _EditPlan:
                 becomes = "cut"
                 if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
                     raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
+        if values is None and name in self.edited:
+            values = partial(self._cut, name, axis, rows)
         if fate.gather is not None:
             gather = fate.gather
             values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)

@@ -23,6 +23,7 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
+from compressor.edit.layer_edits import carry_out
 from compressor.edit.verify import edit_verified, ids_left, save_verified
 from compressor.evaluate.lm_eval import TaskResult, run_tasks
 from compressor.evaluate.perplexity import Perplexity, perplexity
@@ -177,7 +178,7 @@ class InMemory(AsLoaded):
         """
         untouched, self._answered = self.answers(probe), None
         with self._followed(self.moe):
-            differences, answers = edit_verified(self.moe, method, decision, probe, untouched)
+            differences, answers = edit_verified(self.moe, method, decision, carry_out, probe, untouched)
         self._answered = probe, answers
         return differences
 

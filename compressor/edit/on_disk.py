@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.in_memory import InMemory, TaskResults, stored_bytes
-from compressor.edit.verify import carry_out, compare_answers
+from compressor.edit.layer_edits import StoredWeights, edit_layers, finish
+from compressor.edit.verify import compare_answers, refuse_not_finite_answers
 from compressor.errors import CheckpointError
 from compressor.evaluate.lm_eval import run_tasks
 from compressor.evaluate.perplexity import Perplexity, perplexity
@@ -39,6 +40,7 @@ from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
 from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter, structure_of
+from compressor.model.layer_weights import Ending
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.observe import forward, layerwise
 from compressor.observe.activation_offload import Parking
@@ -134,23 +136,27 @@ class OnDisk(InMemory):
         stage = self.work / name
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
-            with self._followed(self.moe):
-                carry_out(method, self.moe, decision)  # its weights are not read any more
-            return dict(self.processes.exchange(noted)[0])
+            noted = self.processes.exchange(noted)[0]
+            self._follow(self.moe, noted)  # its weights are not read any more
+            return dict(noted["checks"])
         known = self.processes.exchange(self._noted_of(stage))[0]
         if known is None:
             known = self._edit(method, decision, probe, stage)
             if self.journal is not None and self.processes.is_first:
                 self.journal.note(f"edited {name}", known)
         else:
-            with self._followed(self.moe):
-                carry_out(method, self.moe, decision)
+            self._follow(self.moe, known)
             self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
         before, self.stage = self.stage, stage
         self.processes.wait()
         if before is not None and self.processes.is_first:
             shutil.rmtree(before)
-        return dict(known)
+        return dict(known["checks"])
+
+    def _follow(self, moe: MoEModel, known: Mapping[str, Any]) -> None:
+        """Do to the skeleton what an edit noted before has done."""
+        with self._followed(moe):
+            finish(moe, {path: Ending.from_json(one) for path, one in known["endings"].items()})
 
     def _is_behind(self, stage: Path) -> bool:
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
@@ -158,7 +164,7 @@ class OnDisk(InMemory):
         later = [one for one in self.work.glob("*") if _place(one) > _place(stage)]
         return not stage.exists() and any(self._noted_of(one) is not None for one in later)
 
-    def _noted_of(self, stage: Path) -> dict[str, float] | None:
+    def _noted_of(self, stage: Path) -> dict[str, Any] | None:
         """What a run before has noted of a checkpoint that it has left; None where it is to be written again."""
         if self.journal is None or not (stage / "config.json").exists():
             return None
@@ -169,13 +175,17 @@ class OnDisk(InMemory):
             return None
         return self.journal.noted(f"edited {stage.name}")
 
-    def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, float]:
+    def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, Any]:
+        """Write the smaller checkpoint, and open it: how it was checked, and what each layer's edit has asked for."""
         assert self.weights is not None
+        assert self.work is not None
         expected = None
         if method.preview(self.moe, decision) is not None:
 
             def previewed(path: str) -> AbstractContextManager[object]:
-                context = method.preview(self.moe, {**decision, "layers": {path: decision["layers"][path]}})
+                context = method.preview(
+                    self.moe, Decision({**decision, "layers": {path: decision["layers"][path]}}, decision.tensors)
+                )
                 assert context is not None
                 return context
 
@@ -185,19 +195,29 @@ class OnDisk(InMemory):
                 raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
         before = meta_model(self.source, self.adapters)
         after = copy.deepcopy(before)
+        values = self.work / f"{stage.name}.values"
+        shutil.rmtree(values, ignore_errors=True)
+        weights, is_quantised = self.weights, self.source.quantisation is not None
+        edited = StoredWeights(lambda: weights, values if self.processes.is_first else None, is_quantised=is_quantised)
+        endings, checks = edit_layers(method, decision, self.moe.layers, edited)
         with self._followed(after):
-            carry_out(method, after, decision)
+            finish(after, endings)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
-            edit = plan_edit(self.source, before, after, self.left_out)
+            edit = plan_edit(self.source, before, after, self.left_out, edited.edited)
             with self.progress.task(f"{method.name}: writing the smaller checkpoint, bytes") as update:
                 # what lies between two passes is ours; the source's files are the user's, and are copied
                 edit.write(stage, hard_link=self.stage is not None, progress=update)
+            shutil.rmtree(values, ignore_errors=True)
         self.processes.wait()
         self.left_out = None
         self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
-        return {} if expected is None else compare_answers(expected, self.logits(probe))
+        if expected is not None or checks:
+            answers = self.logits(probe)
+            refuse_not_finite_answers(answers, method.name)
+            checks |= {} if expected is None else compare_answers(expected, answers)
+        return {"checks": checks, "endings": {path: one.to_json() for path, one in endings.items()}}
 
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         """The last checkpoint written becomes the output. Its config goes first: without it the rest counts as gone."""

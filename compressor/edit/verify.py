@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch
 from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluate.size import size
-from compressor.method import Decision, Method, OptionError
+from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter
 from compressor.model.moe_model import Kept, MoEModel, Removal
 from compressor.observe import forward
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TIES_ALLOWED = 0.25
+CarryOut = Callable[[Method[Any], MoEModel, Decision], Mapping[str, float]]
+"""Edits a live model; how far the numbers that it wrote are from the same edit in float32."""
 
 
 def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
@@ -33,23 +35,16 @@ def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
     return ids
 
 
-def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> None:
-    """Edit the model. Raises OptionError where it cannot keep or skip what was decided: only the figures could tell."""
-    try:
-        method.edit(moe, decision)
-    except ValueError as error:
-        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
-
-
 def edit_verified(
-    moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch, untouched: Tensor
+    moe: MoEModel, method: Method[Any], decision: Decision, carry_out: CarryOut, probe: TokenBatch, untouched: Tensor
 ) -> tuple[dict[str, float], Tensor]:
-    """Edit the live model and check, on one batch, that it then computes what was decided. `untouched` are its logits
-    [N, V] there.
+    """Edit the live model (`carry_out`) and check, on one batch, that it then computes what was decided. `untouched`
+    are its logits [N, V] there.
 
     First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
-    under the method's preview (removed experts masked, skipped ones with a weight of 0). Raises VerificationError;
-    returns (the differences, the edited model's logits).
+    under the method's preview (removed experts masked, skipped ones with a weight of 0); numbers that it wrote are
+    compared with the same edit in float32. Raises VerificationError; returns (the differences, the edited model's
+    logits).
     """
     if not torch.isfinite(untouched).all():
         raise CheckpointError(
@@ -66,10 +61,17 @@ def edit_verified(
     if preview is not None:
         with preview:
             expected = forward.logits(moe.model, probe)
-    carry_out(method, moe, decision)
+    errors = carry_out(method, moe, decision)
     answers = forward.logits(moe.model, probe)
     compared = {} if expected is None else compare_answers(expected, answers)
-    return {"keep_all_difference": 0.0, **compared}, answers
+    refuse_not_finite_answers(answers, method.name)
+    return {"keep_all_difference": 0.0, **errors, **compared}, answers
+
+
+def refuse_not_finite_answers(answers_NV: Tensor, name: str) -> None:
+    """Raise VerificationError where an edited model answers NaN or infinity, though the untouched one did not."""
+    if not torch.isfinite(answers_NV).all():
+        raise VerificationError(f"{name}: the edited model answers NaN or infinity to calibration text.")
 
 
 def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:

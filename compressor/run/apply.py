@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import headers
-from compressor.checkpoint.atomic_files import write_json
 from compressor.checkpoint.classes import auto_class
 from compressor.checkpoint.extra_layers import LeftOut, find_left_out
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config
 from compressor.checkpoint.headers import verify_files
+from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, refuse_output_over_input
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.layer_edits import LiveWeights, NotOnDiskError, StoredWeights, Weights, edit_layers, finish
 from compressor.edit.verify import ids_left, random_batch, save_verified
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.machine.progress import Progress
-from compressor.method import Decision, Method
+from compressor.method import Decision, Method, OptionError
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
@@ -32,12 +34,17 @@ from compressor.run import check
 from compressor.run.record import (
     DECISION,
     FORMAT,
+    RECORD,
+    TENSORS,
     CompressionResult,
     counts_and_rules_json,
+    decision_json,
     layers_json,
     left_out_json,
     model_json,
     original_ids_json,
+    read_tensors,
+    write_decision,
     write_record,
 )
 
@@ -56,10 +63,10 @@ def apply(
 ) -> CompressionResult:
     """Apply a decision made before, a decision.json, a record.json or what `decide` returns, to the original model.
 
-    On disk, without loading the model, where no method of it needs weights (`Method.needs_weights`): then quantised
-    models can be pruned too, and `hard_link` links files of weights that do not change, where the file system can.
-    Otherwise the model is loaded, edited, saved, loaded again and compared. The output has a record, a page and a model
-    card, as a run's has, with nothing measured.
+    On disk, without loading the model: one decoder layer's weights are read where a method asks for them, and none of
+    a quantised model. `hard_link` links files of weights that do not change, where the file system can. Where the files
+    do not allow it, the model is loaded, edited, saved, loaded again and compared. The output has a record, a page and
+    a model card, as a run's has, with nothing measured.
 
     A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
     meant: a fine-tuned version, say.
@@ -88,7 +95,7 @@ def apply(
         passes = {"passes": record["passes"]} | {
             key: record[key] for key in ("left_out", "left_behind") if key in record
         }
-        write_json(folder.path / "compressor" / DECISION, {"format": FORMAT} | about | passes)
+        write_decision(folder.path / "compressor" / DECISION, {"format": FORMAT} | about | passes)
         write_record(folder.path, record)
         folder.finish()
     return CompressionResult(record, output, None, None)
@@ -107,21 +114,23 @@ class _Application:
 
     def on_disk(self, *, hard_link: bool) -> dict[str, Any]:
         """Edit the checkpoint on disk, or in memory where that cannot be; returns the record."""
-        needing = [method.name for method in self.methods if method.needs_weights]
-        if needing:
-            return self.in_memory(f"{needing[0]} needs weights")
         before = meta_model(self.found, self.adapters)
         after = copy.deepcopy(before)
-        passes = self._edit(after)
-        left_out = self._left_out(type(after.model))
         is_quantised = self.found.quantisation is not None
+        values = self.folder.path / ".values"
+        weights = StoredWeights(self._streamed, values, is_quantised=is_quantised)
+        try:
+            passes = self._edit(after, weights, before.layers)
+        except NotOnDiskError as error:
+            return self.in_memory(str(error))
+        left_out = self._left_out(type(after.model))
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
                 f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
                 f"the pruning passes alone."
             )
         try:
-            edit = plan_edit(self.found, before, after, left_out)
+            edit = plan_edit(self.found, before, after, left_out, weights.edited)
         except UnsupportedModelError as error:
             if is_quantised:
                 raise
@@ -130,6 +139,7 @@ class _Application:
         self.folder.require_space(edit.num_bytes_to_write(hard_link=hard_link) + beside)
         with self.progress.task("editing on disk, without loading the model: bytes") as update:
             edit.write(self.folder.path, hard_link=hard_link, progress=update)
+        shutil.rmtree(values, ignore_errors=True)
         return self._record(before.layers, after, passes, left_out)
 
     def in_memory(self, why: str) -> dict[str, Any]:
@@ -138,13 +148,18 @@ class _Application:
         model = load_model(self.found, adapters=self.adapters)
         moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
         layers = moe.layers
-        passes = self._edit(moe)
+        passes = self._edit(moe, LiveWeights(moe))
         left_out = self._left_out(type(model))
         save_verified(moe, self.found, self.folder, random_batch(model), left_out, self.adapters)
         return self._record(layers, moe, passes, left_out)
 
-    def _edit(self, moe: MoEModel) -> list[dict[str, Any]]:
-        """Carry the passes out; what the record says of them."""
+    def _streamed(self) -> StreamedWeights:
+        return StreamedWeights(load_model(self.found, device="meta", adapters=self.adapters), self.found)
+
+    def _edit(self, moe: MoEModel, weights: Weights, stored: Sequence[MoELayer] | None = None) -> list[dict[str, Any]]:
+        """Carry the passes out; what the record says of them. `stored` are the layers as they stay where the weights
+        are, whatever passes remove; None if they follow.
+        """
         original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
         all_ids = original_ids
         passes = []
@@ -152,11 +167,18 @@ class _Application:
             num_removals = len(moe.removals)
             try:
                 self._refuse_other_layers(done["decision"], moe)
-                method.edit(moe, done["decision"])
+                ids = None if stored is None else original_ids
+                endings, _ = edit_layers(method, done["decision"], stored or moe.layers, weights, ids)
+                finish(moe, endings)
+            except NotOnDiskError:
+                raise
+            except OptionError as error:
+                why = error.__cause__ or error
+                raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {why}") from error
             except (ValueError, UnsupportedModelError) as error:
                 raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {error}") from error
             decision = done["decision"]
-            passes.append({**done, **original_ids_json(original_ids, all_ids), "decision": decision})
+            passes.append({**done, **original_ids_json(original_ids, all_ids), **decision_json(decision)})
             original_ids = ids_left(original_ids, moe.removals[num_removals:])
         return passes
 
@@ -209,6 +231,9 @@ class _Decided:
                 raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
             keys = ("method", "version", "options", "domains", "decision")
             passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
+            for number, done in enumerate(passes):
+                found = data["passes"][number]
+                done["decision"] = _with_tensors(found["decision"], found.get("tensors", {}), source, number)
             if not passes:
                 raise ValueError("it has no passes")
             for done in passes:
@@ -248,3 +273,33 @@ class _Decided:
                 f"the original model; this version reads ids that each pass saw (format {FORMAT}). Run the recipe "
                 f"again, or apply the decision with the version that wrote it."
             )
+
+
+def _with_tensors(decided: Mapping[str, Any], shapes: Any, source: Any, number: int) -> Decision:
+    """A pass's decision with the tensors that it says it has. Raises ValueError where they are not there, or others."""
+    if isinstance(decided, Decision) or not shapes:
+        decision = Decision.of(decided)
+    else:
+        beside = _beside(source)
+        if beside is None or not beside.exists():
+            where = "they are not with it" if beside is None else f"{beside} is not there"
+            raise ValueError(f"passes.{number} has tensors, and {where}")
+        decision = Decision(decided, read_tensors(beside, number))
+    if decision.shapes != (shapes or {}):
+        found, named = (
+            {(p, n): s for p, of in one.items() for n, s in of.items()} for one in (decision.shapes, shapes)
+        )
+        path, name = min(key for key in found.keys() | named.keys() if found.get(key) != named.get(key))
+        raise ValueError(
+            f"passes.{number}: the tensor {name} of {path} should have the shape {named.get((path, name))}, found "
+            f"{found.get((path, name))}"
+        )
+    return decision
+
+
+def _beside(source: Any) -> Path | None:
+    """The file that holds a decision's tensors: beside decision.json and record.json the same one."""
+    if isinstance(source, Mapping):
+        return None
+    path = Path(source)
+    return path.with_name(DECISION).with_suffix(TENSORS) if path.name == RECORD else path.with_suffix(TENSORS)

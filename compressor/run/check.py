@@ -319,6 +319,12 @@ def _check_passes(
             raise loaded.error(
                 resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
             )
+        if plan.changes_values and is_quantised:
+            raise loaded.error(
+                resolved.path,
+                f"{resolved.method.name} changes numbers of experts, and the checkpoint is quantised: edit the "
+                f"unquantised one, then quantise the result",
+            )
         _check_domains(loaded, resolved)
         smaller = tuple(
             dataclasses.replace(

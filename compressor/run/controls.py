@@ -89,13 +89,9 @@ class AsMasked:
         self.problem: str | None = None
         if all(len(self.kept[layer.path]) == layer.num_experts for layer in piece.moe.layers):
             self.problem = f"{self.name} drops no experts, so there is nothing to draw at random"
-        elif method.needs_weights:
+        else:
             with piece.masked(self.kept, top_k=self.top_k):
                 self._masked_NV = piece.logits(probe)
-            preview = method.preview(piece.moe, decision)
-            if preview is not None:
-                with preview:
-                    self._compare(piece.logits(probe))
 
     def after(self, piece: InMemory) -> None:
         """Look at what the edit has made of the model."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.atomic_files import write_json
 from compressor.errors import DiskError, RecipeError
 from compressor.method import Decision, Method, OptionError
 from compressor.model.structure import MoELayer
@@ -16,7 +15,7 @@ from compressor.observe.statistics_file import load_statistics, merge_statistics
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import parse_options
 from compressor.report.html import page
-from compressor.run.record import DECISION, FORMAT
+from compressor.run.record import DECISION, FORMAT, decision_json, write_decision
 
 
 def decide(
@@ -34,8 +33,8 @@ def decide(
     `statistics` is a `statistics.safetensors` that a run has left in its output's `compressor/` folder, or several of
     them, gathered on different text, which are added up. `options` are those of the method, such as `keep=64,
     criterion="reap"`; `overrides` are such options as texts (`keep=64`), read as a recipe's. Returns what decision.json
-    holds: `apply` makes the smaller model from it. It is written to `output`, a file if that ends in .json, else a
-    folder, with report.html beside it.
+    holds, a decision's tensors with it: `apply` makes the smaller model from it. It is written to `output`, a file if
+    that ends in .json, else a folder, with report.html beside it; tensors into a file of its name in .safetensors.
 
     Raises CheckpointError where the files do not belong together, RecipeError where options are wrong, the figures
     cannot answer them or the output exists (unless `overwrite`).
@@ -63,7 +62,7 @@ def decide(
         "version": made.version,
         "options": made.options.model_dump(mode="json"),
         "domains": domains,
-        "decision": decision,
+        **decision_json(decision),
     }
     decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
     if file is not None:
@@ -74,7 +73,7 @@ def decide(
 def _write_decision(file: Path, decided: Mapping[str, Any], *, with_page: bool) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, decided)
+        write_decision(file, decided)
         if with_page:
             (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
     except OSError as error:
@@ -121,7 +120,8 @@ def _decide_on_first(
         domains = [domain for domain in about["passes"][name]["domains"] if domain not in held_out]
         method.check_domains(domains)
         try:
-            return method.decide(layers, Gathered(figures, about["passes"][name]["domains"], held_out)), domains
+            made = method.decide(layers, Gathered(figures, about["passes"][name]["domains"], held_out))
+            return Decision.of(made), domains
         except KeyError as error:
             lacking[name] = error
     lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())

@@ -87,9 +87,6 @@ def disk_problem(
     stored = getattr(config, "dtype", None)
     if recipe.dtype != "auto" and recipe.dtype != str(stored).removeprefix("torch."):
         return ("dtype",), "tensors are copied from file to file then, as they are; leave `dtype` out"
-    for one in loaded.passes:
-        if one.method.needs_weights:
-            return one.path, f"{one.method.name} changes weights, which have to be in memory for it"
     outside = [layer.path for layer in structure.layers if not f"{layer.path}.".startswith(tuple(work.bytes_by_layer))]
     if outside:
         return ("weights",), f"{outside[0]} is in no list of layers that could be read one by one"

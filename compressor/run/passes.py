@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from compressor.checkpoint.atomic_files import write_json
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.in_memory import InMemory
@@ -22,10 +21,10 @@ from compressor.observe.statistic import Gathered
 from compressor.observe.statistics_file import save_statistics
 from compressor.recipe.schema import LoadedRecipe, ResolvedPass
 from compressor.run.job import Job
-from compressor.run.record import DECISION, FORMAT, STATISTICS, original_ids_json
+from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decision_json, original_ids_json, write_decision
 from compressor.wording import counted
 
-_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision")
+_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors")
 """What decision.json says of a pass; the record says more, such as how long it took."""
 
 
@@ -75,8 +74,7 @@ def observe(
 def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
     """The pass's decision, which is the first process's."""
     with placed(job.loaded, resolved):
-        decision = resolved.method.decide(layers, figures)
-        return job.processes.exchange(decision)[0]  # type: ignore[no-any-return]
+        return agreed(Decision.of(resolved.method.decide(layers, figures)), job.processes)
 
 
 def edit(
@@ -103,7 +101,7 @@ def entry_json(
         "domains": [name for name in figures.domains if name not in figures.held_out],
         **({"held_out": [one.to_json() for one in held_out]} if held_out else {}),
         **original_ids_json(original_ids, all_ids),
-        "decision": decision,
+        **decision_json(decision),
     }
 
 
@@ -141,7 +139,7 @@ class PassFiles:
             return
         passes = [{key: one[key] for key in _DECIDED if key in one} for one in entries]
         written = {"format": FORMAT, "model": self.about["model"], "passes": passes}
-        write_json(self.folder.path / "compressor" / DECISION, written)
+        write_decision(self.folder.path / "compressor" / DECISION, written)
 
     @contextmanager
     def kept_if_undecided(self, name: str, resolved: ResolvedPass) -> Iterator[None]:

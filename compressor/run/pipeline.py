@@ -28,8 +28,8 @@ from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, stages_folder, waiting_folder
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.in_memory import AsLoaded, InMemory
+from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
-from compressor.edit.verify import carry_out
 from compressor.errors import CompressorError, RecipeError
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import hardware

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
 from compressor.checkpoint import classes
-from compressor.checkpoint.atomic_files import write_json
+from compressor.checkpoint.atomic_files import put_in_place, with_own_memory, write_json
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.output import OutputFolder, journal_folder
 from compressor.checkpoint.resume_state import Journal
 from compressor.data.sequences import Sequences
 from compressor.errors import CheckpointError, shortened
+from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
+from compressor.method import Decision
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
@@ -32,6 +38,8 @@ are in those that the pass saw, like all other ids; for one pass that is the sam
 """
 RECORD = "record.json"
 DECISION = "decision.json"
+TENSORS = ".safetensors"
+"""How the file beside a decision ends that holds its tensors, if it has some."""
 STATISTICS = "statistics.safetensors"
 
 
@@ -61,6 +69,52 @@ def original_ids_json(ids: Kept, all_ids: Kept) -> dict[str, Any]:
     """
     fewer = {path: list(of_layer) for path, of_layer in ids.items() if of_layer != all_ids[path]}
     return {"original_ids": fewer} if fewer else {}
+
+
+def agreed(decision: Decision, processes: Processes) -> Decision:
+    """The first process's decision, in all of them."""
+    tensors = decision.tensors
+    if tensors:
+        first = processes.gather({f"{path}/{name}": one for path, of in tensors.items() for name, one in of.items()})[0]
+        tensors = {path: {name: first[f"{path}/{name}"] for name in of} for path, of in tensors.items()}
+    return Decision(processes.exchange(decision)[0], tensors)
+
+
+def decision_json(decision: Decision) -> dict[str, Any]:
+    """What an entry says of a decision: itself, and the shapes of its tensors, which stand in a file of their own."""
+    return {"decision": decision, **({"tensors": decision.shapes} if decision.tensors else {})}
+
+
+def write_decision(path: Path, decided: Mapping[str, Any]) -> None:
+    """Write what decision.json holds, and its passes' tensors beside it, as `PASS/LAYER/NAME`, pass by number."""
+    tensors = {
+        f"{number}/{layer}/{name}": with_own_memory(tensor)
+        for number, done in enumerate(decided["passes"])
+        for layer, of in Decision.of(done["decision"]).tensors.items()
+        for name, tensor in of.items()
+    }
+    beside = path.with_suffix(TENSORS)
+    if tensors:
+        temporary = beside.with_name(beside.name + ".partial")
+        safetensors.torch.save_file(dict(sorted(tensors.items())), temporary)
+        put_in_place(temporary, beside)
+    else:
+        beside.unlink(missing_ok=True)
+    write_json(path, decided)
+
+
+def read_tensors(path: Path, number: int) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a pass's decision, by layer path and name. Raises ValueError where the file cannot be read."""
+    found: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for full in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                place, layer, name = full.split("/")
+                if place == str(number):
+                    found.setdefault(layer, {})[name] = file.get_tensor(full)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"its tensors cannot be read from {path}: {error}") from error
+    return found
 
 
 def left_out_json(left_out: LeftOut | None) -> dict[str, Any]:

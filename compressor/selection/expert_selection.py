@@ -34,6 +34,7 @@ from compressor.wording import did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
     from compressor.model.structure import MoELayer
     from compressor.observe.statistic import Gathered, Statistic
@@ -49,8 +50,6 @@ OptionsT = TypeVar("OptionsT", bound=SelectionOptions)
 
 class ExpertSelection(Method[OptionsT]):
     """Keep, in every MoE layer, the experts that are chosen by a search or by a criterion."""
-
-    needs_weights = False
 
     # check
 
@@ -209,7 +208,7 @@ class ExpertSelection(Method[OptionsT]):
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
         plans = [self._plan(layer) for layer in layers]
         found = {layer.path: self.best_of_counts(layer, statistics) for layer in layers}
-        decision: Decision = {"layers": {}}
+        decision = Decision({"layers": {}})
         if self.options.budget:
             total = total_kept(plans, self.options)
             costs = {path: {count: cost**2 for count, (_, cost) in of.items()} for path, of in found.items()}
@@ -289,9 +288,10 @@ class ExpertSelection(Method[OptionsT]):
         """Removed means masked."""
         return moe.masked(_kept(decision), top_k=decision.get("top_k"))
 
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Remove the experts that are not kept."""
-        moe.keep(_kept(decision), top_k=decision.get("top_k"), padded=decision.get("padded", False))
+        kept = decision["layers"][layer.path]["kept"]
+        layer.keep(kept, top_k=decision.get("top_k"), padded=decision.get("padded", False))
 
 
 def _unchanged(layer: MoELayer) -> Choice:

@@ -25,7 +25,7 @@ from compressor.plugin import Decision, Method, OptionError, Options, Plan, chec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor.plugin import Gathered, MoELayer, MoEModel, SkipRule, Statistic
+    from compressor.plugin import Gathered, LayerWeights, MoELayer, MoEModel, SkipRule, Statistic
     from compressor_dynamic_skipping.curves import FixedCount
     from compressor_dynamic_skipping.thresholds import Curve, Reached
 
@@ -169,7 +169,6 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = DynamicSkippingOptions
-    needs_weights = False
 
     # check
 
@@ -290,9 +289,9 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
             found = {one.path: self._fixed_count(one, statistics, calibration, held_out) for one in active}
         else:
             found = self._thresholds(active, statistics, calibration, held_out)
-        decision: Decision = {
-            "layers": {layer.path: found.get(layer.path) or _unskipped(layer.top_k, held_out) for layer in layers}
-        }
+        decision = Decision(
+            {"layers": {layer.path: found.get(layer.path) or _unskipped(layer.top_k, held_out) for layer in layers}}
+        )
         if not any(layer["mean_experts"] < _chosen(statistics[path], calibration) for path, layer in found.items()):
             raise OptionError(
                 self.options.target,
@@ -440,29 +439,18 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Skipped means a weight of 0."""
-        return moe.zeroed(_rules(moe, decision, of_all=False))
+        from compressor.plugin import SkipRule
 
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
-        """From now on the model skips; its config says how. Raises ValueError where the decision skips nothing."""
-        rules = _rules(moe, decision)
-        if not rules:
-            raise ValueError("the decision says of every layer that it skips nothing, so there is nothing to carry out")
-        moe.skip(rules)
+        layers = decision["layers"].items()
+        return moe.zeroed({path: SkipRule.of(layer) for path, layer in layers if layer.get("rule", "") is not None})
 
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        """From now on the layer skips; the model's config says how."""
+        from compressor.plugin import SkipRule
 
-def _rules(moe: MoEModel, decision: Decision, *, of_all: bool = True) -> dict[str, SkipRule]:
-    """The rules of a decision; `of_all`: it speaks of every layer. Raises ValueError where it was made for others."""
-    from compressor.plugin import SkipRule
-
-    layers = decision["layers"]
-    ours = {layer.path for layer in moe.layers}
-    if not set(layers) <= ours or (of_all and set(layers) != ours):
-        other = min(set(layers) ^ ours)
-        whose = "the model has no such MoE layer" if other in layers else "it says nothing of this layer"
-        raise ValueError(
-            f"the decision was made for {len(layers)} MoE layers, the model has {len(ours)}: {other}: {whose}"
-        )
-    return {path: SkipRule.of(layer) for path, layer in layers.items() if layer.get("rule", "") is not None}
+        decided = decision["layers"][layer.path]
+        if decided.get("rule", "") is not None:
+            layer.skip(SkipRule.of(decided))
 
 
 def _chosen(figures: Mapping[str, Tensor], domains: Sequence[int]) -> float:

@@ -294,7 +294,7 @@ def test_a_decision_that_skips_nothing_is_not_applied(eight, tokens, tmp_path):
         layer["rule"] = None
     file = tmp_path / "nothing.json"
     file.write_text(json.dumps(decision))
-    with pytest.raises(RecipeError, match="the decision says of every layer that it skips nothing"):
+    with pytest.raises(RecipeError, match="the decision says of every layer that nothing changes"):
         apply(file, str(eight), tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
 

@@ -675,18 +675,21 @@ def test_apply_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads((compressor_folder / "decision.json").read_text())["passes"][0]["method"] == "expert_pruning"
 
 
+def _refuses(*_: Any) -> None:
+    raise UnsupportedModelError("it is stored in another way")
+
+
 def test_apply_says_why_it_loads_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from compressor.machine.progress import Progress
-    from compressor.plugins import load_plugins
     from compressor.run import apply as applying
 
     kept = keep_six(meta_model(Checkpoint("mine", tiny_folder("mixtral"))))
     decision = decision_of(tiny_folder("mixtral"), kept, tmp_path / "decision.json")
     applying.apply(decision, str(tiny_folder("mixtral")), tmp_path / "disk")
-    monkeypatch.setattr(load_plugins().methods["expert_pruning"], "needs_weights", True)
+    monkeypatch.setattr(applying, "plan_edit", _refuses)
     applying.apply(decision, str(tiny_folder("mixtral")), tmp_path / "memory", progress=Progress("lines"))
-    assert "it cannot be edited on disk, because expert_pruning needs weights" in capsys.readouterr().err
+    assert "it cannot be edited on disk, because it is stored in another way" in capsys.readouterr().err
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()

@@ -440,8 +440,13 @@ class FakeModel:
     def masked(self, kept, **others):
         self.calls.append(("masked", kept, others))
 
+
+class FakeLayer:
+    def __init__(self, path, calls):
+        self.path, self.calls = path, calls
+
     def keep(self, kept, **others):
-        self.calls.append(("keep", kept, others))
+        self.calls.append(("keep", {self.path: kept}, others))
 
 
 @pytest.mark.parametrize(
@@ -453,7 +458,8 @@ def test_the_decision_says_all_that_is_done(make_layer, options, top_k, padded):
     chosen = method(**options)
     decision = json.loads(json.dumps(chosen.decide([layer], Gathered({layer.path: figures(layer, [3], {3: 1.0}.get)}))))
     method(keep=2).preview(model, decision)
-    method(keep=2).edit(model, decision)
+    for path in decision["layers"]:
+        method(keep=2).edit(FakeLayer(path, model.calls), decision)
     kept = {"layers.0.mlp": [1, 2, 3]}
     assert model.calls == [("masked", kept, {"top_k": top_k}), ("keep", kept, {"top_k": top_k, "padded": padded})]
 

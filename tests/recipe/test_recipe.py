@@ -72,7 +72,7 @@ class _FakeMethod(Method[Any]):
     def decide(self, layers: Any, statistics: Any) -> Decision:
         return {"layers": {}}
 
-    def edit(self, moe: Any, decision: Decision) -> None:
+    def edit(self, layer: Any, decision: Decision) -> None:
         pass
 
 

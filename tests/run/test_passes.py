@@ -22,7 +22,7 @@ from compressor.data.sequences import Sequences
 from compressor.evaluate.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
-from compressor.plugin import Decision, Method, Options, Plan, Statistic
+from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic
 from compressor.plugins import load_plugins
 from compressor.report.figures import ids_said, shown_layers
 from compressor.report.terminal import print_summary
@@ -224,8 +224,8 @@ class KeepFirst(Method[NoOptions]):
     def decide(self, layers: Any, statistics: Any) -> Decision:
         return {"layers": {layer.path: {"kept": list(range(6))} for layer in layers}}
 
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
-        moe.keep({path: layer["kept"] for path, layer in decision["layers"].items()})
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        layer.keep(decision["layers"][layer.path]["kept"])
 
 
 class Merge(KeepFirst):
@@ -233,10 +233,9 @@ class Merge(KeepFirst):
 
     name = "merge"
 
-    def edit(self, moe: MoEModel, decision: Decision) -> None:
-        for layer in moe.model.model.layers:
-            layer.mlp.experts.down_proj.data[0] += layer.mlp.experts.down_proj.data[7]
-        super().edit(moe, decision)
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        layer.experts[0]["experts.down_proj"] += layer.experts[7]["experts.down_proj"]
+        super().edit(layer, decision)
 
 
 class MergePreviewed(Merge):

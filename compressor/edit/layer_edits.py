@@ -1,0 +1,188 @@
+"""Let a method edit one layer after another, wherever its weights are, and check every number that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+
+from compressor.checkpoint.headers import read_header, torch_dtype
+from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, stored_tensors
+from compressor.errors import UnsupportedModelError
+from compressor.method import Decision, Method, OptionError
+from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
+from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.structure import MoELayer
+
+Endings = Mapping[str, Ending]
+"""Layer path → what its edit has asked for."""
+
+
+class NotOnDiskError(UnsupportedModelError):
+    """A layer is stored in a way in which edited numbers cannot be written back."""
+
+
+class Weights(Protocol):
+    """Where a layer's weights are. `read` brings them, to be written in place; `written` is told that they were."""
+
+    def read(self, layer: MoELayer) -> Tensors: ...
+
+    def written(self, layer: MoELayer) -> None: ...
+
+
+class LiveWeights:
+    """Those of a model in memory."""
+
+    def __init__(self, moe: MoEModel) -> None:
+        self._moe = moe
+
+    def read(self, layer: MoELayer) -> Tensors:
+        return live_tensors(self._moe.model, layer)
+
+    def written(self, layer: MoELayer) -> None:
+        """They are the model's own."""
+
+
+class StoredWeights:
+    """Those of a checkpoint, one decoder layer at a time. What was edited goes into files of `folder`, one a layer, as
+    the checkpoint stores it; without a folder it is let go of, as in all processes but the first.
+    """
+
+    def __init__(self, opened: Callable[[], StreamedWeights], folder: Path | None, *, is_quantised: bool) -> None:
+        """`opened` is asked once, when weights are first asked for."""
+        self._opened, self._folder, self._is_quantised = opened, folder, is_quantised
+        self.edited: dict[str, StoredTensor] = {}
+        """Name on disk → the tensor as it shall be, with all experts that are there now."""
+
+    def read(self, layer: MoELayer) -> Tensors:
+        """Raises UnsupportedModelError where they are quantised, NotOnDiskError where they could not be written as they
+        are stored.
+        """
+        if self._is_quantised:
+            raise UnsupportedModelError(
+                f"{layer.path}: the checkpoint is quantised, and its numbers cannot be edited as they are stored. Edit "
+                f"the unquantised checkpoint, then quantise the result."
+            )
+        weights = self._weights
+        unit = weights.unit_of(layer.path)
+        weights.load(unit)
+        found = weights.as_stored(unit)
+        for name, stored in weights.stored_in(unit).items():
+            if name not in found or not _is_same(found[name], stored):
+                raise NotOnDiskError(
+                    f"{layer.path}: {name} is not stored as transformers would write it back, so edited weights cannot "
+                    f"be written to disk. Run it in memory (`weights: memory`)."
+                )
+        return live_tensors(weights.model, layer)
+
+    @cached_property
+    def _weights(self) -> StreamedWeights:
+        return self._opened()
+
+    def written(self, layer: MoELayer) -> None:
+        unit = self._weights.unit_of(layer.path)
+        found = self._weights.as_stored(unit)
+        changed = {
+            name: found[name].to(torch_dtype(stored.dtype)).contiguous()
+            for name, stored in self._weights.stored_in(unit).items()
+            if self._folder is not None and not _is_same(found[name], stored)
+        }
+        if self._folder is not None and changed:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{len(list(self._folder.iterdir()))}.safetensors"
+            safetensors.torch.save_file(changed, path)
+            as_edited = stored_tensors([read_header(path)])
+            self.edited |= as_edited
+            self._weights.replace(as_edited)
+        self._weights.free(unit)
+
+
+def _is_same(tensor: torch.Tensor, stored: StoredTensor) -> bool:
+    """Whether they are equal by the bit, in the precision that the model has."""
+    held = stored[...].to(tensor.device, tensor.dtype)
+    return held.shape == tensor.shape and torch.equal(held, tensor)
+
+
+@torch.no_grad()
+def edit_layers(
+    method: Method[Any], decision: Decision, layers: Sequence[MoELayer], weights: Weights, ids: Kept | None = None
+) -> tuple[Endings, dict[str, float]]:
+    """Edit one layer after another; (what each has asked for, how the numbers written differ from the same edit in
+    float32).
+
+    `layers` are as their weights are; `ids` are the experts among them that the pass sees, all by default. Raises
+    OptionError where the decision is of other layers, or an edit writes what cannot be.
+    """
+    endings: dict[str, Ending] = {}
+    errors: list[float] = []
+    try:
+        _refuse_other_layers(decision, layers)
+        for layer in layers:
+            seen = range(layer.num_experts) if ids is None else ids[layer.path]
+            endings[layer.path], error = _edit_layer(method, decision, layer, seen, weights)
+            errors += error
+    except ValueError as error:
+        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+    return endings, {"edited_against_float32": max(errors)} if errors else {}
+
+
+def _edit_layer(
+    method: Method[Any], decision: Decision, layer: MoELayer, ids: Sequence[int], weights: Weights
+) -> tuple[Ending, list[float]]:
+    tensors: dict[str, torch.Tensor] = {}
+    exact: dict[str, torch.Tensor] = {}
+
+    def read() -> Tensors:
+        tensors.update(weights.read(layer))
+        exact.update(widened(tensors))
+        method.edit(LayerWeights(layer, ids, lambda: exact), decision)  # before its own numbers are changed
+        return tensors
+
+    edited = LayerWeights(layer, ids, read)
+    method.edit(edited, decision)
+    if not edited.ending.wrote:
+        return edited.ending, []
+    error = refuse_damage(layer, tensors, exact)
+    weights.written(layer)
+    return edited.ending, [error]
+
+
+def _refuse_other_layers(decision: Decision, layers: Sequence[MoELayer]) -> None:
+    ours, named = {layer.path for layer in layers}, set(decision["layers"])
+    if ours != named:
+        other = min(ours ^ named)
+        whose = "the model has no such MoE layer" if other in named else "it says nothing of this layer"
+        raise ValueError(
+            f"the decision was made for {len(named)} MoE layers, the model has {len(ours)}: {other}: {whose}"
+        )
+
+
+def finish(moe: MoEModel, endings: Endings) -> None:
+    """Remove and skip what the edits have asked for. Raises OptionError where the model cannot."""
+    kept = {path: list(one.kept) for path, one in endings.items() if one.kept is not None}
+    rules = {path: one.rule for path, one in endings.items() if one.rule is not None}
+    how = {(one.top_k, one.padded) for one in endings.values() if one.kept is not None}
+    try:
+        if len(how) > 1:
+            raise ValueError("keep() was given other `top_k` or `padded` in other layers")
+        for top_k, padded in how:
+            moe.keep(kept, top_k=top_k, padded=padded)
+        if rules:
+            moe.skip(rules)
+        if not kept and not rules and not any(one.wrote for one in endings.values()):
+            raise ValueError("the decision says of every layer that nothing changes, so there is nothing to carry out")
+    except ValueError as error:
+        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
+def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> dict[str, float]:
+    """Edit a live model; how far its numbers are from the same edit in float32, if it wrote some. Raises OptionError
+    where it cannot keep, skip or hold what was decided: only the figures could tell.
+    """
+    endings, errors = edit_layers(method, decision, moe.layers, LiveWeights(moe))
+    finish(moe, endings)
+    return errors

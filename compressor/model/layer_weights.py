@@ -1,0 +1,201 @@
+"""One MoE layer's weights, expert by expert, whatever the layout: stacked, flat, or modules in a list.
+
+Tensors are called as the layer calls them, by their path in the block, with `*` in the place of an expert's own module:
+`experts.gate_up_proj` of stacked experts, `experts.*.w1.weight` of a list. What is read are views of the model's own
+memory, in the orientation and dtype that the model has; assigning to a name writes there.
+
+Not covered: which of them is the gate, and whether rows are outputs: classes differ, and structure does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import UnsupportedModelError
+from compressor.model.modules import tensor_at
+from compressor.model.skipping.rule import SkipRule
+from compressor.model.structure import ExpertAxis, MoELayer
+
+Tensors = Mapping[str, Tensor]
+"""A layer's tensors that are indexed by expert, by their names in the model."""
+
+
+class ExpertTensors(Mapping[str, Tensor]):
+    """The tensors of one expert, or its rows of the router's: views, which may be written to in place or by name."""
+
+    def __init__(self, owner: str, views: Tensors) -> None:
+        self._owner, self._views = owner, views
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Write numbers, rounded to the layer's dtype. Raises ValueError for another shape, KeyError for a new name."""
+        view = self._views[name]
+        if view.shape != value.shape:
+            raise ValueError(f"{self._owner}: {name} is {list(view.shape)}, and the edit wrote {list(value.shape)}")
+        view.copy_(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What stays of a layer after an edit: these experts, so many a token, and how it skips; None as it was."""
+
+    kept: tuple[int, ...] | None = None
+    top_k: int | None = None
+    padded: bool = False
+    rule: SkipRule | None = None
+    wrote: bool = False
+    """Whether the edit asked for weights, which it may have changed."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "rule": self.rule.to_json() if self.rule else None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Ending:
+        """The inverse of `to_json`."""
+        kept, rule = data["kept"], data["rule"]
+        return cls(**{
+            **data, "kept": None if kept is None else tuple(kept), "rule": SkipRule.of(rule) if rule else None
+        })  # fmt: skip
+
+
+class LayerWeights:
+    """One MoE layer as an edit sees it. Ids are those that the pass saw.
+
+    `experts[e]` and `router[e]` map names to views of expert e; weights are read when one of them is first asked for.
+    `keep` and `skip` say what the core shall do when the edit is done.
+    """
+
+    def __init__(self, layer: MoELayer, ids: Sequence[int], read: Callable[[], Tensors]) -> None:
+        """`layer` is as its tensors are, of which the pass saw the experts `ids`; `read` brings the tensors."""
+        self.path, self.num_experts = layer.path, len(ids)
+        self._layer, self._ids, self._read = layer, tuple(ids), read
+        self._tensors: Tensors | None = None
+        self._kept: tuple[int, ...] | None = None
+        self._top_k: int | None = None
+        self._padded = False
+        self._rule: SkipRule | None = None
+
+    def __repr__(self) -> str:
+        return f"LayerWeights({self.path}: {self.num_experts} experts)"
+
+    @cached_property
+    def experts(self) -> Sequence[ExpertTensors]:
+        """Each expert's tensors by name: all that are indexed by expert, but the router's."""
+        return self._views("expert", is_router=False)
+
+    @cached_property
+    def router(self) -> Sequence[ExpertTensors]:
+        """Each expert's rows of the router's weights and of the biases that choose."""
+        return self._views("router row", is_router=True)
+
+    def keep(self, ids: Sequence[int], *, top_k: int | None = None, padded: bool = False) -> None:
+        """Remove all other experts; `top_k` and `padded` as of `MoEModel.keep`, alike in all layers."""
+        self._kept, self._top_k, self._padded = tuple(ids), top_k, padded
+
+    def skip(self, rule: SkipRule) -> None:
+        """Skip experts by this rule from now on."""
+        self._rule = rule
+
+    @property
+    def ending(self) -> Ending:
+        """What the edit has asked for."""
+        return Ending(self._kept, self._top_k, self._padded, self._rule, self._tensors is not None)
+
+    def _views(self, what: str, *, is_router: bool) -> Sequence[ExpertTensors]:
+        if self._tensors is None:
+            self._tensors = self._read()
+        names = {name: axis for name, axis in self._layer.tensors.items() if self._is_router(name) == is_router}
+        return [
+            ExpertTensors(f"{self.path}: {what} {new}", dict(self._of_expert(old, names)))
+            for new, old in enumerate(self._ids)
+        ]
+
+    def _is_router(self, name: str) -> bool:
+        return name in self._layer.router_weights or name in self._layer.selection_biases
+
+    def _of_expert(self, expert: int, names: Mapping[str, ExpertAxis]) -> Iterator[tuple[str, Tensor]]:
+        assert self._tensors is not None
+        start = len(self.path) + 1 if self.path else 0
+        lists = {path: f"{path}.{children[expert]}." for path, children in self._layer.containers.items()}
+        in_lists = tuple(f"{path}." for path in lists)
+        for name, axis in names.items():
+            if not (in_lists and name.startswith(in_lists)):
+                own = self._tensors[name].narrow(axis.dim, axis.stride * expert, axis.stride)
+                yield name[start:], own.squeeze(axis.dim) if axis.stride == 1 else own
+        if any(self._is_router(name) for name in names):
+            return
+        for path, module in lists.items():
+            for name, tensor in self._tensors.items():
+                if name.startswith(module):
+                    yield f"{path[start:]}.*.{name.removeprefix(module)}", tensor
+
+
+def names_in(model: nn.Module, layer: MoELayer) -> list[str]:
+    """All tensors of a layer that are indexed by expert. Raises UnsupportedModelError where it shares one with another
+    layer, which an edit of this one would change too.
+    """
+    lists = tuple(f"{path}." for path in layer.containers)
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found = [name for name, _ in everything if name in layer.tensors or (lists and name.startswith(lists))]
+    own, under = {id(tensor_at(model, name)) for name in found}, f"{layer.path}." if layer.path else ""
+    for name, tensor in everything:
+        if id(tensor) in own and not name.startswith(under) and name not in found:
+            raise UnsupportedModelError(f"{layer.path}: its weights cannot be edited alone: {name} is one of them too.")
+    return found
+
+
+def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
+    """A live model's own tensors of a layer, to be read and written in place."""
+    return {name: tensor_at(model, name).detach() for name in names_in(model, layer)}
+
+
+def refuse_damage(layer: MoELayer, edited: Tensors, exact: Tensors) -> float:
+    """How far an edit's numbers are from those of the same edit made in float32, relative to the largest of each
+    tensor. Raises ValueError, naming the tensor, for NaN and infinity, and where they differ by more than rounding to
+    the layer's dtype explains.
+    """
+    most = 0.0
+    for name, tensor in edited.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{layer.path}: the edit wrote NaN or infinity into {name}")
+        if not tensor.dtype.is_floating_point:
+            continue
+        scale = float(exact[name].abs().max()) or 1.0
+        error = float((tensor.to(exact[name].dtype) - exact[name]).abs().max()) / scale
+        if error > tolerance(tensor.dtype):
+            raise ValueError(
+                f"{layer.path}: the edit loses precision: {name} differs from the same edit in float32 by {error:.2g} "
+                f"of its largest number, rounding to {str(tensor.dtype).removeprefix('torch.')} would explain "
+                f"{tolerance(tensor.dtype):.2g}; compute in float32 or float64, and assign the result"
+            )
+        most = max(most, error)
+    return most
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What rounding once explains, relative to the largest number."""
+    return torch.finfo(dtype).eps
+
+
+def widened(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies in float32, or float64 where they are."""
+    return {
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        if tensor.dtype.is_floating_point
+        else tensor.clone()
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,144 @@
+"""Whole runs that merge experts: in memory, from disk, interrupted, between other passes, applied; refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_folder, token_ids, write_token_file
+
+import compressor
+from compressor import RecipeError
+from compressor.checkpoint.resume_state import Journal
+from compressor.run.apply import apply
+
+PASSES = ({"expert_pruning": {"keep": 7}}, {"expert_merging": {"keep": 5}}, {"dynamic_skipping": {}})
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
+
+
+def recipe(tokens: Path, *passes: dict[str, Any], model: Path | None = None, **others: Any) -> dict[str, Any]:
+    data = [{"tokens": str(tokens), "samples": 24}]
+    model = model or tiny_folder("mixtral")
+    return {"model": str(model), "calibration": {"batch_size": 8, "data": data}, "passes": list(passes), **others}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("model.safetensors", "config.json", "compressor/decision.json", "compressor/decision.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_in_memory_from_disk_and_applied_are_the_same_bytes(tokens: Path, tmp_path: Path) -> None:
+    memory = compressor.compress(recipe(tokens, *PASSES, weights="memory"), output=tmp_path / "memory")
+    compressor.compress(recipe(tokens, *PASSES, weights="disk"), output=tmp_path / "disk")
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    apply(tmp_path / "disk" / "compressor" / "decision.json", str(tiny_folder("mixtral")), tmp_path / "applied")
+    assert files(tmp_path / "applied")["model.safetensors"] == files(tmp_path / "memory")["model.safetensors"]
+    merging = memory.record["passes"][1]
+    assert merging["checks"]["edited_against_float32"] == 0
+    for path, layer in merging["decision"]["layers"].items():
+        assert merging["tensors"][path] == {"share": [7]}
+        assert sorted(one for members in layer["clusters"] for one in members) == list(range(7))
+
+
+def test_the_numbers_are_the_clusters_averages(tokens: Path, tmp_path: Path) -> None:
+    result = compressor.compress(recipe(tokens, PASSES[1]), output=tmp_path / "out")
+    decision = result.record["passes"][0]["decision"]["layers"]
+    share = load_file(tmp_path / "out" / "compressor" / "decision.safetensors")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder("mixtral"), tmp_path / "out"))
+    for path, layer in decision.items():
+        disk = path.replace(".mlp", ".block_sparse_moe")
+        assert torch.equal(after[f"{disk}.gate.weight"], before[f"{disk}.gate.weight"][layer["kept"]])
+        for new, members in enumerate(layer["clusters"]):
+            for name in ("w1", "w2", "w3"):
+                parts = [before[f"{disk}.experts.{one}.{name}.weight"].double() for one in members]
+                weights = share[f"0/{path}/share"][members]
+                expected = sum(part * weight for part, weight in zip(parts, weights, strict=True)).float()
+                torch.testing.assert_close(after[f"{disk}.experts.{new}.{name}.weight"], expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("stopped_at", ["edited 0.expert_pruning", "edited 1.expert_merging"])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, stopped_at: str
+) -> None:
+    if weights == "memory":
+        stopped_at = "perplexity after"
+    settings = {"weights": weights, "evaluate": {"perplexity": [{"tokens": str(tokens), "samples": 8}]}}
+    compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "whole")
+    note = Journal.note
+
+    def stop(self: Journal, name: str, value: Any) -> None:
+        note(self, name, value)
+        if name == stopped_at or weights == "memory":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "out")
+    compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_decided_again_and_applied(tokens: Path, tmp_path: Path) -> None:
+    compressor.compress(recipe(tokens, PASSES[1]), output=tmp_path / "out")
+    statistics = tmp_path / "out" / "compressor" / "statistics.safetensors"
+    decided = compressor.decide(statistics, "expert_merging", output=tmp_path / "six.json", keep=6, weights="uniform")
+    assert (tmp_path / "six.safetensors").exists()
+    for name, decision in (("file", tmp_path / "six.json"), ("mapping", decided)):
+        apply(decision, str(tiny_folder("mixtral")), tmp_path / name)
+    whole = compressor.compress(
+        recipe(tokens, {"expert_merging": {"keep": 6, "weights": "uniform"}}), output=tmp_path / "six"
+    )
+    assert whole.record["passes"][0]["decision"] == decided["passes"][0]["decision"]
+    for name in ("file", "mapping"):
+        found = (tmp_path / name / "model.safetensors").read_bytes()
+        assert found == (tmp_path / "six" / "model.safetensors").read_bytes()
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _of_another_layer(path: Path) -> None:
+    save_file({name.replace("layers.0", "layers.9"): one for name, one in load_file(path).items()}, path)
+
+
+def _of_another_shape(path: Path) -> None:
+    save_file({name: one[:-1].clone() for name, one in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_missing, r"passes\.0 has tensors, and .*decision\.safetensors is not there"),
+        (_of_another_layer, r"passes\.0: the tensor share of model\.layers\.0\.mlp should have the shape \[8\], found"),
+        (_of_another_shape, r"passes\.0: the tensor share of .* should have the shape \[8\], found \[7\]"),
+    ],
+)
+def test_tensors_that_do_not_belong_to_the_decision(tokens: Path, tmp_path: Path, damage: Any, says: str) -> None:
+    compressor.compress(recipe(tokens, PASSES[1]), output=tmp_path / "out")
+    decision = tmp_path / "out" / "compressor" / "decision.json"
+    damage(decision.with_suffix(".safetensors"))
+    with pytest.raises(RecipeError, match=says):
+        apply(decision, str(tiny_folder("mixtral")), tmp_path / "applied")
+    assert not (tmp_path / "applied").exists()
+
+
+def test_a_quantised_checkpoint_is_refused_by_check(tokens: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (model / "config.json").write_text(json.dumps(config))
+    says = r"passes\[0\]\.expert_merging: expert_merging changes numbers of experts, and the checkpoint is quantised"
+    with pytest.raises(RecipeError, match=says):
+        compressor.compress(recipe(tokens, PASSES[1], model=model), output=tmp_path / "out")
