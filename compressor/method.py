@@ -193,6 +193,12 @@ class Method(ABC, Generic[OptionsT]):
         of decision and layer. Weights are read only if it asks for them, one decoder layer at a time.
         """
 
+    def config_changes(self, decision: Decision) -> Mapping[str, Any]:
+        """Keys of config.json that the edited model has besides, or otherwise; none by default. What the core sets
+        itself (expert counts, top-k, dtype, its own `compressor`) is refused by name.
+        """
+        return {}
+
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object] | None:
         """A context in which the untouched model computes what the edited one will, or None if there is no such thing.
 

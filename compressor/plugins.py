@@ -30,6 +30,7 @@ _ALIKE = 0.75
 _NOT_TO_OVERRIDE = {
     "tasks": "a task that `sources` names is measured too",
     "restore": "what `moe.skip` was told is in the checkpoint's config, and put back by the core",
+    "needs_weights": "the core sees whether `edit` asks for weights",
     "options": "the core sets it",
     "criteria": "the core sets it; a plugin offers its own by the hook `compressor_criteria`",
 }

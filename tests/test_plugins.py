@@ -280,6 +280,10 @@ def test_methods_of_another_version(api: str, says: str, install: Install) -> No
         ("need_text", "KeepFirst.need_text overrides nothing; did you mean 'needs_text'?"),
         ("tasks", "KeepFirst.tasks is not for a method to define: a task that `sources` names is measured too."),
         ("restore", "KeepFirst.restore is not for a method to define: what `moe.skip` was told is in the checkpoint"),
+        (
+            "needs_weights",
+            "KeepFirst.needs_weights is not for a method to define: the core sees whether `edit` asks for",
+        ),
         ("criteria", "KeepFirst.criteria is not for a method to define: the core sets it; a plugin offers its own by"),
     ],
 )
@@ -356,6 +360,71 @@ def test_the_tutorials_plugin_works(tmp_path: Path, cli: Cli, install_from: Inst
     record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
     assert record["passes"][0]["method"] == "least_used"
     assert all(len(layer["kept"]) == 6 for layer in record["passes"][0]["decision"]["layers"].values())
+
+
+CHANGES = """    def config_changes(self, decision):
+        return {changes}
+
+    def edit("""
+
+
+def write_recipe(folder: Path, output: str, **changes: Any) -> Path:
+    """One for `keep_first` and a tiny Mixtral, whose output goes beside it."""
+    (folder / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(32))}))
+    recipe: dict[str, Any] = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(folder / "ids.jsonl")}]},
+        "passes": [{"keep_first": {"count": 6}}, {"expert_pruning": {"keep": 4}}],
+        "output": str(folder / output),
+        **changes,
+    }
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_a_method_that_changes_the_config(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
+    """In memory, from disk and by `apply`, also where another pass comes after it."""
+    source = METHOD.replace("    def edit(", CHANGES.format(changes="{'kept_first': {'count': self.options.count}}"))
+    write_distribution(tmp_path, "keep-first", {"keep-first": ""}, source)
+    install_from(tmp_path)
+    for weights in ("memory", "disk"):
+        answer = cli("run", "--quiet", write_recipe(tmp_path, weights, weights=weights))
+        assert (answer.status, answer.err) == (0, "")
+    compressor.apply(
+        tmp_path / "disk" / "compressor" / "decision.json", str(tiny_folder("mixtral")), tmp_path / "apply"
+    )
+    texts = [(tmp_path / name / "config.json").read_text() for name in ("memory", "disk", "apply")]
+    config = json.loads(texts[0])
+    assert (config["kept_first"], config["num_local_experts"]) == ({"count": 6}, 4)
+    assert texts[0] == texts[1] == texts[2]
+    assert compressor.load(tmp_path / "disk")[0].config.kept_first == {"count": 6}
+
+
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            "{'num_local_experts': 3}",
+            "has 'num_local_experts', which the core sets in config.json itself; leave it out",
+        ),
+        ("{'num_experts': 3}", "has 'num_experts', which the core sets"),
+        ("{'num_experts_per_tok': 1}", "has 'num_experts_per_tok', which the core sets"),
+        ("{'compressor': {}}", "has 'compressor', which the core sets"),
+        ("{'a': {1}}", "has 'a', whose value is no JSON: Object of type set is not JSON serializable"),
+    ],
+)
+def test_changes_of_the_config_that_are_refused(
+    changes: str, says: str, weights: str, tmp_path: Path, cli: Cli, install_from: InstallFrom
+) -> None:
+    source = METHOD.replace("    def edit(", CHANGES.format(changes=changes))
+    write_distribution(tmp_path, "keep-first", {"keep-first": ""}, source)
+    install_from(tmp_path)
+    answer = cli("run", "--quiet", write_recipe(tmp_path, "out", weights=weights))
+    assert answer.status == 2
+    assert f"keep_first: what was decided cannot be carried out: `config_changes` {says}" in answer.err
+    assert not (tmp_path / "out").exists()
 
 
 def page_source(name: str) -> str:

@@ -29,17 +29,19 @@ def save_checkpoint(
     folder: Path,
     counts: Mapping[ConfigLeaf, int],
     left_out: LeftOut | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a live model into `folder` as a checkpoint that the source's readers can read.
 
     `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
     (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
     written. `left_out` is what of the source transformers did not build: config.json announces it no more.
+    `changes` are for `write_beside_weights`.
     """
     with quiet_transformers():
         model.save_pretrained(folder)
     dtype = str(model.dtype).removeprefix("torch.")
-    write_beside_weights(source, folder, model.config, dtype, counts, left_out)
+    write_beside_weights(source, folder, model.config, dtype, counts, left_out, changes)
 
 
 def write_beside_weights(

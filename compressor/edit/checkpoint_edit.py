@@ -159,7 +159,7 @@ class Edit:
         leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
         counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
         raw = read_config(source)
-        changes = self._quantisation_after(raw)
+        changes = self._quantisation_after(raw) | self.after.config_changes
         if quantisation_of(raw) is None and (dtype := self._dtype()):
             changes["dtype"] = dtype
         write_beside_weights(source, folder, config, None, counts, self.left_out, changes)

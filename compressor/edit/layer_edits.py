@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 
+from compressor.checkpoint.extra_layers import spellings
 from compressor.checkpoint.headers import read_header, torch_dtype
 from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, stored_tensors
 from compressor.errors import UnsupportedModelError
 from compressor.method import Decision, Method, OptionError
+from compressor.model.config_entry import KEY
 from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
@@ -161,8 +165,10 @@ def _refuse_other_layers(decision: Decision, layers: Sequence[MoELayer]) -> None
         )
 
 
-def finish(moe: MoEModel, endings: Endings) -> None:
-    """Remove and skip what the edits have asked for. Raises OptionError where the model cannot."""
+def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endings) -> None:
+    """Remove and skip what the edits have asked for, and change the config as the method says. Raises OptionError where
+    that cannot be.
+    """
     kept = {path: list(one.kept) for path, one in endings.items() if one.kept is not None}
     rules = {path: one.rule for path, one in endings.items() if one.rule is not None}
     how = {(one.top_k, one.padded) for one in endings.values() if one.kept is not None}
@@ -173,10 +179,26 @@ def finish(moe: MoEModel, endings: Endings) -> None:
             moe.keep(kept, top_k=top_k, padded=padded)
         if rules:
             moe.skip(rules)
+        _change_config(moe, method.config_changes(decision))
         if not kept and not rules and not any(one.wrote for one in endings.values()):
             raise ValueError("the decision says of every layer that nothing changes, so there is nothing to carry out")
     except ValueError as error:
         raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
+def _change_config(moe: MoEModel, changes: Mapping[str, Any]) -> None:
+    """Set these keys of the model's config. Raises ValueError for one that the core sets itself, or what is no JSON."""
+    leaves = [leaf for leaf in (moe.structure.num_experts_leaf, moe.structure.top_k_leaf) if leaf is not None]
+    counts = {name for leaf in leaves for name in leaf.path[:1] or spellings(leaf.holder(moe.config), leaf.key)}
+    for key, value in changes.items():
+        if key in {*counts, KEY, "dtype", "torch_dtype"}:
+            raise ValueError(f"`config_changes` has {key!r}, which the core sets in config.json itself; leave it out")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`config_changes` has {key!r}, whose value is no JSON: {error}") from error
+        setattr(moe.config, key, copy.deepcopy(value))
+    moe.config_changes |= changes
 
 
 def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> dict[str, float]:
@@ -184,5 +206,5 @@ def carry_out(method: Method[Any], moe: MoEModel, decision: Decision) -> dict[st
     where it cannot keep, skip or hold what was decided: only the figures could tell.
     """
     endings, errors = edit_layers(method, decision, moe.layers, LiveWeights(moe))
-    finish(moe, endings)
+    finish(moe, method, decision, endings)
     return errors

@@ -137,7 +137,7 @@ class OnDisk(InMemory):
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
             noted = self.processes.exchange(noted)[0]
-            self._follow(self.moe, noted)  # its weights are not read any more
+            self._follow(method, decision, noted)  # its weights are not read any more
             return dict(noted["checks"])
         known = self.processes.exchange(self._noted_of(stage))[0]
         if known is None:
@@ -145,7 +145,7 @@ class OnDisk(InMemory):
             if self.journal is not None and self.processes.is_first:
                 self.journal.note(f"edited {name}", known)
         else:
-            self._follow(self.moe, known)
+            self._follow(method, decision, known)
             self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
         before, self.stage = self.stage, stage
         self.processes.wait()
@@ -153,10 +153,11 @@ class OnDisk(InMemory):
             shutil.rmtree(before)
         return dict(known["checks"])
 
-    def _follow(self, moe: MoEModel, known: Mapping[str, Any]) -> None:
+    def _follow(self, method: Method[Any], decision: Decision, known: Mapping[str, Any]) -> None:
         """Do to the skeleton what an edit noted before has done."""
-        with self._followed(moe):
-            finish(moe, {path: Ending.from_json(one) for path, one in known["endings"].items()})
+        with self._followed(self.moe):
+            endings = {path: Ending.from_json(one) for path, one in known["endings"].items()}
+            finish(self.moe, method, decision, endings)
 
     def _is_behind(self, stage: Path) -> bool:
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
@@ -201,7 +202,7 @@ class OnDisk(InMemory):
         edited = StoredWeights(lambda: weights, values if self.processes.is_first else None, is_quantised=is_quantised)
         endings, checks = edit_layers(method, decision, self.moe.layers, edited)
         with self._followed(after):
-            finish(after, endings)
+            finish(after, method, decision, endings)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)

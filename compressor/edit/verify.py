@@ -111,7 +111,7 @@ def save_verified(
     folder.require_space(size(moe.model).bytes)
     leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
     counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
-    save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out)
+    save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out, moe.config_changes)
     verify_files(folder.path)
     trust = found.trust_remote_code if found else False
     where = getattr(moe.model, "hf_device_map", None) or str(next(moe.model.parameters()).device)

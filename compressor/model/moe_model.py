@@ -51,6 +51,8 @@ class MoEModel:
         self.model = model
         self.config: Any = model.config
         self.removals: list[Removal] = []
+        self.config_changes: dict[str, Any] = {}
+        """Keys of config.json that methods have set."""
         refuse_quantised(self.config)
         self.structure = structure or structure_of(type(model), self.config)
         self.structure = self.structure.with_counts(uneven_counts(self.config))

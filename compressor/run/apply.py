@@ -169,7 +169,7 @@ class _Application:
                 self._refuse_other_layers(done["decision"], moe)
                 ids = None if stored is None else original_ids
                 endings, _ = edit_layers(method, done["decision"], stored or moe.layers, weights, ids)
-                finish(moe, endings)
+                finish(moe, method, done["decision"], endings)
             except NotOnDiskError:
                 raise
             except OptionError as error:
