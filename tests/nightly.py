@@ -2,6 +2,7 @@
 neither the code that they prove nor transformers changes.
 
 `nightly.json` says which code and which transformers they were last passed with; a complete run that passes writes it.
+As long as there is none, they are run by hand only, and each run says so.
 The whole suite runs them where that is not so any more, and leaves them out where it is; so does a run of some files,
 always. By hand: `./test.sh -m nightly` runs them alone, `./test.sh -m "not nightly"` all others, and one that is named
 (`test_every_architecture.py::test_passes_every_check[mixtral-float32]`) runs.
@@ -57,6 +58,7 @@ class Nightly:
     def __init__(self, config: pytest.Config, now: dict[str, str], record: Path = RECORD) -> None:
         self.config, self.now, self.record = config, now, record
         self.changed = changes(now, record)
+        self.was_passed = record.exists()
         self.is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
         self.is_worker = hasattr(config, "workerinput")
         self.found = self.passed = 0
@@ -66,7 +68,7 @@ class Nightly:
         """Whether nightly tests are run without being named."""
         if self.is_worker:
             return bool(self.config.workerinput["nightly"])  # type: ignore[attr-defined]
-        return "nightly" in self.config.option.markexpr or (self.is_whole and bool(self.changed))
+        return "nightly" in self.config.option.markexpr or (self.is_whole and self.was_passed and bool(self.changed))
 
     def line(self) -> str:
         """What is done, and why."""
@@ -75,7 +77,8 @@ class Nightly:
         if self.are_run:
             since = f"{self.changed[0]} and {len(self.changed) - 1} more" if self.changed[1:] else self.changed[0]
             return f'nightly tests: run, for {since} changed since they last passed; -m "not nightly" leaves them out'
-        why = "nothing that they prove has changed" if self.is_whole else "not the whole suite"
+        unchanged = "nothing that they prove has changed" if self.was_passed else "never passed as a whole so far"
+        why = unchanged if self.is_whole else "not the whole suite"
         return f"nightly tests: left out, {why}; -m nightly runs them"
 
     @pytest.hookimpl(optionalhook=True)

@@ -110,8 +110,9 @@ def _patch_dtype(raw: dict[str, Any], dtype: str | None) -> None:
     part's own.
     """
     for part in (raw, *_parts(raw)):
-        own = dtype or part.get("dtype") or part.get("torch_dtype")
-        if own and (part is raw or "dtype" in part or "torch_dtype" in part):
+        named = part.get("dtype") or part.get("torch_dtype")  # null names none
+        own = dtype or named
+        if own and (part is raw or named):
             part |= {"dtype": own, "torch_dtype": own}
 
 
