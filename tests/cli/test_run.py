@@ -486,8 +486,8 @@ def test_wrong_edit_is_found_before_anything_is_written(
     """The engine compares removed with masked: a method whose edit does another thing is stopped."""
     method = load_plugins().methods["expert_pruning"]
 
-    def edit_others(self: Any, moe: Any, decision: Json) -> None:
-        moe.keep({path: range(6) for path in decision["layers"]})
+    def edit_others(self: Any, layer: Any, decision: Json) -> None:
+        layer.keep(range(6))
 
     monkeypatch.setattr(method, "edit", edit_others)
     path = recipe()

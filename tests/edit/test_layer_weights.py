@@ -92,7 +92,7 @@ def edited_on_disk(folder: Path, method: Method[Any], output: Path, values: Path
     weights = StreamedWeights(load_model(found, device="meta"), found)
     stored = StoredWeights(lambda: weights, values, is_quantised=False)
     endings, _ = edit_layers(method, decision_of(before), before.layers, stored)
-    finish(after, endings)
+    finish(after, method, decision_of(before), endings)
     output.mkdir()
     plan_edit(found, before, after, edited=stored.edited).write(output)
 
