@@ -233,6 +233,13 @@ class _Tap:
             return None
         return self.rule
 
+    def _routed(
+        self, hidden_TH: Tensor, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Replay, **others: Any
+    ) -> RoutedTokens:
+        """One batch's real tokens, with the closed rule, if it explains them."""
+        rule = self._rule_for(logits_TE, index_TK, weights_TK, replay)
+        return RoutedTokens(self.layer, hidden_TH, logits_TE, index_TK, weights_TK, rule, replay, **others)
+
     def _visit(self, tokens: RoutedTokens) -> None:
         self.visitor(tokens)
         if tokens.output_TH is not None:
@@ -398,18 +405,12 @@ class _ChoicesTap(_CalledTap):
         logits_TE = self._logits_TE(mask_T, hidden.dtype)
         index_TK, weights_TK = index[mask_T], weights[mask_T]
         replay = self._replay(mask_T, index_TK, weights_TK)
-        return RoutedTokens(
-            layer=self.layer,
-            hidden_TH=hidden[mask_T],
-            logits_TE=logits_TE,
-            index_TK=index_TK,
-            weights_TK=weights_TK,
-            rule=self._rule_for(logits_TE, index_TK, weights_TK, replay),
-            replay=replay,
+        return self._routed(
+            hidden[mask_T], logits_TE, index_TK, weights_TK, replay,
             evaluate_experts=lambda x, e: evaluate_stacked(self._call_original, x, e, weights.dtype),
             lift=self._known_lift(hidden),
             at_block=self._at_block,
-        )
+        )  # fmt: skip
 
     def _replay(self, mask_T: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Replay:
         """By the router alone where the experts are given what it returns, by the whole block otherwise."""
@@ -445,14 +446,12 @@ class _MasksTap(_CalledTap):
             return self._choice(mask, weights, mask_T)
 
         self._visit(
-            RoutedTokens(
-                layer=self.layer,
-                hidden_TH=hidden[mask_T],
-                logits_TE=logits_TE,
-                index_TK=index_TK,
-                weights_TK=weights_TK,
-                rule=self._rule_for(logits_TE, index_TK, weights_TK, replay),
-                replay=replay,
+            self._routed(
+                hidden[mask_T],
+                logits_TE,
+                index_TK,
+                weights_TK,
+                replay,
                 evaluate_experts=lambda x, e: evaluate_list([module for module in modules if module], x, e),
                 lift=self._known_lift(hidden),
                 at_block=self._at_block,
@@ -488,16 +487,8 @@ class _ScaledInputsTap(_CalledTap):
                 return self._choice(self.router.forward(*args, **kwargs), mask_T, top_k)
 
         self._visit(
-            RoutedTokens(
-                layer=self.layer,
-                hidden_TH=hidden[mask_T],
-                logits_TE=logits_TE,
-                index_TK=index_TK,
-                weights_TK=weights_TK,
-                rule=self._rule_for(logits_TE, index_TK, weights_TK, replay),
-                replay=replay,
-                evaluate_experts=self._evaluate,
-                lift=None,
+            self._routed(
+                hidden[mask_T], logits_TE, index_TK, weights_TK, replay, evaluate_experts=self._evaluate, lift=None
             )
         )
         return self._original(given)

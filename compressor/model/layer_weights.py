@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.modules import tensor_at
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import ExpertAxis, MoELayer
 
@@ -144,23 +143,18 @@ class LayerWeights:
                     yield f"{path[start:]}.*.{name.removeprefix(module)}", tensor
 
 
-def names_in(model: nn.Module, layer: MoELayer) -> list[str]:
-    """All tensors of a layer that are indexed by expert. Raises UnsupportedModelError where it shares one with another
-    layer, which an edit of this one would change too.
+def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
+    """A live model's own tensors of a layer, to be read and written in place. Raises UnsupportedModelError where the
+    layer shares one with another, which an edit of this one would change too.
     """
     lists = tuple(f"{path}." for path in layer.containers)
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    found = [name for name, _ in everything if name in layer.tensors or (lists and name.startswith(lists))]
-    own, under = {id(tensor_at(model, name)) for name in found}, f"{layer.path}." if layer.path else ""
+    found = {name: one for name, one in everything if name in layer.tensors or (lists and name.startswith(lists))}
+    own, under = {id(one) for one in found.values()}, f"{layer.path}." if layer.path else ""
     for name, tensor in everything:
         if id(tensor) in own and not name.startswith(under) and name not in found:
             raise UnsupportedModelError(f"{layer.path}: its weights cannot be edited alone: {name} is one of them too.")
-    return found
-
-
-def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
-    """A live model's own tensors of a layer, to be read and written in place."""
-    return {name: tensor_at(model, name).detach() for name in names_in(model, layer)}
+    return {name: one.detach() for name, one in found.items()}
 
 
 def refuse_damage(layer: MoELayer, edited: Tensors, exact: Tensors) -> float:

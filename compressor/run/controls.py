@@ -78,12 +78,8 @@ class AsMasked:
     """
 
     def __init__(self, piece: InMemory, method: Method[Any], decision: Decision, probe: TokenBatch) -> None:
-        self.kept, self.top_k, self.probe, self.name = (
-            _kept(piece.moe, decision),
-            decision.get("top_k"),
-            probe,
-            method.name,
-        )
+        self.kept, self.top_k = _kept(piece.moe, decision), decision.get("top_k")
+        self.probe, self.name = probe, method.name
         self._expected = _otherwise(piece.moe, self.kept, self.top_k)
         self._masked_NV: Tensor | None = None
         self.problem: str | None = None

@@ -33,7 +33,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.model.capture import RealTokens
-from compressor.model.moe_model import MoEModel, count_problem
+from compressor.model.moe_model import Kept, MoEModel, count_problem
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.skipping.state import is_decorated
@@ -148,6 +148,17 @@ class _Subject:
     def copy(self) -> MoEModel:
         return MoEModel(copy.deepcopy(self.model).eval())
 
+    def masked(self, kept: Kept, *, top_k: int | None = None) -> Tensor:
+        """What the model answers where only these experts can be chosen."""
+        with self.moe.masked(kept, top_k=top_k):
+            return answers(self.moe.model, self.inputs)
+
+    def edited(self, kept: Kept, **how: Any) -> tuple[MoEModel, Tensor]:
+        """A copy that keeps these experts, and what it answers."""
+        moe = self.copy()
+        moe.keep(kept, **how)
+        return moe, answers(moe.model, self.inputs)
+
     def load_with_compressor(self, folder: Path) -> Any:
         return load_model(
             Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self.dtype).removeprefix("torch.")
@@ -185,14 +196,12 @@ def _removed(subject: _Subject) -> Iterator[Check]:
     if kept is None:
         yield Check("removed = masked", None, "no smaller number of experts is possible in all layers")
         return
-    with subject.moe.masked(kept):
-        masked = answers(subject.moe.model, subject.inputs)
+    masked = subject.masked(kept)
     if torch.equal(masked, subject.untouched):
         yield Check("removed = masked", False, "masking experts changes nothing, so nothing can be compared")
         return
-    moe = subject.copy()
-    moe.keep(kept)
-    yield _close("removed = masked", answers(moe.model, subject.inputs), masked)
+    moe, found = subject.edited(kept)
+    yield _close("removed = masked", found, masked)
     with tempfile.TemporaryDirectory() as folder:
         yield from subject.saved("saved", moe, Path(folder), subject.load)
 
@@ -204,14 +213,12 @@ def _top_k_lowered(subject: _Subject) -> Iterator[Check]:
         yield Check("top-k lowered", None, f"every token chooses {layer.top_k}, whatever the config says")
         return
     kept = {each.path: range(each.num_experts) for each in subject.moe.layers}
-    with subject.moe.masked(kept, top_k=layer.top_k - 1):
-        masked = answers(subject.moe.model, subject.inputs)
+    masked = subject.masked(kept, top_k=layer.top_k - 1)
     if torch.equal(masked, subject.untouched):
         yield Check("top-k lowered", False, "a lower top-k changes nothing")
         return
-    moe = subject.copy()
-    moe.keep(kept, top_k=layer.top_k - 1)
-    yield _close("top-k lowered", answers(moe.model, subject.inputs), masked)
+    moe, found = subject.edited(kept, top_k=layer.top_k - 1)
+    yield _close("top-k lowered", found, masked)
     with tempfile.TemporaryDirectory() as folder:
         yield from subject.saved("top-k saved", moe, Path(folder), subject.load)
 
@@ -222,11 +229,9 @@ def _uneven(subject: _Subject) -> Iterator[Check]:
     if kept is None:
         yield Check("uneven", None, "needs two MoE layers, and two numbers that are possible in them")
         return
-    with subject.moe.masked(kept):
-        masked = answers(subject.moe.model, subject.inputs)
-    moe = subject.copy()
-    moe.keep(kept)
-    yield _close("uneven", answers(moe.model, subject.inputs), masked)
+    masked = subject.masked(kept)
+    moe, found = subject.edited(kept)
+    yield _close("uneven", found, masked)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         yield from subject.saved("uneven saved", moe, Path(first), subject.load_with_compressor)
         again = MoEModel(subject.load_with_compressor(Path(first)))
@@ -245,11 +250,9 @@ def _padded(subject: _Subject) -> Iterator[Check]:
     if kept is None or problem:
         yield Check("padded", None, problem or "needs two MoE layers")
         return
-    with subject.moe.masked(kept):
-        masked = answers(subject.moe.model, subject.inputs)
-    moe = subject.copy()
-    moe.keep(kept, padded=True)
-    yield _close("padded", answers(moe.model, subject.inputs), masked)
+    masked = subject.masked(kept)
+    moe, found = subject.edited(kept, padded=True)
+    yield _close("padded", found, masked)
     with tempfile.TemporaryDirectory() as folder:
         yield from subject.saved("padded saved", moe, Path(folder), subject.load)
 
