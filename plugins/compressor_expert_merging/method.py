@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.plugin import Decision, Method, OptionError, Options, Plan, count_problem
+from compressor.plugin import Decision, Method, OptionError, Options, Plan
 
 if TYPE_CHECKING:
     from compressor.plugin import Gathered, LayerWeights, MoELayer, Statistic
@@ -32,6 +32,8 @@ class ExpertMerging(Method[ExpertMergingOptions]):
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must be able to keep so many, and to be watched."""
+        from compressor.plugin import count_problem
+
         for layer in layers:
             if problem := count_problem(layer, self.options.keep):
                 raise OptionError("keep", f"{layer.path}: {problem}")

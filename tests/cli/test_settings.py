@@ -114,4 +114,10 @@ def test_what_a_plugin_left_out_would_have_offered_is_not_known(
     refused: Refused, cli: Cli, recipe: WriteRecipe
 ) -> None:
     assert "expert_pruning" not in cli("methods", "--without", "expert-pruning").out
-    refused("check", recipe(), "--without", "expert-pruning", says="Known methods: dynamic_skipping, task_pruning")
+    refused(
+        "check",
+        recipe(),
+        "--without",
+        "expert-pruning",
+        says="Known methods: dynamic_skipping, expert_merging, task_pruning",
+    )

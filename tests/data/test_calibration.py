@@ -81,6 +81,7 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     assert rows(load_sequences(source(tokens=path, samples=2, length=2), None, seed=3)) == [[5, 0], [1, 2]]
 
 
+@pytest.mark.slow  # whichever comes first parses the whole standard library
 def test_demo_text_of_both_splits_differs() -> None:
     train, held_out = (
         load_sequences(source(demo="prose", samples=2, length=16), Letters(), seed=0, split=split)
@@ -176,6 +177,7 @@ def test_batches_say_that_they_are_held_out():
     assert [batch.held_out for batch in make_batches([torch.tensor([1, 2])], 1, "x", held_out=True)] == [True]
 
 
+@pytest.mark.slow  # whichever comes first parses the whole standard library
 def test_a_mix_holds_out_something_of_each_domain():
     from compressor.checkpoint.find import find_checkpoint
     from compressor.checkpoint.load import load_tokenizer

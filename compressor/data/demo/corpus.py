@@ -19,10 +19,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import platform
 import random
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -49,6 +51,8 @@ _SKIPPED_FOLDERS = frozenset(
     | {"__pycache__", "encodings", "pydoc_data", "ensurepip"}
 )
 _SKIPPED_FILES = frozenset({"html/entities.py"})
+
+_HOLDS_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 # (operator, its share of the lines, largest left operand, largest right operand)
 _OPERATIONS = (("+", 0.5, 99, 99), ("-", 0.35, 99, 99), ("*", 0.15, 12, 12))
@@ -144,22 +148,25 @@ def _shuffled(items: Sequence[Source], seed: int) -> list[Source]:
 @cache
 def _source_files(split: Split) -> list[Path]:
     """The standard library's sources on one side of the split, sorted by their path below its root."""
+    return [path for name, path in _all_source_files().items() if split_of(name) == split]
+
+
+@cache
+def _all_source_files() -> dict[str, Path]:
+    """The standard library's sources by their path below its root, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    found: dict[str, Path] = {}
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
+        paths = (Path(folder, name) for name in files if name.endswith(".py"))
+        found |= {path.relative_to(root).as_posix(): path for path in paths}
     if not found:
         raise CalibrationError(f"demo text: no Python sources under {root}; install Python with its library's sources")
-    return [
-        path
+    return {
+        name: path
         for name, path in sorted(found.items())
-        if split_of(name) == split and name not in _SKIPPED_FILES and not _is_skipped(name)
-    ]
-
-
-def _is_skipped(name: str) -> bool:
-    folders = name.split("/")[:-1]
-    return any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders) or name.startswith(
-        "_sysconfigdata"
-    )
+        if name not in _SKIPPED_FILES and not name.startswith("_sysconfigdata")
+    }
 
 
 @cache
@@ -175,24 +182,28 @@ def _texts_of(path: Path) -> tuple[str, tuple[str, ...]]:
             tree = ast.parse(source)
     except (UnicodeDecodeError, SyntaxError):
         return "", ()
-    docstrings = (inspect.cleandoc(str(node.value)) for node in _documented(tree))
-    return _without_docstrings(source, tree), tuple(_without_doctests(text) for text in docstrings)
+    docstrings = list(_documented(tree))
+    texts = (inspect.cleandoc(str(node.value)) for node in docstrings)
+    return _without_docstrings(source, docstrings), tuple(_without_doctests(text) for text in texts)
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.Constant]:
-    """The string nodes that are docstrings, in the order of the tree's walk."""
-    for node in ast.walk(tree):
+    """The string nodes that are docstrings, in the order of ``ast.walk``, which looks into expressions as well."""
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        nodes.extend(one for one in ast.iter_child_nodes(node) if isinstance(one, _HOLDS_STATEMENTS))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             match node.body[0]:
                 case ast.Expr(value=ast.Constant(value=str()) as docstring):
                     yield docstring
 
 
-def _without_docstrings(source: str, tree: ast.Module) -> str:
+def _without_docstrings(source: str, docstrings: list[ast.Constant]) -> str:
     """The source less the lines of its docstrings. A docstring that shares its line with code stays."""
     lines = source.split("\n")  # as ast counts them: a form feed ends no line
     dropped: set[int] = set()
-    for node in _documented(tree):
+    for node in docstrings:
         end = node.end_lineno or node.lineno
         if not lines[node.lineno - 1][: node.col_offset].strip():
             dropped.update(range(node.lineno - 1, end))
