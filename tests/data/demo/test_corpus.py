@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -72,13 +73,15 @@ def test_prose_has_lost_its_doctests():
     assert corpus._without_doctests(text) == "Before.\n\nAfter.\n"
 
 
-def test_docstrings_are_found_wherever_a_statement_may_stand_in_the_order_of_the_walk():
-    nested = (
-        "def f():\n    'f'\nif 1:\n    pass\nelse:\n    def g():\n        'g'\ntry:\n    pass\nexcept E:\n    class H:\n"
-        "        'H'\n        def i(self):\n            'i'\nmatch x:\n    case 1:\n        def j():\n            'j'\n"
-        "with f():\n    for x in y:\n        async def k():\n            'k'\ndef l():\n    'l'\n"
-    )
-    assert [node.value for node in corpus._documented(ast.parse(nested))] == ["f", "l", "g", "H", "j", "i", "k"]
+def test_docstrings_are_those_that_a_search_of_every_node_finds_in_the_same_order():
+    path = Path(inspect.__file__)
+    nested = "if 1:\n    def f():\n        'f'\ntry:\n    pass\nexcept E:\n    class G:\n        'G'\nmatch x:\n    case 1:\n"
+    nested += "        def h():\n            'h'\ndef i():\n    'i'\n"
+    for source in (nested, path.read_text()):
+        tree = ast.parse(source)
+        owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        every = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, owners)]
+        assert [node.value for node in corpus._documented(tree)] == [text for text in every if text is not None]
 
 
 def test_skipped_files():
