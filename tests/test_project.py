@@ -248,6 +248,24 @@ def test_the_package_itself_imports_only_what_is_light() -> None:
     }
 
 
+OF_THE_LOADER = (
+    "core_model_loading",
+    "conversion_mapping",
+    "modeling_utils",
+    "_move_missing_keys_from_meta_to_device",
+    "_initialize_missing_keys",
+    "_adjust_missing_and_unexpected_keys",
+)
+"""Modules and methods of transformers that only its own loader is meant to use."""
+
+
+def test_one_file_calls_what_transformers_loads_with() -> None:
+    files = [file for folder in (CORE, *PLUGINS) for file in folder.rglob("*.py")]
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    for word in OF_THE_LOADER:
+        assert [name for name, text in texts.items() if word in text] == ["compressor/checkpoint/conversion.py"], word
+
+
 def test_core_imports_no_plugin() -> None:
     for file in CORE.rglob("*.py"):
         for module, _ in imports(file):

@@ -7,9 +7,6 @@
 A unit's tensors are read from the safetensors files into fresh memory (not mapped: what is read is what is held), go
 through transformers' own conversion of names and shapes, and are given back to the system when the unit is left. What
 comes next the system is told to read into its own cache meanwhile: that takes no memory of ours.
-
-Conversion of a part of a checkpoint is no documented interface of transformers: `tests/test_stream.py` holds on all
-architectures that what comes out is what `from_pretrained` gives, to the bit.
 """
 
 from __future__ import annotations
@@ -27,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint.conversion import Conversion, in_loading_order, make_buffers
 from compressor.checkpoint.find import Checkpoint, quantiser_of
 from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype, verify_files
-from compressor.checkpoint.quiet import quiet_transformers
-from compressor.errors import CheckpointError, DiskError, UnsupportedModelError
+from compressor.errors import DiskError, UnsupportedModelError
 from compressor.machine.memory_estimate import shares
 from compressor.model.modules import tensor_at
 
@@ -148,13 +145,12 @@ class StreamedWeights:
         self._contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] = {}
         self._entered: dict[str, ExitStack] = {}
         stored = stored_tensors(verify_files(found.folder))
-        self._quantiser = quantiser_of(found)
-        self._rename = _Renaming(model, self._quantiser)
+        self._conversion = Conversion(model, quantiser_of(found))
         self._sources: dict[str, dict[str, StoredTensor]] = {}
         """Name of the tensor in the model (of several made of one, the first) → what it is made of."""
         for key, tensor in stored.items():
-            target = self._rename(key)
-            if target is not None:
+            target, _ = self._conversion.rename(key)
+            if target in self._conversion.tensors:
                 self._sources.setdefault(target, {})[key] = tensor
         self._names = _names_by_tensor(model)
         self._aliases: dict[int, list[str]] = {}
@@ -162,18 +158,11 @@ class StreamedWeights:
         for name, on_meta in self._names.items():
             self._aliases.setdefault(id(on_meta), []).append(name)
         self._stop_ahead = threading.Event()
-        self._buffers_made(model)
-
-    def _buffers_made(self, model: Any) -> None:
-        """Computed buffers (rotary frequencies), by the functions that transformers' loader uses."""
-        for module in model.modules():
-            module.__dict__.pop("_is_hf_initialized", None)
-        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        model._initialize_missing_keys(False)
-        if self.device != "cpu":
+        make_buffers(model)
+        if device != "cpu":
             for name, buffer in model.named_buffers():
                 if not buffer.is_meta:
-                    _set(model, name, buffer.to(self.device))
+                    _set(model, name, buffer.to(device))
 
     def load(self, unit: str) -> None:
         """Bring a unit's weights to the device. Raises CheckpointError for a damaged file, NaN or infinity."""
@@ -248,11 +237,7 @@ class StreamedWeights:
         """The tensors of a unit that is loaded as files have them, by transformers' own way back: name on disk →
         tensor, in the model's dtype.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        names = self._names_in(unit)
-        with quiet_transformers():
-            return dict(revert_weight_conversion(self.model, {name: tensor_at(self.model, name) for name in names}))
+        return self._conversion.as_stored({name: tensor_at(self.model, name) for name in self._names_in(unit)})
 
     def replace(self, stored: Mapping[str, StoredTensor]) -> None:
         """Read these instead of those of the same names from now on."""
@@ -278,7 +263,7 @@ class StreamedWeights:
         if not held:
             return
         self._held[key] = held
-        self._convert(self._stored_in(held))
+        self._conversion.load(self._stored_in(held), self.device)
         for name in held:
             same = [tensor for other in self._same(name) if not (tensor := tensor_at(self.model, other)).is_meta]
             if not same:
@@ -292,63 +277,15 @@ class StreamedWeights:
             refuse_not_finite(loaded, str(self.model.config._name_or_path))
             self._checked.add(key)
 
-    def _convert(self, stored: dict[str, StoredTensor]) -> None:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        config = LoadStateDictConfig(
-            device_map={"": self.device},
-            dtype=self.model.dtype,
-            weight_mapping=self._rename.mapping,
-            hf_quantizer=self._quantiser,
-        )
-        before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor of the model after another
-        try:
-            with quiet_transformers():
-                info, _ = convert_and_load_state_dict_in_model(self.model, stored, config, None)
-        finally:
-            if before is None:
-                del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
-            else:
-                os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
-        problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
-        if problems:
-            raise CheckpointError(f"{self.model.config._name_or_path}: cannot be converted: {problems[0]}")
-
-
-class _Renaming:
-    """Which tensor of the model a tensor on disk becomes, or is a part of, by transformers' own rules."""
-
-    def __init__(self, model: Any, quantiser: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        self.mapping = get_model_conversion_mapping(model, hf_quantizer=quantiser)
-        self._known = model.state_dict()
-        self._prefix = model.base_model_prefix
-        self._renamings = [one for one in self.mapping if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in self.mapping if isinstance(one, WeightConverter)]
-        self._rename: Callable[..., tuple[str, str | None]] = rename_source_key
-
-    def __call__(self, key: str) -> str | None:
-        """The name, None for what the model has not."""
-        name, _ = self._rename(key, self._renamings, self._converters, self._prefix, self._known)
-        if name not in self._known and key in self._known:
-            name, _ = self._rename(key, [], [], self._prefix, self._known)
-        return name if name in self._known else None
-
 
 def stored_tensors(shards: Sequence[Shard]) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, by name, in the order of transformers' loader."""
-    from transformers.core_model_loading import dot_natural_key
-
     found = {
         name: StoredTensor(shard.path, shard.offsets[name], shard.sizes[name], dtype, shape)
         for shard in shards
         for name, (dtype, shape) in shard.tensors.items()
     }
-    return dict(sorted(found.items(), key=lambda entry: dot_natural_key(entry[0])))
+    return {name: found[name] for name in in_loading_order(found)}
 
 
 def _memory(num_bytes: int) -> Tensor:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.classes import model_class
+from compressor.checkpoint.conversion import loading_info
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
 from compressor.checkpoint.find import Checkpoint, load_config, read_config
@@ -39,11 +40,10 @@ from compressor.checkpoint.headers import BITS, TORCH, first_dtype, verify_files
 from compressor.checkpoint.layerwise_weights import StoredTensor
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
 from compressor.checkpoint.quantization import quantisation_of, without_quantisation
-from compressor.checkpoint.quiet import quiet_transformers
 from compressor.checkpoint.save import write_beside_weights
 from compressor.edit.naming import Names, renamed
 from compressor.edit.safetensors_writer import Becomes, ShardEdit, TensorEdit, finish, sync_folder, write_shard
-from compressor.edit.tensor_map import Fate, fates, ignored_names, loading_info
+from compressor.edit.tensor_map import Fate, fates
 from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
@@ -263,7 +263,7 @@ class _EditPlan:
         """What is on disk must be what the config speaks of, by transformers' own loader."""
         if self.quantisation is not None:
             return
-        info = self._loading_info(self.before, self.on_disk)
+        info = loading_info(self.before.model, self.on_disk)
         if any(info.values()):
             if why := uneven_experts(self.shards):
                 raise CheckpointError(f"{self.found.reference}: {why}")
@@ -280,7 +280,7 @@ class _EditPlan:
             again = fates(self.after, self.after, whole, shapes, quantisation=self.quantisation)
             assert all(fate.name == name for name, fate in again.items())
             return
-        info = self._loading_info(self.after, new)
+        info = loading_info(self.after.model, new)
         for kind, keys in info.items():
             if keys:
                 first = min(map(str, keys))
@@ -288,18 +288,6 @@ class _EditPlan:
                     f"{self.found.reference}: cannot be edited on disk: of the smaller checkpoint transformers would "
                     f"say that {len(keys)} {kind.replace('_', ' ')}, such as {first}."
                 )
-
-    def _loading_info(self, moe: MoEModel, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
-        dropped = ignored_names(moe.model, list(tensors))
-        with quiet_transformers():
-            return loading_info(
-                copy.deepcopy(moe.model),
-                {
-                    name: torch.empty(shape, dtype=TORCH.get(dtype, torch.uint8), device="meta")
-                    for name, (dtype, shape) in tensors.items()
-                    if name not in dropped
-                },
-            )
 
     def _check_dtypes(self) -> None:
         """Numbers where the model has numbers, ids where it has ids."""

@@ -17,9 +17,7 @@ the weight that its name starts with. What is packed in a way that does not keep
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.conversion import Conversion, in_loading_order
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import ExpertAxis, MoELayer
@@ -70,85 +69,6 @@ class _Owner:
         return name.removesuffix(self.cut) + self.tail
 
 
-class _Mapping:
-    """transformers' way from names on disk to a model's tensors."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import core_model_loading as loading
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        self.model = model
-        self.tensors: dict[str, Tensor] = model.state_dict()
-        steps = get_model_conversion_mapping(model)
-        self._renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
-        self._converters = converters
-        self._by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
-
-    def rename(self, name: str) -> tuple[str, str | None]:
-        """(the model's tensor, the converter's pattern that fits or None); the first may not exist."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.model.base_model_prefix
-        renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self.tensors)
-        if renamed not in self.tensors and name in self.tensors:
-            renamed, pattern = rename_source_key(name, [], [], prefix, self.tensors)
-        return renamed, pattern
-
-    def targets(self, first: str, pattern: str) -> list[str]:
-        """All tensors of the model that a converter makes together with its first one."""
-        patterns = self._by_pattern[pattern].target_patterns
-        return [first.replace(patterns[0], other, 1) for other in patterns]
-
-    def convert(self, first: str, sources: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """The model's tensors from what is on disk: pattern → tensors in the order of their names."""
-        converter = copy.deepcopy(self._by_pattern[next(iter(sources))])
-        for pattern, tensors in sources.items():
-            for tensor in tensors:
-                converter.add_tensor(first, first, pattern, tensor)
-        made = converter.convert(first, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def ignored_names(model: Any, names: Sequence[str]) -> set[str]:
-    """Those of the names on disk that are nothing of the model, and that its class says may be ignored."""
-    mapping = _Mapping(model)
-    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    buffers = [name for name, _ in model.named_buffers()]
-    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        patterns.add(r"rotary_emb\.inv_freq")
-    if any(name.endswith("position_ids") for name in buffers):
-        patterns.add(r"(^|\.)position_ids$")
-    renamed = {name: mapping.rename(name)[0] for name in names}
-    unknown = {name: new for name, new in renamed.items() if new not in mapping.tensors}
-    return {name for name, new in unknown.items() if any(re.search(pattern, new) for pattern in patterns)}
-
-
-def loading_info(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What transformers' own loader says to these tensors, all on the meta device: keys missing, mismatched and
-    unexpected. The model, on the meta device too, is given them.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    shared: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        shared.setdefault(id(tensor), []).append(name)
-    settings = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(model))
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
-    for names in shared.values():
-        if not set(names) <= info.missing_keys:
-            info.missing_keys -= set(names)
-    model._adjust_missing_and_unexpected_keys(info)
-    missing = {*info.missing_keys, *info.conversion_errors}
-    return {
-        "missing_keys": missing,
-        "mismatched_keys": info.mismatched_keys,
-        "unexpected_keys": info.unexpected_keys,
-    }
-
-
 def fates(
     before: MoEModel,
     after: MoEModel,
@@ -163,18 +83,15 @@ def fates(
     config.json says of it. Raises CheckpointError where names or counts do not fit the model, UnsupportedModelError
     where experts cannot be taken out.
     """
-    from transformers.core_model_loading import dot_natural_key
-
     change = _Change(before, after, kept, shapes, quantisation)
-    names = sorted(shapes, key=dot_natural_key)
-    result = {name: Fate(None) for name in ignored_names(before.model, names)}
+    names = in_loading_order(shapes)
+    result = {name: Fate(None) for name in change.mapping.ignored(names)}
     found = {name: change.owner(name) for name in names if name not in result}
     leads_to = {owner.name: (target, pattern) for owner, target, pattern in filter(None, found.values())}
     groups: _Groups = {}
-    for name, (target, pattern) in leads_to.items():
+    for name in in_loading_order(leads_to):
+        target, pattern = leads_to[name]
         groups.setdefault(target, {}).setdefault(pattern, []).append(name)
-    for names in (names for by_pattern in groups.values() for names in by_pattern.values()):
-        names.sort(key=dot_natural_key)
     of_owner = {name: fate for target in groups for name, fate in _of_group(change, groups, target).items()}
     result |= _of_strangers(change, [name for name, owned in found.items() if owned is None])
     result |= {name: _of_companion(change, name, own[0], of_owner[own[0].name]) for name, own in found.items() if own}
@@ -201,7 +118,7 @@ class _Change:
         quantisation: Mapping[str, Any] | None,
     ) -> None:
         self.before, self.kept, self.shapes, self.quantisation = before, kept, shapes, quantisation
-        self.mapping, self.smaller = _Mapping(before.model), _Mapping(after.model)
+        self.mapping, self.smaller = Conversion(before.model), Conversion(after.model)
         self.stacked: dict[str, tuple[MoELayer, ExpertAxis]] = {}
         self.children: dict[str, tuple[MoELayer, str, int]] = {}
         for layer in before.layers:
@@ -306,7 +223,7 @@ def _of_list(change: _Change, target: str, sources: Mapping[str, list[str]], hit
 
 
 def _places_of_experts(
-    change: _Change, target: str, sources: Mapping[str, list[str]], labels: Sequence[int], mapping: _Mapping
+    change: _Change, target: str, sources: Mapping[str, list[str]], labels: Sequence[int], mapping: Conversion
 ) -> dict[str, list[int]]:
     """For each tensor of the model, the place in the list that each expert's part comes from; places sent through
     the converter instead of weights.
