@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
-    from compressor.model.skipping.rule import SkipRule
     from compressor.model.structure import MoELayer
     from compressor.observe.statistic import Gathered, Statistic
 
@@ -69,27 +68,23 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 class Plan:
     """What a method will do, known from the config alone.
 
-    `num_kept` is the number of experts that each layer will keep, by layer path; layers that are left as they are need
-    not be named. `notes` are sentences for the user. `top_k` is the number of experts per token that every layer will
-    choose, None if that stays as it is. `count_option` is the option that `num_kept` follows, for messages.
-
-    `skips` are the rules by which layers will skip experts (`MoEModel.skip`), by layer path, as far as they are known:
-    what a rule asks of its layer matters (`top_k`, `normalise_over`), a threshold that will be found does not.
+    `layers` are those that `check` was given, in their order, as they will be: made with `fewer_experts`, or with
+    `dataclasses.replace` of `top_k`, `skip_rule`, `zeros` or `bits`. Whatever fills a layer's zeros says `zeros=None`,
+    and is refused where there are some. `notes` are sentences for the user.
     """
 
-    num_kept: Mapping[str, int] = field(default_factory=dict)
+    layers: Sequence[MoELayer]
     notes: Sequence[str] = ()
-    top_k: int | None = None
-    count_option: str | None = None
-    skips: Mapping[str, SkipRule] = field(default_factory=dict)
     changes_values: bool = False
-    """Whether experts or routers get other numbers: refused for quantised checkpoints, before anything is observed."""
+    """Whether experts or routers get other numbers: refused where weights are quantised, or stored with other `bits`
+    by a pass before, before anything is observed.
+    """
 
     def __repr__(self) -> str:
-        skips = f", {counted(len(self.skips), 'layer')} that will skip" if self.skips else ""
-        return (
-            f"Plan({counted(sum(self.num_kept.values()), 'expert')} in {counted(len(self.num_kept), 'layer')}{skips})"
-        )
+        skipping = sum(layer.skip_rule is not None for layer in self.layers)
+        skips = f", {counted(skipping, 'layer')} that will skip" if skipping else ""
+        num_experts = sum(layer.num_experts for layer in self.layers)
+        return f"Plan({counted(num_experts, 'expert')} in {counted(len(self.layers), 'layer')}{skips})"
 
 
 class OptionError(ValueError):
@@ -116,6 +111,35 @@ def check_layer_names(layers: Sequence[MoELayer], option: str, by_layer: Mapping
         given = [name for name in layer.names if name in by_layer]
         if len(given) > 1:
             raise OptionError(option, f"{layer.path}: named twice, as {' and as '.join(given)}; keep one of them.")
+
+
+def fewer_experts(layer: MoELayer, num_kept: int, option: str, top_k: int | None = None) -> MoELayer:
+    """The layer with so many experts left, of which a token chooses `top_k` (None: as many as now), for a Plan.
+
+    Raises OptionError at `option`, or at `top_k`, where that cannot be, or where the layer could not go on skipping.
+    """
+    from compressor.model.moe_model import count_problem
+
+    if top_k is not None:
+        layer = replace(layer, top_k=top_k)
+        check_skipping(layer, "top_k")
+    if problem := count_problem(layer, num_kept):
+        raise OptionError(option, f"{layer.path}: {problem}.")
+    smaller = layer.with_count(num_kept)
+    check_skipping(smaller, option)
+    return smaller
+
+
+def check_skipping(layer: MoELayer, option: str | None = None) -> None:
+    """Raise OptionError where a layer cannot skip by the rule that it has by then."""
+    from compressor.model.skipping.install import skip_problem
+
+    if layer.skip_rule is not None and (problem := skip_problem(layer, layer.skip_rule)):
+        raise OptionError(
+            option,
+            f"{layer.path}: the model skips experts by then, and could not go on skipping: {problem}. Prune first, and "
+            f"let the pruned model skip",
+        )
 
 
 class Method(ABC, Generic[OptionsT]):
@@ -171,7 +195,7 @@ class Method(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def check(self, layers: Sequence[MoELayer]) -> Plan:
-        """Say what will happen to these layers, before any weight is read. Raises OptionError if it cannot be."""
+        """Say how these layers will be afterwards, before any weight is read. Raises OptionError if it cannot be."""
 
     @abstractmethod
     def statistic(self, layer: MoELayer) -> Statistic | None:

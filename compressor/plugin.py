@@ -23,7 +23,7 @@ from compressor.plugins import PLUGIN_API, hookimpl
 if TYPE_CHECKING:
     from compressor.data.sources import FileName, FilePath, TaskSource
     from compressor.machine.distributed import Processes
-    from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names
+    from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names, fewer_experts
     from compressor.model.adapter import Adapter
     from compressor.model.find_structure import find_structure
     from compressor.model.layer_weights import LayerWeights
@@ -72,6 +72,7 @@ _HOME = {
     "allocate": "selection.allocation",
     "check_layer_names": "method",
     "count_problem": "model.moe_model",
+    "fewer_experts": "method",
     "fewest_losses": "selection.pair_losses",
     "find_structure": "model.find_structure",
 }
@@ -115,6 +116,7 @@ __all__ = [
     "allocate",
     "check_layer_names",
     "count_problem",
+    "fewer_experts",
     "fewest_losses",
     "find_structure",
     "hookimpl",

@@ -35,10 +35,9 @@ from compressor.plugin import (
     LayerWeights,
     Method,
     MoELayer,
-    OptionError,
     Options,
     Plan,
-    count_problem,
+    fewer_experts,
     hookimpl,
 )
 
@@ -56,11 +55,7 @@ class KeepFirst(Method[FirstOptions]):
     options_type: ClassVar[type[Options]] = FirstOptions
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
-        for layer in layers:
-            problem = count_problem(layer, self.options.count)
-            if problem:
-                raise OptionError("count", f"{layer.path}: {problem}")
-        return Plan({layer.path: self.options.count for layer in layers})
+        return Plan([fewer_experts(layer, self.options.count, "count") for layer in layers])
 
     def statistic(self, layer: MoELayer) -> None:
         return None

@@ -115,6 +115,7 @@ FOR_PLUGINS = [
     "allocate",
     "check_layer_names",
     "count_problem",
+    "fewer_experts",
     "fewest_losses",
     "find_structure",
     "hookimpl",

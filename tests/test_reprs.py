@@ -67,7 +67,7 @@ def test_counters_processes_texts_and_tasks() -> None:
     assert repr(Gathered({"layer": {"sums": torch.zeros(9, 9)}}, ["code", "prose"])) == "Gathered(1 layer; code, prose)"
 
 
-def test_plugins_and_plans() -> None:
+def test_plugins_and_plans(make_layer: Callable[..., compressor.MoELayer]) -> None:
     plugins = load_plugins()
     assert repr(plugins) == "Plugins(dynamic-skipping, expert-merging, expert-pruning, task-pruning)"
     assert repr(Plugins((), {})) == "Plugins()"
@@ -77,8 +77,9 @@ def test_plugins_and_plans() -> None:
     assert repr(loaded) == "LoadedRecipe(demo: expert_pruning)"
     assert repr(check.check(loaded)) == "Preview(demo: 4 MoE layers of 8 experts, top-2)"
     rule = compressor.SkipRule("contribution", True, beta=0.5, expert_norms=(1.0,) * 256)
-    assert repr(plugin.Plan({"a": 6, "b": 1})) == "Plan(7 experts in 2 layers)"
-    assert repr(plugin.Plan({"a": 1}, skips={"a": rule})) == "Plan(1 expert in 1 layer, 1 layer that will skip)"
+    assert repr(plugin.Plan([make_layer(6, 2), make_layer(1, 1)])) == "Plan(7 experts in 2 layers)"
+    skipping = plugin.Plan([make_layer(1, 1, skip_rule=rule)])
+    assert repr(skipping) == "Plan(1 expert in 1 layer, 1 layer that will skip)"
     assert len(repr(rule)) < 120
 
 

@@ -76,6 +76,9 @@ class MoELayer:
 
     `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is
     greater than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
+
+    A method's `check` is given layers as the passes before it leave them, and answers them as they will be:
+    `skip_rule`, `zeros` and `bits` are known there, and None everywhere else.
     """
 
     path: str
@@ -108,6 +111,14 @@ class MoELayer:
     """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
     wider_problem: str | None = None
     """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
+    skip_rule: Any = None
+    """The SkipRule by which the layer skips experts by then, or None. What it asks of the layer is known (`top_k`,
+    `normalise_over`); a threshold that calibration finds is not, and any will do.
+    """
+    zeros: str | None = None
+    """The pattern of zeros in its experts that later passes must keep, such as `2:4` or `unstructured`."""
+    bits: float | None = None
+    """Bits a weight of its experts is stored with by then, where a pass stores them otherwise than the model does."""
 
     def __repr__(self) -> str:
         return f"MoELayer({self.path}: {self.num_experts} experts, top-{self.top_k})"
@@ -122,6 +133,12 @@ class MoELayer:
         known = {name: description[name] for name in _DESCRIBED if name in description}
         nothing: dict[str, Any] = {"router_probe": None, "tensors": {}, "integers": {}, "containers": {}}
         return cls(router="", experts="", id_tensors=(), **nothing, **known)
+
+    def with_count(self, num_experts: int) -> MoELayer:
+        """The same layer with only so many experts; which of them stay does not matter."""
+        containers = {path: names[:num_experts] for path, names in self.containers.items()}
+        rule = self.skip_rule.of_experts(range(num_experts)) if self.skip_rule else None
+        return dataclasses.replace(self, num_experts=num_experts, containers=containers, skip_rule=rule)
 
     @property
     def num_choices(self) -> int:
@@ -217,7 +234,6 @@ class Structure:
         for layer in self.layers:
             count = counts.get(layer.path, layer.num_experts)
             num_parameters -= (layer.num_experts - count) * layer.parameters_per_expert
-            containers = {path: names[:count] for path, names in layer.containers.items()}
             for path, names in layer.containers.items():
                 gone = tuple(f"{path}.{name}." for name in names[count:])
                 shapes = {name: shape for name, shape in shapes.items() if not (gone and name.startswith(gone))}
@@ -225,7 +241,7 @@ class Structure:
                 shape = list(shapes[name])
                 shape[axis.dim] = axis.size(count)
                 shapes[name] = tuple(shape)
-            layers.append(dataclasses.replace(layer, num_experts=count, containers=containers))
+            layers.append(layer.with_count(count))
         return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
 
 

@@ -35,6 +35,7 @@ from pydantic import (
 
 from compressor.data.sources import BaseSource, FileName, FilePath, Source
 from compressor.errors import CalibrationError, CompressorError, RecipeError, shortened
+from compressor.method import OptionError
 from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
 from compressor.wording import did_you_mean, digest
@@ -257,6 +258,14 @@ class LoadedRecipe:
         with refusals.at(*path):
             yield
         refusals.raise_all()
+
+    @contextmanager
+    def at_pass(self, resolved: ResolvedPass) -> Iterator[None]:
+        """An OptionError within the context gets its place in the recipe."""
+        try:
+            yield
+        except OptionError as error:
+            raise self.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
     def to_yaml(self) -> str:
         """The recipe as it is carried out, with overrides and defaults; it loads as the same recipe."""

@@ -28,14 +28,14 @@ from compressor.checkpoint.quantization import (
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.errors import UnsupportedModelError
+from compressor.errors import PluginError, UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
-from compressor.method import OptionError, Plan
+from compressor.method import OptionError, Plan, check_skipping
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import refuse_quantised
-from compressor.model.skipping.install import fitting_rules, skip_problem
+from compressor.model.skipping.install import fitting_rules
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
@@ -311,11 +311,14 @@ def _check_passes(
     """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
     be met by what the passes before it leave.
     """
-    layers: Sequence[MoELayer] = structure.layers
+    layers = with_rules(structure.layers, rules)
     notes += _skipping_notes(rules)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
-        if plan.skips and is_quantised:
+        if is_quantised and any(
+            new.skip_rule not in (None, old.with_count(new.num_experts).skip_rule)
+            for old, new in zip(layers, plan.layers, strict=True)
+        ):
             raise loaded.error(
                 resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
             )
@@ -326,46 +329,14 @@ def _check_passes(
                 f"unquantised one, then quantise the result",
             )
         _check_domains(loaded, resolved)
-        smaller = tuple(
-            dataclasses.replace(
-                layer,
-                num_experts=plan.num_kept.get(layer.path, layer.num_experts),
-                top_k=plan.top_k or layer.top_k,
-            )
-            for layer in layers
-        )
-        rules = plan.skips or _rules_after(loaded, resolved, plan, layers, smaller, rules)
-        layers = smaller
+        layers = plan.layers
         notes += plan.notes
     return layers
 
 
-def _rules_after(
-    loaded: LoadedRecipe,
-    resolved: ResolvedPass,
-    plan: Plan,
-    layers: Sequence[MoELayer],
-    smaller: Sequence[MoELayer],
-    rules: Mapping[str, SkipRule],
-) -> Mapping[str, SkipRule]:
-    """The rules by which the model goes on skipping after a pass. Raises RecipeError where it could not."""
-    left = {}
-    for old, new in zip(layers, smaller, strict=True):
-        if old.path not in rules:
-            continue
-        # which experts stay is not known yet, and does not matter to what a rule asks of the layer
-        rule = left[old.path] = rules[old.path].of_experts(range(new.num_experts))
-        problem = skip_problem(new, rule)
-        if problem:
-            only_fewer_choices = dataclasses.replace(new, num_experts=old.num_experts)
-            is_top_k = plan.top_k is not None and skip_problem(only_fewer_choices, rules[old.path]) is not None
-            option = "top_k" if is_top_k else plan.count_option
-            raise loaded.error(
-                (*resolved.path, *filter(None, [option])),
-                f"{old.path}: the model skips experts by then, and could not go on skipping: {problem}. Prune first, "
-                f"and let the pruned model skip",
-            )
-    return left
+def with_rules(layers: Sequence[MoELayer], rules: Mapping[str, SkipRule]) -> Sequence[MoELayer]:
+    """The layers of a model that skips by these rules."""
+    return [dataclasses.replace(layer, skip_rule=rules.get(layer.path)) for layer in layers]
 
 
 def _stored(
@@ -449,11 +420,55 @@ def left_out_note(left_out: LeftOut) -> str:
 
 
 def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[MoELayer]) -> Plan:
-    """The plan of one pass. Raises RecipeError with the option's place in the recipe."""
-    try:
-        return resolved.method.check(layers)
-    except OptionError as error:
-        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
+    """The plan of one pass for layers as those before it leave them. Raises RecipeError with the option's place in the
+    recipe, also where the pass would undo what they did; PluginError where the plan is of other layers.
+    """
+    with loaded.at_pass(resolved):
+        plan = resolved.method.check(layers)
+        _verify_plan(resolved.method.name, layers, plan)
+        for layer in plan.layers:
+            check_skipping(layer)
+        _check_order(resolved.method.name, layers, plan)
+    return plan
+
+
+def _verify_plan(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
+    """Raise PluginError unless a plan has the layers that were given, none with more of anything."""
+    found = [layer.path if isinstance(layer, MoELayer) else repr(layer) for layer in plan.layers]
+    wanted = [layer.path for layer in layers]
+    if found != wanted:
+        raise PluginError(
+            f"{name}: the plan of its `check` should have the layers that it was given, {', '.join(wanted)}; found "
+            f"{', '.join(found) or 'none'}."
+        )
+    for old, new in zip(layers, plan.layers, strict=True):
+        if not (1 <= new.num_experts <= old.num_experts and 1 <= new.top_k <= min(old.top_k, new.num_choices)):
+            raise PluginError(
+                f"{name}: by the plan of its `check` {old.path} will have {counted(new.num_experts, 'expert')}, "
+                f"top-{new.top_k}; a pass leaves it at most {old.num_experts}, top-{old.top_k}, and as many experts as "
+                f"are chosen."
+            )
+
+
+def _check_order(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
+    """Raise OptionError where a pass would lose what those before it have made: zeros, a storage format."""
+    pairs = list(zip(layers, plan.layers, strict=True))
+    filled = [old.zeros for old, new in pairs if old.zeros is not None and new.zeros is None]
+    if filled:
+        raise OptionError(
+            None,
+            f"there are {' and '.join(sorted(set(filled)))} zeros in {counted(len(filled), 'layer')} by then, and "
+            f"{name} would fill them: put it before the pass that makes them",
+        )
+    stored = [
+        f"{old.bits:g}" for old, new in pairs if old.bits is not None and (plan.changes_values or new.bits != old.bits)
+    ]
+    if stored:
+        raise OptionError(
+            None,
+            f"{counted(len(stored), 'layer')} will be stored with {' and '.join(sorted(set(stored)))} bits a weight by "
+            f"then, and nothing edits that: put {name} before the pass that stores them so",
+        )
 
 
 def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
@@ -468,10 +483,8 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
             resolved.path,
             f"a source is called {held_out_name(clash[0])!r}, as the held-out text of {clash[0]!r} is; rename it",
         )
-    try:
+    with loaded.at_pass(resolved):
         resolved.method.check_domains(titles)
-    except OptionError as error:
-        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
 
 def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:

@@ -14,27 +14,18 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.in_memory import InMemory
 from compressor.errors import RecipeError
-from compressor.method import Decision, OptionError
+from compressor.method import Decision
 from compressor.model.moe_model import Kept
 from compressor.model.structure import MoELayer
 from compressor.observe.statistic import Gathered
 from compressor.observe.statistics_file import save_statistics
-from compressor.recipe.schema import LoadedRecipe, ResolvedPass
+from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
 from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decision_json, original_ids_json, write_decision
 from compressor.wording import counted
 
 _DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors")
 """What decision.json says of a pass; the record says more, such as how long it took."""
-
-
-@contextmanager
-def placed(loaded: LoadedRecipe, resolved: ResolvedPass) -> Iterator[None]:
-    """Errors of a pass get its place in the recipe."""
-    try:
-        yield
-    except OptionError as error:
-        raise loaded.error((*resolved.path, *filter(None, [error.option])), str(error)) from error
 
 
 def observe(
@@ -73,7 +64,7 @@ def observe(
 
 def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
     """The pass's decision, which is the first process's."""
-    with placed(job.loaded, resolved):
+    with job.loaded.at_pass(resolved):
         return agreed(Decision.of(resolved.method.decide(layers, figures)), job.processes)
 
 
@@ -81,7 +72,7 @@ def edit(
     job: Job, piece: InMemory, resolved: ResolvedPass, decision: Decision, probe: TokenBatch, name: str
 ) -> dict[str, float]:
     """Carry the decision out; how far the answers on `probe` are from those expected."""
-    with placed(job.loaded, resolved):
+    with job.loaded.at_pass(resolved):
         return piece.edit(resolved.method, decision, probe, name)
 
 

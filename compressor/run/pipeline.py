@@ -427,7 +427,7 @@ def _alone(
         try:
             piece = InMemory(_load(job, subject), None, progress=job.progress, processes=job.processes)
             decision = together["decision"] if not resolved.index else _decided_alone(job, piece, resolved, texts)
-            with passes.placed(job.loaded, resolved):
+            with job.loaded.at_pass(resolved):
                 carry_out(resolved.method, piece.moe, decision)
             when, name = f"{resolved.spec.method} alone", f"{resolved.index} alone"
             after = measure(job, piece, yardstick, when, subject.devices, name=name)
@@ -445,7 +445,7 @@ def _alone(
 
 def _decided_alone(job: Job, piece: InMemory, resolved: ResolvedPass, texts: Texts) -> Decision:
     """What a pass decides on the original model; behind others it decides about what they have left."""
-    check.check_pass(job.loaded, resolved, piece.layers)
+    check.check_pass(job.loaded, resolved, check.with_rules(piece.layers, piece.moe.skip_rules))
     batches = _batches(job, texts.by_pass[resolved.index])
     held_out = _batches(job, texts.held_out[resolved.index], held_out=True)
     figures = passes.observe(job, piece, resolved, [*batches, *held_out])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -190,8 +191,12 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         self._check_mean(layers)
         for layer in layers:
             self._check_layer(layer)
-        skipping = [layer.path for layer in layers if layer.top_k >= 2 and options.threshold_of(layer) is not None]
-        return Plan(notes=list(self._notes(layers)), skips=dict.fromkeys(skipping, self._planned_rule()))
+        rules = [
+            self._planned_rule() if layer.top_k >= 2 and options.threshold_of(layer) is not None else None
+            for layer in layers
+        ]
+        skipping = [replace(layer, skip_rule=rule) for layer, rule in zip(layers, rules, strict=True)]
+        return Plan(skipping, self._notes(layers))
 
     def _planned_rule(self) -> SkipRule:
         """A layer's rule, but for what calibration finds: thresholds, norms, whether its router renormalises."""

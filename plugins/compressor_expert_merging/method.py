@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.plugin import Decision, Method, OptionError, Options, Plan
+from compressor.plugin import Decision, Method, OptionError, Options, Plan, fewer_experts
 
 if TYPE_CHECKING:
     from compressor.plugin import Gathered, LayerWeights, MoELayer, Statistic
@@ -32,15 +33,11 @@ class ExpertMerging(Method[ExpertMergingOptions]):
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must be able to keep so many, and to be watched."""
-        from compressor.plugin import count_problem
-
+        merged = [fewer_experts(layer, self.options.keep, "keep") for layer in layers]
         for layer in layers:
-            if problem := count_problem(layer, self.options.keep):
-                raise OptionError("keep", f"{layer.path}: {problem}")
             if layer.watch_problem and self.options.keep < layer.num_experts:
                 raise OptionError(None, f"{layer.path}: its experts cannot be compared: {layer.watch_problem}")
-        counts = {layer.path: self.options.keep for layer in layers}
-        return Plan(counts, count_option="keep", changes_values=True)
+        return Plan([replace(layer, zeros=None) for layer in merged], changes_values=True)
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Mean outputs of all experts."""

@@ -52,7 +52,7 @@ class Blend(Method[NoOptions]):
     options_type: ClassVar[type[Options]] = NoOptions
 
     def check(self, layers: Any) -> Plan:
-        return Plan(changes_values=True)
+        return Plan(layers, changes_values=True)
 
     def statistic(self, layer: Any) -> None:
         return None

@@ -118,7 +118,7 @@ def test_groups_of_the_router_are_never_joined(make_layer):
 def test_what_check_says(make_layer):
     layer = make_layer(8, 2)
     plan = method(keep=6).check([layer])
-    assert (plan.num_kept, plan.changes_values) == ({layer.path: 6}, True)
+    assert (plan.layers, plan.changes_values) == ([make_layer(6, 2)], True)
     with pytest.raises(OptionError, match="it has 8 experts and cannot keep 9") as error:
         method(keep=9).check([layer])
     assert error.value.option == "keep"

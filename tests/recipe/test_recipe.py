@@ -64,7 +64,7 @@ class _FakeMethod(Method[Any]):
     version: ClassVar[str] = "1"
 
     def check(self, layers: Any) -> Plan:
-        return Plan()
+        return Plan(layers)
 
     def statistic(self, layer: Any) -> None:
         return None

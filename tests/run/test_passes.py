@@ -22,7 +22,7 @@ from compressor.data.sequences import Sequences
 from compressor.evaluate.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
-from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic
+from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic, fewer_experts
 from compressor.plugins import load_plugins
 from compressor.report.figures import ids_said, shown_layers
 from compressor.report.terminal import print_summary
@@ -216,7 +216,7 @@ class KeepFirst(Method[NoOptions]):
     options_type: ClassVar[type[Options]] = NoOptions
 
     def check(self, layers: Any) -> Plan:
-        return Plan({layer.path: 6 for layer in layers})
+        return Plan([fewer_experts(layer, 6, "") for layer in layers])
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         return None
