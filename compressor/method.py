@@ -120,9 +120,8 @@ def fewer_experts(layer: MoELayer, num_kept: int, option: str, top_k: int | None
     """
     from compressor.model.moe_model import count_problem
 
-    if top_k is not None:
-        layer = replace(layer, top_k=top_k)
-        check_skipping(layer, "top_k")
+    layer = replace(layer, top_k=top_k or layer.top_k)
+    check_skipping(layer, "top_k")
     if problem := count_problem(layer, num_kept):
         raise OptionError(option, f"{layer.path}: {problem}.")
     smaller = layer.with_count(num_kept)

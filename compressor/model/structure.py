@@ -76,9 +76,6 @@ class MoELayer:
 
     `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is
     greater than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
-
-    A method's `check` is given layers as the passes before it leave them, and answers them as they will be:
-    `skip_rule`, `zeros` and `bits` are known there, and None everywhere else.
     """
 
     path: str
@@ -112,13 +109,13 @@ class MoELayer:
     wider_problem: str | None = None
     """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
     skip_rule: Any = None
-    """The SkipRule by which the layer skips experts by then, or None. What it asks of the layer is known (`top_k`,
-    `normalise_over`); a threshold that calibration finds is not, and any will do.
+    """The SkipRule by which the layer will skip; None but in a method's `check`, as `zeros` and `bits`. What it asks
+    of the layer is known there (`top_k`, `normalise_over`); of a threshold that will be found any will do.
     """
     zeros: str | None = None
     """The pattern of zeros in its experts that later passes must keep, such as `2:4` or `unstructured`."""
     bits: float | None = None
-    """Bits a weight of its experts is stored with by then, where a pass stores them otherwise than the model does."""
+    """Bits that a weight of its experts is stored with, where a pass stores them otherwise than the model does."""
 
     def __repr__(self) -> str:
         return f"MoELayer({self.path}: {self.num_experts} experts, top-{self.top_k})"

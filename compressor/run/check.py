@@ -224,8 +224,8 @@ def _preview(
     with loaded.at("model"):
         structure = structure_of(cls, config, adapters)
         rules = fitting_rules(structure, config)
-    notes = [left_out_note(left_out)] if left_out else []
-    layers = _check_passes(loaded, structure, rules, notes, is_quantised=quantisation is not None)
+    notes = ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules)
+    layers = _check_passes(loaded, with_rules(structure.layers, rules), notes, is_quantised=quantisation is not None)
     _check_random(loaded, structure.layers, layers)
     with loaded.at("model"):
         dtype = _dtype(loaded.recipe.dtype, config, stored)
@@ -239,9 +239,8 @@ def _preview(
     devices = tuple(live_on) or _devices(loaded.recipe)
     place = placement(loaded, work, problems, devices, is_live=is_live)
     if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
-        kept = {layer.path: layer.num_experts for layer in layers}
         with loaded.at("model"):
-            sizes = _stored(stored, structure, kept, left_out, adapters) if stored else None
+            sizes = _stored(stored, structure, layers, left_out, adapters) if stored else None
         if sizes is not None:
             is_quantised = quantisation is not None
             work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
@@ -301,18 +300,11 @@ def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Seque
 
 
 def _check_passes(
-    loaded: LoadedRecipe,
-    structure: Structure,
-    rules: Mapping[str, SkipRule],
-    notes: list[str],
-    *,
-    is_quantised: bool,
+    loaded: LoadedRecipe, layers: Sequence[MoELayer], notes: list[str], *, is_quantised: bool
 ) -> Sequence[MoELayer]:
     """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
     be met by what the passes before it leave.
     """
-    layers = with_rules(structure.layers, rules)
-    notes += _skipping_notes(rules)
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         if is_quantised and any(
@@ -342,7 +334,7 @@ def with_rules(layers: Sequence[MoELayer], rules: Mapping[str, SkipRule]) -> Seq
 def _stored(
     found: Checkpoint,
     structure: Structure,
-    num_kept: Mapping[str, int],
+    smaller: Sequence[MoELayer],
     left_out: LeftOut | None,
     adapters: Sequence[Adapter],
 ) -> tuple[int, int] | None:
@@ -355,8 +347,8 @@ def _stored(
     before = meta_model(found, adapters)
     after = copy.deepcopy(before)
     kept = {}
-    for layer in structure.layers:
-        size, per_group = layer.num_experts // layer.num_groups, num_kept[layer.path] // layer.num_groups
+    for layer, left in zip(structure.layers, smaller, strict=True):
+        size, per_group = layer.num_experts // layer.num_groups, left.num_experts // layer.num_groups
         kept[layer.path] = [expert for expert in range(layer.num_experts) if expert % size < per_group]
     after.keep(kept)
     edit = plan_edit(found, before, after, left_out)
@@ -433,7 +425,7 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
 
 
 def _verify_plan(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
-    """Raise PluginError unless a plan has the layers that were given, none with more of anything."""
+    """Raise PluginError unless a plan has the layers that were given, none with more experts or choices."""
     found = [layer.path if isinstance(layer, MoELayer) else repr(layer) for layer in plan.layers]
     wanted = [layer.path for layer in layers]
     if found != wanted:
@@ -444,9 +436,8 @@ def _verify_plan(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
     for old, new in zip(layers, plan.layers, strict=True):
         if not (1 <= new.num_experts <= old.num_experts and 1 <= new.top_k <= min(old.top_k, new.num_choices)):
             raise PluginError(
-                f"{name}: by the plan of its `check` {old.path} will have {counted(new.num_experts, 'expert')}, "
-                f"top-{new.top_k}; a pass leaves it at most {old.num_experts}, top-{old.top_k}, and as many experts as "
-                f"are chosen."
+                f"{name}: by the plan of its `check` {old} becomes {new}; a pass leaves no more experts and choices "
+                f"than it finds, and as many experts as are chosen."
             )
 
 
@@ -460,14 +451,12 @@ def _check_order(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
             f"there are {' and '.join(sorted(set(filled)))} zeros in {counted(len(filled), 'layer')} by then, and "
             f"{name} would fill them: put it before the pass that makes them",
         )
-    stored = [
-        f"{old.bits:g}" for old, new in pairs if old.bits is not None and (plan.changes_values or new.bits != old.bits)
-    ]
+    stored = {f"{old.bits:g}" for old, new in pairs if old.bits and (plan.changes_values or new.bits != old.bits)}
     if stored:
         raise OptionError(
             None,
-            f"{counted(len(stored), 'layer')} will be stored with {' and '.join(sorted(set(stored)))} bits a weight by "
-            f"then, and nothing edits that: put {name} before the pass that stores them so",
+            f"weights are stored with {' and '.join(sorted(stored))} bits by then, and nothing edits that: put {name} "
+            f"before the pass that stores them so",
         )
 
 

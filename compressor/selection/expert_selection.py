@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
-from compressor.method import Decision, Method, OptionError, Plan, fewer_experts
+from compressor.method import Decision, Method, OptionError, Plan
 from compressor.selection.layer_plan import (
     LayerPlan,
     allocated,
@@ -76,8 +76,7 @@ class ExpertSelection(Method[OptionsT]):
             notes.append("each layer is observed on what comes out of the layers already pruned")
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
-        after = [fewer_experts(layer, planned[layer.path], options.count_option, options.top_k) for layer in layers]
-        return Plan(after, notes)
+        return Plan([plan.after(planned[plan.path]) for plan in plans], notes)
 
     def _plan(self, layer: MoELayer) -> LayerPlan:
         return LayerPlan(layer, self.options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from compressor.method import OptionError, check_layer_names
+from compressor.method import OptionError, check_layer_names, fewer_experts
 from compressor.selection.options import SelectionOptions, ids_for
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ class LayerPlan:
     def has_room(self, num_kept: int) -> bool:
         """Whether so many experts can be kept with those that are protected, and without those that are forbidden."""
         return not list(self._crowded(num_kept))
+
+    def after(self, num_kept: int) -> MoELayer:
+        """The layer with so many experts left. Raises OptionError where that cannot be."""
+        return fewer_experts(self.layer, num_kept, self.options.count_option, self.options.top_k)
 
     def check(self) -> None:
         """Raise OptionError where this cannot be."""
@@ -160,17 +164,13 @@ class LayerPlan:
             )
 
     def _check_count(self) -> None:
-        from compressor.model.moe_model import count_problem
-
         [num_kept] = self.counts
         if num_kept < 1:
             raise self._refused(
                 f"{self.path}: it has {self.layer.num_experts} experts, so dropping {self.options.drop} would leave "
                 f"none."
             )
-        problem = count_problem(self._smaller, num_kept)
-        if problem:
-            raise self._refused(f"{self.path}: {problem}.")
+        self.after(num_kept)
 
     def _check_fixed(self) -> None:
         """Ids that exist, in one list only, and no more than there is room for."""

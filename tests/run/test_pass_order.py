@@ -88,10 +88,7 @@ def loaded(*passes: str | dict[str, Any], own: Sequence[type[Method[Any]]] = ())
 PRUNE: dict[str, Any] = {"expert_pruning": {"keep": 6}}
 MERGE: dict[str, Any] = {"expert_merging": {"keep": 4}}
 FILLED = "there are 2:4 zeros in 4 layers by then, and {} would fill them: put it before the pass that makes them"
-STORED = (
-    "4 layers will be stored with 4.25 bits a weight by then, and nothing edits that: put {} before the pass that "
-    "stores them so"
-)
+STORED = "weights are stored with 4.25 bits by then, and nothing edits that: put {} before the pass that stores them so"
 
 
 @pytest.mark.parametrize(
@@ -156,23 +153,23 @@ def test_a_rule_that_knows_its_experts_knows_those_that_stay() -> None:
         (lambda layers: Plan({layer.path: 6 for layer in layers}), "; found 'model.layers.0."),
         (
             lambda layers: Plan([one.with_count(9) for one in layers]),
-            "will have 9 experts, top-2; a pass leaves it at most 8",
+            "0.mlp: 8 experts, top-2) becomes MoELayer(model.layers.0.mlp: 9 experts, top-2); a pass",
         ),
         (
             lambda layers: Plan([one.with_count(0) for one in layers]),
-            "will have 0 experts, top-2; a pass leaves it at most 8",
+            "becomes MoELayer(model.layers.0.mlp: 0 experts, top-2)",
         ),
         (
             lambda layers: Plan([one.with_count(1) for one in layers]),
-            "will have 1 expert, top-2; a pass leaves it at most 8",
+            "becomes MoELayer(model.layers.0.mlp: 1 experts, top-2)",
         ),
         (
             lambda layers: Plan([dataclasses.replace(one, top_k=3) for one in layers]),
-            "8 experts, top-3; a pass leaves it at most 8, top-2",
+            "becomes MoELayer(model.layers.0.mlp: 8 experts, top-3)",
         ),
         (
             lambda layers: Plan([dataclasses.replace(one, top_k=0) for one in layers]),
-            "8 experts, top-0; a pass leaves it at most 8",
+            "becomes MoELayer(model.layers.0.mlp: 8 experts, top-0)",
         ),
     ],
 )
