@@ -11,7 +11,6 @@ Nothing here imports torch. Relative paths in a recipe are meant from the folder
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from pydantic import (
 from compressor.data.sources import BaseSource, FileName, FilePath, Source
 from compressor.errors import CalibrationError, CompressorError, RecipeError, shortened
 from compressor.method import OptionError
-from compressor.recipe.document import TOO_LARGE, Document, KeyPath, Mistake, in_yaml, said_together
+from compressor.recipe.document import TOO_LARGE, Document, KeyPath, MistakeError, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
 from compressor.wording import did_you_mean, digest
 
@@ -61,19 +60,17 @@ def _with_different_titles(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return sources
 
 
+Sources = Annotated[tuple[Source, ...], AfterValidator(_with_different_titles)]
+
+
 class Calibration(_Settings):
     """The text that the statistics are gathered on."""
 
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
-    data: tuple[Source, ...] = Field(
+    data: Sources = Field(
         default=(),
         description="a list of the sources of text or token ids; each is a domain whose figures are kept apart",
     )
-
-    @field_validator("data")
-    @classmethod
-    def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        return _with_different_titles(sources)
 
 
 class Evaluation(_Settings):
@@ -88,7 +85,7 @@ class Evaluation(_Settings):
         default=None, ge=0, description="examples before each question; default as the task says"
     )
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
-    perplexity: tuple[Source, ...] = Field(default=(), description="sources of text to measure perplexity on")
+    perplexity: Sources = Field(default=(), description="sources of text to measure perplexity on")
     speed: bool = Field(default=False, description="measure tokens per second and memory")
     each_pass: bool = Field(
         default=False, description="measure every pass alone, too: what each of them does, and what they do together"
@@ -99,11 +96,6 @@ class Evaluation(_Settings):
         description="for each pruning pass, so many random decisions of the same size to compare it with: by loss on "
         "the calibration text, and by `perplexity`",
     )
-
-    @field_validator("perplexity")
-    @classmethod
-    def _told_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        return _with_different_titles(sources)
 
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Evaluation:
@@ -136,7 +128,7 @@ def _one_method(value: Any) -> Any:
     [(method, options)] = value.items()
     if not isinstance(options, dict | None):
         raise ValueError(f"found {in_yaml(options)} as the options of {method}, expected a mapping, such as {{}}")
-    return {"method": method, "options": options or {}}
+    return PassSpec(method=method, options=options or {})
 
 
 def _known_device(device: str) -> str:
@@ -147,19 +139,15 @@ def _known_device(device: str) -> str:
 
 def _bytes(value: object) -> object:
     """`16GB`, `512 MiB`, `16e9` or a number → bytes; capital or small letters."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip().lower()
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", text)
-    if found:
+    if isinstance(value, str | float):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*(?:([kmgt]?)(i?)b)?", str(value).strip().lower())
+        if not found:
+            raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {in_yaml(value)}")
         size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
-    elif re.fullmatch(r"\d+(\.\d+)?e\+?\d+", text):  # a number that YAML takes for text
-        size = float(text)
-    else:
-        raise ValueError(f"a size, such as 16GB, 512MiB or 16e9, not {in_yaml(value)}")
-    if size >= TOO_LARGE:
-        raise ValueError(f"found {in_yaml(value)}, which is more than any machine has")
-    return round(size)
+        if size >= TOO_LARGE:
+            raise ValueError(f"found {in_yaml(value)}, which is more than any machine has")
+        return round(size)
+    return value
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
@@ -304,7 +292,7 @@ class Refusals:
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self._document = loaded.document
-        self._found: list[tuple[Mistake, CompressorError]] = []
+        self._found: list[tuple[MistakeError, CompressorError]] = []
 
     @contextmanager
     def at(self, *path: str | int) -> Iterator[None]:
@@ -318,7 +306,7 @@ class Refusals:
         """Raise what was found, in the order of the file, as errors of their own kind; of several kinds RecipeError."""
         if not self._found:
             return
-        found = sorted(self._found, key=lambda one: one[0])
+        found = sorted(self._found, key=lambda one: one[0].order)
         kinds = {type(error) for _, error in found}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
@@ -348,20 +336,17 @@ def load_recipe(
     `methods` (by name) the passes are checked as well; `criteria` are handed to them.
     Raises one RecipeError that lists every mistake of all of them, in the order of the file.
     """
-    document = Document()
-    if isinstance(source, str | Path):
-        document.read_file(Path(source))
-    elif isinstance(source, Mapping | Recipe):
-        document.read_python(source)
-    else:
+    if not isinstance(source, str | Path | Mapping | Recipe):
         raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")
+    document = Document(Path(source) if isinstance(source, str) else source)
     for override in overrides:
         document.override(override)
     for key, value in (("model", model), ("output", output)):
         if value is not None:
             document.replace(key, str(value), f"--{key} {value}")
-    if live is not None and document.data.get("model") is None:
-        document.replace("model", live, "the model given")
+    if live is not None:
+        document.replace("model", live, "the model given", only_if_missing=True)
+    document.read()
 
     recipe = validate(Recipe, document, ())
     passes = _resolve(document, methods, criteria) if methods is not None else ()
@@ -389,14 +374,15 @@ def parse_options(
     """A method's options that stand in no recipe, and texts such as `keep=4` that change them. Raises RecipeError with
     all mistakes, worded as those of a recipe.
     """
-    document, path = Document(), ("passes", 0, method)
-    document.read_python({"passes": [{method: given}]})
+    path = ("passes", 0, method)
+    document = Document({"passes": [{method: given}]}, inside=path)
     for override in overrides:
-        document.override(override, inside=path)
-    options = None if document.mistakes else validate(options_type, document, path)
-    mistakes = [dataclasses.replace(one, path=one.path[2:]) for one in sorted(document.mistakes)]
-    if options is None or mistakes:
-        raise RecipeError("\n".join(str(one).removeprefix("recipe ") for one in mistakes))
+        document.override(override)
+    document.read()
+    document.raise_mistakes()
+    options = validate(options_type, document, path)
+    document.raise_mistakes()
+    assert options is not None
     return options
 
 

@@ -99,8 +99,8 @@ def test_yaml_that_is_none(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_no_recipe(refused: Refused) -> None:
-    refused("run", "nope.yaml", says="error: nope.yaml: there is no such file, expected a recipe (YAML)")
-    refused("check", "nope.yaml", says="error: nope.yaml: there is no such file, expected a recipe (YAML)")
+    refused("run", "nope.yaml", says="error: nope.yaml: cannot be read, expected a recipe (YAML): No such file")
+    refused("check", "nope.yaml", says="error: nope.yaml: cannot be read, expected a recipe (YAML): No such file")
 
 
 def test_no_output(refused_run: Refused) -> None:

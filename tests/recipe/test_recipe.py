@@ -249,10 +249,10 @@ def test_mistakes_in_a_mapping_in_its_order() -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(data, methods=METHODS)  # type: ignore[arg-type]
     assert str(error.value).split("\n") == [
-        "recipe: found the key 5, expected a text",
         "recipe model: found 3, expected a text",
         "recipe calibration.data[0].samples: found 0, expected a number of at least 1",
         "recipe passes[0].prune: give keep or ratio",
+        f"recipe 5: unknown key. {TOP_KEYS}",
     ]
 
 
@@ -261,21 +261,30 @@ def test_other_types_and_endless_mappings() -> None:
         load_recipe([])  # type: ignore[arg-type]
     endless: dict[str, Any] = {}
     endless["model"] = endless
-    with pytest.raises(RecipeError, match=r"^recipe: nested too deeply; does a value contain itself\?$"):
+    with pytest.raises(RecipeError, match=r"^recipe: Circular reference detected$"):
         load_recipe(endless)
+
+
+def test_what_is_no_plain_data_and_text_that_json_escapes() -> None:
+    for value, found in ((float("nan"), "Out of range float values"), ({1, 2}, "found a value of type set, expected")):
+        with pytest.raises(RecipeError, match=f"^recipe: {found}"):
+            load_recipe({"model": value})
+    pair = "👾 \x85\u2028\x7f"
+    assert load_recipe({"model": pair, "passes": [{"prune": {"keep": 1e-300}}]}).recipe.model == pair
+    assert load(changed("model: demo", 'model: "\\ud83d\\udc7e"')).recipe.model == "👾"
 
 
 # Files that cannot be read ---------------------------------------------------------------------------------
 
 
 def test_missing_file() -> None:
-    with pytest.raises(RecipeError, match=r"^none.yaml: there is no such file, expected a recipe \(YAML\)$"):
+    with pytest.raises(RecipeError, match=r"^none.yaml: cannot be read, expected a recipe \(YAML\): No such file"):
         load_recipe("none.yaml")
 
 
 def test_folder() -> None:
     Path("runs").mkdir()
-    with pytest.raises(RecipeError, match=r"^runs: is a folder, expected a recipe file \(YAML\)$"):
+    with pytest.raises(RecipeError, match=r"^runs: cannot be read, expected a recipe \(YAML\): Is a directory"):
         load_recipe(Path("runs"))
 
 
@@ -452,7 +461,7 @@ ONE_MISTAKE = [
         "trust_remote_code: perhaps",
         "r.yaml:8:20 trust_remote_code: found 'perhaps', expected true or false",
     ),
-    ("output: out", "output: [a]", "r.yaml:8:9 output: found a list, expected a path"),
+    ("output: out", "output: [a]", "r.yaml:8:9 output: found a list, expected a text"),
     ("model: demo", "model: ''", "r.yaml:2:8 model: found '', expected a text of at least 1 characters"),
     ("model: demo", "model:", "r.yaml:2:7 model: found nothing, expected a text"),
     (
@@ -475,7 +484,7 @@ ONE_MISTAKE = [
     (
         "\n  - prune: {keep: 6}",
         " []",
-        "r.yaml:6:9 passes: found an empty list, expected a list with at least 1 entry",
+        "r.yaml:6:9 passes: found an empty list, expected a list of at least 1",
     ),
     (
         "  - prune: {keep: 6}",
@@ -572,6 +581,9 @@ ONE_MISTAKE = [
         "model: 12:30",
         'r.yaml:2:8 model: found 12:30, which YAML reads as 750; write 750, or "12:30" in quotes if a text is meant',
     ),
+    ("samples: 4", "samples: 4.0", "r.yaml:5:28 calibration.data[0].samples: found 4.0, expected a whole number"),
+    ("samples: 4", "samples: '4'", "r.yaml:5:28 calibration.data[0].samples: found '4', expected a whole number"),
+    ("model: demo", 'model: "\\ud800"', "r.yaml:2:8 model: found half of a UTF-16 pair"),
     # keys, tags
     ("output: out", "seed: 1\nseed: 2", "r.yaml:9:1 seed: given twice, first at r.yaml:8:1; keep one"),
     (
@@ -582,12 +594,12 @@ ONE_MISTAKE = [
     (
         "output: out",
         "1: out",
-        'r.yaml:8:1: found the key 1, which YAML reads as a number; put it in quotes: "1"',
+        f"r.yaml:8:1 1: unknown key. {TOP_KEYS}",
     ),
     (
         "{keep: 6}",
         "{keep: 6, no: 1}",
-        'r.yaml:7:22 passes[0].prune: found the key no, which YAML reads as a truth value; put it in quotes: "no"',
+        'r.yaml:7:22 passes[0].prune: found the key no, which YAML reads as bool; put it in quotes: "no"',
     ),
     ("output: out", "? [a]\n: out", "r.yaml:8:3: found a list as a key, expected a text"),
     ("output: out", "<<: {seed: 1}", "r.yaml:8:1: merge keys (<<) are not supported; write the keys out"),

@@ -249,10 +249,8 @@ def test_sizes(recipe: Recipe, text: str | int, size: int) -> None:
     assert loaded.recipe.disk == size
 
 
-@pytest.mark.parametrize("text", ["16", "16 gigabytes", "-1GB", "GB", "1e9GB", "e9", "1e-9", 0])
+@pytest.mark.parametrize("text", ["16x", "16 gigabytes", "-1GB", "GB", "1e10GB", "e9", "1e-9", 0])
 def test_sizes_that_are_none(recipe: Recipe, text: object) -> None:
-    if text == "16":
-        text = "16x"
     with pytest.raises(RecipeError, match="disk: "):
         load_recipe(recipe | {"disk": text})
 
