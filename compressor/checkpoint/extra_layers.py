@@ -6,14 +6,12 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor.checkpoint.files import SINGLE, read_index
-from compressor.checkpoint.find import read_config
-from compressor.checkpoint.headers import read_header
+from compressor.checkpoint.files import read_index
+from compressor.checkpoint.find import Checkpoint, read_config
 
 _EXTRA = "mtp|nextn"
 
@@ -51,12 +49,14 @@ class LeftOut:
             holder[path[-1]] = holder[path[-1]][:length]
 
 
-def find_left_out(folder: Path, config: Any, cls: Any) -> LeftOut | None:
-    """The extra prediction layers in a checkpoint's folder that `cls` does not build; None where there are none.
+def find_left_out(found: Checkpoint, config: Any, cls: Any) -> LeftOut | None:
+    """The extra prediction layers of a checkpoint that `cls` does not build; None where there are none.
 
     Reads names, from the index and the shards' headers, as far as they are there; no weights.
     """
-    sizes = _tensor_sizes(folder)
+    shards = found.shards if found.has_weights else []
+    sizes: dict[str, int | None] = dict.fromkeys(read_index(found.folder) or (), None)
+    sizes |= {name: size for shard in shards for name, size in shard.sizes.items()}
     text = config.get_text_config()
     num_layers = getattr(text, "num_hidden_layers", None)
     prefixes = {name: prefix for name in sizes if (prefix := _extra_layer(name, num_layers))}
@@ -69,7 +69,7 @@ def find_left_out(folder: Path, config: Any, cls: Any) -> LeftOut | None:
     if not names:
         return None
     known = [sizes[name] for name in names]
-    raw = read_config(folder)
+    raw = read_config(found.folder)
     announced = _announced(raw, config)
     return LeftOut(
         num_tensors=len(names),
@@ -78,14 +78,6 @@ def find_left_out(folder: Path, config: Any, cls: Any) -> LeftOut | None:
         announced=announced,
         padded=_padded(raw, text, num_layers, max(announced.values(), default=0)),
     )
-
-
-def _tensor_sizes(folder: Path) -> dict[str, int | None]:
-    """Tensor name → bytes, or None where its file is not there."""
-    files = read_index(folder)
-    shards = {*files.values()} if files else {SINGLE}
-    known = [read_header(folder / name) for name in sorted(shards) if (folder / name).exists()]
-    return dict.fromkeys(files or (), None) | {name: size for shard in known for name, size in shard.sizes.items()}
 
 
 def _extra_layer(name: str, num_layers: int | None) -> str | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.files import SINGLE, is_weights, read_index, refuse_adapter
+from compressor.checkpoint.headers import Shard, verify_files
 from compressor.checkpoint.hub import download_side_files, download_weights, may_be_hub_id, missing_weights
 from compressor.checkpoint.quantization import quantisation_of, quantiser
 from compressor.errors import CheckpointError
@@ -29,7 +31,7 @@ _TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint found: how the user called it, the local folder, whether its Python code may run, and whether the
-    folder is the hub's cache of it.
+    folder is the hub's cache of it. A folder that is written anew is another checkpoint: its headers are read once.
     """
 
     reference: str
@@ -42,13 +44,18 @@ class Checkpoint:
         """Whether the folder holds a tokenizer's files."""
         return any((self.folder / name).exists() for name in _TOKENIZER_FILES)
 
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The headers of its files, verified; see `headers.verify_files`."""
+        return verify_files(self.folder)
+
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds weights: to look at a hub model, all but these is downloaded, and all or none of
-        them count.
+        """Whether the folder holds weights that can be read, all of them: of a hub model all others are downloaded to
+        look at it.
         """
-        read = {*(read_index(self.folder) or {"": SINGLE}).values()} if self.is_of_hub else ()
-        return all((self.folder / name).exists() for name in read) if read else any(self.folder.glob("*.safetensors"))
+        names = {*(read_index(self.folder) or {"": SINGLE}).values()}
+        return all((self.folder / name).exists() for name in names)
 
     @property
     def awaits_weights(self) -> bool:

@@ -76,9 +76,7 @@ def read_header(path: Path) -> Shard:
     try:
         with safe_open(path, "pt"):  # it refuses a header that does not fit together, or not the file
             pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length)
+        text = _text(path)
         header = json.loads(text, object_pairs_hook=each_name_once)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
@@ -88,8 +86,19 @@ def read_header(path: Path) -> Shard:
     places = sorted((entry["data_offsets"], name) for name, entry in header.items())
     tensors = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for _, name in places}
     sizes = {name: end - begin for (begin, end), name in places}
-    offsets = {name: 8 + length + begin for (begin, _), name in places}
+    offsets = {name: 8 + len(text) + begin for (begin, _), name in places}
     return Shard(path, tensors, sizes, offsets, metadata, hashlib.sha256(text).hexdigest(), path.stat().st_size)
+
+
+def _text(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def refuse_changed(shard: Shard) -> None:
+    """Raise CheckpointError where a file's header is not what it was when it was read."""
+    if hashlib.sha256(_text(shard.path)).hexdigest() != shard.header_digest:
+        raise CheckpointError(f"{shard.path}: its header is another one than before: it was changed meanwhile.")
 
 
 def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], folder: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.conversion import Conversion, in_loading_order, make_buffers
 from compressor.checkpoint.find import Checkpoint, quantiser_of
-from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype, verify_files
+from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype
 from compressor.errors import DiskError, UnsupportedModelError
 from compressor.machine.memory_estimate import shares
 from compressor.model.modules import tensor_at
@@ -144,7 +144,7 @@ class StreamedWeights:
         self._checked: set[str] = set()
         self._contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] = {}
         self._entered: dict[str, ExitStack] = {}
-        stored = stored_tensors(verify_files(found.folder))
+        stored = stored_tensors(found.shards)
         self._conversion = Conversion(model, quantiser_of(found))
         self._sources: dict[str, dict[str, StoredTensor]] = {}
         """Name of the tensor in the model (of several made of one, the first) → what it is made of."""

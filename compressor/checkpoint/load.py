@@ -13,7 +13,7 @@ import torch
 
 from compressor.checkpoint.classes import model_class
 from compressor.checkpoint.find import Checkpoint, load_config
-from compressor.checkpoint.headers import Shard, torch_dtype, verify_files
+from compressor.checkpoint.headers import Shard, torch_dtype
 from compressor.checkpoint.quantization import reading_problem, refusal, to_dequantise, without_quantisation
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.errors import CheckpointError
@@ -67,7 +67,7 @@ def load_model(
                 **implementations,
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
-        why = uneven_experts(verify_files(checkpoint.folder)) or error
+        why = uneven_experts(checkpoint.shards) or error
         if quantisation is not None and as_numbers and why is error:
             raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
@@ -96,7 +96,7 @@ def unquantised_skeleton(checkpoint: Checkpoint) -> Any:
 
 def _tensors_on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Names, shapes and dtypes of all tensors, from the headers."""
-    tensors = [entry for shard in verify_files(checkpoint.folder) for entry in shard.tensors.items()]
+    tensors = [entry for shard in checkpoint.shards for entry in shard.tensors.items()]
     return {name: torch.empty(shape, dtype=torch_dtype(kind), device="meta") for name, (kind, shape) in tensors}
 
 

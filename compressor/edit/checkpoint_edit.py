@@ -36,7 +36,7 @@ from compressor.checkpoint.conversion import loading_info
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
 from compressor.checkpoint.find import Checkpoint, load_config, read_config
-from compressor.checkpoint.headers import BITS, TORCH, first_dtype, verify_files
+from compressor.checkpoint.headers import BITS, TORCH, first_dtype, refuse_changed
 from compressor.checkpoint.layerwise_weights import StoredTensor
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
 from compressor.checkpoint.quantization import quantisation_of, without_quantisation
@@ -109,8 +109,8 @@ class Edit:
 
     def write(
         self, folder: Path, *, hard_link: bool = False, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Write the smaller checkpoint into a folder, which must be there and hold no weights.
+    ) -> Checkpoint:
+        """Write the smaller checkpoint into a folder, which must be there and hold no weights; returns it.
 
         Every file appears under its name when it is whole and on the disk. With `hard_link` a file of weights that
         does not change is not copied but linked, where the file system can; both folders then share it, so neither may
@@ -121,6 +121,7 @@ class Edit:
         with ThreadPoolExecutor(1) as beside:  # one file goes to the disk while the next is copied
             waiting: list[Future[None]] = []
             for edit in self.shards:
+                refuse_changed(edit.shard)
                 if edit.kept:
                     path = folder / edit.shard.path.relative_to(self.found.folder)
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,9 @@ class Edit:
         self._write_index(folder)
         self._write_config(folder)
         sync_folder(folder)
-        self._verify(folder)
+        written = Checkpoint(str(folder), folder, self.found.trust_remote_code)
+        self._verify(written)
+        return written
 
     def _write_index(self, folder: Path) -> None:
         source = self.found.folder / INDEX
@@ -186,13 +189,13 @@ class Edit:
         dtype = getattr(self.after.config, "dtype", None) or first_dtype([e.shard for e in self.shards])
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
-    def _verify(self, folder: Path) -> None:
-        written = {name: about for shard in verify_files(folder) for name, about in shard.tensors.items()}
+    def _verify(self, found: Checkpoint) -> None:
+        written = {name: about for shard in found.shards for name, about in shard.tensors.items()}
         planned = {tensor.new_name: (tensor.dtype, tensor.new_shape) for edit in self.shards for tensor in edit.kept}
         if written != planned:
             wrong = min(name for name in written.keys() | planned if written.get(name) != planned.get(name))
             raise VerificationError(
-                f"{folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
+                f"{found.folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
             )
 
 
@@ -224,7 +227,7 @@ class _EditPlan:
         edited: Mapping[str, StoredTensor],
     ) -> None:
         self.found, self.before, self.after, self.left_out, self.edited = found, before, after, left_out, edited
-        self.shards = verify_files(found.folder)
+        self.shards = found.shards
         self.on_disk = {name: about for shard in self.shards for name, about in shard.tensors.items()}
         self.shard_of = {name: shard for shard in self.shards for name in shard.tensors}
         self.quantisation = found.quantisation

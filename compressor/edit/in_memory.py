@@ -16,7 +16,6 @@ from torch import Tensor
 
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.find import Checkpoint
-from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import unquantised_skeleton
 from compressor.checkpoint.output import OutputFolder
@@ -213,4 +212,4 @@ class InMemory(AsLoaded):
 
 def stored_bytes(found: Checkpoint) -> int:
     """Bytes of all tensors in a checkpoint's files."""
-    return sum(sum(shard.sizes.values()) for shard in verify_files(found.folder))
+    return sum(sum(shard.sizes.values()) for shard in found.shards)

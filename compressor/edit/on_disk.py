@@ -20,7 +20,6 @@ from torch import Tensor
 
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.find import Checkpoint
-from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder
@@ -134,19 +133,20 @@ class OnDisk(InMemory):
         """Write the smaller checkpoint and go on with it; compared as in memory. A run that goes on finds it there."""
         assert self.work is not None
         stage = self.work / name
+        written = Checkpoint(str(stage), stage, self.source.trust_remote_code)
         noted = self.journal.noted(f"edited {name}") if self.journal is not None else None
         if self.processes.exchange(noted is not None and self._is_behind(stage))[0]:
             noted = self.processes.exchange(noted)[0]
             self._follow(method, decision, noted)  # its weights are not read any more
             return dict(noted["checks"])
-        known = self.processes.exchange(self._noted_of(stage))[0]
+        known = self.processes.exchange(self._noted_of(written))[0]
         if known is None:
             known = self._edit(method, decision, probe, stage)
             if self.journal is not None and self.processes.is_first:
                 self.journal.note(f"edited {name}", known)
         else:
             self._follow(method, decision, known)
-            self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+            self._open(written)
         before, self.stage = self.stage, stage
         self.processes.wait()
         if before is not None and self.processes.is_first:
@@ -163,18 +163,18 @@ class OnDisk(InMemory):
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
         assert self.work is not None
         later = [one for one in self.work.glob("*") if _place(one) > _place(stage)]
-        return not stage.exists() and any(self._noted_of(one) is not None for one in later)
+        return not stage.exists() and any(self._noted_of(Checkpoint(str(one), one)) is not None for one in later)
 
-    def _noted_of(self, stage: Path) -> dict[str, Any] | None:
+    def _noted_of(self, left: Checkpoint) -> dict[str, Any] | None:
         """What a run before has noted of a checkpoint that it has left; None where it is to be written again."""
-        if self.journal is None or not (stage / "config.json").exists():
+        if self.journal is None or not (left.folder / "config.json").exists():
             return None
         try:
-            verify_files(stage)
+            _ = left.shards
         except CheckpointError as error:
-            self.progress.say(f"{stage}: this checkpoint is damaged, and is written again: {error}")
+            self.progress.say(f"{left.folder}: this checkpoint is damaged, and is written again: {error}")
             return None
-        return self.journal.noted(f"edited {stage.name}")
+        return self.journal.noted(f"edited {left.folder.name}")
 
     def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, Any]:
         """Write the smaller checkpoint, and open it: how it was checked, and what each layer's edit has asked for."""
@@ -203,17 +203,18 @@ class OnDisk(InMemory):
         endings, checks = edit_layers(method, decision, self.moe.layers, edited)
         with self._followed(after):
             finish(after, method, decision, endings)
+        written = Checkpoint(str(stage), stage, self.source.trust_remote_code)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             edit = plan_edit(self.source, before, after, self.left_out, edited.edited)
             with self.progress.task(f"{method.name}: writing the smaller checkpoint, bytes") as update:
                 # what lies between two passes is ours; the source's files are the user's, and are copied
-                edit.write(stage, hard_link=self.stage is not None, progress=update)
+                written = edit.write(stage, hard_link=self.stage is not None, progress=update)
             shutil.rmtree(values, ignore_errors=True)
         self.processes.wait()
         self.left_out = None
-        self._open(Checkpoint(str(stage), stage, self.source.trust_remote_code))
+        self._open(written)
         if expected is not None or checks:
             answers = self.logits(probe)
             refuse_not_finite_answers(answers, method.name)

@@ -15,7 +15,6 @@ from compressor.checkpoint.classes import auto_class
 from compressor.checkpoint.extra_layers import LeftOut, find_left_out
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config
-from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, refuse_output_over_input
@@ -78,7 +77,7 @@ def apply(
     refuse_output_over_input(output, model)
     with OutputFolder(output, overwrite=overwrite) as folder, disk_errors_named(output):
         found = find_checkpoint(model, trust_remote_code=trust_remote_code)
-        fingerprint = headers.fingerprint(found.folder, verify_files(found.folder))
+        fingerprint = headers.fingerprint(found.folder, found.shards)
         if not other_model:
             decided.refuse_other_model(fingerprint, model)
         beside = files_beside(found.folder)
@@ -189,7 +188,7 @@ class _Application:
                 raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(known)}")
 
     def _left_out(self, cls: Any) -> LeftOut | None:
-        left_out = find_left_out(self.found.folder, load_config(self.found), cls)
+        left_out = find_left_out(self.found, load_config(self.found), cls)
         if left_out:
             self.progress.say(check.left_out_note(left_out))
         return left_out

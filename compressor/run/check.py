@@ -15,7 +15,7 @@ from compressor.checkpoint.classes import architecture, max_positions, model_cla
 from compressor.checkpoint.extra_layers import LeftOut, find_left_out
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of
-from compressor.checkpoint.headers import first_dtype, verify_files
+from compressor.checkpoint.headers import first_dtype
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.quantization import (
@@ -74,7 +74,7 @@ def check(
         else:
             found, config, cls = origin_of(recipe, model), model.config, type(model)
             refuse_quantised(config)
-        left_out = find_left_out(found.folder, config, cls) if found else None
+        left_out = find_left_out(found, config, cls) if found else None
         if tokenizer is None and found is not None:
             tokenizer = load_tokenizer(found)
     preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on)
@@ -164,7 +164,7 @@ def _check_weights(
     if found.awaits_weights:
         return ["the model's weights are not here yet, so only its config was looked at"]
     with loaded.at("model"):
-        num_tensors = sum(len(shard.tensors) for shard in verify_files(found.folder))
+        num_tensors = sum(len(shard.tensors) for shard in found.shards)
         if num_tensors > _MANY_TENSORS:
             progress.say(f"comparing the names and shapes of {num_tensors:,} tensors with the config")
         if not are_compared:
@@ -483,7 +483,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     config = without_quantisation(load_config(found))
     cls = model_class(found, config)
     structure = structure_of(cls, config, adapters)
-    left_out = find_left_out(found.folder, config, cls)
+    left_out = find_left_out(found, config, cls)
     dtype = _dtype("auto", config, found)
     experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
     notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
@@ -525,5 +525,5 @@ def _dtype(wanted: str, config: Any, found: Checkpoint | None) -> torch.dtype:
         return getattr(torch, wanted)  # type: ignore[no-any-return]
     if isinstance(named := getattr(config, "dtype", None), torch.dtype):
         return named
-    shards = verify_files(found.folder) if found is not None and found.has_weights else []
+    shards = found.shards if found is not None and found.has_weights else []
     return first_dtype(shards) or torch.float32

@@ -24,7 +24,6 @@ import torch
 from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
-from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, stages_folder, waiting_folder
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.in_memory import AsLoaded, InMemory
@@ -298,7 +297,7 @@ def _in_checkpoint(job: Job, preview: Preview) -> Subject:
     if job.recipe.device == "auto":
         job.progress.say(check.auto_note(devices, preview.place))
     found = with_weights(preview.checkpoint)
-    fingerprint = headers.fingerprint(found.folder, verify_files(found.folder))
+    fingerprint = headers.fingerprint(found.folder, found.shards)
     return Subject(found, None, load_config(found), preview, fingerprint, devices)
 
 

@@ -245,7 +245,7 @@ def test_lists_padded_for_extra_layers_are_cut(tmp_path: Path) -> None:
     write_names(tmp_path / "model", step3p7_config(), names)
     found = Checkpoint("mine", tmp_path / "model")
     config = load_config(found)
-    left_out = find_left_out(found.folder, config, model_class(found, config))
+    left_out = find_left_out(found, config, model_class(found, config))
     assert left_out is not None
     assert left_out.to_json() == {
         "tensors": 4,
@@ -289,7 +289,7 @@ def test_integers_that_announce_extra_layers(keys: dict[str, Any], changed: Any,
     write_names(tmp_path / "model", json.loads(json.dumps(raw, default=str)), ["mtp.fc.weight", "model.norm.weight"])
     found = Checkpoint("mine", tmp_path / "model")
     config = load_config(found)
-    left_out = find_left_out(found.folder, config, model_class(found, config))
+    left_out = find_left_out(found, config, model_class(found, config))
     assert left_out is not None
     assert left_out.to_json() == {"tensors": 1, "bytes": 12, "layers": ["mtp"], "config": changed}
 
@@ -308,7 +308,7 @@ def test_what_is_no_extra_layer_or_not_ignored(model_type: str, names: list[str]
     write_names(tmp_path / "model", json.loads(tiny.tiny_config(model_type).to_json_string()), names)
     found = Checkpoint("mine", tmp_path / "model")
     config = load_config(found)
-    assert find_left_out(found.folder, config, model_class(found, config)) is None
+    assert find_left_out(found, config, model_class(found, config)) is None
 
 
 # --- the output folder

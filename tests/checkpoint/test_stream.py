@@ -22,6 +22,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import compressor
 from compressor import CheckpointError, DiskError, EvaluationError, MoEModel, RecipeError
+from compressor.checkpoint import headers
 from compressor.checkpoint.find import Checkpoint, read_config
 from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
@@ -219,13 +220,17 @@ _NIGHTLY = ("criterion", "greedy", "uneven", "progressive")
     "passes",
     [pytest.param(PASSES[name], id=name, marks=[pytest.mark.nightly] * (name in _NIGHTLY)) for name in PASSES],
 )
-def test_run_from_disk_gives_the_same(recipe: Recipe, tmp_path: Path, passes: list[Any], model: Path) -> None:
+def test_run_from_disk_gives_the_same(
+    recipe: Recipe, tmp_path: Path, passes: list[Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     recipe["passes"] = passes
     if all("dynamic_skipping" in one for one in passes):
         del recipe["evaluate"]["random"]
     whole = compressor.compress(recipe, output=tmp_path / "memory", overrides=["weights=memory"])
+    monkeypatch.setattr(headers, "read_header", counted := Counted(headers.read_header))
     result = compressor.compress(recipe, output=tmp_path / "disk", overrides=["weights=disk"])
+    assert counted.calls == 1 + len(passes)  # of the model, and of what each pass writes
     assert result.model is None
     for name in ("compressor/statistics.safetensors", "compressor/decision.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes(), name

@@ -610,18 +610,32 @@ def test_file_that_may_not_grow(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_source_that_is_cut_meanwhile(tmp_path: Path) -> None:
-    source = shutil.copytree(tiny_folder("mixtral"), tmp_path / "source")
+def planned(source: Path) -> Edit:
     found = Checkpoint("mine", source)
     before = meta_model(found)
     after = copy.deepcopy(before)
     six(after)
-    plan = plan_edit(found, before, after)
+    return plan_edit(found, before, after)
+
+
+def test_source_that_is_cut_meanwhile(tmp_path: Path) -> None:
+    plan = planned(source := shutil.copytree(tiny_folder("mixtral"), tmp_path / "source"))
     os.truncate(source / "model.safetensors", 100_000)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte 100,000, its header says later"):
         plan.write(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_source_that_is_replaced_meanwhile(tmp_path: Path) -> None:
+    """Headers are read once, and here a file's would lead to the bytes of another one."""
+    plan = planned(source := shutil.copytree(tiny_folder("mixtral"), tmp_path / "source"))
+    tensors = load_file(path := source / "model.safetensors")
+    save_file({name: tensors[name].half() for name in tensors}, path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its header is another one .* changed meanwhile\.$"):
+        plan.write(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --- the command
