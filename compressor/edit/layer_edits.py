@@ -158,7 +158,7 @@ def _edit_layer(
 def _refuse_other_layers(decision: Decision, layers: Sequence[MoELayer]) -> None:
     ours, named = {layer.path for layer in layers}, set(decision["layers"])
     if ours != named:
-        other = min(ours ^ named)
+        other = min(named - ours or ours - named)
         whose = "the model has no such MoE layer" if other in named else "it says nothing of this layer"
         raise ValueError(
             f"the decision was made for {len(named)} MoE layers, the model has {len(ours)}: {other}: {whose}"

@@ -72,7 +72,6 @@ def apply(
     """
     progress, plugins, output = progress or Progress(), load_plugins(without), Path(output)
     decided = _Decided.read(decision, plugins.methods)
-    decided.refuse_original_ids()
     methods = [decided.method_of(done) for done in decided.passes]
     refuse_output_over_input(output, model)
     with OutputFolder(output, overwrite=overwrite) as folder, disk_errors_named(output):
@@ -165,7 +164,6 @@ class _Application:
         for done, method in zip(self.decided.passes, self.methods, strict=True):
             num_removals = len(moe.removals)
             try:
-                self._refuse_other_layers(done["decision"], moe)
                 ids = None if stored is None else original_ids
                 endings, _ = edit_layers(method, done["decision"], stored or moe.layers, weights, ids)
                 finish(moe, method, done["decision"], endings)
@@ -180,12 +178,6 @@ class _Application:
             passes.append({**done, **original_ids_json(original_ids, all_ids), **decision_json(decision)})
             original_ids = ids_left(original_ids, moe.removals[num_removals:])
         return passes
-
-    def _refuse_other_layers(self, decision: Decision, moe: MoEModel) -> None:
-        known = [layer.path for layer in moe.layers]
-        for path in decision["layers"]:
-            if path not in known:
-                raise ValueError(f"it has no MoE layer {path!r}; its layers are {', '.join(known)}")
 
     def _left_out(self, cls: Any) -> LeftOut | None:
         left_out = find_left_out(self.found, load_config(self.found), cls)
@@ -210,12 +202,9 @@ class _Application:
 
 @dataclass(frozen=True)
 class _Decided:
-    """A decision.json or record.json that was read: what messages call it, its format, the model that it was decided
-    on, and its passes.
-    """
+    """A decision.json or record.json that was read: what messages call it, the model decided on, and its passes."""
 
     name: str
-    format: int
     model: Mapping[str, Any]
     passes: Sequence[Mapping[str, Any]]
     methods: Mapping[str, type[Method[Any]]]
@@ -226,7 +215,7 @@ class _Decided:
         name = "the decision" if isinstance(source, Mapping) else str(source)
         try:
             data = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
-            if data["format"] not in (1, FORMAT):
+            if data["format"] != FORMAT:
                 raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
             keys = ("method", "version", "options", "domains", "decision")
             passes = [{key: done[key] for key in keys if key in done or key != "domains"} for done in data["passes"]]
@@ -238,7 +227,7 @@ class _Decided:
             for done in passes:
                 if not all(isinstance(layer, dict) for layer in done["decision"]["layers"].values()):
                     raise ValueError("its layers are no mappings")
-            return cls(name, data["format"], data.get("model") or {}, passes, methods)
+            return cls(name, data.get("model") or {}, passes, methods)
         except KeyError as error:
             raise RecipeError(f"{name}: not a decision that a run has written: it has no key {error}") from error
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -261,16 +250,6 @@ class _Decided:
             raise RecipeError(
                 f"{self.name} was decided on {self.model.get('reference')} ({decided_on}), and {reference} is another "
                 f"model ({fingerprint}). If it should be applied all the same, say so with --other-model."
-            )
-
-    def refuse_original_ids(self) -> None:
-        """Raise RecipeError where ids are not those that their pass saw: of a second pruning pass in format 1."""
-        pruning = [done for done in self.passes if any("kept" in one for one in done["decision"]["layers"].values())]
-        if self.format == 1 and len(pruning) > 1:
-            raise RecipeError(
-                f"{self.name}: it is of format 1, in which {len(pruning)} pruning passes name experts by the ids of "
-                f"the original model; this version reads ids that each pass saw (format {FORMAT}). Run the recipe "
-                f"again, or apply the decision with the version that wrote it."
             )
 
 

@@ -33,9 +33,7 @@ from compressor.run.preview import Preview
 from compressor.wording import digest
 
 FORMAT = 2
-"""Of record.json and decision.json. In format 1 `kept` and `dropped` of every pass were in the original's ids, now they
-are in those that the pass saw, like all other ids; for one pass that is the same.
-"""
+"""Of record.json and decision.json."""
 RECORD = "record.json"
 DECISION = "decision.json"
 TENSORS = ".safetensors"

@@ -180,7 +180,7 @@ def commands(folder: Path) -> list[Any]:
         "domains": [],
         "decision": {"layers": {}},
     }
-    decision.write_text(json.dumps({"format": 1, "passes": [done]}))
+    decision.write_text(json.dumps({"format": 2, "passes": [done]}))
     return [
         lambda: compressor.compress(recipe),
         lambda: evaluate(recipe, str(folder)),

@@ -655,7 +655,7 @@ OTHER = "model.layers.1.mlp"
 
 def a_pass(layers: Any, method: str = "expert_pruning", options: Any = None) -> str:
     done = {"method": method, "version": "1", "options": options or {"keep": 6}, "decision": {"layers": layers}}
-    return json.dumps({"format": 1, "passes": [done]})
+    return json.dumps({"format": 2, "passes": [done]})
 
 
 @pytest.mark.parametrize(
@@ -664,9 +664,9 @@ def a_pass(layers: Any, method: str = "expert_pruning", options: Any = None) -> 
         ("{oops", "not a decision that a run has written: Expecting property name"),
         ("[]", "not a decision that a run has written: list indices must be integers"),
         ('{"format": 3, "passes": []}', "not a decision that a run has written: its format is 3, this version reads 2"),
-        ('{"format": 1}', "not a decision that a run has written: it has no key 'passes'"),
-        ('{"format": 1, "passes": []}', "not a decision that a run has written: it has no passes"),
-        ('{"format": 1, "passes": 3}', "not a decision that a run has written: 'int' object is not iterable"),
+        ('{"format": 2}', "not a decision that a run has written: it has no key 'passes'"),
+        ('{"format": 2, "passes": []}', "not a decision that a run has written: it has no passes"),
+        ('{"format": 2, "passes": 3}', "not a decision that a run has written: 'int' object is not iterable"),
         (DEEP, "not a decision that a run has written: maximum recursion depth"),
         (a_pass({}, method="magic"), "no installed plugin offers the method 'magic'."),
         (a_pass({}, options={"kep": 6}), "options of 'expert_pruning' that it does not know: "),
@@ -675,7 +675,10 @@ def a_pass(layers: Any, method: str = "expert_pruning", options: Any = None) -> 
             a_pass({}),
             " does not fit {model}: the decision was made for 0 MoE layers, the model has ",
         ),
-        (a_pass({"nope": {"kept": [0]}}), " does not fit {model}: it has no MoE layer 'nope'; its layers are model.la"),
+        (
+            a_pass({"nope": {"kept": [0]}}),
+            " does not fit {model}: the decision was made for 1 MoE layers, the model has 2: nope: the model has ",
+        ),
         (
             a_pass({MOE: {"kept": [0, 1, 8]}, OTHER: {"kept": [0, 1]}}),
             f" does not fit {{model}}: {MOE}: kept experts must be different ids from 0 to 7, got [0, 1, 8]",

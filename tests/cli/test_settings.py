@@ -102,7 +102,7 @@ def test_a_plugin_can_be_left_out_of_every_command(
 ) -> None:
     names = {"R": recipe(), "M": mixtral, "D": recipe(name="decision.json"), "S": "none"}
     names["D"].write_text(
-        '{"format": 1, "passes": [{"method": "a", "version": "1", "options": {}, "decision": {"layers": {}}}]}'
+        '{"format": 2, "passes": [{"method": "a", "version": "1", "options": {}, "decision": {"layers": {}}}]}'
     )
     arguments = [names.get(word, word) for word in command.split()]
     refused(

@@ -646,7 +646,7 @@ def decision_of(folder: Path, kept: Mapping[str, list[int]], path: Path) -> Path
     layers = {layer: {"kept": ids, "dropped": sorted({*range(8)} - {*ids})} for layer, ids in kept.items()}
     about = {"reference": "mine", "fingerprint": fingerprint(folder, verify_files(folder))}
     done = {"method": "expert_pruning", "version": "2", "options": options, "decision": {"layers": layers}}
-    path.write_text(json.dumps({"format": 1, "model": about, "passes": [done]}))
+    path.write_text(json.dumps({"format": 2, "model": about, "passes": [done]}))
     return path
 
 
@@ -673,7 +673,7 @@ def test_skipping_is_refused_on_a_quantised_checkpoint(tmp_path: Path) -> None:
     rule = {"rule": "ratio", "renormalise": True, "beta": 0.5}
     layers = {f"model.layers.{number}.mlp": rule for number in range(3)}
     done = {"method": "dynamic_skipping", "version": "1", "options": {}, "decision": {"layers": layers}}
-    (tmp_path / "decision.json").write_text(json.dumps({"format": 1, "passes": [done]}))
+    (tmp_path / "decision.json").write_text(json.dumps({"format": 2, "passes": [done]}))
     with pytest.raises(UnsupportedModelError, match="quantised, and nothing reads one that skips experts"):
         apply(tmp_path / "decision.json", str(source), tmp_path / "out")
 

@@ -138,24 +138,6 @@ def test_a_later_pass_behind_one_that_drops_the_last_experts() -> None:
     ]
 
 
-def old(*kept: list[int]) -> dict[str, Any]:
-    def done(ids: list[int]) -> dict[str, Any]:
-        layers = {path: {"kept": ids} for path in PATHS}
-        return {"method": "expert_pruning", "version": "2", "options": {"keep": 6}, "decision": {"layers": layers}}
-
-    return {"format": 1, "passes": [done(ids) for ids in kept]}
-
-
-def test_decisions_of_format_1(tmp_path: Path) -> None:
-    model = str(tiny_folder("mixtral"))
-    result = compressor.apply(old([0, 1, 2, 3, 4, 7]), model, tmp_path / "one")
-    assert result.record["format"] == 2
-    says = "the decision: it is of format 1, in which 2 pruning passes name experts by the ids of the original model"
-    with pytest.raises(RecipeError, match=says):
-        compressor.apply(old([0, 1, 2, 3, 4, 7], [0, 1, 4, 7]), model, tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-
-
 # applying and deciding
 
 
