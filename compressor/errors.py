@@ -26,9 +26,7 @@ def shortened(text: str, most: int) -> str:
 
 
 class CompressorError(Exception):
-    """Something the user can mend. The message says where, what was found and what would be right; what was found is
-    shortened there if nobody could read it.
-    """
+    """Something the user can mend: where, what was found (shortened if unreadable) and what would be right."""
 
     def __str__(self) -> str:
         return "\n".join(
@@ -58,9 +56,7 @@ class CheckpointError(CompressorError):
 
 
 class DiskError(CheckpointError):
-    """A file could not be written or read to its end: no space, no permission, changed meanwhile. What a run has done
-    so far is kept.
-    """
+    """A file could not be written or read: no space, no permission, changed meanwhile. What was done is kept."""
 
 
 class EvaluationError(CompressorError):

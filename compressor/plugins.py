@@ -221,9 +221,7 @@ HOOKS: Mapping[str, Callable[[Any, str], None]] = {
     "compressor_adapters": _verify_adapter,
     "compressor_criteria": _verify_criterion,
 }
-"""What a plugin can offer, each a list: subclasses of Method, instances of Adapter, instances of Criterion; and what
-verifies one of them.
-"""
+"""What a plugin can offer, each a list, and what verifies one entry of it."""
 
 
 def _by_unique_name(plugins: Iterable[Plugin], kind: Literal["method", "criterion"]) -> dict[str, Any]:

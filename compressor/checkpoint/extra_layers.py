@@ -81,9 +81,7 @@ def find_left_out(found: Checkpoint, config: Any, cls: Any) -> LeftOut | None:
 
 
 def _extra_layer(name: str, num_layers: int | None) -> str | None:
-    """The path of the extra prediction layer that a tensor belongs to by its name: a layer behind the model's last
-    one, or anything that is called so (`mtp.`, `model.mtp_layers.`).
-    """
+    """Path of the extra prediction layer of a tensor: behind the last layer, or called so (`mtp.`, `mtp_layers.`)."""
     parts = name.split(".")[:-1]
     for position, part in enumerate(parts):
         if re.search(_EXTRA, part) or (part.isdigit() and num_layers is not None and int(part) >= num_layers):
@@ -122,9 +120,7 @@ def _announces(key: str, value: object) -> bool:
 def _padded(
     raw: Mapping[str, Any], text: Any, num_layers: int | None, num_extra: int
 ) -> dict[tuple[str, ...], tuple[int, int]]:
-    """Lists with an entry for each layer and each extra one, which the config's class cuts itself while the extra
-    layers are announced, and finds too long when they are not.
-    """
+    """Lists with an entry a layer that the config's class cuts itself only while extra layers are announced."""
     found: dict[tuple[str, ...], tuple[int, int]] = {}
     if num_layers is None or not num_extra:
         return found

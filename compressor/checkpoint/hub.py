@@ -28,9 +28,7 @@ def may_be_hub_id(reference: str) -> bool:
 
 
 def download_side_files(repository: str) -> Path:
-    """The folder of the hub's cache with all of a model's files but weights, which are downloaded where they are not
-    there. Raises CheckpointError.
-    """
+    """The folder of the hub's cache with all of a model's files but weights. Raises CheckpointError."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -59,9 +57,7 @@ def download_weights(repository: str, folder: Path) -> None:
 
 
 def missing_weights(repository: str, folder: Path) -> list[str]:
-    """The files of weights that are read and not in `folder`. Raises CheckpointError where the hub, if it answers, has
-    none that can be read.
-    """
+    """Files of weights to download. Raises CheckpointError where the hub answers and has none that can be read."""
     weight_map = read_index(folder)
     wanted = sorted(set(weight_map.values())) if weight_map else [SINGLE]
     missing = [name for name in wanted if not (folder / name).exists()]

@@ -194,9 +194,7 @@ class OutputFolder:
         self._lock.release()
 
     def keeps_after(self, error: BaseException | None) -> bool:
-        """Whether what was done so far is left to go on from: there is some, and the same recipe may end otherwise, or
-        a run before has left it: the error may be of this command alone.
-        """
+        """Whether what was done is left to resume from: the error may be of this command alone."""
         if error is None:
             return False
         is_final = isinstance(error, _FINAL) or (

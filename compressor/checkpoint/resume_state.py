@@ -42,9 +42,7 @@ def _nothing(text: str) -> None:
 
 
 class Journal:
-    """The journal of a run, in a folder of its own. `about` is what the run is about, as JSON. `say` is told of files
-    that cannot be read.
-    """
+    """The journal of a run, in a folder of its own. `about`: the run, as JSON; `say` is told of unreadable files."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any] | None = None, say: Say = _nothing) -> None:
         self.folder = folder
@@ -63,9 +61,7 @@ class Journal:
         write_json(self.folder / _ABOUT, self.about)
 
     def go_on(self) -> None:
-        """Go on where a run stopped. Raises CheckpointError, naming what differs, where it was about something else, or
-        nobody knows about what.
-        """
+        """Resume where a run stopped. Raises CheckpointError where it was about something else, naming what."""
         path = self.folder / _ABOUT
         try:
             before = _read_json(path)
@@ -111,9 +107,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where all batches stand: before `unit`, having come through `passed`, so many of them. `figures` are the MoE
-    layers that had figures by then.
-    """
+    """Where all batches stand: before `unit`, through `passed`; `figures`: the MoE layers with figures by then."""
 
     unit: str
     passed: Sequence[str]
@@ -122,9 +116,7 @@ class Snapshot:
 
 
 class ObservationJournal:
-    """What one walk through the layers has done so far. Of several processes the first one keeps the figures, and each
-    where its own batches stand.
-    """
+    """What one walk through the layers has done; the first process keeps figures, each where its batches stand."""
 
     def __init__(self, folder: Path, rank: int = 0, about: str = "", say: Say = _nothing) -> None:
         self.folder, self.rank, self._say = folder, rank, say
@@ -173,9 +165,7 @@ class ObservationJournal:
         return self.folder / f"streams-{self.rank}-{unit}"
 
     def snapshots(self) -> dict[str, Snapshot]:
-        """The decoder layers before which all batches are known to have stood, the last one last; those only behind
-        which no figures are missing.
-        """
+        """Decoder layers before which all batches have stood, in order, and behind which no figures are missing."""
         found = [
             _unless_damaged(self._snapshot, path, self._say)
             for path in sorted(self.folder.glob(f"streams-{self.rank}-*/{_STANDING}"))

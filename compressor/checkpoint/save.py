@@ -106,9 +106,7 @@ def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
 
 
 def _patch_dtype(raw: dict[str, Any], dtype: str | None) -> None:
-    """Write the dtype by both of its names, in config.json itself and in every part that names one; None leaves each
-    part's own.
-    """
+    """Write the dtype by both of its names, in config.json and in each part that names one; None leaves them."""
     for part in (raw, *_parts(raw)):
         named = part.get("dtype") or part.get("torch_dtype")  # null names none
         own = dtype or named

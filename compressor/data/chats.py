@@ -55,9 +55,7 @@ def unread(tokenizer: Any, chat: Chat, name: str | None, title: str) -> list[str
 
 
 def render(tokenizer: Any, chat: Chat, name: str | None, title: str) -> str:
-    """The chat as text, by the template of that `name`. Raises CalibrationError where there is no such template, or it
-    refuses the chat.
-    """
+    """The chat as text. Raises CalibrationError where there is no template of that `name`, or it refuses the chat."""
     given = _given(chat)
     template = choose_template(tokenizer, name, title, has_tools="tools" in given)
     own = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_GLOBALS, *tokenizer.special_tokens_map}

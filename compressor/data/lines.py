@@ -134,9 +134,7 @@ def _advice(line: str) -> str:
 
 
 def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[str]:
-    """A UTF-8 text, block by block; `replace` puts U+FFFD for bytes that are none. Raises CalibrationError if it cannot
-    be read, naming the line.
-    """
+    """A UTF-8 text by blocks; `replace` puts U+FFFD. Raises CalibrationError if unreadable, naming the line."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace" if replace else "strict") as file:
             _check_kind(file.buffer, path, title)

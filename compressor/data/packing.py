@@ -91,9 +91,7 @@ def held_out_name(title: str) -> str:
 
 
 def check_length(source: BaseSource, max_positions: int | None) -> None:
-    """Raise CalibrationError where the sequences of a source would be longer than the model's positions. Of ready-made
-    ids the file is read.
-    """
+    """Raise CalibrationError where sequences would be longer than the model's positions; reads ready-made ids."""
     longest = max(source.lengths(), default=0)
     if max_positions is not None and longest > max_positions:
         raise CalibrationError(

@@ -98,9 +98,7 @@ class BaseSource(BaseModel):
         raise NotImplementedError
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sequence, at most, as far as that is known before the text is read. Raises CalibrationError
-        where a file is not there.
-        """
+        """Tokens of each sequence, at most, as far as known. Raises CalibrationError where a file is not there."""
         return [self.length] * self.samples
 
     def memory(self) -> int:
@@ -108,9 +106,7 @@ class BaseSource(BaseModel):
         return _BYTES_PER_TOKEN * sum(self.lengths())
 
     def documents(self, *, seed: int | None, split: Split) -> Iterable[Document]:
-        """The texts or chats, in the order in which they are to be used; without a `seed` in the order in which they
-        stand, for a look at the first of them.
-        """
+        """Texts or chats in the order of use; without a `seed` in the order in which they stand."""
         raise NotImplementedError
 
 
@@ -208,9 +204,7 @@ class JsonLinesSource(RowsSource):
         return super().lengths()
 
     def memory(self) -> int:
-        """As others, and where the rows begin, in the file's order and in another one, and the longest row: its bytes,
-        its text, and what is made of it.
-        """
+        """As others, where rows begin, in two orders, and the longest row: its bytes, text and tokens."""
         rows = find_rows(self.jsonl, self.title)
         return super().memory() + 16 * len(rows.starts) + 8 * rows.longest
 

@@ -40,9 +40,7 @@ class Tokenisation:
         self.stream = array("q")
 
     def add(self, pieces: Iterable[str], wanted: int, *, is_rendered: bool = False) -> None:
-        """Put a document's ids at the end of the stream, until it has `wanted` ids. A template has begun one that
-        `is_rendered`.
-        """
+        """Add a document's ids until the stream has `wanted`; a template has begun one that `is_rendered`."""
         text = _Growing(pieces)
         if self._is_to_find and not is_rendered:
             self._find_borders(text.first(64) + " a")  # no special token, so that there is one place for it

@@ -42,9 +42,7 @@ TaskResults = dict[str, TaskResult]
 
 
 class AsLoaded:
-    """A model as transformers loads it, quantised or not, to be measured alone. `layers` are its MoE layers, as far as
-    something is known of them.
-    """
+    """A model as transformers loads it, to be measured alone. `layers` are the MoE layers that are known."""
 
     def __init__(self, model: Any, layers: Sequence[MoELayer], source: Checkpoint, processes: Processes) -> None:
         self._model, self._layers, self.source, self.processes = model, layers, source, processes
@@ -72,9 +70,7 @@ class AsLoaded:
         return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
-        """Parameters, and the bytes that they take; see `size.size`. Of a quantised checkpoint the parameters are
-        those that its numbers stand for, and the bytes those that are stored.
-        """
+        """Parameters and bytes, see `size.size`; quantised: parameters as numbers stand for them, bytes as stored."""
         assert self.source is not None
         unquantised = unquantised_skeleton(self.source)
         found = dataclasses.replace(size(unquantised, routed), bytes=stored_bytes(self.source))
@@ -85,9 +81,7 @@ class AsLoaded:
 
 
 class InMemory(AsLoaded):
-    """A model whose weights are all there, and whose experts are known. `source` is the checkpoint that it came from,
-    if any; with `parking` hidden states wait there.
-    """
+    """A model with all weights and known experts. `source`: its checkpoint; `parking`: where hidden states wait."""
 
     source: Checkpoint | None  # type: ignore[assignment]
 
@@ -193,9 +187,7 @@ class InMemory(AsLoaded):
         return forward.logits(self.moe.model, batch)
 
     def answers(self, batch: TokenBatch) -> Tensor:
-        """The same, outside any context that masks experts; not computed again where the last edit was compared on this
-        batch.
-        """
+        """The same outside any mask; not computed again where the last edit was compared on this batch."""
         if self._answered is not None:
             known, logits_NV = self._answered
             if torch.equal(known.input_ids, batch.input_ids) and torch.equal(

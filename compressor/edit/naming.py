@@ -71,9 +71,7 @@ def _in_list(entries: Sequence[str], modules: Names, reference: str) -> Iterator
 
 
 def _exact(name: str, modules: Names) -> tuple[str | None] | None:
-    """(the new name, None where it goes) of a module, or of something within one; None where it names none. Readers
-    leave `model.` away, or put something before it.
-    """
+    """A module's new name, None where it goes; None where it names none. Readers drop `model.` or add to it."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         head, rest = ".".join(parts[:end]), parts[end:]

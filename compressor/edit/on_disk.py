@@ -100,9 +100,7 @@ class OnDisk(InMemory):
         )
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
-        """Answers to tasks; all requests of a kind pass the layers together. Raises EvaluationError where a task has
-        the model write.
-        """
+        """Answers to tasks, a kind of request at once. Raises EvaluationError where the model should write."""
         run = self._run_with(update)
         return run_tasks(self.moe.model, tokenizer, tasks, processes=self.processes, run=run, device=self.device, **how)
 

@@ -176,9 +176,7 @@ def refuse_without_tokenizer(names: Sequence[str], tokenizer: Any | None) -> Non
 
 
 def check_requests(tasks: LoadedTasks, tokenizer: Any, config: Any, *, seed: int = 0) -> None:
-    """Raise EvaluationError for what a model of this config, whose weights are not needed, could not be asked, as far
-    as the first document of each task tells.
-    """
+    """Raise EvaluationError for what a model of this config could not be asked, by each task's first document."""
     from lm_eval.models.huggingface import HFLM
 
     known = {"_max_length": None, "_DEFAULT_MAX_LENGTH": HFLM._DEFAULT_MAX_LENGTH, "tokenizer": tokenizer}
@@ -360,9 +358,7 @@ def _language_model(
 
 @contextlib.contextmanager
 def _refusals_of_lm_eval(tasks: LoadedTasks) -> Iterator[None]:
-    """What lm-eval, or a task's own templates and functions, refuse is an EvaluationError; what goes wrong in a model
-    or in this library stays as it is.
-    """
+    """What lm-eval or a task's code refuses is an EvaluationError; errors of the model and ours stay as they are."""
     try:
         yield
     except CompressorError:

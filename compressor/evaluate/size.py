@@ -22,9 +22,7 @@ class RoutedSize:
 
 @dataclass(frozen=True)
 class Size(Result):
-    """``parameters`` of the model, those that one token uses (None where that is not known), and what they take in
-    memory, in ``bytes``.
-    """
+    """``parameters`` in all and used by a token (None: not known), and what they take in memory, in ``bytes``."""
 
     parameters: int
     active_parameters: int | None

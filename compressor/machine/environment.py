@@ -73,9 +73,7 @@ def _memory_bytes() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that a process can still take: what the system calls available, or less where a control group
-    allows less. None where the system does not tell.
-    """
+    """Bytes of memory available to a process, by the system or its control group; None where it does not tell."""
     found = []
     with suppress(OSError, StopIteration, ValueError):
         with open("/proc/meminfo", encoding="utf-8") as file:

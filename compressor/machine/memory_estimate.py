@@ -94,15 +94,11 @@ class Work:
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens that pass a layer together while text is measured from disk: as many as while it is observed. More
-        text takes turns, and reads all layers once for each.
-        """
+        """Tokens that pass a layer together while measured from disk; more text takes turns."""
         return self.tokens * self.streams or _MEASURED_AT_ONCE
 
     def hidden_states(self, weights: Weights) -> int:
-        """Bytes of the hidden states of the text: before a block four vectors for each token, what goes in, what it is
-        added to, what came into the decoder layer, and the embedding.
-        """
+        """Bytes of hidden states: four vectors a token (input, residual, decoder layer's input, embedding)."""
         tokens = self.tokens_at_once if weights == "disk" else self.tokens * self.streams
         return 4 * tokens * self.hidden * self.itemsize
 
@@ -131,9 +127,7 @@ class Work:
         return self._at_peak(place, place.num_gpus)
 
     def _at_peak(self, place: Placement, num_gpus: int = 1) -> int:
-        """Bytes of weights, text and work, whenever that is most: while observing, with the weights a second time, or
-        while answers are compared as float64.
-        """
+        """Peak bytes of weights, text and work: observing, a second copy of weights, or comparing in float64."""
         weights, answers = self._held(place.weights, num_gpus), min(self.batch_tokens, _COMPARED) * self.vocabulary
         copies = self.copies if place.weights == "memory" else 1
         observing = weights + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
@@ -150,9 +144,7 @@ class Work:
         return self.bytes_outside + 2 * largest + packed
 
     def disk(self, place: Placement) -> int:
-        """Bytes on the output's disk at the peak: the output, with it the checkpoint before it, the journal, and hidden
-        states that wait in files.
-        """
+        """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files."""
         stages = 2 if place.weights == "disk" and self.num_passes > 1 else 1
         states = self.hidden_states(place.weights)
         waiting = states if place.states == "file" else 0

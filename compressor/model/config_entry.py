@@ -19,9 +19,7 @@ _PARTS = {"num_experts": "{layer path: count}", "skipping": '{"version": 1, "lay
 
 
 def read_entry(config: Any) -> dict[str, Any]:
-    """What a config says under our key, by part; empty if it says nothing. Raises CheckpointError where it is damaged
-    or of a newer version.
-    """
+    """What a config says under our key, by part. Raises CheckpointError where damaged or of a newer version."""
     entry = getattr(config, KEY, None)
     if entry is None:
         return {}

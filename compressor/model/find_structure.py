@@ -77,9 +77,7 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
 def _find_expert_count(
     factory: ModelFactory, config: Any, base: _Snapshot, name: str, count: ConfigLeaf | None
 ) -> tuple[ConfigLeaf, _Difference, tuple[ConfigLeaf, ...]]:
-    """The integer that resizes expert weights and router rows; of several, the language model's, then the one on which
-    most hangs.
-    """
+    """The integer that resizes experts and router rows; of several the language model's, then the largest's."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: list[tuple[tuple[bool, int, int], ConfigLeaf, _Difference]] = []
     for word in ("expert", "moe"):
@@ -110,9 +108,7 @@ def _effective_top_k(
     blocks: Mapping[str, tuple[str, str, tuple[str, ...]]],
     layers: Sequence[MoELayer],
 ) -> tuple[ConfigLeaf | None, Integers]:
-    """The leaf and what follows it, if all routers choose as many experts as it says, with another number too, and no
-    tensor hangs on it.
-    """
+    """The leaf and its followers, if routers choose as many experts as it says and no tensor's shape hangs on it."""
     if found is None:
         return None, {}
     leaf, difference = found
@@ -212,9 +208,7 @@ class _Difference:
     odd: list[str]
 
     def expert_weights(self, base: _Snapshot) -> set[str]:
-        """Paths of the modules that own expert weights: stacked in ≥ 3-D tensors, flattened, or one child per
-        expert.
-        """
+        """Paths of the modules that own expert weights: stacked in ≥ 3-D, flattened, or one child each."""
         owners = {
             _parent(name)
             for name, axis in self.tensors.items()
@@ -354,9 +348,7 @@ class _LayerFinder:
         return tuple(layers)
 
     def blocks(self) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-        """Block → (experts, router, its weights): the smallest module around some experts that holds router rows
-        too.
-        """
+        """Block → (experts, router, its weights): the smallest module around experts with router rows."""
         routers = self.difference.router_rows(self.base)
         owners: dict[str, list[str]] = {}
         for owner in self.difference.expert_weights(self.base):

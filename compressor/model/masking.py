@@ -30,9 +30,7 @@ def router_weights(model: nn.Module, layer: MoELayer) -> list[Tensor]:
 
 
 def selection_biases(model: nn.Module, layer: MoELayer) -> list[tuple[str, Tensor]]:
-    """The tensors with one number per expert outside the experts: correction biases, and the biases of linear
-    routers.
-    """
+    """Tensors with one number an expert outside the experts: correction biases, biases of linear routers."""
     return [(name, tensor_at(model, name)) for name in layer.selection_biases]
 
 
@@ -149,9 +147,7 @@ def top_k_set(model: Any, structure: Structure, top_k: int | None) -> Iterator[N
 
 
 def write_top_k(model: Any, structure: Structure, top_k: int) -> None:
-    """Set the number of experts per token in the config and in every module that keeps it; not in modules that have
-    another one than the config for the time being (`SkipRule.normalise_over`).
-    """
+    """Set experts per token in the config and in modules that keep the same number (see `normalise_over`)."""
     assert structure.top_k_leaf is not None
     before = structure.top_k_leaf.get(model.config)
     structure.top_k_leaf.set(model.config, top_k)

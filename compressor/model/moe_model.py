@@ -31,9 +31,7 @@ Kept = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Removal:
-    """What one call of `keep` did: the ids that stayed in each layer, as they were counted before it, and the new ids
-    of those that a bias switches off since (`padded`).
-    """
+    """What one `keep` did: the ids that stayed, as counted before, and new ids that a bias switches off (`padded`)."""
 
     kept: Kept
     switched_off: Kept
@@ -145,9 +143,7 @@ class MoEModel:
         write_entry(self.config, "skipping", skipping.rules_json(rules))
 
     def restore_skipping(self) -> None:
-        """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the
-        config's rules do not fit the model.
-        """
+        """Switch on what the config says. Raises CheckpointError where its rules do not fit the model."""
         skipping.restore(self.model, self.structure, self.config)
 
     @contextmanager

@@ -79,9 +79,7 @@ class RoutedTokens:
     lift: Lift | None = None
     """How the block carries its experts' output to its own, where it scales or projects it."""
     at_block: bool = True
-    """Whether outputs are as they reach the block's output; if not (a norm stands between), as the experts give
-    them.
-    """
+    """Whether outputs are as they reach the block's output, or (a norm stands between) as experts give them."""
     output_TH: Tensor | None = None
     """What the experts add to the block's output; filled by `ranked_outputs`, so that nobody computes it twice."""
     experts_output_TH: Tensor | None = None

@@ -305,9 +305,7 @@ class _LoneRouter:
         return cls(module, args, kwargs, weights, biases, max((len(weight) for weight in weights), default=0))
 
     def run(self, dropped: Sequence[int] = (), off: float | None = None) -> tuple[Any, ...]:
-        """The router's output, with the logits and biases of `dropped` experts at −inf; or, given `off`, with their
-        biases at that value and the logits as they are.
-        """
+        """The router's output with `dropped` experts' logits and biases at −inf, or only biases at `off`."""
         ids = torch.tensor(list(dropped), dtype=torch.int64)
         mode = RouterLogits(self.weights, dropped=ids if off is None else None)
         with self._biased(ids, float("-inf") if off is None else off), mode:

@@ -16,9 +16,7 @@ from compressor.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class PairLists:
-    """What a router that sorts pairs by expert returns: (place of each pair among all T·K, its token, its weight, how
-    many pairs each expert has, …).
-    """
+    """What a router that sorts pairs by expert returns: (place among T·K, token, weight, pairs of each expert, …)."""
 
     slot_P: Tensor
     token_P: Tensor

@@ -25,9 +25,7 @@ from compressor.model.structure import MoELayer, Structure
 
 
 def uneven_counts(config: Any) -> dict[str, int]:
-    """Layer path → number of experts, as far as the config says more than one number for all. Raises
-    CheckpointError.
-    """
+    """Layer path → experts, where the config says more than one number for all. Raises CheckpointError."""
     counts = read_entry(config).get("num_experts", {})
     if not all(type(count) is int and count > 0 for count in counts.values()):
         raise CheckpointError(

@@ -155,9 +155,7 @@ class _Application:
         return StreamedWeights(load_model(self.found, device="meta", adapters=self.adapters), self.found)
 
     def _edit(self, moe: MoEModel, weights: Weights, stored: Sequence[MoELayer] | None = None) -> list[dict[str, Any]]:
-        """Carry the passes out; what the record says of them. `stored` are the layers as they stay where the weights
-        are, whatever passes remove; None if they follow.
-        """
+        """Carry the passes out, for the record; `stored`: the layers as they stay where weights are, if they do."""
         original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in moe.layers}
         all_ids = original_ids
         passes = []

@@ -67,9 +67,7 @@ class Job:
 
 
 def open_journal(job: Job, output: Path, identity: Mapping[str, Any], folder: OutputFolder | None) -> Journal:
-    """Begin the journal beside an output of a run that is about this, or go on with it, if it was about the same.
-    `folder` is there in the process that writes.
-    """
+    """Begin or resume the journal beside an output of a run that is `about` this; the writing process has `folder`."""
     journal = Journal(journal_folder(output), identity, job.progress.say)
     if folder and folder.resume:
         journal.go_on()

@@ -67,9 +67,7 @@ def restore(model: Any, *, without: Iterable[str] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model of a run, before its weights are read: a checkpoint, or a live model and the folder it came from.
-    `devices` are where this process's copy goes.
-    """
+    """The model of a run before its weights are read: a checkpoint, or a live model and its folder, on `devices`."""
 
     checkpoint: Checkpoint | None
     live: Any

@@ -30,9 +30,7 @@ def work_of(
     dtype: torch.dtype,
     stored: tuple[int, int],
 ) -> Work:
-    """What the recipe works on, in numbers, as far as that can be known before anything is read. `model` is on the meta
-    device; `stored` are the bytes of the files, before and after.
-    """
+    """What the recipe works on, in numbers; `model` is on the meta device, `stored` bytes of files before and after."""
     recipe, text = loaded.recipe, config.get_text_config()
     outside, by_layer = sizes_of(model)
     calibration = [loaded.sources_of(one) for one in loaded.passes]

@@ -101,9 +101,7 @@ def entry_json(
 
 @dataclass(frozen=True)
 class PassFiles:
-    """What the passes of a run leave in an output's folder, if there is one; it grows with each of them. `about` says
-    which model and text it is about.
-    """
+    """What passes leave in an output's folder, if there is one. `about`: the model and text it is about."""
 
     folder: OutputFolder | None
     about: Mapping[str, Any]
@@ -134,9 +132,7 @@ class PassFiles:
 
     @contextmanager
     def kept_if_undecided(self, name: str, resolved: ResolvedPass) -> Iterator[None]:
-        """Figures that do not answer what was asked may answer something else, if they are the original model's: they
-        outlive the run then, and the error says where they are.
-        """
+        """Keep the original model's figures where an error ends the run: they may answer something else."""
         try:
             yield
         except RecipeError as error:

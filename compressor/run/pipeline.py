@@ -218,9 +218,7 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
 
 
 def _apply_passes(job: Job, piece: InMemory, texts: Texts, files: passes.PassFiles) -> list[dict[str, Any]]:
-    """Observe, decide and edit for every pass; each step leaves its file in the output's folder. What the record says
-    of them.
-    """
+    """Observe, decide and edit for every pass, each step leaving its file; what the record says of them."""
     all_ids = piece.original_ids
     done: list[dict[str, Any]] = []
     for resolved, sequences, held_out in zip(job.loaded.passes, texts.by_pass, texts.held_out, strict=True):

@@ -24,9 +24,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a recipe will do to a model, known from config and recipe alone. `plan` is what `terminal.print_plan`
-    takes.
-    """
+    """What a recipe will do, by config and recipe alone; `plan` is what `terminal.print_plan` takes."""
 
     checkpoint: Checkpoint | None
     """None of a live model that came from none."""

@@ -68,9 +68,7 @@ def _of_recipe(loaded: LoadedRecipe) -> list[tuple[KeyPath, BaseSource, Split]]:
 
 
 def check_surroundings(loaded: LoadedRecipe, folder: OutputFolder | None, model: Any) -> None:
-    """Raise where the device cannot be used, the output not be written (None: by others than this process), or a file
-    of text not be found. `model` is a live one, if any.
-    """
+    """Raise where device, output (None: written by another process) or a file of text cannot be used."""
     refusals = Refusals(loaded)
     with refusals.at("device"):
         if model is None and loaded.recipe.device != "auto":  # a live model stays where it is
@@ -125,9 +123,7 @@ def check_text(loaded: LoadedRecipe, tokenizer: Any | None, limits: Limits, prog
 
 
 def _check_tokenizer(loaded: LoadedRecipe, tokenizer: Any, limits: Limits) -> None:
-    """Raise CalibrationError where it knows more than the model, special tokens that were added to it left aside: some
-    models have them in the tokenizer alone.
-    """
+    """Raise CalibrationError where it knows more than the model, but for special tokens that were added."""
     if tokenizer.vocab_size > limits.num_embeddings:
         with loaded.at("model"):
             raise CalibrationError(

@@ -43,9 +43,7 @@ def read_texts(
     num_embeddings: int,
     progress: Progress,
 ) -> Texts:
-    """Read what the passes are calibrated on, and what is `measured`. Raises CalibrationError where a text cannot be
-    read, or has ids of `num_embeddings` and above.
-    """
+    """Read calibration and `measured` text. Raises CalibrationError if unreadable or with ids ≥ `num_embeddings`."""
     seed = loaded.recipe.seed
     read, others = _read_calibration(loaded, tokenizer)
     by_pass, held_out = [], []
@@ -68,9 +66,7 @@ def read_texts(
 def _read_calibration(
     loaded: LoadedRecipe, tokenizer: Any | None
 ) -> tuple[dict[str, Sequences], dict[str, Sequences | None]]:
-    """Source → its text, and of those that some pass wants held-out text of, that text; None where none is left.
-    A source that several passes use is read once.
-    """
+    """Source → its text, and its held-out text where a pass wants that (or None); each source is read once."""
     seed = loaded.recipe.seed
     with_held_out = {repr(source) for one in loaded.passes if one.method.held_out for source in loaded.sources_of(one)}
     read: dict[str, Sequences] = {}
@@ -92,9 +88,7 @@ def batches_of(texts: Iterable[Sequences], batch_size: int, *, held_out: bool = 
 
 
 def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:
-    """What a model's answers are compared on: the first few tokens of the first few sequences, or random ids where
-    there is no text.
-    """
+    """What answers are compared on: the first tokens of the first sequences, or random ids without text."""
     if not batches:
         return random_batch(model)
     rows, columns = slice(0, _PROBE_SEQUENCES), slice(0, _PROBE_TOKENS)

@@ -101,9 +101,7 @@ class Criterion:
     needs_text: bool = True
     """Whether it looks at what tokens were routed to whom, and at what experts answered. Where not, no text is read."""
     of_sets: bool = False
-    """Whether an expert's score depends on which others stay. Such scores cannot be averaged over domains, so the
-    losses of pairs are, before the criterion sees them.
-    """
+    """Whether a score depends on which others stay; then losses of pairs are averaged over domains, not scores."""
     statistic: Callable[[MoELayer], Statistic] | None = None
     """What gathers figures of the criterion's own, such as a subclass of Statistic: sums called `sums.CRITERION.NAME`,
     [D, …] with a row for each domain in the order in which they are first seen. Its `score` finds them in `own`. So

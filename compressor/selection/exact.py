@@ -98,17 +98,13 @@ def _keep_masks(layer: MoELayer, dropped: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def ranks_needed(layer: MoELayer, num_kept: int, top_k: int | None = None) -> int:
-    """M: how many ranks of a token are looked at: its own K, and those that can become its choice of `top_k` when all
-    but `num_kept` experts go.
-    """
+    """M, the ranks looked at: K, and those that may be in its choice of `top_k` once all but `num_kept` go."""
     smaller = layer.top_k if top_k is None else top_k
     return min(layer.num_choices, max(layer.top_k, smaller + layer.num_experts - num_kept))
 
 
 def _first_choices(num_ranks: int, choices_Pk: Tensor) -> Tensor:
-    """[2^M]: for every mask of surviving ranks, which row of `choices_Pk` are its first k ranks (0 if fewer
-    survive).
-    """
+    """[2^M]: for every mask of surviving ranks, the row of `choices_Pk` of its first k (0 if fewer)."""
     top_k = choices_Pk.shape[1]
     bit_of_rank = 1 << torch.arange(num_ranks)
     masks = torch.arange(1 << num_ranks)
@@ -121,9 +117,7 @@ def _first_choices(num_ranks: int, choices_Pk: Tensor) -> Tensor:
 
 
 def surviving_ranks(order_cM: Tensor, keep_SN: Tensor) -> Tensor:
-    """[c, S] int64: for every token and set, the bit mask of the token's ranks whose expert is kept. Exact up to M =
-    24.
-    """
+    """[c, S] int64: for token and set, the bit mask of the ranks whose expert is kept; exact up to M = 24."""
     powers = 2.0 ** torch.arange(order_cM.shape[1], device=order_cM.device)
     bit_cN = keep_SN.new_zeros(len(order_cM), keep_SN.shape[1]).scatter_(1, order_cM, powers.expand(order_cM.shape))
     return (bit_cN @ keep_SN.T).long()
@@ -220,9 +214,7 @@ class SubsetErrors(RankedStatistic):
         self._tokens = self._gram_TXX = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """subsets.squared_error [B, S] float64; subsets.counts: the counts of kept experts whose sets they are;
-        subsets.top_k: experts that a token then chooses.
-        """
+        """squared_error [B, S] float64; counts: of kept experts in those sets; top_k: what a token then chooses."""
         return {
             "subsets.squared_error": torch.stack(self._errors_BS),
             "subsets.counts": torch.tensor(self.counts),
@@ -298,9 +290,7 @@ def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
 def _sorted_choice(
     rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cXX: Tensor, num_chosen: int
 ) -> tuple[Tensor, Tensor]:
-    """`order_cM` and `gram_cXX` with the chosen experts by descending rank: a router need not give them so, and a
-    lower k takes the first of them.
-    """
+    """`order_cM` and `gram_cXX` with chosen experts by descending rank: a lower k takes the first of them."""
     ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])
     place_cX = torch.arange(gram_cXX.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
     place_cX[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)

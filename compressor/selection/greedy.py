@@ -125,9 +125,7 @@ class Search:
         return value_E.masked_fill(~self._may_go(), torch.inf)
 
     def _may_go(self) -> Tensor:
-        """[E] bool: experts that are left and not protected; of a group only as long as it is not behind the others;
-        forbidden ones first.
-        """
+        """[E] bool: left, not protected, and its group not behind the others; forbidden ones first."""
         left_E = self.is_left_N[: self.layer.num_experts]
         may_E = left_E.clone()
         may_E[list(self.protected)] = False

@@ -252,9 +252,7 @@ def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:
-    """The count of every layer; with a mean, whose split only the figures can tell, the most even one. Raises
-    OptionError where nothing would change.
-    """
+    """The count of every layer; of a mean the most even split. Raises OptionError where nothing would change."""
     planned = {plan.path: plan.counts[0] for plan in plans}
     if options.budget:
         total = total_kept(plans, options)

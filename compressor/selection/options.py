@@ -232,9 +232,7 @@ class SelectionOptions(Options):
         return self.keep if isinstance(self.keep, dict) else {}
 
     def asked(self, layer: MoELayer) -> int | float | None:
-        """What was asked for of a layer: a count as it was given, a number of experts that need not be whole (float),
-        None if the figures have to say.
-        """
+        """What was asked of a layer: a count, a number that need not be whole (float), or None: figures decide."""
         if self.budget:
             return None
         if self.drop is not None:

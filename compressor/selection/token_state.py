@@ -32,9 +32,7 @@ _PAIRS_AT_ONCE = 2**14
 
 
 def bytes_of_token(num_ranks: int, num_columns: int, num_choices: int, top_k: int, *, rescales_all: bool) -> int:
-    """What a search keeps of a token, its `TokenGrams` and its part of a `TokenState`. `num_choices` is 0 where no
-    affinities of all choices are kept.
-    """
+    """What a search keeps of a token; `num_choices` is 0 where affinities of all choices are not kept."""
     grams = 4 * num_columns**2 + (2 + 4) * num_ranks + 4 + 4 * num_choices
     state = (8 + 8) * num_ranks + 8 + 8 + 2 + 4 * 8 + (2 + 4) * top_k
     return grams + state + (8 * top_k if rescales_all else 0)
@@ -253,9 +251,7 @@ class TokenState:
     def _replaced(
         self, tokens_t: Tensor, leaving_tk: Tensor, is_there_tk: Tensor, entering_t: Tensor, rows_tkM: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """⟨v',v'⟩ and ⟨v',z⟩ [t, k] if one of the token's ranks leaves and another (M: none) steps in, and the
-        affinities of those that leave [t, k] and step in [t, 1]; float64.
-        """
+        """⟨v',v'⟩, ⟨v',z⟩ [t, k] for a swap (M: none steps in), affinities of both [t, k], [t, 1]; float64."""
         steps_in_t1 = (entering_t < self.num_ranks)[:, None]
         entering_t1 = entering_t.clamp_max(self.num_ranks - 1)[:, None]
         affinity_tM = self.grams.affinity_TM[tokens_t].double()

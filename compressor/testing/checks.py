@@ -258,9 +258,7 @@ def _padded(subject: _Subject) -> Iterator[Check]:
 
 
 def _on_disk(subject: _Subject) -> Iterator[Check]:
-    """A checkpoint read layer by layer answers as in memory, to the bit; one edited on disk holds what is saved
-    after the same edit of the live model, byte by byte.
-    """
+    """Read layer by layer it answers as in memory; edited on disk it holds what the live edit saves, by the byte."""
     wanted = {"": kept_evenly(subject.moe), " (uneven)": kept_unevenly(subject.moe)}
     with tempfile.TemporaryDirectory() as name:
         source = Checkpoint(subject.model.config.model_type, Path(name) / "source", subject.trust_remote_code)
@@ -342,9 +340,7 @@ def _skipping(subject: _Subject) -> Iterator[Check]:
 
 
 def _choices(subject: _Subject) -> dict[str, tuple[RoutedTokens, bool]]:
-    """Layer path → (what its tokens chose, whether their weights are renormalised), of the layers that text comes
-    to and that choose two or more.
-    """
+    """Layer path → (choices, whether weights are renormalised), of layers with text that choose two or more."""
     seen: dict[str, tuple[RoutedTokens, bool]] = {}
 
     def visit(tokens: RoutedTokens) -> None:
@@ -579,9 +575,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _differing_tensors(edited: Path, live: Path, source: Path) -> list[str]:
-    """Names of tensors that are not in both folders with the same bytes, in the source's dtype: transformers may load
-    some of them in another one.
-    """
+    """Names of tensors that are not in both folders with the same bytes, in the source's dtype."""
     first, second, stored = (
         {name: tensor for shard in verify_files(folder) for name, tensor in load_file(shard.path).items()}
         for folder in (edited, live, source)

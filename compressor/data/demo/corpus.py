@@ -73,9 +73,7 @@ def documents(domain: Domain, split: Split, seed: int = 0) -> Iterator[str]:
 
 
 def split_of(name: str) -> Split:
-    """The side on which a file (its path below the standard library), a topic or a sum's left side lies, by a
-    stable hash of that name: about a tenth of all names are held out.
-    """
+    """The side of a file (path below the standard library), topic or sum, by a hash: about a tenth is held out."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return "held-out" if int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT else "train"
 

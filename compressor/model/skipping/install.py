@@ -47,9 +47,7 @@ def rules_of(config: Any) -> dict[str, SkipRule]:
 
 
 def fitting_rules(structure: Structure, config: Any) -> dict[str, SkipRule]:
-    """The same. Raises CheckpointError also where they do not fit the layers, UnsupportedModelError where a layer
-    cannot skip like this.
-    """
+    """The same; also CheckpointError where they do not fit, UnsupportedModelError where a layer cannot skip."""
     rules = rules_of(config)
     try:
         refuse_rules(structure, rules)
@@ -76,9 +74,7 @@ def counting(model: nn.Module, counter: Counter) -> Iterator[None]:
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Within the context no layer skips, whatever is installed meanwhile; nor does the rest of a model that this is a
-    part of.
-    """
+    """Within the context nothing skips, in all of the model that this is a part of."""
     with _switch_on(model) as switch:
         switch.pause()
         try:
@@ -147,9 +143,7 @@ def reinstate(
 
 
 def restore(model: nn.Module, structure: Structure, config: Any) -> None:
-    """Switch on what the config says, for a model that was loaded without us. Raises CheckpointError where the config's
-    rules do not fit the model.
-    """
+    """Switch on what the config says. Raises CheckpointError where its rules do not fit the model."""
     rules = fitting_rules(structure, config)
     try:
         install(model, structure, rules)

@@ -168,9 +168,7 @@ class SkipRule:
         return largest_TK & (scores_TK == scores_TK.amax(-1, keepdim=True))
 
     def reweighted(self, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
-        """[T, K], in the weights' dtype: those of skipped experts 0, the others as above. A token that skips nothing
-        has its own weights, to the bit.
-        """
+        """[T, K]: weights, those of skipped experts 0; a token that skips nothing has its own, to the bit."""
         weights = weights_TK.float()
         left_TK = weights.masked_fill(~kept_TK, 0.0)
         if self.normalise_over is not None and self.normalise_over < weights.shape[-1]:

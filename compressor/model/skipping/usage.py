@@ -133,9 +133,7 @@ class Counter:
 
 
 def _unpadded(mask: Tensor, tokens_BS: Tensor, cache: Any) -> Tensor | None:
-    """[B, S] bool: which tokens are real, by a mask [B, N] of those, or [B, 1, S, N] of who sees whom; None where it
-    does not tell.
-    """
+    """[B, S] bool: the real tokens, by a mask [B, N] or of attention [B, 1, S, N]; None where it does not tell."""
     num_sequences, num_tokens = tokens_BS.shape[:2]
     surplus = mask.shape[-1] - num_tokens
     if surplus < 0:
