@@ -85,10 +85,9 @@ class Plugins:
 
 
 def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
-    """Import every installed plugin but those named in `without`.
-
-    `found` replaces the installed entry points, for tests. Raises PluginError, naming plugin and distribution, for a
-    plugin that cannot be imported or offers no valid method, for equal names, and for an unknown name in `without`.
+    """Import every installed plugin but those `without`; `found` replaces the entry points, for tests. Raises
+    PluginError, naming plugin and distribution, for what cannot be imported or is invalid, equal names, an unknown
+    `without`.
     """
     installed = _by_name(entry_points(group=GROUP) if found is None else found)
     blocked = set(without)

@@ -20,10 +20,8 @@ _AUTO_FIRST = (
 
 
 def model_class(checkpoint: Checkpoint, config: Any) -> Any:
-    """The class to build: the checkpoint's own code if it may run, else the one that `architectures` of its config
-    names, else the first that an Auto class of transformers knows for this config, language models first.
-
-    Raises UnsupportedModelError where there is none, or it has no forward.
+    """The class to build: the checkpoint's own code if it may run, else what `architectures` names, else the first Auto
+    class that knows the config, language models first. Raises UnsupportedModelError without one, or a forward.
     """
     cls = _remote_class(checkpoint, config) or _named_class(config) or _first_class(config)
     if cls is None:
@@ -69,10 +67,8 @@ def _auto_names() -> list[str]:
 
 
 def _auto_classes(config: Any) -> Iterator[tuple[str, list[Any]]]:
-    """For each Auto class that knows this config, its name and the classes that it builds from it.
-
-    A class that wants another config is left out: from that of a composite some Auto classes build the text model
-    alone.
+    """Each Auto class that knows this config, with its classes; not those that want another config (a composite's
+    text).
     """
     from transformers.models.auto import modeling_auto
 

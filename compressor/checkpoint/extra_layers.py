@@ -18,10 +18,8 @@ _EXTRA = "mtp|nextn"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Extra prediction layers (multi-token prediction, next-n heads) that a checkpoint has and its class ignores.
-
-    transformers drops them on loading without a word, so a checkpoint that it saves is without them, and its config
-    must not announce them any more. Paths are those of config.json.
+    """Extra prediction layers (multi-token prediction, next-n heads) that a checkpoint has and its class ignores:
+    transformers drops them, so config.json must not announce them any more. Paths are config.json's.
     """
 
     num_tensors: int
@@ -92,10 +90,7 @@ def _extra_layer(name: str, num_layers: int | None) -> str | None:
 
 
 def _announced(raw: Mapping[str, Any], config: Any) -> dict[tuple[str, ...], int]:
-    """Paths in config.json of the integers above 0 that announce extra prediction layers.
-
-    With them those that the config's class sets by itself where config.json has no such key.
-    """
+    """Paths in config.json of integers above 0 that announce extra layers; those that the config's class sets, too."""
 
     def walk(holder: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
         for key, value in holder.items():

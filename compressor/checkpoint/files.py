@@ -43,9 +43,8 @@ def is_weights(name: str) -> bool:
 
 
 def names_of_weights(there: Collection[str], weight_map: dict[str, str] | None, where: str) -> list[str]:
-    """The files of weights that are read, of those that are `there`; missing shards are named too.
-
-    Raises CheckpointError where there are none, or two models.
+    """The files of weights that are read, of those `there`; missing shards too. CheckpointError for none, or two
+    models.
     """
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
@@ -149,11 +148,7 @@ def _walk(folder: Path, inside: str, read: Collection[str]) -> Iterator[tuple[st
 
 
 def refuse_adapter(folder: Path, reference: str) -> None:
-    """Raise CheckpointError for a folder in which a trainer of adapters (LoRA) has left one.
-
-    With peft installed transformers puts it on top of the weights, without it does not; and what is edited would be the
-    weights alone.
-    """
+    """Raise CheckpointError for a folder with an adapter (LoRA): whether transformers applies it depends on peft."""
     files = [name for name in ADAPTER if (folder / name).exists()]
     if ADAPTER[0] not in files:
         return

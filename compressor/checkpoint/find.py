@@ -71,11 +71,9 @@ class Checkpoint:
 
 
 def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
-    """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache.
-
-    With `weights` False all but weights is needed and downloaded. Raises CheckpointError if there is no such folder, or
-    the hub cannot be reached and its cache does not hold the model, or an adapter lies in it, or
-    the hub has no weights of it that can be read.
+    """Find a model: `demo`, a local folder, or a hub id, which is downloaded into the hub's cache; all but weights with
+    `weights` False. Raises CheckpointError where there is none, it cannot be downloaded or read, or an adapter lies in
+    it.
     """
     if reference == DEMO:
         from compressor.data.demo import model_folder
@@ -136,10 +134,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def quantiser_of(checkpoint: Checkpoint) -> Any:
-    """What dequantises the checkpoint's weights while they are read, None if they are not quantised.
-
-    Raises UnsupportedModelError for a format that cannot be read so.
-    """
+    """What dequantises weights while they are read, None if unquantised. UnsupportedModelError: cannot be read so."""
     quantisation = checkpoint.quantisation
     return None if quantisation is None else quantiser(quantisation, checkpoint.reference)
 

@@ -47,10 +47,8 @@ class Shard:
 
 
 def verify_files(folder: Path) -> list[Shard]:
-    """Read every shard's header and compare it with the file's size and with the index.
-
-    Cheap: no weights are read. Raises CheckpointError, naming the file, for a missing, truncated or mismatched shard,
-    and for weights in a format other than safetensors.
+    """Read every shard's header and compare it with file and index; no weights. Raises CheckpointError, naming the
+    file, for a missing, truncated or mismatched shard, and for weights that are no safetensors.
     """
     weight_map = read_index(folder)
     names = names_of_weights([path.name for path in folder.iterdir()], weight_map, str(folder))
@@ -131,9 +129,8 @@ def torch_dtype(kind: str) -> torch.dtype:
 
 
 def fingerprint(folder: Path, shards: list[Shard]) -> str:
-    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, its header, its size
-    and 64 KiB from five places. Not a proof against forgery; reading hundreds of gigabytes twice would cost more than
-    it tells.
+    """Tell checkpoints apart: `sha256:` and 16 hex digits of config.json and, for each shard, header, size and 64 KiB
+    from five places. No proof against forgery: reading hundreds of gigabytes twice costs more than it tells.
     """
     return digest(_samples(folder, shards))
 

@@ -43,10 +43,7 @@ def download_side_files(repository: str) -> Path:
 
 
 def download_weights(repository: str, folder: Path) -> None:
-    """Have the weights that are read beside the small files in `folder`, of the same commit.
-
-    Raises CheckpointError where the hub has none that can be read, or they are not here and the hub cannot be reached.
-    """
+    """Have the weights that are read in `folder`, of its commit. Raises CheckpointError where that cannot be."""
     from huggingface_hub import snapshot_download
 
     if not (missing := missing_weights(repository, folder)):

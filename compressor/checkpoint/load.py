@@ -126,10 +126,8 @@ def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapt
 
 @torch.no_grad()
 def align(model: Any) -> None:
-    """Move weights to addresses that 64 divides, in place.
-
-    What is mapped from a file lies where the file has it. Matrix products on a CPU may sum in another order there, and
-    differ in the last bit from those of the same weights elsewhere: then equal models would not answer equally.
+    """Move weights to addresses that 64 divides, in place: as a file is mapped, matrix products on a CPU may sum in
+    another order, and equal models differ in the last bit.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:

@@ -56,12 +56,10 @@ def refuse_output_over_input(output: Path, reference: str) -> None:
 
 
 class OutputFolder:
-    """A folder that appears under its name only when it is whole.
-
-    Work goes into `hidden`, a folder beside it, which one run at a time may write to, and in it the output into `path`;
-    `finish` moves that to `target`. Leaving the context without that removes all of it, unless the run's `journal`
-    holds work that another run can go on from: then `resume` finds it. What a run with `resume` has found there no
-    error removes. An existing target is refused unless `overwrite`, and then replaced at the very end.
+    """A folder that appears under its name only when it is whole. Work goes into `hidden` beside it, which one run at a
+    time may write to, the output into its `path`; `finish` moves that to `target`. Leaving without that removes it,
+    unless the run's `journal` holds work for `resume`, which no error removes. An existing target is refused unless
+    `overwrite`, and then replaced at the very end.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:

@@ -48,10 +48,7 @@ def to_dequantise(config: Any, quantisation: Mapping[str, Any]) -> Any:
 
 
 def quantiser(quantisation: Mapping[str, Any], reference: str) -> Any:
-    """Transformers' object that knows how to load such a checkpoint dequantised.
-
-    Raises UnsupportedModelError, naming the format, where transformers cannot, or a package is missing for it.
-    """
+    """Transformers' object that loads it dequantised. UnsupportedModelError, naming the format, where none can."""
     if why := reading_problem(quantisation):
         raise refusal(quantisation, reference, why)
     return _quantiser({**quantisation, "dequantize": True}, None)

@@ -95,10 +95,8 @@ class Journal:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a batch stands before a decoder layer.
-
-    `outputs` are what the last layer run of each module list has put out, by the list's path: an array of tensors and
-    what they are arranged in (see `flatten`). `digest` is that of the arguments that the next layer is given.
+    """Where a batch stands before a decoder layer. `outputs`: of each module list's last layer run, by path, an array
+    of tensors and their arrangement (see `flatten`); `digest`: of the arguments for the next layer.
     """
 
     outputs: Mapping[str, tuple[Any, Sequence[Tensor]]]

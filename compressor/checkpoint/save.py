@@ -31,12 +31,8 @@ def save_checkpoint(
     left_out: LeftOut | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a live model into `folder` as a checkpoint that the source's readers can read.
-
-    `source` is the folder that the model came from: its config.json is patched with `counts` and its other files
-    (tokenizer, generation config, chat template, code) are copied byte by byte. Without one, transformers' own are
-    written. `left_out` is what of the source transformers did not build: config.json announces it no more.
-    `changes` are for `write_beside_weights`.
+    """Write a live model into `folder` for the source's readers: `source`'s config.json with `counts`, its other files
+    byte by byte; without one transformers' own. `left_out` is announced no more; `changes`: see `write_beside_weights`.
     """
     with quiet_transformers():
         model.save_pretrained(folder)
@@ -53,10 +49,8 @@ def write_beside_weights(
     left_out: LeftOut | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all that a checkpoint holds beside its weights: config.json, and the source's other files.
-
-    `config` is that of the smaller model. `dtype` is what all weights have now, None that they have what they had;
-    `changes` replace keys of the source's config.json before the rest. For the others see `save_checkpoint`.
+    """Write all but weights. `config` is the smaller model's; `dtype` what all weights have now (None: as before);
+    `changes` replace keys of the source's config.json first. For the others see `save_checkpoint`.
     """
     raw = read_config(source or folder) | copy.deepcopy(dict(changes or {}))
     for leaf, value in counts.items():
@@ -80,11 +74,9 @@ def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int)
 
 
 def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
-    """Add the other spelling of the rotary embedding's settings, in every part that has some: `rope_parameters`, or
-    `rope_theta` and `rope_scaling`. `read` is the config as transformers reads it.
-
-    Where kinds of layers have settings of their own, those of full attention are the ones without a name, and of the
-    others only the base has an older one; a `rope_scaling` there would count for all of them.
+    """Add the other spelling of the rotary embedding's settings (`rope_parameters`, or `rope_theta` and
+    `rope_scaling`), in every part; `read` is transformers' config. Of settings by kind of layer the older spelling is
+    that of full attention, with nothing but the base of the others: a `rope_scaling` there would count for all.
     """
     for key, part in read.items():
         if isinstance(part, dict) and isinstance(own := raw.get(key), dict) and key != "rope_parameters":

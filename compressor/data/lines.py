@@ -79,9 +79,8 @@ def _find_rows(path: Path, size: int, changed: int) -> Rows:
 def read_rows(
     path: Path, title: str, starts: Iterable[int] | None = None, *, replace: bool = False
 ) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """The JSON objects in the lines that begin at `starts`, by default all in order, blank lines left out; each with
-    the place where it stands. `replace` puts U+FFFD for bytes that are no UTF-8. Raises CalibrationError for the first
-    row that is no object, by file and line.
+    """(place, JSON object) of the lines that begin at `starts`, by default all in order, blank ones left out. `replace`
+    puts U+FFFD for bad bytes. Raises CalibrationError for the first row that is no object, by file and line.
     """
     try:
         with path.open("rb") as file:

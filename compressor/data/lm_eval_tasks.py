@@ -66,16 +66,11 @@ def load_tasks(
     local_tasks: LocalTasks | None = None,
     quiet: bool = True,
 ) -> LoadedTasks:
-    """Find tasks, groups and tags by name and read their documents. Needs no model, so it can go first.
-
-    A name that begins with ``demo_`` is one of ``local_tasks`` (name → lm-eval configuration; default: the
-    demo's own); then come the YAML files under ``task_path``; then lm-eval's index of 14,000 tasks, read only
-    if a name is still unknown (7 to 30 seconds), whose documents come from the hub or its local cache.
-    ``num_fewshot`` replaces a task's own number except where that is fixed at 0; None leaves it. ``quiet``
-    silences lm-eval and datasets.
-
-    Raises EvaluationError for an unknown name (with the nearest ones), for documents that cannot be read
-    (offline, say), for a ``num_fewshot`` that no task takes, and for a task that runs generated code or needs
+    """Find tasks, groups and tags by name and read their documents, without a model. ``demo_…`` are ``local_tasks``
+    (name → configuration; default the demo's own), then come YAML files under ``task_path``, then lm-eval's index of
+    14,000 tasks (7 to 30 seconds, only if still unknown), whose documents come from the hub or its cache.
+    ``num_fewshot`` replaces a task's number unless that is fixed at 0. Raises EvaluationError for an unknown name (with
+    the nearest), unreadable documents, a ``num_fewshot`` that no task takes, and tasks that run generated code or need
     more than text.
     """
     sources = TaskSources(task_path, local_tasks, seed=seed, quiet=quiet)
@@ -190,9 +185,8 @@ _ANSWER_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completio
 
 
 def refuse_long_answers(tasks: Mapping[str, Any], max_positions: int | None) -> None:
-    """Raise EvaluationError for a task that has the model write as many tokens as it has positions, or more: none would
-    be left for the question; or no number of tokens. `max_positions`: None where the model's config names no limit.
-    Needs no weights.
+    """Raise EvaluationError for a task that has the model write as many tokens as it has positions (None: no limit), so
+    that none are left for the question, or no number of tokens.
     """
     for name, task in tasks.items():
         if task.OUTPUT_TYPE != "generate_until" or max_positions is None:
@@ -277,12 +271,9 @@ _WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)
 def training_texts(
     name: str, *, task_path: Path | None = None, split: str | None = None, seed: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """The documents of a task, or of a group's tasks in turn, as texts: prompt and right answer, shuffled by ``seed``;
-    each with its place, such as ``task 'x', document 7`` (from 0, in its split). They are rendered as they are wanted.
-
-    They are those of the training split, or else of a validation split that the task is not measured on; ``split``
-    (train, validation, test) names another one. Raises CalibrationError where there is none, or where they cannot be
-    read.
+    """The training documents of a task, or of a group's tasks in turn, as (prompt and right answer, place), shuffled by
+    ``seed``, rendered as they are wanted; without a training split those of a validation split that is not measured on,
+    or of ``split``. Raises CalibrationError where there are none, or they cannot be read.
     """
     try:
         loaded = load_tasks([name], task_path=task_path, seed=seed)

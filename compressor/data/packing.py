@@ -37,12 +37,8 @@ from compressor.errors import CalibrationError
 
 
 def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | None, split: Split = "train") -> Sequences:
-    """Read a source.
-
-    `tokenizer` is a transformers tokenizer, or None for a model without one (only `tokens:` sources work).
-    `seed` orders the documents; `split` is what a `demo:` source uses unless it says otherwise. Without a `seed` it is
-    a look at the source: of text only the first sequence is read, of the documents that stand first.
-    Raises CalibrationError when the source is missing, empty, or shorter than one sequence.
+    """Read a source. `tokenizer` None: only `tokens:` sources. `seed` orders the documents, without one it is a look at
+    the first sequence; `split` is for `demo:` sources. Raises CalibrationError when it is missing, empty or too short.
     """
     if isinstance(source, TokensSource):
         ids = [torch.tensor(row, dtype=torch.int64) for row in source.sequences()]
@@ -65,10 +61,8 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | Non
 
 
 def load_with_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> tuple[Sequences, Sequences | None]:
-    """What `load_sequences` gives, and text of the same kind that it does not give: a quarter as much, 32 sequences at
-    most.
-
-    That is the other split of a `demo:` source; of all others the sequences that follow. None where none are left.
+    """What `load_sequences` gives, and a quarter as much held-out text, 32 sequences at most: the other split of a
+    `demo:` source, else the sequences that follow; None where none are left.
     """
     if source.samples is None:  # ready-made ids, all of them
         return load_sequences(source, tokenizer, seed=seed), None

@@ -20,10 +20,8 @@ from compressor.wording import counted, digest
 
 @dataclass(frozen=True)
 class Sequences:
-    """The token sequences of one source, and a digest of the ids by which a record can tell them apart.
-
-    `asked` is how many sequences were asked for, None for all; `special_tokens` those that were put before and behind
-    each document, None for ready-made ids; `notes` are sentences for the user about what was read.
+    """The token sequences of one source, and a digest of the ids. `asked`: sequences asked for, None for all;
+    `special_tokens`: put around each document, None for ready-made ids; `notes`: sentences for the user.
     """
 
     name: str

@@ -188,9 +188,8 @@ class TextSource(GivenSource):
 
 
 class JsonLinesSource(RowsSource):
-    """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text or its chat under `field`.
-
-    A chat is a list of messages, each with `role` and `content`. Without `field`, that is `text`, or else `messages`.
+    """A JSON-lines file with one document a line: `jsonl: corpus.jsonl`, its text or its chat (a list of messages with
+    `role` and `content`) under `field`, by default `text`, or else `messages`.
     """
 
     jsonl: FilePath = Field(description="a JSON-lines file, one document a line")
@@ -404,10 +403,7 @@ class TokensSource(BaseSource):
 
 
 class TaskSource(GivenSource):
-    """An lm-eval task's training documents, prompt and answer as the task renders them: `task: gsm8k`.
-
-    Never the documents that the task is measured on, unless `split` names them.
-    """
+    """An lm-eval task's documents, rendered by it, never those it is measured on without `split`: `task: gsm8k`."""
 
     task: FileName = Field(min_length=1, description="lm-eval task or group; or the path of a task's YAML file")
     task_path: FilePath | None = Field(

@@ -164,10 +164,8 @@ class InMemory(AsLoaded):
         return size(self.model, routed)
 
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
-        """Carry a decision out, and compare the answers on `probe` with those of the method's preview; the differences.
-
-        `name` tells the edits of a run apart. Raises VerificationError where the answers are others, OptionError where
-        the model cannot be edited like this.
+        """Carry a decision out; how answers on `probe` differ from the preview's. `name` tells a run's edits apart.
+        Raises VerificationError where they are others, OptionError where it cannot be edited like this.
         """
         untouched, self._answered = self.answers(probe), None
         with self._followed(self.moe):

@@ -23,10 +23,8 @@ _PATTERN = re.compile(r"[*?\[\](){}|^$+\\]")
 
 
 def renamed(value: Any, modules: Names, reference: str) -> Any:
-    """A value of a JSON file in which modules, in lists and as keys, have the names that they have afterwards.
-
-    A pattern that would fit others then becomes the names that it fitted. Raises UnsupportedModelError, with the
-    pattern, where it stands for itself and that cannot be.
+    """A value of a JSON file with modules, in lists and as keys, under their new names; patterns that would fit others
+    become names. Raises UnsupportedModelError, with the pattern, where that cannot be.
     """
     if isinstance(value, dict):
         found = {}

@@ -47,10 +47,8 @@ from compressor.observe.streams import Consume
 
 
 class OnDisk(InMemory):
-    """A model whose weights stay on disk, and are read one decoder layer at a time.
-
-    `work` is a folder for the checkpoints between passes; without one it can be measured only. `journal` knows which of
-    them are whole, in a run that goes on. While text is measured, `tokens_at_once` of it pass a layer together.
+    """A model whose weights are read one decoder layer at a time. `work`: a folder for checkpoints between passes, None
+    to measure only; `journal` knows which are whole; `tokens_at_once` of measured text pass a layer together.
     """
 
     source: Checkpoint

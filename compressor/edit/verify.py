@@ -75,11 +75,8 @@ def refuse_not_finite_answers(answers_NV: Tensor, name: str) -> None:
 
 
 def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
-    """Relative error of each token's logits.
-
-    Where two experts tie for a token within rounding, which is rare in float32 and common in half precision, the tie
-    may fall anew: the token takes the other, equally good one, and what changes spreads to later tokens through
-    attention. So a quarter of the tokens may differ; experts sliced wrongly would change nearly all of them.
+    """Relative error of each token's logits. Experts that tie within rounding, common in half precision, may be chosen
+    anew, which spreads by attention: a quarter of the tokens may differ, wrong slices change nearly all.
     """
     expected, found = expected_NV.double(), found_NV.double()
     error_N = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
@@ -103,10 +100,8 @@ def save_verified(
     adapters: Sequence[Adapter] = (),
     answers: Tensor | None = None,
 ) -> None:
-    """Write the checkpoint and load it again: every tensor and every logit must be the live model's, bit by bit.
-    `answers` are the latter [N, V], where they are known.
-
-    Raises VerificationError if anything differs, CheckpointError if a tensor is missing or unexpected.
+    """Write the checkpoint and load it again: every tensor and logit must be the live model's (`answers` [N, V], if
+    known), by the bit. Raises VerificationError where not, CheckpointError if a tensor is missing or unexpected.
     """
     folder.require_space(size(moe.model).bytes)
     leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)

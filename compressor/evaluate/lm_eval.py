@@ -50,14 +50,11 @@ class Metric(Result):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What lm-evaluation-harness measured on one task or group of tasks.
-
-    ``metrics`` have lm-eval's names without its ``,none``: ``acc``, ``acc_norm``,
-    ``exact_match,strict-match``. ``correct[metric][i]`` says whether document ``doc_ids[i]`` was answered
-    rightly, for each metric that is the mean of rights and wrongs. ``fingerprint`` is a digest of documents,
-    prompts and answers asked for. ``cut`` is how many of the documents were asked without the beginning of their
-    prompts, for which the model has too few positions. A group has ``subtasks``, and its metrics are lm-eval's means
-    over them; ``group`` names the group through which a task came.
+    """What lm-evaluation-harness measured on a task or group. ``metrics`` have lm-eval's names without ``,none``;
+    ``correct[metric][i]`` says whether document ``doc_ids[i]`` was right, for means of rights and wrongs;
+    ``fingerprint`` digests documents, prompts and answers; ``cut`` documents were asked without their prompts'
+    beginnings, for which there are too few positions. A group has ``subtasks``; ``group`` is the one through which a
+    task came.
     """
 
     name: str
@@ -116,24 +113,14 @@ def run_tasks(
     run: Run | None = None,
     device: str = "cpu",
 ) -> dict[str, TaskResult]:
-    """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last.
-
-    ``limit`` takes the first so many documents of each task. ``seed`` draws all that is random, so that the next model
-    gets the same prompts. Settings not named here are lm-eval's own, and so are the figures. Standard errors of means
-    over documents are sample standard deviation / √n, a group's is combined by lm-eval's rule; other metrics have none.
-
-    ``progress(done, total)`` is called with numbers of requests, of a multiple-choice question one for each choice;
-    equal ones are asked once, so it may end early.
-
-    Each of several `processes` prepares all requests, and asks its share of them. Other requests share a batch than in
-    one process, so answers agree up to rounding.
-
-    `run` feeds batches to a model that cannot simply be called, in order, on `device`: then all requests of a kind go
-    together, progress is told by `run`, and a task that has the model write raises EvaluationError. The figures are
-    the same to the bit.
-
-    The tokenizer is copied, the model's training mode put back. Raises EvaluationError without a tokenizer, for answers
-    longer than the model, and for whatever lm-eval itself refuses.
+    """Ask the tasks of a live model through lm-evaluation-harness: results by name, groups last. ``limit`` takes so
+    many documents of each task, ``seed`` draws all that is random; other settings and figures are lm-eval's own.
+    Standard errors are those of means over documents (sample deviation / √n), a group's by lm-eval's rule.
+    ``progress(done, total)`` counts requests, equal ones once, so it may end early. Each of several `processes` asks
+    its share, in other batches, so answers agree up to rounding. `run` feeds batches on `device` to a model that cannot
+    simply be called, all requests of a kind together, to the same bits; then writing raises EvaluationError, as does no
+    tokenizer, an answer longer than the model, and whatever lm-eval refuses. Tokenizer and training mode stay as they
+    were.
     """
     refuse_without_tokenizer(tasks.names, tokenizer)
     for task in tasks.tasks.values():
@@ -202,11 +189,8 @@ def _refuse_long_answer(request: Any, num_tokens: int, num_positions: int) -> No
 
 
 class _Counting(_HFLM):  # type: ignore[misc]
-    """lm-eval's view of a live model, which tells how many of the requests have been through it, and whose prompts it
-    cut: task → documents.
-
-    lm-eval's own way to use several processes shares out the documents and draws few-shot examples for the share only:
-    other prompts than in one process. So to lm-eval each process is alone, and the requests are shared out here.
+    """lm-eval's view of a live model, which counts requests done and prompts cut: task → documents. To lm-eval each
+    process is alone: its own way to share out draws other few-shot examples than one process.
     """
 
     def __init__(self, progress: Progress | None, processes: Processes, **settings: Any) -> None:
@@ -487,11 +471,8 @@ def _from_ranges(text: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _tying_as_it_is(model: Any) -> Iterator[None]:
-    """``model.tie_weights()`` does nothing inside.
-
-    lm-eval calls it on the model it is given. Where a checkpoint holds different input and output embeddings
-    although its configuration ties them, transformers rightly keeps both when loading, and that call would
-    overwrite one.
+    """``model.tie_weights()``, which lm-eval calls, does nothing inside: it would overwrite one of two different
+    embeddings of a checkpoint whose config ties them.
     """
     model.tie_weights = lambda *args, **kwargs: None
     try:

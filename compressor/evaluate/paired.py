@@ -12,10 +12,8 @@ from compressor.evaluate.result import Result
 
 @dataclass(frozen=True)
 class Flips(Result):
-    """Documents by their answers before and after, and how surprising the change is.
-
-    ``gained`` were wrong and became right, ``lost`` the reverse. ``p_value`` is McNemar's exact two-sided
-    test: how often a fair coin thrown gained + lost times is as uneven as this or more.
+    """Documents by their answers before and after: ``gained`` became right, ``lost`` wrong. ``p_value``: McNemar's
+    exact two-sided test, how often a fair coin thrown gained + lost times is as uneven.
     """
 
     gained: int
@@ -26,10 +24,7 @@ class Flips(Result):
 
 
 def paired(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) -> dict[str, dict[str, Flips]]:
-    """Flips by task and metric, for each metric of rights and wrongs; a group's are its subtasks' sum.
-
-    Raises EvaluationError when a task of both was not asked the same documents with the same prompts.
-    """
+    """Flips by task and metric, a group's summed. EvaluationError where a task was not asked the same twice."""
     flips: dict[str, dict[str, Flips]] = {}
     shared = [name for name in before if name in after]
     for name in shared:
@@ -42,10 +37,7 @@ def paired(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) ->
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p-value: min(1, 2 · Σ_{i ≤ min(gained, lost)} C(n, i) / 2ⁿ), n = gained + lost.
-
-    In whole numbers up to the last division, so thousands of flips neither overflow nor round.
-    """
+    """Exact two-sided p: min(1, 2 · Σ_{i ≤ min(gained, lost)} C(n, i) / 2ⁿ), n = gained + lost, in whole numbers."""
     total = gained + lost
     tail = term = 1  # C(n, 0)
     for i in range(min(gained, lost)):

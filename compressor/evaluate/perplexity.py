@@ -29,11 +29,8 @@ CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
 
 @dataclass(frozen=True)
 class Perplexity(Result):
-    """How well a model predicts a text: lower is better.
-
-    ``mean_loss`` is in nats per predicted token, over ``tokens`` predicted tokens; ``perplexity`` its
-    exponential. ``standard_error`` is that of ``mean_loss`` (nats), None for a single sequence; that of the
-    perplexity is ``perplexity × standard_error``. ``fingerprint`` names the token ids.
+    """How well a model predicts a text: lower is better. ``mean_loss`` is in nats a predicted token (of ``tokens``),
+    with its ``standard_error``, None for one sequence; ``perplexity`` its exponential, with that error times itself.
     """
 
     name: str
@@ -102,10 +99,8 @@ def perplexity(
 
 
 def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Each sequence's summed negative log likelihood in nats: [B] float64 on the CPU.
-
-    ``mask_BS`` is True where a token is real; padding is on the right and adds 0. Positions are taken in
-    chunks, so that the float32 copy of the logits stays at about 64 MiB whatever the vocabulary.
+    """Each sequence's summed negative log likelihood in nats: [B] float64 on the CPU. ``mask_BS``: which tokens are
+    real; positions go in chunks, of 64 MiB of float32 logits.
     """
     ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
     num_sequences, num_positions, vocab_size = logits_BSV.shape

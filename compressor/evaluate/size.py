@@ -30,12 +30,8 @@ class Size(Result):
 
 
 def size(model: Any, routed: Sequence[RoutedSize] = ()) -> Size:
-    """Count a model's parameters; tied ones count once.
-
-    Active parameters are all but the routed experts that a token does not use: total − Σ_layers
-    (num_experts − used) · parameters_per_expert. Bytes are those of parameters and of the buffers that a
-    checkpoint holds, each in its own dtype. A model on the meta device will do. Packed quantised weights
-    count as the numbers they are stored in.
+    """Count a model's parameters, tied ones once, packed ones as stored; the meta device will do. Active are total −
+    Σ_layers (num_experts − used) · parameters_per_expert. Bytes are of parameters and saved buffers in their dtypes.
     """
     saved = set(model.state_dict())
     parameters = list(model.parameters())

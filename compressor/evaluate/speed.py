@@ -37,12 +37,9 @@ class Ratio(Result):
 
 @dataclass(frozen=True)
 class Speed(Result):
-    """Two models' speed in tokens per second (of all sequences of the batch), medians of ``rounds`` rounds.
-
-    ``prefill`` reads the prompt, ``decode`` writes one token after another. Ratios above 1 mean that the
-    second of ``names`` is faster. ``decode`` is None when one of the models cannot, for ``decode_reason``.
-    ``peak_memory`` is the most device memory, in bytes, that each model's weights and work took together;
-    None on the CPU, where allocations are not counted.
+    """Two models' tokens per second (of all sequences of the batch), medians of ``rounds``. ``prefill`` reads the
+    prompt, ``decode`` writes token after token, None where a model cannot, for ``decode_reason``; ratios above 1: the
+    second is faster. ``peak_memory``: device bytes of weights and work, None on the CPU.
     """
 
     names: tuple[str, str]
@@ -71,15 +68,11 @@ def speed(
     seconds: float = 20.0,
     seed: int = 0,
 ) -> Speed:
-    """Time two models against each other in one process: A B, B A, A B, … after a warm-up of both.
-
-    Machines drift, so each round forms its own ratio and the median is taken of these. ``prefill`` is one
-    forward over ``prompt_tokens`` ids of ``text``, or random ones, with the logits of the last position only where the
-    model can (a model that skips experts skips others on random ids);
-    ``decode`` is ``new_tokens`` greedy forwards of one token each with the model's own cache. The prompt is
-    shortened so that both fit in the models' positions. It stops after ``repeats`` rounds, or after
-    ``seconds`` once there were three. Wall clock, with the device synchronised. Both models are in memory;
-    each is timed on its own device.
+    """Time two models against each other: A B, B A, … after a warm-up of both. Machines drift, so each round forms its
+    own ratio, and the median is taken. ``prefill`` is a forward over ``prompt_tokens`` ids of ``text``, or random ones
+    (on which a model skips others), with the last logits only where it can; ``decode`` is ``new_tokens`` greedy
+    forwards with the model's cache; both are shortened to the positions. Ends after ``repeats`` rounds, or ``seconds``
+    once there were three. Wall clock, device synchronised, each model in memory on its own device.
     """
     if len(models) != 2:
         raise ValueError(f"speed compares exactly two models, got {list(models)}")
@@ -120,11 +113,8 @@ def speed(
 
 
 def peak_memory(*devices: str) -> dict[str, int | None]:
-    """The most memory so far, in bytes: of this process on the host, and allocated by torch on CUDA devices, the sum of
-    what was the most on each.
-
-    ``host_bytes`` cannot be reset, so of two models measured one after the other it is the larger one's; None
-    where the system does not tell. ``device_bytes`` is None where no device is CUDA.
+    """Most memory so far, in bytes: ``host_bytes`` of this process, which cannot be reset (None: unknown), and
+    ``device_bytes`` allocated by torch, summed over CUDA devices (None without one).
     """
     peaks = [torch.cuda.max_memory_allocated(device) for device in devices if device.startswith("cuda")]
     return {"host_bytes": _host_bytes(), "device_bytes": sum(peaks) if peaks else None}

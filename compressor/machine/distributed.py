@@ -113,10 +113,8 @@ class Processes:
     @staticmethod
     @contextmanager
     def joined() -> Iterator[Processes]:
-        """The processes that torchrun has started, or one alone.
-
-        An error that leaves the context ends all of them: in one it is the error itself, in the others a ProcessError
-        that says so. A process that is told to end (SIGTERM) leaves the context by SystemExit.
+        """The processes that torchrun has started, or one alone. An error that leaves the context ends all of them, the
+        others by a ProcessError; SIGTERM leaves it by SystemExit.
         """
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not all(name in os.environ for name in wanted) or int(os.environ["WORLD_SIZE"]) == 1:

@@ -62,14 +62,11 @@ _COPIES_PER_TOKEN = 12
 
 @dataclass(frozen=True)
 class Work:
-    """What a run works on, in numbers.
-
-    `bytes_total` and `bytes_outside` are those of all weights and of those in no layer, `bytes_by_layer` those of each
-    decoder layer, all of them as numbers to compute with; `bytes_stored` and `bytes_after` those of the files, before
-    and after, which are fewer where weights are quantised; `tokens` the calibration text of the largest pass;
-    `batch_tokens` one batch; `hidden` the width of a token, `num_experts` those of the largest layer, `itemsize` the
-    bytes of a number, `per_token` what a search keeps of a token; `streams` 2 in progressive mode. `copies` is how
-    often all weights are in memory at most; `reading` the bytes that it takes to read the text and cut it into tokens.
+    """What a run works on. Bytes of weights as numbers to compute with: `bytes_total`, `bytes_outside` of layers,
+    `bytes_by_layer`; of files `bytes_stored` and `bytes_after`. `tokens` of the largest pass, `batch_tokens` of a
+    batch; `hidden` a token's width, `num_experts` of the largest layer, `itemsize` bytes of a number, `per_token` kept
+    by a search; `streams` 2 in progressive mode; `copies` of all weights at most; `reading`: bytes to read and cut the
+    text.
     """
 
     bytes_total: int
@@ -151,9 +148,8 @@ class Work:
         return stages * self.bytes_after + states // 2 + waiting
 
     def readings(self, place: Placement) -> int:
-        """How often all weights are read, as far as passes go: in memory once, and the result to compare it; from disk
-        for each pass to observe, to preview, to write and to compare, and before and after for text that is measured
-        (once for every `tokens_at_once` of it, which is not counted here).
+        """How often all weights are read: in memory once, and the result to compare it; from disk for each pass to
+        observe, preview, write and compare, and before and after for measured text (one turn of `tokens_at_once`).
         """
         if place.weights == "memory":
             return 2
@@ -178,10 +174,8 @@ class Work:
 
 
 def shares(outside: int, sizes: Sequence[int], num_devices: int) -> tuple[list[int], list[int]]:
-    """Layers of these `sizes` in bytes, dealt out in order so that the fullest device holds as little as possible; the
-    first one holds what is `outside` layers too.
-
-    Returns each layer's device, by its number, and each device's bytes.
+    """Layers of these `sizes` in bytes dealt out in order, the fullest device as empty as possible, the first one with
+    what is `outside`: each layer's device, each device's bytes.
     """
     least, enough = 0, outside + sum(sizes)
     while least < enough:

@@ -17,10 +17,8 @@ _answers: dict[str, tuple[float, str | None]] = {}
 
 @contextmanager
 def not_waited_for() -> Iterator[str | None]:
-    """Within the context nothing is asked of a hub that cannot be reached: its libraries take what their caches hold,
-    or fail at once. Yields why it cannot be reached; None where it answers, whatever it answers.
-
-    It is asked once a minute, and has `SECONDS`; never where HF_HUB_OFFLINE says that it is not wanted.
+    """Within the context nothing is asked of a hub that cannot be reached: libraries take their caches, or fail at
+    once. Yields why, None where it answers. Asked once a minute, for `SECONDS`; never with HF_HUB_OFFLINE.
     """
     import datasets
     from huggingface_hub import constants

@@ -37,19 +37,14 @@ class Adapter(ABC):
 
     @abstractmethod
     def structure(self, factory: ModelFactory, config: Any) -> Structure:
-        """The structure of the model that `factory(config)` builds. Raises UnsupportedModelError where it cannot tell.
-
-        Must not change `config`, and must need no weights.
-        """
+        """The structure that `factory(config)` has; config unchanged, no weights. UnsupportedModelError if unknown."""
 
 
 def structure_of(
     factory: ModelFactory, config: Any, adapters: Sequence[Adapter] = (), *, plain: bool = False
 ) -> Structure:
-    """The structure, from the adapter that explains this config or else found by itself; counts that differ by layer
-    are those of `config.compressor`, unless the `plain` class is asked for.
-
-    Raises UnsupportedModelError, and also where two adapters claim the same config.
+    """The structure, by the adapter that explains this config or found by itself; with counts of `config.compressor`
+    unless `plain`. Raises UnsupportedModelError, also where two adapters claim the config.
     """
     claiming = [adapter for adapter in adapters if adapter.explains(config)]
     if len(claiming) > 1:

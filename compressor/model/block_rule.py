@@ -23,11 +23,9 @@ NUM_TOKENS_THROUGH_BLOCK = 64
 
 @torch.no_grad()
 def rule_of_block(model: nn.Module, layer: MoELayer, hidden_TH: Tensor | None = None) -> RoutingRule:
-    """Find the rule of a block that chooses by itself: the one that explains how its output changes under a mask.
-
-    Asked on the first of the tokens given, or on random ones. Differences of outputs are compared, so whatever the
-    block adds (shared experts) does not matter. The experts masked are those that these tokens choose most, so that
-    there is a difference to explain. Raises UnsupportedModelError where there is no such rule.
+    """The rule of a block that chooses by itself: the one that explains how outputs change under a mask of the experts
+    that these tokens (or random ones) choose most; differences, so shared experts do not matter. Raises
+    UnsupportedModelError where there is none.
     """
     block, weights = model.get_submodule(layer.path), router_weights(model, layer)
     if hidden_TH is None:

@@ -33,10 +33,7 @@ _NUM_FITTING_TOKENS = 256
 
 @dataclass
 class RealTokens:
-    """Which tokens of the batch that is running are no padding: `mask_T` [B·S] bool, set before each batch.
-
-    While `listening` is False the model runs, and nobody is told of its tokens.
-    """
+    """Which tokens of the running batch are no padding: `mask_T` [B·S] bool; while not `listening` nobody is told."""
 
     mask_T: Tensor | None = None
     listening: bool = True
@@ -44,10 +41,7 @@ class RealTokens:
 
 @contextmanager
 def tapped(model: nn.Module, structure: Structure, visitors: Mapping[str, Visitor], real: RealTokens) -> Iterator[None]:
-    """Within the context, each visitor is called with the RoutedTokens of its layer whenever the layer runs.
-
-    Raises UnsupportedModelError, naming the layer, where a layer cannot be watched.
-    """
+    """Within the context each visitor gets its layer's RoutedTokens. Raises UnsupportedModelError, naming the layer."""
     layers = {layer.path: layer for layer in structure.layers}
     with ExitStack() as stack:
         for path, visitor in visitors.items():
@@ -302,11 +296,9 @@ class _CalledTap(_Tap):
 
     @torch.no_grad()
     def _find_lift(self, experts_output: Tensor) -> tuple[Lift | None, bool]:
-        """How the block carries its experts' output to its own: as it is, times a factor, or through a linear map.
-
-        Asked by letting the block run on zeros with answers of our own in place of the experts'. The second is False
-        where there is no such map: no block of its own, or a norm behind the experts. Then figures are those of the
-        experts' own output.
+        """How the block carries its experts' output to its own (as it is, times a factor, by a linear map), asked on
+        zeros with answers of ours for the experts'. The second is False where there is no such map, no block or a norm
+        behind the experts: then figures are of the experts' own output.
         """
         if not self.layer.router_probe.block_runs:
             return None, False
@@ -357,10 +349,7 @@ class _CalledTap(_Tap):
 
 
 class _ChoicesTap(_CalledTap):
-    """Experts called as (hidden, ids, weights).
-
-    The layer's output is put together from the outputs that the visitor asked for, so watching costs no second forward.
-    """
+    """Experts called as (hidden, ids, weights); the layer's output is made of outputs asked for, in one forward."""
 
     _by_router: bool | None = None
     _order: tuple[int, int, int] = (0, 1, 2)
@@ -466,10 +455,8 @@ class _MasksTap(_CalledTap):
 
 
 class _ScaledInputsTap(_CalledTap):
-    """Experts that see every token, times its sigmoid score, 0 where they are not chosen: hidden [E·T, H].
-
-    The score scales the input, so an expert's contribution is f(s·x). It depends on no other expert: written as
-    s · (f(s·x) / s) it has the form of all others, with weight s.
+    """Experts that see every token times its sigmoid score, 0 where not chosen: hidden [E·T, H]. Written as s · (f(s·x)
+    / s) a contribution f(s·x) has the form of all others, with weight s.
     """
 
     def _watch(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,11 +19,8 @@ def evaluate_stacked(
     index_cM: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Outputs [c, M, H] of experts that are called as (hidden, ids [T, K], weights [T, K]): one pair per token and
-    rank.
-
-    Pairs are taken in the order of their experts, on a CPU about a thousand at a time, so that what lies between an
-    expert's matrices stays near the processor: 1.1 to 1.5 times as fast as all at once.
+    """Outputs [c, M, H] of experts called as (hidden, ids [T, K], weights [T, K]), one pair per token and rank; by
+    expert, on a CPU a thousand at a time: 1.1 to 1.5 times as fast, since inner activations stay near.
     """
     num_tokens, num_ranks = index_cM.shape
     expert_P = index_cM.reshape(-1)

@@ -28,12 +28,9 @@ ModelFactory = Any
 
 
 def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | None = None) -> Structure:
-    """Build the model on the meta device and find its MoE layers.
-
-    `config` is not changed. `count` names the integer that counts the experts, where its name does not tell. Costs one
-    build per integer of the config that could be the number of experts (0.1 s for Mixtral, 0.8 s for DeepSeek-V3).
-    Raises UnsupportedModelError where there are no routed experts, or something that hangs on their number cannot be
-    sliced.
+    """Build the model on the meta device and find its MoE layers. `count` names the integer that counts the experts,
+    where its name does not tell. Costs a build per integer that it could be (0.1 s Mixtral, 0.8 s DeepSeek-V3). Raises
+    UnsupportedModelError without routed experts, or where what hangs on their number cannot be sliced.
     """
     name = getattr(config, "model_type", type(config).__name__)
     if isinstance(factory, type) and factory.forward is nn.Module.forward:  # type: ignore[attr-defined]
@@ -298,10 +295,8 @@ def _inside(path: str, block: str) -> bool:
 def _find_integer(
     config: Any, count: ConfigLeaf, pattern: str, blocks: tuple[str, ...], base: _Snapshot, factory: ModelFactory
 ) -> tuple[ConfigLeaf, _Difference] | None:
-    """The integer beside the expert count whose name fits, with what hangs on it.
-
-    One that changes attributes inside the MoE blocks is wanted; without such, one on which nothing hangs, and which
-    modules may read while they run.
+    """The integer beside the count whose name fits, with what hangs on it: one that changes the MoE blocks' attributes,
+    else one on which nothing hangs.
     """
     fitting = [leaf for leaf in _integer_leaves(config, pattern) if leaf.path == count.path and leaf != count]
     silent = []

@@ -36,10 +36,8 @@ def selection_biases(model: nn.Module, layer: MoELayer) -> list[tuple[str, Tenso
 
 @contextmanager
 def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
-    """Hide experts from everything but the logits, and put it all back afterwards, bit for bit.
-
-    Selection biases, which some routers add to the scores after the linear map, become −inf. Look-up tables that hold
-    expert ids are redirected to experts that stay.
+    """Hide experts from all but the logits, and put it back, to the bit: selection biases −inf, tables of ids
+    redirected.
     """
     saved: list[tuple[Tensor, Tensor]] = []
     try:
@@ -60,11 +58,9 @@ def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterat
 
 @torch.no_grad()
 def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
-    """A table of expert ids [N, K] in which every dropped expert is replaced by one that stays.
-
-    The stand-in is the kept expert whose router row is most alike (largest cosine), of those that the table's row does
-    not name already, so a token still has K different experts. No source prescribes this; an expert with a similar
-    router row was trained to be chosen for similar tokens.
+    """A table of expert ids [N, K] with every dropped expert replaced by the kept one whose router row is most alike
+    (cosine) and that the row does not name already. No source prescribes this; similar rows are chosen for similar
+    tokens.
     """
     if not len(dropped):
         return ids
@@ -81,10 +77,7 @@ def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
 
 
 def relabelled(ids: Tensor, layer: MoELayer, kept: Sequence[int], router_EH: Tensor) -> Tensor:
-    """A table of expert ids [N, K] as it is when only `kept` experts stay: dropped ones redirected, ids counted anew.
-
-    `router_EH` are the router's rows of all the layer's experts.
-    """
+    """A table of ids [N, K] for `kept` alone: redirected by `router_EH` (all experts' rows), ids counted anew."""
     dropped = dropped_experts(layer, kept, ids.device)
     new_id = torch.zeros(layer.num_experts, dtype=ids.dtype, device=ids.device)
     new_id[torch.tensor(kept, device=ids.device)] = torch.arange(len(kept), dtype=ids.dtype, device=ids.device)
@@ -93,10 +86,8 @@ def relabelled(ids: Tensor, layer: MoELayer, kept: Sequence[int], router_EH: Ten
 
 @contextmanager
 def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
-    """Within the context the layer's router cannot choose any expert but `kept`: dropped logits and biases are −inf.
-
-    This is what removing the other experts means: the router's own softmax, top-k and renormalisation then see only the
-    kept ones.
+    """Within the context the router can choose `kept` only: dropped logits and biases are −inf, and its own softmax,
+    top-k and renormalisation do the rest, which is what removing means.
     """
     router, weights = model.get_submodule(layer.router), router_weights(model, layer)
     dropped = dropped_experts(layer, kept, weights[0].device)

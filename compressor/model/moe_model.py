@@ -38,11 +38,9 @@ class Removal:
 
 
 class MoEModel:
-    """A transformers model with its MoE layers found.
-
-    Nothing is changed until `keep` is called; `removals` remembers every call. `structure` is what an adapter found,
-    for a model that the structural one cannot explain. Raises UnsupportedModelError where the structure cannot be
-    understood: a dense model, a quantised one, or one that hangs on its experts in a way that cannot be sliced.
+    """A transformers model with its MoE layers found; nothing changes until `keep`, whose calls are in `removals`.
+    `structure` is an adapter's. Raises UnsupportedModelError for a dense or quantised model, or one that hangs on its
+    experts in a way that cannot be sliced.
     """
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
@@ -98,10 +96,8 @@ class MoEModel:
 
     @contextmanager
     def masked(self, kept: Kept, *, top_k: int | None = None) -> Iterator[None]:
-        """Within the context, only `kept` experts can be chosen in the layers named; the others' logits are −inf.
-
-        `top_k` lowers the number of experts per token in every layer, of which a rule for skipping then takes its own.
-        Raises ValueError where `keep` would: a model that skips experts could not go on with so few.
+        """Within the context only `kept` experts can be chosen in the layers named. `top_k` lowers experts per token in
+        all layers, of which a rule for skipping takes its own. Raises ValueError where `keep` would.
         """
         kept = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in kept.items()}
         self._check_top_k(top_k)
@@ -130,12 +126,9 @@ class MoEModel:
         return any(state.is_on for state in skipping.states(self.model).values())
 
     def skip(self, rules: Mapping[str, SkipRule]) -> None:
-        """Skip experts from now on, by these rules and no others; without rules, no more.
-
-        The config says so too (`config.compressor`), so a checkpoint saved from here skips when `compressor.load` reads
-        it, and runs unskipped elsewhere. Only this model skips; another one that shares the config object would be
-        saved with the rules too. Raises ValueError or UnsupportedModelError, before anything is changed, where a layer
-        cannot skip like this.
+        """Skip experts by these rules and no others; without rules, no more. The config (`config.compressor`) says so
+        too: a checkpoint saved from here skips by `compressor.load`, and runs unskipped elsewhere; so does another
+        model that shares it. Raises ValueError or UnsupportedModelError, before anything is changed.
         """
         rules = dict(rules)
         skipping.refuse_rules(self.structure, rules)
@@ -166,10 +159,8 @@ class MoEModel:
 
     @contextmanager
     def counted(self) -> Iterator[Counter]:
-        """Within the context, a counter adds up how many experts the tokens use in each layer that skips.
-
-        Padding does not count where the model is given an `attention_mask`; `may_count_padding` says if one could not
-        be read.
+        """Within the context a counter adds up the experts used in each layer that skips, without padding where an
+        `attention_mask` tells; `may_count_padding` says if it did not.
         """
         counter = Counter()
         with skipping.counting(self.model, counter):

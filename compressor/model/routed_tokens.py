@@ -29,10 +29,8 @@ Lift = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RankedChunk:
-    """Some of the tokens with the outputs of their best-ranked experts.
-
-    `start` and `stop` are the chunk's place among the tokens. `order_cM` are expert ids, the K chosen ones first,
-    then the others by descending rank; `outputs_cMH` float32 is each one's output, not weighted.
+    """Some tokens, from `start` to `stop`, with outputs of their best ranks: `order_cM` expert ids, the K chosen first,
+    then by descending rank; `outputs_cMH` float32, not weighted.
     """
 
     start: int
@@ -107,10 +105,7 @@ class RoutedTokens:
 
     def ranked_outputs(self, num_ranks: int) -> Iterator[RankedChunk]:
         """The outputs of each token's `num_ranks` best experts, some tokens at a time, as they reach the block's
-        output.
-
-        Costs num_ranks / K ordinary forwards of the experts. The first K ranks are the experts really chosen, so the
-        layer's own output falls out on the way.
+        output; costs num_ranks / K forwards. The first K ranks are those chosen.
         """
         hidden_size = self.hidden_TH.shape[-1]
         most = max(1, min(_ROWS_PER_EXPERT * self.layer.num_experts, _CHUNK_BYTES // (4 * hidden_size)) // num_ranks)
@@ -132,10 +127,8 @@ class RoutedTokens:
         self.output_TH = torch.cat(lifted) if lifted else output_TH
 
     def order(self, num_ranks: int) -> Tensor:
-        """[T, num_ranks] int64: the chosen experts first, the others by descending rank.
-
-        Ties with the last chosen expert are broken as the router itself broke them. Without a closed rule the others
-        are ranked by their logits, which is good enough only if all of them are looked at.
+        """[T, num_ranks] int64: the chosen experts, ties as the router broke them, then by descending rank; without a
+        closed rule by logits, which will do only if all are looked at.
         """
         ranking_TE = (
             self.logits_TE.double() if self.rule is None else self.rule.ranking(self.rule.affinity(self.logits_TE))
@@ -148,10 +141,8 @@ class RoutedTokens:
 
 
 def gram_of(outputs_cXH: Tensor) -> Tensor:
-    """[c, X, X] float64: inner products of float32 outputs.
-
-    Their terms are exact in float64. Experts that answer nearly alike have a δᵀ G δ far smaller than its terms, and
-    sums in float32 would leave nothing of it but their rounding, another one on every processor.
+    """[c, X, X] float64: inner products of float32 outputs, exact in float64: of experts nearly alike float32 would
+    leave δᵀ G δ nothing but rounding.
     """
     gram_cXX = outputs_cXH.new_empty(*outputs_cXH.shape[:2], outputs_cXH.shape[1], dtype=torch.float64)
     for start in range(0, len(outputs_cXH), _TOKENS_PER_GRAM):

@@ -22,11 +22,9 @@ _LINEAR_FUNCTIONS = {
 
 
 class RouterLogits(TorchFunctionMode):
-    """While active, sees the linear map inside a router: records its output, masks it, or answers it from a record.
-
-    The map is known by its weight: one of `weights` [rows, H], a view of it, or a copy of its shape in another dtype.
-    `dropped` are ids of rows whose logits become −inf; `recorded` replaces the product by logits seen before. `seen`
-    holds the logits before masking.
+    """While active, records, masks or answers the linear map inside a router, known by its weight: one of `weights`
+    [rows, H], a view or a copy. `dropped` rows' logits become −inf; `recorded` replaces the product; `seen`: before
+    masking.
     """
 
     def __init__(

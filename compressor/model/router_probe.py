@@ -63,10 +63,8 @@ def probe_router(
     num_groups: int,
     name: str,
 ) -> RouterProbe:
-    """Probe one block of a meta model. `top_k` is the config's word, believed where the router does not tell.
-
-    Raises UnsupportedModelError where the router has no logits, its number of choices cannot be told, or its experts
-    do not run what it chose.
+    """Probe one block of a meta model; `top_k` is the config's. Raises UnsupportedModelError where the router has no
+    logits, its choices cannot be counted, or its experts do not run them.
     """
     router_class = type(model.get_submodule(place.router)).__name__
     trace = _trace(model, place, count_leaf, config)
@@ -424,19 +422,13 @@ class _Questions:
         return extra if bool((chosen >= self.num_experts).any()) else 0
 
     def uses_groups(self) -> bool:
-        """Whether the router reads its group counts at all: some classes carry them and never look.
-
-        Asked by giving it counts that no router can divide its experts by, not by whether groups limited this choice:
-        with all groups chosen they limit nothing, and the router still cuts its experts into groups of equal size.
+        """Whether the router reads its group counts, asked with counts that divide nothing: with all groups chosen they
+        limit nothing, and it still cuts its experts into equal ones.
         """
         return self._changes(_attributes(self.router.module, "group"), 10**6)
 
     def reads(self, leaf: ConfigLeaf) -> bool:
-        """Whether the router looks at the config's expert count while it runs.
-
-        Asked by making the count equal to an id that is chosen: a router for which it is the id of something special
-        then answers otherwise.
-        """
+        """Whether the router looks at the config's expert count, asked by making it equal to an id that is chosen."""
         holders = [
             value for module in self.router.module.modules() for value in module.__dict__.values()
             if leaf.key in getattr(value, "__dict__", {}) and not isinstance(value, nn.Module)

@@ -25,10 +25,7 @@ def fit_rule(
     biases: Sequence[Tensor],
     replay: Replay,
 ) -> RoutingRule | None:
-    """Find the closed form that explains what the router answered, or None where there is no such form.
-
-    Tried on the tokens given and, through `replay`, on a few sets of masked experts.
-    """
+    """The closed form that explains the router's answers to these tokens and, by `replay`, to masked sets; or None."""
     if layer.id_tensors or (layer.num_groups > 1 and layer.num_extra_choices):
         return None
     tolerance = _tolerance(weights_TK)
@@ -59,10 +56,7 @@ def _group_rules(layer: MoELayer) -> list[GroupRule | None]:
 
 
 def _is_ambiguous(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay: Replay, tolerance: float) -> bool:
-    """Whether these tokens leave open what experts of other groups are ranked by, and others could show it.
-
-    It matters only where rankings are negative, which few tokens may not have led to.
-    """
+    """Whether what ranks experts of other groups is open here, and others could show it: negative rankings."""
     if rule.groups is None or bool((rule.ranking(rule.affinity(logits_TE)) >= 0).all()):
         return False
     other = 0.0 if rule.groups.elsewhere else float("-inf")
@@ -79,10 +73,8 @@ def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Te
 def renormalises(
     layer: MoELayer, rule: RoutingRule | None, index_TK: Tensor, weights_TK: Tensor, replay: Replay
 ) -> bool:
-    """Whether the router divides the weights of the experts that it chose by their sum, or something that holds it.
-
-    By the closed rule; without one, by asking for one expert less: the others' weights then grow. Where the router
-    cannot be asked, weights differ and all tokens' sums are alike if it does.
+    """Whether the router divides chosen weights by their sum: by the closed rule; else asked for one expert less the
+    others grow; else weights differ and all sums are alike.
     """
     if rule is not None:
         return rule.renormalise

@@ -22,11 +22,8 @@ pairs           lists of (token, expert) pairs, sorted by expert, through severa
 
 @dataclass(frozen=True)
 class RouterProbe:
-    """What a router answered.
-
-    `index_position` and `weights_position` tell where in its output tuple the chosen expert ids [T, K] and their
-    weights [T, K] are; both None where its block chooses. `top_k` is the number of experts really chosen, which some
-    classes fix whatever the config says.
+    """What a router answered. `index_position` and `weights_position`: where its output tuple has ids and weights [T,
+    K], None where its block chooses; `top_k`: experts really chosen.
     """
 
     class_name: str
@@ -45,10 +42,8 @@ class RouterProbe:
 
 @dataclass(frozen=True)
 class ExpertAxis:
-    """One dimension of a tensor that is indexed by expert: its size is `stride × num_experts + extra`.
-
-    `stride` is 1 but for tensors that keep all experts flattened in one dimension; `extra` counts rows behind the
-    experts' own, which pruning leaves alone.
+    """A dimension indexed by expert, of size `stride × num_experts + extra`: `stride` > 1 where all are flattened in
+    one, `extra` rows behind the experts', which pruning leaves.
     """
 
     dim: int
@@ -72,10 +67,8 @@ Integers = Mapping[tuple[str, str], tuple[int, int]]
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE block of a model: where it is, how it routes, and everything in it that is indexed by expert.
-
-    `path` is the block's module path in the model; the other paths are relative to the model too. `num_groups` is
-    greater than 1 only where the router really limits the choice to `num_chosen_groups` groups of experts.
+    """One MoE block: where it is, how it routes, all in it that is indexed by expert. Paths are the model's;
+    `num_groups` > 1 only where the choice is limited to `num_chosen_groups`.
     """
 
     path: str

@@ -75,9 +75,8 @@ def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
-    """Take all experts but `kept` out of a layer: tensors, modules in lists, integers. Returns the layer as it is then.
-
-    `made` remembers the new tensor of an old one that other layers have too, so that they go on sharing it.
+    """Take all experts but `kept` out of a layer (tensors, lists, integers), which is returned; `made`: old tensor →
+    new, for layers that share.
     """
     in_lists = tuple(path + "." for path in layer.containers)
     for name, axis in layer.tensors.items():
@@ -110,11 +109,8 @@ def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int], made: We
 
 
 def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> type[Any]:
-    """A class that builds what `config.compressor` says: hand it to `from_pretrained`, then call `settle` on the model.
-
-    `structure` is that of the plain class, with its one count for all layers.
-
-    Raises CheckpointError where the config names layers or counts that the class cannot have.
+    """A class that builds what `config.compressor` says, for `from_pretrained`, then `settle`; `structure` is the plain
+    class's. Raises CheckpointError where the class cannot have such layers or counts.
     """
     counts = uneven_counts(config)
     known = {layer.path: layer for layer in structure.layers}

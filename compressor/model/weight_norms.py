@@ -16,10 +16,7 @@ _AT_ONCE = 1024
 
 @torch.no_grad()
 def expert_weight_norms(model: nn.Module, layer: MoELayer) -> dict[str, Tensor]:
-    """weights.l1 (Σ|w|), weights.squared (Σw²), weights.count: [E] float64, over each expert's weights and biases.
-
-    The router's rows are not the expert's weights. Nothing is copied but one expert's weights at a time.
-    """
+    """weights.l1 (Σ|w|), weights.squared (Σw²), weights.count: [E] float64, over each expert's weights and biases."""
     l1_E, squared_E, count_E = (torch.zeros(layer.num_experts, dtype=torch.float64) for _ in range(3))
 
     def add(expert: int, weights: Tensor) -> None:

@@ -38,11 +38,8 @@ def load(
     trust_remote_code: bool = False,
     without: Iterable[str] = (),
 ) -> tuple[Any, Any]:
-    """Load (model, tokenizer) from a folder that `compress` has written.
-
-    The same as transformers' own `from_pretrained`, with missing or unexpected tensors refused, and skipping experts as
-    its config says. By the device `auto` the model is spread over all GPUs of this machine. The tokenizer is None where
-    there is none. Plugins that are named in `without` are not loaded.
+    """Load (model, tokenizer or None) from a folder that `compress` has written: as `from_pretrained`, with missing or
+    unexpected tensors refused and experts skipped as its config says; `auto` is spread over all GPUs.
     """
     found = find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     verify_files(found.folder)
@@ -53,10 +50,8 @@ def load(
 
 
 def restore(model: Any, *, without: Iterable[str] = ()) -> Any:
-    """Put back what a checkpoint cannot hold, in a model that was loaded by other means than `compressor.load`, such as
-    `from_pretrained` with a `device_map`: the model skips experts as its config says. Returns the model.
-
-    Raises CheckpointError where what the config says does not fit the model.
+    """Put back what a checkpoint cannot hold in a model loaded by other means, such as `from_pretrained` with a
+    `device_map`: it skips as its config says, and is returned. Raises CheckpointError where that does not fit.
     """
     MoEModel(model, structure_of(type(model), model.config, load_plugins(without).adapters)).restore_skipping()
     return model

@@ -105,9 +105,8 @@ def placement(
     *,
     is_live: bool = False,
 ) -> Placement:
-    """Where weights and hidden states are to be: the fastest way that keeps the budgets, and of several devices as few
-    as hold the weights. `problems` are why weights cannot be on disk, or in memory. Raises RecipeError if no way is
-    left.
+    """Where weights and hidden states are to be: the fastest way that keeps the budgets, on as few devices as hold the
+    weights. `problems`: why not on disk, or in memory. Raises RecipeError if no way is left.
     """
     recipe, problem = loaded.recipe, problems["disk"]
     if problem and problems["memory"]:

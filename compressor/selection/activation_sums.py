@@ -31,9 +31,8 @@ SUMS = (
 
 
 class ExpertSums(RankedStatistic):
-    """Sums over the tokens that chose an expert, per domain; and each batch's domain and size of output.
-
-    With `outputs` also each expert's summed output, [D, E, H], and how far its outputs are from their mean.
+    """Sums over the tokens that chose an expert, per domain, and each batch's domain and size of output; with `outputs`
+    each expert's summed output [D, E, H] and its spread.
     """
 
     weight_norms = True

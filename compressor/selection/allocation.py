@@ -29,11 +29,8 @@ _IMPOSSIBLE = float("inf")
 
 
 def allocate(costs_LC: Tensor, total: int) -> list[int]:
-    """The counts, one a layer, of least summed cost that make up `total`.
-
-    `costs_LC` float64: the cost of each count in each layer, ∞ where it is not possible. Of allocations that cost the
-    same, the first in lexicographic order is taken: the first layers keep fewest. Raises ValueError if no possible
-    counts add up to `total`.
+    """The counts, one a layer, of least summed cost that make up `total`. `costs_LC` float64: each count's cost, ∞
+    where not possible; ties: the first layers keep fewest. Raises ValueError if none add up.
     """
     best_from = [torch.full((total + 1,), _IMPOSSIBLE, dtype=torch.float64)]
     best_from[0][0] = 0.0

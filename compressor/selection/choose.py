@@ -67,9 +67,8 @@ def objective_of(figures: Mapping[str, Tensor], domains: Sequence[str], blend: B
 
 
 def losses(objective: Objective, squared_B: Tensor) -> Choice:
-    """The loss in the output's units, over all domains, and as a fraction of the output's norm.
-
-    With several domains also each one's fraction, and the number that was minimised.
+    """The loss in the output's units and as a fraction of its norm; with several domains each one's, and what was
+    minimised.
     """
     loss_D = objective.losses(squared_B)
     loss, norm = float(loss_D.sum()), float(objective.norm_D.sum())

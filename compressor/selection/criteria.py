@@ -30,10 +30,8 @@ how far its outputs are from their mean).
 
 @dataclass(frozen=True)
 class ExpertFigures:
-    """One layer's figures, float64, [E] each: sums over the tokens that chose the expert.
-
-    With f the expert's output (as it reaches the block's output), g the weight that the router gave it and s = g / Σ g
-    over the token's experts.
+    """One layer's figures, float64 [E] each: sums over the tokens that chose the expert; f its output (at the block's),
+    g the router's weight, s = g / Σ g over the token's experts.
     """
 
     num_kept: int

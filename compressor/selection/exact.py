@@ -263,22 +263,14 @@ def with_residual(tokens: RoutedTokens, chunk: RankedChunk) -> Tensor:
 
 
 def keeps_order(rule: RoutingRule) -> bool:
-    """Whether experts keep their order when others are dropped.
-
-    Not where a bias is added to a softmax: what is dropped rescales the softmax, but not the bias. Nor where groups
-    are chosen first.
-    """
+    """Whether experts keep their order when others are dropped: not with a bias added to a softmax, nor with groups."""
     if rule.groups is not None:
         return False
     return rule.score != "softmax" or rule.bias is None or bool((rule.bias == rule.bias[0]).all())
 
 
 def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
-    """Whether the rule, fitted to the router as it is, also says what the router gives with a lower `top_k`.
-
-    Not a matter of course: some renormalise only where they choose more than one. Ties may fall either way, so a tenth
-    of the tokens may differ.
-    """
+    """Whether the fitted rule also holds with a lower `top_k`, where some renormalise otherwise; a tenth may tie."""
     num_choices = tokens.layer.num_choices
     given_TN = _weights_by_id(*tokens.replay(range(tokens.layer.num_experts), top_k=top_k), num_choices)
     found_TN = _weights_by_id(*rule.choose(tokens.logits_TE, top_k), num_choices)
@@ -340,11 +332,7 @@ def _gram_by_id(tokens: RoutedTokens, chunk: RankedChunk) -> Tensor:
 
 
 def _errors_by_replay(tokens: RoutedTokens, tables: SubsetTables, gram_TXX: Tensor) -> Tensor:
-    """[S]: the same for a router whose choice among fewer experts cannot be read off its ranks: it is run again for
-    every set, the experts are not.
-
-    All N outputs of each token are needed (N / K forwards), since such a router may choose anything.
-    """
+    """[S]: the same where ranks do not tell the choice: the router runs again for every set, on all N outputs."""
     num_choices = tokens.layer.num_choices
     has_residual = gram_TXX.shape[1] > num_choices
     full_TX = _weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)

@@ -230,10 +230,7 @@ class ExpertSelection(Method[OptionsT]):
         return decision
 
     def best_of_counts(self, layer: MoELayer, statistics: Gathered) -> dict[int, tuple[Choice, float]]:
-        """For every count that the layer may keep: what will be decided if it does, and its cost.
-
-        Raises OptionError where the figures cannot tell.
-        """
+        """For every count possible: what will be decided, and its cost. OptionError where the figures cannot tell."""
         from compressor.selection.choose import ChoiceError
 
         plan = self._plan(layer)

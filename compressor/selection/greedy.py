@@ -57,10 +57,8 @@ class Found:
 
 
 class Search:
-    """Greedy removal and swaps over the tokens of one layer.
-
-    `states` hold the tokens, in one or several parts; `protected` experts stay and `forbidden` ones go first. Equal
-    losses: the lowest id goes first. With groups, equally many experts of each group stay.
+    """Greedy removal and swaps over one layer's tokens (`states`, in parts); `protected` stay, `forbidden` go first, of
+    equal losses the lowest id, equally many of each group.
     """
 
     def __init__(
@@ -296,10 +294,8 @@ class GreedySearch(RankedStatistic):
         self._num_batches += 1
 
     def again(self) -> bool:
-        """Whether more than 0.5 % of the tokens are short of ranks, and there are more ranks to be had.
-
-        Those that are, or would be if one more of their experts went, get twice as many on the next look; three looks
-        at most, since another set leaves other tokens short.
+        """Whether more than 0.5 % of tokens are short of ranks, and more can be had: those that are, or would be with
+        one expert less, get twice as many next time; three looks at most.
         """
         self._search()
         found = self._found

@@ -132,10 +132,7 @@ def add_single(
 
 
 def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
-    """[N]: the same where only the router itself knows who steps in; Grams, float64, by the experts' ids.
-
-    Needs all N outputs of each token, N / K forwards, and their Grams: T·N² numbers. For routers of few experts.
-    """
+    """[N]: the same where only the router knows who steps in: all N outputs (N / K forwards), T·N² Grams, float64."""
     num_experts, size = tokens.layer.num_experts, tokens.layer.num_choices
 
     def by_id(index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -161,9 +158,8 @@ def fewest_losses(
     protected: Sequence[int] = (),
     forbidden: Sequence[int] = (),
 ) -> list[int]:
-    """The experts to keep so that Σ_{i, j dropped} M_ij is least: greedy removal, then best swaps until none helps.
-
-    Equally many of each group are kept. Ties: the lowest id is dropped first.
+    """The experts to keep so that Σ_{i, j dropped} M_ij is least: greedy removal, then best swaps; lowest id first,
+    equally many of each group.
     """
     num_experts = len(pairs_EE)
     group_E = torch.arange(num_experts) // (num_experts // num_groups)

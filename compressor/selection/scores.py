@@ -141,10 +141,8 @@ def kept_by_score(
     protected: Sequence[int] = (),
     forbidden: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
-    """(kept, dropped), ascending ids: the largest scores stay, equally many in each group.
-
-    Experts without a score go first, and of equal scores the lower id: the same rule as for sets of equal loss.
-    Protected experts stay and forbidden ones go, whatever their scores.
+    """(kept, dropped), ascending: the largest scores stay, equally many in each group; those without a score go first,
+    then lower ids. Protected stay and forbidden go.
     """
     rank_E = score_E.double().nan_to_num(nan=float("-inf"))
     size, per_group = len(rank_E) // num_groups, num_kept // num_groups

@@ -32,10 +32,8 @@ from compressor.selection.exact import keeps_order, with_residual
 
 
 def num_ranks(layer: MoELayer, num_kept: int, top_k: int | None = None) -> int:
-    """M: how many of a token's best ranks are looked at when only `num_kept` experts stay.
-
-    2k up to a quarter dropped, 3k up to 60 %, 5k beyond; never more than can be reached at all (k + dropped), and in
-    routers with groups all that the chosen groups hold at least.
+    """M, the ranks looked at for `num_kept`: 2k up to a quarter dropped, 3k up to 60 %, 5k beyond; at most k + dropped,
+    with groups all of the chosen groups at least.
     """
     smaller = layer.top_k if top_k is None else top_k
     num_dropped = layer.num_experts - num_kept

@@ -39,10 +39,8 @@ def bytes_of_token(num_ranks: int, num_columns: int, num_choices: int, top_k: in
 
 
 class TokenState:
-    """Tokens with equally many ranks, for one set of experts that are left; `keep` starts from any set.
-
-    `loss_T` float64 is each token's squared error, `removal_BE` float64 [B, E] what a batch's squared error changes if
-    an expert goes too (meaningful for experts that are left).
+    """Tokens with equally many ranks, for one set of experts left; `keep` starts from any. `loss_T` float64: squared
+    errors; `removal_BE` float64 [B, E]: a batch's change if an expert goes too.
     """
 
     def __init__(self, grams: TokenGrams, rule: RoutingRule, *, num_chosen: int, top_k: int, num_batches: int) -> None:

@@ -95,11 +95,9 @@ def check_model(
     statistics: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Run all checks on a live model, which is copied and not changed.
-
-    `inputs` are arguments of its forward with at least two sequences. `load` reads a folder as a user without this
-    library would; by default the class's own `from_pretrained`. Raises UnsupportedModelError where the structure cannot
-    be found; everything else ends up in the report. `trust_remote_code` lets code that comes with the model run again.
+    """Run all checks on a copy of a live model. `inputs` are arguments of its forward, at least two sequences; `load`
+    reads a folder as a user without this library would (`from_pretrained`). `trust_remote_code` lets its code run
+    again. Raises UnsupportedModelError without a structure; all else ends up in the report.
     """
     if load is None:
         load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
@@ -430,10 +428,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
-    """[T, H] float64: how the layer's output changes if only `kept` experts are there, from weights and outputs.
-
-    By the closed rule where there is one, otherwise by replay; expert by expert.
-    """
+    """[T, H] float64: how the output changes with only `kept`, by the closed rule or replay, expert by expert."""
     layer = tokens.layer
     if tokens.rule is not None:
         gone = [expert for expert in range(layer.num_experts) if expert not in kept]
@@ -457,9 +452,8 @@ def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
 
 
 def _middling_rule(tokens: RoutedTokens, renormalises: bool) -> SkipRule:
-    """A rule that skips about half of what may be skipped; its threshold lies between two scores, far from a tie.
-
-    By the ratio of the weights or, where all of a token's weights are alike, by contribution to a made-up output.
+    """A rule that skips about half, its threshold between two scores, far from a tie: by ratio or, of equal weights, by
+    a made-up contribution.
     """
     norms = tuple(1.0 + expert for expert in range(tokens.layer.num_experts))
     for rule in (

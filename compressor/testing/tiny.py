@@ -62,10 +62,8 @@ _PART_IN_CODE = re.compile(r"model_type=\"([\w-]+)\"")
 
 @functools.cache
 def candidate_types() -> tuple[str, ...]:
-    """Model types of the installed transformers that may have routed experts, in alphabetical order.
-
-    Those with a model class whose code names experts, or that is put together from such code. The source is searched as
-    text and no model is imported: a second. Some have no routed experts after all.
+    """Model types of the installed transformers that may have routed experts, sorted: whose code, or whose parts' code,
+    names experts; searched as text in a second.
     """
     return tuple(
         sorted(name for name in CONFIG_MAPPING_NAMES if _class_names(name) and _names_experts(_module(name), ()))
@@ -73,23 +71,14 @@ def candidate_types() -> tuple[str, ...]:
 
 
 def auto_class(model_type: str) -> Any:
-    """The Auto class to load a checkpoint of this type with, such as `AutoModelForCausalLM`.
-
-    The first in the order of `_AUTO_CLASSES` whose class for this type takes the type's whole config; where none does,
-    the first that has a class.
-
-    Raises:
-        ValueError: transformers has no such type, or no class for it.
+    """The Auto class for a checkpoint of this type: the first of `_AUTO_CLASSES` whose class takes the whole config,
+    else the first at all. Raises ValueError where transformers has no such type, or no class for it.
     """
     return _auto_and_model_class(model_type)[0]
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
-    """The class that `auto_class` makes of this type's config.
-
-    Raises:
-        ValueError: transformers has no such type, or no class for it.
-    """
+    """The class that `auto_class` makes of this type's config. Raises ValueError as it does."""
     return _auto_and_model_class(model_type)[1]
 
 
@@ -250,17 +239,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, *, num_experts: int = 8, top_k: int = 2, **changes: Any) -> PreTrainedConfig:
-    """A config of a few small layers, at least two of them with experts; in groups, where a type knows groups.
-
-    Args:
-        model_type: As in `candidate_types()`.
-        num_experts: Routed experts in each layer.
-        top_k: Experts that a token is sent to; without effect for types that fix it (switch_transformers, zaya: 1).
-        **changes: Settings that replace these, in the part of the config that counts the experts, or else in the
-            nearest part around it that has such a key.
-
-    Raises:
-        ValueError: transformers has no such type, or its config no such key.
+    """A config of a few small layers, at least two with `num_experts` routed experts; in groups, where a type knows
+    groups. `top_k` has no effect for types that fix it (switch_transformers, zaya: 1). `changes` replace settings in
+    the part that counts the experts, or the nearest around it with such a key. Raises ValueError where transformers has
+    no such type, or its config no such key.
     """
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"transformers {transformers.__version__} has no model type {model_type!r}.")
@@ -460,18 +442,8 @@ def tiny_model(
     seed: int = 0,
     **changes: Any,
 ) -> PreTrainedModel:
-    """A model with random weights on the CPU, in evaluation mode.
-
-    Args:
-        model_type: As in `candidate_types()`.
-        num_experts: As in `tiny_config`.
-        top_k: As in `tiny_config`.
-        dtype: Of the weights; those that transformers always keeps in float32 stay so.
-        seed: Equal seeds give equal weights, whatever the dtype (rounded).
-        **changes: As in `tiny_config`.
-
-    Raises:
-        ValueError: As `tiny_config`.
+    """A model with random weights on the CPU, in evaluation mode, of a `tiny_config`. `dtype` is that of the weights,
+    but of those that transformers keeps in float32; equal seeds give equal weights, rounded to it.
     """
     config = tiny_config(model_type, num_experts=num_experts, top_k=top_k, **changes)
     with torch.random.fork_rng(devices=[]):
@@ -536,10 +508,7 @@ def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12, see
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What the model says: logits [batch, length, vocabulary] or, of a class without a head, hidden states.
-
-    Equal for equal weights and inputs.
-    """
+    """What the model says: logits [batch, length, vocabulary], or hidden states of a class without a head."""
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -59,11 +59,9 @@ _OPERATIONS = (("+", 0.5, 99, 99), ("-", 0.35, 99, 99), ("*", 0.15, 12, 12))
 
 
 def documents(domain: Domain, split: Split, seed: int = 0) -> Iterator[str]:
-    """The documents of one domain and split, in an order that depends on ``seed`` alone (for a given Python).
-
-    ``arithmetic`` draws other lines for another seed; the other domains give the same documents in another
-    order. Files are read as the iterator advances. Raises CalibrationError for an unknown domain or split,
-    and when this installation carries no Python sources.
+    """The documents of one domain and split, in an order that depends on ``seed`` (for a given Python); of
+    ``arithmetic`` other lines. Files are read as the iterator advances. Raises CalibrationError for an unknown domain
+    or split, and for a Python without sources.
     """
     if domain not in _READERS:
         raise CalibrationError(f"demo text: no domain {domain!r}; known: {', '.join(DOMAINS)}")
@@ -79,10 +77,7 @@ def split_of(name: str) -> Split:
 
 
 def python_fingerprint(splits: tuple[Split, ...] = SPLITS) -> dict[str, str]:
-    """Which Python the text came from: its version, and for each domain and split a digest of the documents.
-
-    Reads all documents of the splits asked for: about five seconds for both, the first time.
-    """
+    """Python's version, and a digest of the documents of each domain and split: five seconds for both."""
     fingerprint = {"python": platform.python_version()}
     for domain in DOMAINS:
         for split in splits:
@@ -169,10 +164,7 @@ def _all_source_files() -> dict[str, Path]:
 
 @cache
 def _texts_of(path: Path) -> tuple[str, tuple[str, ...]]:
-    """A file's code without docstrings, and its docstrings; nothing if it is not UTF-8 or cannot be parsed.
-
-    Kept, since most runs read the text more than once: about 10 MB for the whole library.
-    """
+    """A file's code without docstrings, and its docstrings; nothing if it is no Python. Kept: about 10 MB in all."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():

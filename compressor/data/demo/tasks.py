@@ -45,19 +45,14 @@ class Question(TypedDict):
 
 
 def task_configs() -> dict[str, dict[str, Any]]:
-    """Each task's name and its lm-eval configuration, for ``TaskManager().load([configuration])``.
-
-    Documents are built in memory when lm-eval loads the task: nothing is written to the datasets cache.
-    """
+    """Each task's name and its configuration for lm-eval; documents are built in memory, and cached nowhere."""
     return {name: _configuration(name) for name in _BUILDERS}
 
 
 @cache
 def build_documents(task: str, split: Split, count: int = NUM_QUESTIONS, seed: int = 0) -> list[Question]:
-    """The first ``count`` questions of a task, the same for the same seed and Python.
-
-    Kept, since a run looks at a task before it reads it: do not change them. Raises EvaluationError for an unknown
-    task, and if the split has fewer questions than asked for.
+    """The first ``count`` questions of a task, the same for a seed and Python; kept, so do not change them. Raises
+    EvaluationError for an unknown task, and if there are fewer.
     """
     if task not in _BUILDERS:
         raise EvaluationError(f"demo tasks: no task {task!r}; known: {', '.join(_BUILDERS)}")

@@ -108,10 +108,8 @@ def states(model: nn.Module) -> dict[str, LayerSkip]:
 
 
 def install(model: nn.Module, structure: Structure, rules: Mapping[str, SkipRule], *, zeroed: bool = False) -> None:
-    """Let the layers named skip from now on, in place of whatever rules were installed; those stay if it fails.
-
-    `rules` have been through `refuse_rules`. Raises ValueError where layers that share their experts have other rules,
-    UnsupportedModelError where a block's own choice cannot be told.
+    """Let the layers named skip by these `rules` (through `refuse_rules`) in place of others, which stay if it fails.
+    Raises ValueError where layers share experts and not rules, UnsupportedModelError where a block's choice is unknown.
     """
     reinstate(model, structure, {path: (rule, zeroed) for path, rule in rules.items()}, states(model))
 

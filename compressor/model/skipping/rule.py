@@ -144,9 +144,8 @@ class SkipRule:
     def kept(
         self, index_TK: Tensor, weights_TK: Tensor, num_experts: int | None = None, norms_E: Tensor | None = None
     ) -> Tensor:
-        """[T, K] bool: which of the chosen experts are evaluated. NaN weights skip nothing, but by `top_k`.
-
-        Ids from `num_experts` up are no experts, and are not skipped; None: there are no such ids.
+        """[T, K] bool: which chosen experts are evaluated; NaN weights skip nothing, but by `top_k`. Ids from
+        `num_experts` (None: no such) up are no experts, and stay.
         """
         if self.rule == "top_k":
             assert self.top_k is not None

@@ -31,11 +31,7 @@ _RUNNING: ContextVar[tuple[_Forward, ...]] = ContextVar("compressor_running_forw
 
 
 class Counter:
-    """How many experts the tokens of a running model used, layer by layer.
-
-    Only what the model's own forward does is counted: not what gradient checkpointing computes anew, nor a layer that
-    is called on its own.
-    """
+    """Experts that a model's tokens used, by layer, in its own forward: nothing recomputed, no layer called alone."""
 
     def __init__(self) -> None:
         self.may_count_padding = False
