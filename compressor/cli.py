@@ -23,7 +23,7 @@ from compressor.errors import CompressorError, ProcessError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compressor.machine.distributed import Processes
+    from compressor.plugins import Plugins
     from compressor.recipe.schema import LoadedRecipe
 
 _LONGEST_SAYING = 30.0
@@ -103,10 +103,31 @@ def run(
     """
     _calm()
     from compressor.machine.distributed import Processes
+    from compressor.machine.progress import Progress
 
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
     with Processes.joined() as processes, _notes_shown():
-        _run(processes, recipe, model, output, set_, overwrite=overwrite, resume=resume, without=without, quiet=quiet)
+        _loaded(recipe, model, output, set_, without)
+        from compressor.report.terminal import print_summary
+        from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
+
+        result = pipeline.compress(
+            recipe,
+            overrides=set_,
+            model_reference=model,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            without=without or [],
+            progress=Progress.detect(quiet=quiet),
+            processes=processes,
+        )
+        if not quiet and processes.is_first:
+            others = "" if "uneven" in result.record else " or plain transformers"
+            others += ", which runs it unskipped" if others and "skipping" in result.record else ""
+            with _printing():
+                print_summary(result.record, _console())
+                print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
 
 
 @contextmanager
@@ -130,53 +151,19 @@ def _settings(given: dict[str, str | None]) -> list[str]:
     return [f"--{key}={value}" for key, value in given.items() if value is not None]
 
 
-def _run(
-    processes: Processes,
-    recipe: Path,
-    model: str | None,
-    output: Path | None,
-    set_: list[str] | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-    without: list[str] | None,
-    quiet: bool,
-) -> None:
-    from compressor.machine.progress import Progress
+def _loaded(
+    recipe: Path, model: str | None, output: Path | None, set_: list[str], without: list[str] | None
+) -> tuple[LoadedRecipe, Plugins, Path]:
+    """The recipe, the plugins it was checked by, and its output, which it must have."""
     from compressor.plugins import load_plugins
     from compressor.recipe.schema import load_recipe
 
-    without = without or []
-    plugins = load_plugins(without)
-    asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
-    loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
-    _output_of(loaded)
-    from compressor.report.terminal import print_summary
-    from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
-
-    result = pipeline.compress(
-        recipe,
-        overrides=set_ or [],
-        model_reference=model,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        without=without,
-        progress=Progress.detect(quiet=quiet),
-        processes=processes,
-    )
-    if not quiet and processes.is_first:
-        others = "" if "uneven" in result.record else " or plain transformers"
-        others += ", which runs it unskipped" if others and "skipping" in result.record else ""
-        with _printing():
-            print_summary(result.record, _console())
-            print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
-
-
-def _output_of(loaded: LoadedRecipe) -> Path:
+    plugins = load_plugins(without or [])
+    given: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
+    loaded = load_recipe(recipe, overrides=set_, model=model, output=output, **given)
     if loaded.recipe.output is None:
         raise loaded.error((), "no `output`. Name a folder for the smaller model there, or with --output.")
-    return loaded.recipe.output
+    return loaded, plugins, loaded.recipe.output
 
 
 @app.command()
@@ -200,13 +187,7 @@ def check(
     """
     _calm()
     set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
-    from compressor.plugins import load_plugins
-    from compressor.recipe.schema import load_recipe
-
-    plugins = load_plugins(without or [])
-    asked: dict[str, Any] = {"overrides": set_ or [], "model": model, "output": output}
-    loaded = load_recipe(recipe, **asked, methods=plugins.methods, criteria=plugins.criteria)
-    target = _output_of(loaded)
+    loaded, plugins, target = _loaded(recipe, model, output, set_, without)
     from compressor.checkpoint.output import OutputFolder
     from compressor.machine.progress import Progress
     from compressor.report.terminal import print_plan

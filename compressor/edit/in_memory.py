@@ -19,7 +19,6 @@ from compressor.checkpoint.find import Checkpoint
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import unquantised_skeleton
 from compressor.checkpoint.output import OutputFolder
-from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.layer_edits import carry_out
@@ -119,40 +118,16 @@ class InMemory(AsLoaded):
     weights: StreamedWeights | None = None
 
     def observe(
-        self,
-        batches: Sequence[TokenBatch],
-        statistics: Mapping[str, Statistic],
-        *,
-        title: str,
-        edited: layerwise.Edited | None = None,
-        journal: ObservationJournal | None = None,
+        self, batches: Sequence[TokenBatch], statistics: Mapping[str, Statistic], **how: Any
     ) -> layerwise.Figures:
-        """The figures of these statistics; see `layerwise.observe`."""
-        return layerwise.observe(
-            self.moe,
-            batches,
-            statistics,
-            self.progress,
-            title=title,
-            edited=edited,
-            weights=self.weights,
-            journal=journal,
-            processes=self.processes,
-            parking=self.parking,
-        )
+        """The figures of these statistics; see `layerwise.observe`, which takes `title`, `edited` and `journal` too."""
+        how |= {"weights": self.weights, "processes": self.processes, "parking": self.parking}
+        return layerwise.observe(self.moe, batches, statistics, self.progress, **how)
 
-    def weigh(
-        self, statistics: Mapping[str, Statistic], *, title: str, journal: ObservationJournal | None = None
-    ) -> layerwise.Figures:
+    def weigh(self, statistics: Mapping[str, Statistic], **how: Any) -> layerwise.Figures:
         """The figures of statistics that are shown no text; see `layerwise.weigh`."""
         return layerwise.weigh(
-            self.moe,
-            statistics,
-            self.progress,
-            title=title,
-            weights=self.weights,
-            journal=journal,
-            processes=self.processes,
+            self.moe, statistics, self.progress, weights=self.weights, processes=self.processes, **how
         )
 
     def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.find import Checkpoint
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
@@ -35,14 +34,12 @@ from compressor.evaluate.lm_eval import run_tasks
 from compressor.evaluate.perplexity import Perplexity, perplexity
 from compressor.evaluate.result import Run
 from compressor.evaluate.size import RoutedSize, Size
-from compressor.machine.distributed import Processes
-from compressor.machine.progress import Progress, Update
+from compressor.machine.progress import Update
 from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.layer_weights import Ending
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.observe import forward, layerwise
-from compressor.observe.activation_offload import Parking
 from compressor.observe.streams import Consume
 
 
@@ -61,21 +58,12 @@ class OnDisk(InMemory):
         device: str,
         journal: Journal | None,
         tokens_at_once: int,
-        left_out: LeftOut | None = None,
         adapters: Sequence[Adapter] = (),
-        progress: Progress,
-        processes: Processes,
-        parking: Parking | None = None,
+        **shared: Any,
     ) -> None:
         self.work, self.device, self.journal, self.tokens_at_once = work, device, journal, tokens_at_once
         self.stage: Path | None = None
         """The folder of the last checkpoint written; None where that is the source itself."""
-        shared: dict[str, Any] = {
-            "left_out": left_out,
-            "progress": progress,
-            "processes": processes,
-            "parking": parking,
-        }
         super().__init__(_skeleton(source, adapters), source, adapters=adapters, **shared)
         self._read(self.moe, source)
 

@@ -71,19 +71,9 @@ class TaskResult:
 
     def to_json(self) -> Json:
         """The figures as JSON types; the answers as one string of ``1`` (right) and ``0`` for each metric."""
-        return {
-            "name": self.name,
-            "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
-            "documents": self.documents,
-            "num_fewshot": self.num_fewshot,
-            "version": self.version,
-            "fingerprint": self.fingerprint,
-            "doc_ids": _to_ranges(self.doc_ids),
-            "correct": {name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()},
-            "subtasks": list(self.subtasks),
-            "group": self.group,
-            "cut": self.cut,
-        }
+        correct = {name: "".join(str(int(right)) for right in flags) for name, flags in self.correct.items()}
+        others = {"doc_ids": _to_ranges(self.doc_ids), "correct": correct, "subtasks": list(self.subtasks)}
+        return dataclasses.asdict(self) | others
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskResult:

@@ -194,14 +194,22 @@ def _removed(subject: _Subject) -> Iterator[Check]:
     if kept is None:
         yield Check("removed = masked", None, "no smaller number of experts is possible in all layers")
         return
-    masked = subject.masked(kept)
-    if torch.equal(masked, subject.untouched):
-        yield Check("removed = masked", False, "masking experts changes nothing, so nothing can be compared")
+    unchanged = "masking experts changes nothing, so nothing can be compared"
+    yield from _edited(subject, kept, "removed = masked", "saved", unchanged)
+
+
+def _edited(
+    subject: _Subject, kept: Kept, name: str, saved: str, unchanged: str | None = None, **how: Any
+) -> Iterator[Check]:
+    """Removed as masked, saved as live; a fault if masking changes nothing, where that is said by `unchanged`."""
+    masked = subject.masked(kept, top_k=how.get("top_k"))
+    if unchanged and torch.equal(masked, subject.untouched):
+        yield Check(name, False, unchanged)
         return
-    moe, found = subject.edited(kept)
-    yield _close("removed = masked", found, masked)
+    moe, found = subject.edited(kept, **how)
+    yield _close(name, found, masked)
     with tempfile.TemporaryDirectory() as folder:
-        yield from subject.saved("saved", moe, Path(folder), subject.load)
+        yield from subject.saved(saved, moe, Path(folder), subject.load)
 
 
 def _top_k_lowered(subject: _Subject) -> Iterator[Check]:
@@ -211,14 +219,8 @@ def _top_k_lowered(subject: _Subject) -> Iterator[Check]:
         yield Check("top-k lowered", None, f"every token chooses {layer.top_k}, whatever the config says")
         return
     kept = {each.path: range(each.num_experts) for each in subject.moe.layers}
-    masked = subject.masked(kept, top_k=layer.top_k - 1)
-    if torch.equal(masked, subject.untouched):
-        yield Check("top-k lowered", False, "a lower top-k changes nothing")
-        return
-    moe, found = subject.edited(kept, top_k=layer.top_k - 1)
-    yield _close("top-k lowered", found, masked)
-    with tempfile.TemporaryDirectory() as folder:
-        yield from subject.saved("top-k saved", moe, Path(folder), subject.load)
+    unchanged = "a lower top-k changes nothing"
+    yield from _edited(subject, kept, "top-k lowered", "top-k saved", unchanged, top_k=layer.top_k - 1)
 
 
 def _uneven(subject: _Subject) -> Iterator[Check]:
@@ -248,11 +250,7 @@ def _padded(subject: _Subject) -> Iterator[Check]:
     if kept is None or problem:
         yield Check("padded", None, problem or "needs two MoE layers")
         return
-    masked = subject.masked(kept)
-    moe, found = subject.edited(kept, padded=True)
-    yield _close("padded", found, masked)
-    with tempfile.TemporaryDirectory() as folder:
-        yield from subject.saved("padded saved", moe, Path(folder), subject.load)
+    yield from _edited(subject, kept, "padded", "padded saved", padded=True)
 
 
 def _on_disk(subject: _Subject) -> Iterator[Check]:

@@ -7,8 +7,8 @@ list            hooks on the modules of the list: each is given the rows that st
 scaled inputs   a hook on the router sets scores to 0, and each expert runs on its own rows only
 pairs           a hook on the router takes pairs out of its lists
 
-If nothing is skipped in a batch, the layer runs as it would without us, to the bit. Hooks and forwards are objects:
-they are copied and pickled with the model.
+If nothing is skipped in a batch, the layer runs as it would without us, to the bit. Hooks and forwards are
+copied and pickled with the model.
 
 Not covered: expert parallelism, where one process sees only its own experts' weights; refused when it runs. Experts in
 a list: one forward at a time, since hooks leave each other what they found.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,97 +134,79 @@ def install_list(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
     [(container, names)] = layer.containers.items()
     block, router = model.get_submodule(layer.path), model.get_submodule(layer.router)
     hooks = [
-        block.register_forward_pre_hook(_ListBlockIn(state), with_kwargs=True),
-        block.register_forward_hook(_ListBlockOut(state), always_call=True),
-        router.register_forward_hook(_ListRouter(state, layer)),
+        block.register_forward_pre_hook(partial(_list_block_in, state), with_kwargs=True),
+        block.register_forward_hook(partial(_list_block_out, state), always_call=True),
+        router.register_forward_hook(partial(_list_router, state, layer)),
     ]
     for expert, name in enumerate(names):
         module = model.get_submodule(f"{container}.{name}")
-        hooks.append(module.register_forward_pre_hook(_ListExpertIn(state, expert), with_kwargs=True))
-        hooks.append(module.register_forward_hook(_ListExpertOut(state, expert)))
+        hooks.append(module.register_forward_pre_hook(partial(_list_expert_in, state, expert), with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(_list_expert_out, state, expert)))
     state.removals += [hook.remove for hook in hooks]
 
 
-@dataclass
-class _ListBlockIn:
-    state: LayerSkip
-
-    def __call__(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.state.is_on:
-            hidden = args[0] if args else next(iter(kwargs.values()))
-            self.state.batch = _ListBatch(hidden.reshape(-1, hidden.shape[-1]))
+def _list_block_in(state: LayerSkip, block: nn.Module, args: Any, kwargs: Any) -> None:
+    if state.is_on:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        state.batch = _ListBatch(hidden.reshape(-1, hidden.shape[-1]))
 
 
-@dataclass
-class _ListBlockOut:
-    state: LayerSkip
-
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        self.state.batch = None
+def _list_block_out(state: LayerSkip, block: nn.Module, args: Any, output: Any) -> None:
+    state.batch = None
 
 
-@dataclass
-class _ListRouter:
-    state: LayerSkip
-    layer: MoELayer
-
-    def __call__(self, router: nn.Module, args: Any, output: Any) -> None:
-        state, batch, probe = self.state, self.state.batch, self.layer.router_probe
-        if batch is None or not len(batch.hidden_TH):  # the router on its own, or nothing to route
-            return
-        if state.routing is not None:
-            logits = output[0] if isinstance(output, tuple) else output
-            logits_TE = logits.reshape(len(batch.hidden_TH), -1)[:, : state.num_experts].float()
-            index_TK, weights_TK = state.routing.choose(logits_TE, state.top_k)
-            weights_TK = weights_TK.float()
-        else:
-            index_TK, weights_TK = (
-                output[position].reshape(len(batch.hidden_TH), -1)
-                for position in (probe.index_position, probe.weights_position)
-            )
-        kept_TK, new_TK = state.choose(index_TK, weights_TK)
-        nothing_TK = weights_TK == 0
-        factor_TK = new_TK.double() / weights_TK.double().masked_fill(nothing_TK, 1.0)
-        batch.index_TK, batch.kept_TK = index_TK, kept_TK
-        batch.factor_TK = factor_TK.masked_fill(nothing_TK, 1.0).masked_fill(~kept_TK, 0.0)
-
-
-@dataclass
-class _ListExpertIn:
-    state: LayerSkip
-    expert: int
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        batch = self.state.batch
-        if batch is None or batch.index_TK is None:  # an expert on its own
-            return None
-        rows = args[0] if args else next(iter(kwargs.values()))
-        token_N, rank_N = self._pairs(batch, rows.reshape(-1, rows.shape[-1]))
-        batch.rows[self.expert] = (token_N, rank_N)
-        kept_N = batch.kept_TK[token_N, rank_N]
-        if self.state.zeroed or bool(kept_N.all()):
-            return None
-
-        def of_kept(value: Any) -> Any:
-            per_row = isinstance(value, Tensor) and value.shape[: rows.dim() - 1] == rows.shape[:-1]
-            return value.reshape(len(kept_N), *value.shape[rows.dim() - 1 :])[kept_N] if per_row else value
-
-        return tuple(map(of_kept, args)), {key: of_kept(value) for key, value in kwargs.items()}
-
-    def _pairs(self, batch: _ListBatch, rows_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and rank of every row. Blocks sort in their own ways: rows are known by what stands in them."""
-        assert batch.index_TK is not None
-        token_N, rank_N = (batch.index_TK == self.expert).nonzero(as_tuple=True)
-        if len(rows_NH) == len(token_N):
-            place_N = torch.empty_like(token_N)
-            place_N[_keys(rows_NH).argsort(stable=True)] = _keys(batch.hidden_TH[token_N]).argsort(stable=True)
-            token_N, rank_N = token_N[place_N], rank_N[place_N]
-            if torch.equal(_bits(rows_NH), _bits(batch.hidden_TH[token_N])):
-                return token_N, rank_N
-        raise UnsupportedModelError(
-            f"{self.state.path}: expert {self.expert} is not given the tokens that its router sent to it, so which of "
-            f"them are to be skipped cannot be told; this needs a plugin."
+def _list_router(state: LayerSkip, layer: MoELayer, router: nn.Module, args: Any, output: Any) -> None:
+    batch, probe = state.batch, layer.router_probe
+    if batch is None or not len(batch.hidden_TH):  # the router on its own, or nothing to route
+        return
+    if state.routing is not None:
+        logits = output[0] if isinstance(output, tuple) else output
+        logits_TE = logits.reshape(len(batch.hidden_TH), -1)[:, : state.num_experts].float()
+        index_TK, weights_TK = state.routing.choose(logits_TE, state.top_k)
+        weights_TK = weights_TK.float()
+    else:
+        index_TK, weights_TK = (
+            output[position].reshape(len(batch.hidden_TH), -1)
+            for position in (probe.index_position, probe.weights_position)
         )
+    kept_TK, new_TK = state.choose(index_TK, weights_TK)
+    nothing_TK = weights_TK == 0
+    factor_TK = new_TK.double() / weights_TK.double().masked_fill(nothing_TK, 1.0)
+    batch.index_TK, batch.kept_TK = index_TK, kept_TK
+    batch.factor_TK = factor_TK.masked_fill(nothing_TK, 1.0).masked_fill(~kept_TK, 0.0)
+
+
+def _list_expert_in(state: LayerSkip, expert: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    batch = state.batch
+    if batch is None or batch.index_TK is None:  # an expert on its own
+        return None
+    rows = args[0] if args else next(iter(kwargs.values()))
+    token_N, rank_N = batch.rows[expert] = _pairs(state, expert, rows.reshape(-1, rows.shape[-1]))
+    kept_N = batch.kept_TK[token_N, rank_N]
+    if state.zeroed or bool(kept_N.all()):
+        return None
+
+    def of_kept(value: Any) -> Any:
+        per_row = isinstance(value, Tensor) and value.shape[: rows.dim() - 1] == rows.shape[:-1]
+        return value.reshape(len(kept_N), *value.shape[rows.dim() - 1 :])[kept_N] if per_row else value
+
+    return tuple(map(of_kept, args)), {key: of_kept(value) for key, value in kwargs.items()}
+
+
+def _pairs(state: LayerSkip, expert: int, rows_NH: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and rank of every row. Blocks sort in their own ways: rows are known by what stands in them."""
+    batch = state.batch
+    token_N, rank_N = (batch.index_TK == expert).nonzero(as_tuple=True)
+    if len(rows_NH) == len(token_N):
+        place_N = torch.empty_like(token_N)
+        place_N[_keys(rows_NH).argsort(stable=True)] = _keys(batch.hidden_TH[token_N]).argsort(stable=True)
+        token_N, rank_N = token_N[place_N], rank_N[place_N]
+        if torch.equal(_bits(rows_NH), _bits(batch.hidden_TH[token_N])):
+            return token_N, rank_N
+    raise UnsupportedModelError(
+        f"{state.path}: expert {expert} is not given the tokens that its router sent to it, so which of them are to be "
+        f"skipped cannot be told; this needs a plugin."
+    )
 
 
 def _bits(rows: Tensor) -> Tensor:
@@ -238,26 +221,21 @@ def _keys(rows_NH: Tensor) -> Tensor:
     return (bits_NX * factors_X).sum(-1)
 
 
-@dataclass
-class _ListExpertOut:
-    state: LayerSkip
-    expert: int
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Any:
-        batch = self.state.batch
-        if batch is None or self.expert not in batch.rows:
-            return None
-        token_N, rank_N = batch.rows.pop(self.expert)
-        factor_N = batch.factor_TK[token_N, rank_N]
-        if bool((factor_N == 1).all()):
-            return None
-        kept_N = batch.kept_TK[token_N, rank_N]
-        output = output.reshape(-1, output.shape[-1])
-        if self.state.zeroed:
-            output = output[kept_N]
-        whole_NH = output.new_zeros(len(token_N), output.shape[-1])
-        whole_NH[kept_N] = (output.double() * factor_N[kept_N, None]).to(output.dtype)
-        return whole_NH
+def _list_expert_out(state: LayerSkip, expert: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+    batch = state.batch
+    if batch is None or expert not in batch.rows:
+        return None
+    token_N, rank_N = batch.rows.pop(expert)
+    factor_N = batch.factor_TK[token_N, rank_N]
+    if bool((factor_N == 1).all()):
+        return None
+    kept_N = batch.kept_TK[token_N, rank_N]
+    output = output.reshape(-1, output.shape[-1])
+    if state.zeroed:
+        output = output[kept_N]
+    whole_NH = output.new_zeros(len(token_N), output.shape[-1])
+    whole_NH[kept_N] = (output.double() * factor_N[kept_N, None]).to(output.dtype)
+    return whole_NH
 
 
 # Experts that see every token, scaled by its score ----------------------------------------------------------
@@ -275,27 +253,22 @@ def install_scaled(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
         },
     )
     state.removals += [
-        router.register_forward_hook(_ScaledRouter(state)).remove,
+        router.register_forward_hook(partial(_scaled_router, state)).remove,
         *_ScaledForward.put(experts, state),
     ]
 
 
-@dataclass
-class _ScaledRouter:
-    state: LayerSkip
-
-    def __call__(self, router: nn.Module, args: Any, output: Any) -> Any:
-        state = self.state
-        state.batch = None
-        scores_TE, *others = output
-        if not state.is_on or not len(scores_TE):
-            return None
-        weights_TK, index_TK = scores_TE.topk(state.top_k, dim=-1)
-        kept_TK, new_TK = state.choose(index_TK, weights_TK)
-        if bool(kept_TK.all()) and state.rule.top_k is None:
-            return None
-        state.batch = not state.zeroed
-        return (torch.zeros_like(scores_TE).scatter(1, index_TK, new_TK), *others)
+def _scaled_router(state: LayerSkip, router: nn.Module, args: Any, output: Any) -> Any:
+    state.batch = None
+    scores_TE, *others = output
+    if not state.is_on or not len(scores_TE):
+        return None
+    weights_TK, index_TK = scores_TE.topk(state.top_k, dim=-1)
+    kept_TK, new_TK = state.choose(index_TK, weights_TK)
+    if bool(kept_TK.all()) and state.rule.top_k is None:
+        return None
+    state.batch = not state.zeroed
+    return (torch.zeros_like(scores_TE).scatter(1, index_TK, new_TK), *others)
 
 
 class _ScaledForward(_Forward):
@@ -321,24 +294,19 @@ class _ScaledForward(_Forward):
 
 
 def install_pairs(model: nn.Module, layer: MoELayer, state: LayerSkip) -> None:
-    hook = model.get_submodule(layer.router).register_forward_hook(_PairsRouter(state))
-    state.removals.append(hook.remove)
+    router = model.get_submodule(layer.router)
+    state.removals.append(router.register_forward_hook(partial(_pairs_router, state)).remove)
 
 
-@dataclass
-class _PairsRouter:
-    state: LayerSkip
-
-    def __call__(self, router: nn.Module, args: Any, output: Any) -> Any:
-        state = self.state
-        num_tokens = args[0].reshape(-1, args[0].shape[-1]).shape[0]
-        if not state.is_on or not num_tokens:
-            return None
-        pairs = PairLists.of(output, state.path, num_tokens)
-        kept_TK, new_TK = state.choose(*pairs.choices())
-        if bool(kept_TK.all()) and state.rule.top_k is None:
-            return None
-        return pairs.replaced(torch.ones_like(kept_TK) if state.zeroed else kept_TK, new_TK)
+def _pairs_router(state: LayerSkip, router: nn.Module, args: Any, output: Any) -> Any:
+    num_tokens = args[0].reshape(-1, args[0].shape[-1]).shape[0]
+    if not state.is_on or not num_tokens:
+        return None
+    pairs = PairLists.of(output, state.path, num_tokens)
+    kept_TK, new_TK = state.choose(*pairs.choices())
+    if bool(kept_TK.all()) and state.rule.top_k is None:
+        return None
+    return pairs.replaced(torch.ones_like(kept_TK) if state.zeroed else kept_TK, new_TK)
 
 
 INSTALLERS: dict[str, Callable[[nn.Module, MoELayer, LayerSkip], None]] = {
