@@ -2,7 +2,8 @@
 
 A method goes through three steps. Each step takes only what the step before it left behind:
 
-    observe   `statistic(layer)` makes one accumulator per MoE layer; the core feeds it every calibration batch
+    observe   `statistic(layer)` makes one accumulator per MoE layer, `input_statistic(site)` one per linear map; the
+              core feeds them every calibration batch
     decide    `decide(layers, statistics)` is a pure function of the figures: no model, no data
     edit      `edit(layer, decision)` applies the decision to one layer's weights, wherever they are
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
     from compressor.model.structure import MoELayer
-    from compressor.observe.statistic import Gathered, Statistic
+    from compressor.observe.statistic import Gathered, InputStatistic, LinearSite, Statistic
 
 
 class Decision(dict[str, Any]):
@@ -174,6 +175,13 @@ class Method(ABC, Generic[OptionsT]):
         """
         return True
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether layers are to be observed beside the model that the recipe began with: `RoutedTokens.target_TH` is
+        what the layer put out there, on the original's own activations. The original is read once more.
+        """
+        return False
+
     def sources(self) -> Sequence[BaseSource]:
         """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
         return ()
@@ -196,9 +204,15 @@ class Method(ABC, Generic[OptionsT]):
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Say how these layers will be afterwards, before any weight is read. Raises OptionError if it cannot be."""
 
-    @abstractmethod
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Make the accumulator for one layer, or None if this layer needs no figures."""
+        return None
+
+    def input_statistic(self, site: LinearSite) -> InputStatistic | None:
+        """Make the accumulator for what one linear map is given, a matrix of a layer's experts or a map beside them, or
+        None if that is not needed. Not in progressive mode.
+        """
+        return None
 
     @abstractmethod
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Mapping[str, Any]:

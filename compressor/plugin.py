@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from compressor.model.skipping.rule import SkipRule
     from compressor.model.structure import ConfigLeaf, MoELayer, Structure
     from compressor.observe.reductions import Rule
-    from compressor.observe.statistic import Gathered, JoinedStatistic, RankedStatistic, Statistic
+    from compressor.observe.statistic import (
+        Gathered,
+        InputStatistic,
+        JoinedStatistic,
+        LinearSite,
+        RankedStatistic,
+        Statistic,
+    )
     from compressor.selection.allocation import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.expert_selection import ExpertSelection
@@ -50,8 +57,10 @@ _HOME = {
     "FileName": "data.sources",
     "FilePath": "data.sources",
     "Gathered": "observe.statistic",
+    "InputStatistic": "observe.statistic",
     "JoinedStatistic": "observe.statistic",
     "LayerWeights": "model.layer_weights",
+    "LinearSite": "observe.statistic",
     "Method": "method",
     "MoELayer": "model.structure",
     "MoEModel": "model.moe_model",
@@ -91,8 +100,10 @@ __all__ = [
     "FileName",
     "FilePath",
     "Gathered",
+    "InputStatistic",
     "JoinedStatistic",
     "LayerWeights",
+    "LinearSite",
     "Method",
     "MoELayer",
     "MoEModel",

@@ -29,27 +29,11 @@ from compressor.checkpoint.find import Checkpoint, quantiser_of
 from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype
 from compressor.errors import DiskError, UnsupportedModelError
 from compressor.machine.memory_estimate import shares
-from compressor.model.modules import tensor_at
+from compressor.model.modules import tensor_at, units_of
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
 _ADVISED_AT_ONCE = 2**21
-
-
-def units_of(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the elements of the model's outermost module lists, in the order in which the model has them."""
-    found: list[str] = []
-
-    def look(module: nn.Module, path: str) -> None:
-        for name, child in module.named_children():
-            inside = f"{path}.{name}" if path else name
-            if isinstance(child, nn.ModuleList):
-                found.extend(f"{inside}.{number}" for number in child._modules)
-            else:
-                look(child, inside)
-
-    look(model, "")
-    return tuple(found)
 
 
 def sizes_of(model: nn.Module) -> tuple[int, dict[str, int]]:

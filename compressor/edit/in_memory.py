@@ -120,7 +120,7 @@ class InMemory(AsLoaded):
     def observe(
         self, batches: Sequence[TokenBatch], statistics: Mapping[str, Statistic], **how: Any
     ) -> layerwise.Figures:
-        """The figures of these statistics; see `layerwise.observe`, which takes `title`, `edited` and `journal` too."""
+        """The figures of these statistics; see `layerwise.observe`, which takes more."""
         how |= {"weights": self.weights, "processes": self.processes, "parking": self.parking}
         return layerwise.observe(self.moe, batches, statistics, self.progress, **how)
 

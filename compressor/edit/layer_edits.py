@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeight
 from compressor.errors import UnsupportedModelError
 from compressor.method import Decision, Method, OptionError
 from compressor.model.config_entry import KEY
+from compressor.model.expert_products import expert_matrices
 from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
@@ -33,6 +34,10 @@ class NotOnDiskError(UnsupportedModelError):
 class Weights(Protocol):
     """Where a layer's weights are. `read` brings them, to be written in place; `written` is told that they were."""
 
+    @property
+    def model(self) -> Any:
+        """The model that has the weights of the layer read last."""
+
     def read(self, layer: MoELayer) -> Tensors: ...
 
     def written(self, layer: MoELayer) -> None: ...
@@ -44,8 +49,13 @@ class LiveWeights:
     def __init__(self, moe: MoEModel) -> None:
         self._moe = moe
 
+    @property
+    def model(self) -> Any:
+        """The live one."""
+        return self._moe.model
+
     def read(self, layer: MoELayer) -> Tensors:
-        return live_tensors(self._moe.model, layer)
+        return live_tensors(self.model, layer)
 
     def written(self, layer: MoELayer) -> None:
         """They are the model's own."""
@@ -82,6 +92,11 @@ class StoredWeights:
                     f"be written to disk. Run it in memory (`weights: memory`)."
                 )
         return live_tensors(weights.model, layer)
+
+    @property
+    def model(self) -> Any:
+        """The skeleton, of which one decoder layer has weights."""
+        return self._weights.model
 
     @cached_property
     def _weights(self) -> StreamedWeights:
@@ -139,14 +154,15 @@ def _edit_layer(
 ) -> tuple[Ending, list[float]]:
     tensors: dict[str, torch.Tensor] = {}
     exact: dict[str, torch.Tensor] = {}
+    used = cache(lambda: expert_matrices(weights.model, layer, ids[0]))  # asked for when the weights are there
 
     def read() -> Tensors:
         tensors.update(weights.read(layer))
         exact.update(widened(tensors))
-        method.edit(LayerWeights(layer, ids, lambda: exact), decision)  # before its own numbers are changed
+        method.edit(LayerWeights(layer, ids, lambda: exact, used), decision)  # before its own numbers are changed
         return tensors
 
-    edited = LayerWeights(layer, ids, read)
+    edited = LayerWeights(layer, ids, read, used)
     method.edit(edited, decision)
     if not edited.ending.wrote:
         return edited.ending, []

@@ -65,7 +65,8 @@ class Work:
     """What a run works on. Bytes of weights as numbers to compute with: `bytes_total`, `bytes_outside` of layers,
     `bytes_by_layer`; of files `bytes_stored` and `bytes_after`. `tokens` of the largest pass, `batch_tokens` of a
     batch; `hidden` a token's width, `num_experts` of the largest layer, `itemsize` bytes of a number, `per_token` kept
-    by a search; `streams` 2 in progressive mode; `copies` of all weights at most; `reading`: bytes to read and cut the
+    by a search; `streams` 2 in progressive mode and beside
+    an original (`has_original`); `copies` of all weights at most; `reading`: bytes to read and cut the
     text.
     """
 
@@ -88,6 +89,7 @@ class Work:
     measures_text: bool
     is_quantised: bool = False
     reading: int = 0
+    has_original: bool = False
 
     @property
     def tokens_at_once(self) -> int:
@@ -127,7 +129,8 @@ class Work:
         """Peak bytes of weights, text and work: observing, a second copy of weights, or comparing in float64."""
         weights, answers = self._held(place.weights, num_gpus), min(self.batch_tokens, _COMPARED) * self.vocabulary
         copies = self.copies if place.weights == "memory" else 1
-        observing = weights + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
+        beside = self._held("disk") if self.has_original else 0
+        observing = weights + beside + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
         comparing = copies * weights + max(self.batch, 2 * self.itemsize * answers)
         differing = weights + (3 * self.itemsize + 2 * 8) * answers
         return round(_MARGIN * max(observing, comparing, differing))

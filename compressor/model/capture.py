@@ -19,6 +19,7 @@ from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.block_rule import NUM_TOKENS_THROUGH_BLOCK, first_output, refuse_not_finite, rule_of_block
 from compressor.model.expert_outputs import evaluate_list, evaluate_stacked
 from compressor.model.masking import dropped_experts, experts_hidden, router_weights, selection_biases, top_k_set
+from compressor.model.modules import forward_replaced
 from compressor.model.routed_tokens import Lift, RoutedTokens
 from compressor.model.router_logits import RouterLogits
 from compressor.model.router_probe import places_of_choices
@@ -33,10 +34,13 @@ _NUM_FITTING_TOKENS = 256
 
 @dataclass
 class RealTokens:
-    """Which tokens of the running batch are no padding: `mask_T` [B·S] bool; while not `listening` nobody is told."""
+    """Which tokens of the running batch are no padding: `mask_T` [B·S] bool; while not `listening` nobody is told,
+    while `paused` one block is run again.
+    """
 
     mask_T: Tensor | None = None
     listening: bool = True
+    paused: bool = False
 
 
 @contextmanager
@@ -110,11 +114,11 @@ class _Tap:
     @contextmanager
     def _pause(self) -> Iterator[None]:
         """Within the context the layer may be run again, and nobody listens."""
-        self._paused = True
+        self._paused = self.real.paused = True
         try:
             yield
         finally:
-            self._paused = False
+            self._paused = self.real.paused = False
 
     @property
     def _deaf(self) -> bool:
@@ -262,14 +266,8 @@ class _CalledTap(_Tap):
                 return self._original(*args, **kwargs)
             return self._watch(*args, **kwargs)
 
-        had_its_own = experts.__dict__.get("forward")  # accelerate, for one, wraps forward on the instance
-        experts.forward = forward
-        try:
+        with forward_replaced(experts, forward):
             yield
-        finally:
-            del experts.forward
-            if had_its_own is not None:
-                experts.forward = had_its_own
 
     def _watch(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the experts answer while they are watched."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.model.modules import units_of
 from compressor.model.router_probe import Place, probe_router
 from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
 
@@ -403,6 +406,7 @@ class _LayerFinder:
             containers=containers,
             id_tensors=tuple(id_tensors),
             parameters_per_expert=_parameters_per_expert(self.model, tensors, containers),
+            linears=self._linears_beside(block, router),
             router_probe=probe,
             router_weights=router_weights,
             selection_biases=tuple(
@@ -414,6 +418,31 @@ class _LayerFinder:
             watch_problem=probe.watch_problem,
             padding_problem=probe.padding_problem,
         )
+
+    def _linears_beside(self, block: str, router: str) -> dict[str, str]:
+        """The linear maps of the decoder layer that a block is in, less the router's: name in the decoder layer → name
+        in the model.
+        """
+        unit = next((unit for unit in self._units if _inside(block, unit)), block)
+        start = len(unit) + 1 if unit else 0
+        return {name[start:]: name for name in self._linears if _inside(name, unit) and not _inside(name, router)}
+
+    @cached_property
+    def _units(self) -> tuple[str, ...]:
+        return units_of(self.model)
+
+    @cached_property
+    def _linears(self) -> list[str]:
+        """Weights of all linear maps but those of experts and routers, and those that are used in several places."""
+        uses = Counter(id(one) for _, one in self.model.named_parameters(remove_duplicate=False))
+        return [
+            f"{path}.weight"
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and uses[id(module.weight)] == 1
+            and f"{path}.weight" not in self.difference.tensors
+            and not any(_inside(path, experts) for experts in self.difference.containers)
+        ]
 
     def _signature(self, block: str) -> object:
         """What two blocks share that route alike: classes, shapes, and settings but the layer's number."""

@@ -2,9 +2,9 @@
 
 Tensors are called as the layer calls them, by their path in the block, with `*` in the place of an expert's own module:
 `experts.gate_up_proj` of stacked experts, `experts.*.w1.weight` of a list. What is read are views of the model's own
-memory, in the orientation and dtype that the model has; assigning to a name writes there.
-
-Not covered: which of them is the gate, and whether rows are outputs: classes differ, and structure does not tell.
+memory, in the orientation and dtype that the model has; assigning to a name writes there. Which dimension of a matrix
+its inputs are summed over structure does not tell, so one expert is run to see it (`expert_products`): `matrices` are
+the same memory as [outputs, inputs].
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.model.expert_products import ExpertMatrices
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import ExpertAxis, MoELayer
 
@@ -48,6 +49,34 @@ class ExpertTensors(Mapping[str, Tensor]):
         return len(self._views)
 
 
+class Expert(ExpertTensors):
+    """One expert's tensors."""
+
+    def __init__(self, owner: str, views: Tensors, used: Callable[[], ExpertMatrices]) -> None:
+        super().__init__(owner, views)
+        self._used = used
+
+    @property
+    def matrices(self) -> ExpertTensors:
+        """Those that inputs are multiplied with, as [outputs, inputs], in the order of their use. Raises
+        UnsupportedModelError where that cannot be seen.
+        """
+        dims = self._used().input_dims
+        return ExpertTensors(
+            self._owner, {name: self._views[name] if dim else self._views[name].T for name, dim in dims.items()}
+        )
+
+    def scale(self, factor: float) -> None:
+        """Have the expert answer so many times as much: its last matrix, and what is added to it. Raises ValueError
+        where a norm or the like behind them would undo it.
+        """
+        names = self._used().output
+        if not names:
+            raise ValueError(f"{self._owner}: what it answers is not linear in its last matrix, so it cannot be scaled")
+        for name in names:
+            self[name] = self[name].float() * factor
+
+
 @dataclass(frozen=True)
 class Ending:
     """What stays of a layer after an edit: these experts, so many a token, and how it skips; None as it was."""
@@ -74,14 +103,19 @@ class Ending:
 class LayerWeights:
     """One MoE layer as an edit sees it. Ids are those that the pass saw.
 
-    `experts[e]` and `router[e]` map names to views of expert e; weights are read when one of them is first asked for.
-    `keep` and `skip` say what the core shall do when the edit is done.
+    `experts[e]` and `router[e]` map names to views of expert e, `linears` those of all other linear maps in the decoder
+    layer; weights are read when one of them is first asked for. `keep` and `skip` say what the core shall do when the
+    edit is done.
     """
 
-    def __init__(self, layer: MoELayer, ids: Sequence[int], read: Callable[[], Tensors]) -> None:
-        """`layer` is as its tensors are, of which the pass saw the experts `ids`; `read` brings the tensors."""
+    def __init__(
+        self, layer: MoELayer, ids: Sequence[int], read: Callable[[], Tensors], used: Callable[[], ExpertMatrices]
+    ) -> None:
+        """`layer` is as its tensors are, of which the pass saw the experts `ids`; `read` brings the tensors, `used`
+        says how an expert uses its own.
+        """
         self.path, self.num_experts = layer.path, len(ids)
-        self._layer, self._ids, self._read = layer, tuple(ids), read
+        self._layer, self._ids, self._read, self._used = layer, tuple(ids), read, used
         self._tensors: Tensors | None = None
         self._kept: tuple[int, ...] | None = None
         self._top_k: int | None = None
@@ -92,14 +126,25 @@ class LayerWeights:
         return f"LayerWeights({self.path}: {self.num_experts} experts)"
 
     @cached_property
-    def experts(self) -> Sequence[ExpertTensors]:
+    def experts(self) -> Sequence[Expert]:
         """Each expert's tensors by name: all that are indexed by expert, but the router's."""
-        return self._views("expert", is_router=False)
+        return [
+            Expert(f"{self.path}: expert {new}", views, self._used)
+            for new, views in enumerate(self._views(is_router=False))
+        ]
 
     @cached_property
     def router(self) -> Sequence[ExpertTensors]:
         """Each expert's rows of the router's weights and of the biases that choose."""
-        return self._views("router row", is_router=True)
+        rows = enumerate(self._views(is_router=True))
+        return [ExpertTensors(f"{self.path}: router row {new}", views) for new, views in rows]
+
+    @cached_property
+    def linears(self) -> ExpertTensors:
+        """Weights [outputs, inputs] of the other linear maps in the decoder layer, such as `self_attn.q_proj.weight`:
+        attention, shared experts, a dense part. None that is used elsewhere too.
+        """
+        return ExpertTensors(self.path, {name: self._all[at] for name, at in self._layer.linears.items()})
 
     def keep(self, ids: Sequence[int], *, top_k: int | None = None, padded: bool = False) -> None:
         """Remove all other experts; `top_k` and `padded` as of `MoEModel.keep`, alike in all layers."""
@@ -114,38 +159,38 @@ class LayerWeights:
         """What the edit has asked for."""
         return Ending(self._kept, self._top_k, self._padded, self._rule, self._tensors is not None)
 
-    def _views(self, what: str, *, is_router: bool) -> Sequence[ExpertTensors]:
+    @property
+    def _all(self) -> Tensors:
         if self._tensors is None:
             self._tensors = self._read()
+        return self._tensors
+
+    def _views(self, *, is_router: bool) -> Sequence[Tensors]:
         names = {name: axis for name, axis in self._layer.tensors.items() if self._is_router(name) == is_router}
-        return [
-            ExpertTensors(f"{self.path}: {what} {new}", dict(self._of_expert(old, names)))
-            for new, old in enumerate(self._ids)
-        ]
+        return [dict(self._of_expert(expert, names)) for expert in self._ids]
 
     def _is_router(self, name: str) -> bool:
         return name in self._layer.router_weights or name in self._layer.selection_biases
 
     def _of_expert(self, expert: int, names: Mapping[str, ExpertAxis]) -> Iterator[tuple[str, Tensor]]:
-        assert self._tensors is not None
         start = len(self.path) + 1 if self.path else 0
         lists = {path: f"{path}.{children[expert]}." for path, children in self._layer.containers.items()}
         in_lists = tuple(f"{path}." for path in lists)
         for name, axis in names.items():
             if not (in_lists and name.startswith(in_lists)):
-                own = self._tensors[name].narrow(axis.dim, axis.stride * expert, axis.stride)
+                own = self._all[name].narrow(axis.dim, axis.stride * expert, axis.stride)
                 yield name[start:], own.squeeze(axis.dim) if axis.stride == 1 else own
         if any(self._is_router(name) for name in names):
             return
         for path, module in lists.items():
-            for name, tensor in self._tensors.items():
+            for name, tensor in self._all.items():
                 if name.startswith(module):
                     yield f"{path[start:]}.*.{name.removeprefix(module)}", tensor
 
 
 def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
-    """A live model's own tensors of a layer, to be read and written in place. Raises UnsupportedModelError where the
-    layer shares one with another, which an edit of this one would change too.
+    """A live model's own tensors of a layer and of the linear maps beside it, to be read and written in place. Raises
+    UnsupportedModelError where the layer shares one with another, which an edit of this one would change too.
     """
     lists = tuple(f"{path}." for path in layer.containers)
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -154,6 +199,7 @@ def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
     for name, tensor in everything:
         if id(tensor) in own and not name.startswith(under) and name not in found:
             raise UnsupportedModelError(f"{layer.path}: its weights cannot be edited alone: {name} is one of them too.")
+    found |= {name: one for name, one in everything if name in layer.linears.values()}
     return {name: one.detach() for name, one in found.items()}
 
 

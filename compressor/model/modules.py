@@ -1,9 +1,10 @@
-"""Modules and tensors of any torch model: by name, and in evaluation mode."""
+"""Modules and tensors of any torch model: by name, by decoder layer, and in evaluation mode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +17,22 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def units_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the elements of the model's outermost module lists, in the order in which the model has them."""
+    found: list[str] = []
+
+    def look(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            inside = f"{path}.{name}" if path else name
+            if isinstance(child, nn.ModuleList):
+                found.extend(f"{inside}.{number}" for number in child._modules)
+            else:
+                look(child, inside)
+
+    look(model, "")
+    return tuple(found)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it, each module's own training flag as it was."""
@@ -26,3 +43,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context the module answers by another forward."""
+    had_its_own = module.__dict__.get("forward")  # accelerate, for one, wraps forward on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if had_its_own is not None:
+            module.forward = had_its_own

@@ -103,7 +103,14 @@ def probe_router(
         block_runs=trace.experts_args is not None,
         watch_problem=_watch_problem(call, place),
         padding_problem=_padding_problem(router, ask, found.top_k),
+        experts_order=places_of_choices(trace.experts_args or ()) if call == "choices" else None,
+        experts_width=next((value.shape[-1] for value in trace.experts_args or () if _is_hidden(value)), None),
     )
+
+
+def _is_hidden(value: object) -> bool:
+    """Whether this is the hidden states among what experts are given: numbers, and more than one a row."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 # Tracing ---------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class RouterProbe:
     """Whether the block's forward needs nothing but hidden states: not so where a decoder layer is the block."""
     watch_problem: str | None
     padding_problem: str | None
+    experts_order: tuple[int, int, int] | None = None
+    """Where hidden states, ids and weights are among the arguments of experts that are called with these."""
+    experts_width: int | None = None
+    """The size of the hidden states that the experts are given; both None where no block ran up to its experts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class MoELayer:
     parameters_per_expert: int
     """Parameters that go with one expert: its weights, its router row, its biases."""
     router_probe: RouterProbe
+    linears: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Weights of the decoder layer's other linear maps (attention, shared experts): name in the decoder layer → name in
+    the model. None that is used in several places."""
     router_weights: tuple[str, ...] = ()
     """The router's tensors with one row per expert: what its logits are computed with."""
     selection_biases: tuple[str, ...] = ()

@@ -10,7 +10,8 @@ hidden states of all batches, and for the layer that is being observed its input
 
 Layer-wise: every layer sees the activations of the model as it is. Progressive: a second stream of every batch goes
 through the layers already edited; a layer then sees these activations, and the original model's output is its target.
-Two attention passes in all, where rerunning the model for each of L layers takes L + 1.
+Two attention passes in all, where rerunning the model for each of L layers takes L + 1. Beside the original: the first
+streams go through another model, the one that passes before have made smaller, and its output is the target.
 
 Of a model that is read from disk (`weights`) the streams also stop before each decoder layer: when all are there, the
 layer that they have left goes and the one that they come to is read. So `forward` runs a whole model of which one layer
@@ -24,25 +25,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.layerwise_weights import StreamedWeights, units_of
+from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.resume_state import ObservationJournal, Snapshot
 from compressor.data.sequences import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
-from compressor.model.modules import evaluating
+from compressor.model.modules import evaluating, units_of
 from compressor.model.moe_model import MoEModel
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.weight_norms import expert_weight_norms
 from compressor.observe.activation_offload import Parking
 from compressor.observe.reductions import RULES, joined_figures
 from compressor.observe.resuming import Resuming
-from compressor.observe.statistic import Statistic
+from compressor.observe.statistic import InputStatistic, Statistic
 from compressor.observe.streams import Consume, Stop, Stream, Streams, Take
 
 Figures = dict[str, dict[str, Tensor]]
@@ -64,6 +66,8 @@ def observe(
     journal: ObservationJournal | None = None,
     processes: Processes | None = None,
     parking: Parking | None = None,
+    linears: Mapping[str, InputStatistic] | None = None,
+    original: Original | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
@@ -75,7 +79,9 @@ def observe(
     before each decoder layer; layers that it knows are not observed again.
 
     Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
-    the same figures. With `parking` hidden states wait there while other batches are at work.
+    the same figures. With `parking` hidden states wait there while other batches are at work. `linears` (path of a
+    linear map → statistic) are shown what these maps are given. With an `original` every layer is observed with its
+    output there, on its own activations, as `RoutedTokens.target_TH`.
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
@@ -90,8 +96,8 @@ def observe(
     body = getattr(model, "base_model", model)  # without the language-model head, whose output nobody reads
     with evaluating(model), moe.unskipped(), progress.task(title) as update:
         streams = Streams(model, body, update, len(statistics), parking)
-        resuming = Resuming(journal, processes)
-        return _Walk(model, streams, update, processes, resuming, weights, moe, statistics, edited).run(batches)
+        resuming, others = Resuming(journal, processes), (statistics, linears or {}, edited, original)
+        return _Walk(model, streams, update, processes, resuming, weights, moe, *others).run(batches)
 
 
 @torch.no_grad()
@@ -157,6 +163,14 @@ def _norms(moe: MoEModel, path: str, statistic: Statistic, weights: StreamedWeig
         return expert_weight_norms(moe.model, moe.layer(path))
 
 
+@dataclass(frozen=True)
+class Original:
+    """The model that passes have made smaller, as it was: in memory, or read layer by layer from `weights`."""
+
+    moe: MoEModel
+    weights: StreamedWeights | None = None
+
+
 @dataclass
 class _Walk:
     """One walk of all batches through all layers."""
@@ -169,7 +183,9 @@ class _Walk:
     weights: StreamedWeights | None
     moe: MoEModel | None = None
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    linears: Mapping[str, InputStatistic] = field(default_factory=dict)
     edited: Edited | None = None
+    original: Original | None = None
     figures: Figures = field(default_factory=dict)
     observed: set[str] = field(default_factory=set)
     """Layers that all batches have come through."""
@@ -185,16 +201,18 @@ class _Walk:
         with ExitStack() as stack:
             if self.weights is not None:
                 stack.enter_context(self.weights.around(self.streams.body))
-            units = units_of(self.model) if self.weights is not None or has_journal else ()
+            if self.original is not None:
+                self._begin_beside(self.original, stack)
+            units = units_of(self.model) if self._streamed or has_journal else ()
             stops = [*(Stop(unit, is_unit=True) for unit in units), *map(Stop, self.statistics)]
             for place in stops:  # before the taps' own hooks, which a stop must not cut
-                stack.callback(self.streams.stop_before(place).remove)
+                self.streams.stop_before(place, stack)
             for unit in units if has_journal else ():
-                stack.callback(self.streams.keep_output_of(unit).remove)
-            if self.moe is not None:
-                stack.enter_context(
-                    self.moe.watched(dict.fromkeys(self.statistics, self.streams.visit), self.streams.real)
-                )
+                self.streams.keep_output_of(unit, stack)
+            for path, inputs in self.linears.items():
+                self.streams.show_inputs_of(path, partial(inputs.update, expert=None), stack)
+            for moe in [one for one in (self.moe, self.original.moe if self.original else None) if one is not None]:
+                stack.enter_context(moe.watched(dict.fromkeys(self.statistics, self.streams.visit), self.streams.real))
             self._start(batches, consume, stack)
             while stop := self.streams.common_stop(self.processes):
                 if stop.is_unit:
@@ -205,10 +223,25 @@ class _Walk:
         self.resuming.close(list(self.figures))
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
 
+    @property
+    def _streamed(self) -> list[StreamedWeights]:
+        """Weights that are read layer by layer."""
+        both = self.weights, self.original.weights if self.original else None
+        return [one for one in both if one is not None]
+
+    def _begin_beside(self, original: Original, stack: ExitStack) -> None:
+        """Have the first streams go through the original."""
+        model = original.moe.model
+        self.streams.original = model, getattr(model, "base_model", model)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(original.moe.unskipped())
+        if original.weights is not None:
+            stack.enter_context(original.weights.around(self.streams.original[1]))
+
     def _start(self, batches: Sequence[TokenBatch], consume: Consume | None, stack: ExitStack) -> None:
         """All streams, at their first stop, or where the journal says that they stood."""
         own, snapshot = self.processes.own(len(batches)), self.resuming.common_snapshot(bool(batches))
-        streams, twice = self.streams, self.edited is not None
+        streams, twice = self.streams, self.edited is not None or self.original is not None
         streams.begin(batches, own, consume, stack, twice=twice)
         if snapshot is not None:
             if self.processes.all(self.resuming.set_on_their_way(streams, snapshot)):
@@ -233,15 +266,14 @@ class _Walk:
         """All streams stand before a decoder layer: let go of the one before it, read this one, go on."""
         if self.unit is not None:
             self.resuming.put_streams(unit, self.streams.all, list(self.figures))
-        if self.weights is not None:
-            units = self.weights.units
+        for weights in self._streamed:
             if self.unit is not None:
-                self.weights.free(self.unit)
-            self.weights.load(unit)
-            if (number := units.index(unit) + 1) < len(units):
-                self.weights.prefetch(units[number])
+                weights.free(self.unit)
+            weights.load(unit)
+            if (number := weights.units.index(unit) + 1) < len(weights.units):
+                weights.prefetch(weights.units[number])
             if not self.statistics:
-                self.update(number, len(units))
+                self.update(number, len(weights.units))
         self.unit = unit
         for stream in self.streams.all:
             self.streams.go_on(stream)
@@ -257,13 +289,13 @@ class _Walk:
         known = self.resuming.figures(path)
         if known is not None:
             self.figures[path] = known
-            for original in streams.originals:
-                streams.go_on(original)
+            for stream in streams.originals if self.edited else streams.all:
+                streams.go_on(stream)
             self._pass_edited(path)
             return
         seen = self._look(path, statistic)
         if not any(seen):
-            for other in streams.others:
+            for other in streams.others if self.edited else ():
                 streams.go_on(other)
             return
         self.figures[path] = _joined(path, statistic, seen, domains, self.processes)
@@ -278,19 +310,21 @@ class _Walk:
         those of all processes, that came to the layer in each process, as they came.
         """
         streams, own = self.streams, list[int]()
-        if not self.edited:
-            calls = [(stream, stream.call) for stream in streams.originals]
-            for stream in streams.originals:
+        looking = streams.others or streams.originals
+        calls = [(stream, stream.call) for stream in looking]
+        for stream, original in zip(looking, streams.originals, strict=True):
+            if stream is not original:
+                streams.go_on(original, _keep_output(stream))
+            if self.edited:
+                streams.run_again(path, stream, stream.call, _give(statistic, stream, own))
+            else:
                 streams.go_on(stream, _give(statistic, stream, own))
-        else:
-            calls = [(stream, stream.call) for stream in streams.others]
-            for original, other in zip(streams.originals, streams.others, strict=True):
-                streams.go_on(original, _keep_output(other))
-                streams.run_again(path, other, other.call, _give(statistic, other, own))
         seen: list[list[int]] = self.processes.exchange(list(own))
         while any(seen) and _wanted_again(path, statistic, self.processes):
             for stream, call in calls:
                 streams.run_again(path, stream, call, _give(statistic, stream, own))
+        for stream in looking if not self.edited else ():
+            stream.target_TH = None
         return seen
 
     def _pass_edited(self, path: str) -> None:
@@ -359,7 +393,7 @@ def _give(statistic: Statistic, stream: Stream, seen: list[int]) -> Take:
 
     def give(tokens: RoutedTokens) -> None:
         tokens.domain, tokens.held_out = stream.batch.domain, stream.batch.held_out
-        tokens.target_TH = stream.target_TH
+        tokens.target_TH = None if stream.target_TH is None else stream.target_TH.to(tokens.hidden_TH.device)
         seen.append(stream.number)
         statistic.update(tokens)
 

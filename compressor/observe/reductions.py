@@ -29,6 +29,7 @@ RULES: Mapping[str, Rule] = {
     "batch.": "batches",
     "subsets.squared_error": "batches",
     "subsets.": "same",
+    "inputs.": "total",
     "weights.": "same",
     "same.": "same",
 }

@@ -24,6 +24,7 @@ from compressor.checkpoint.resume_state import (
     unflatten,
 )
 from compressor.machine.distributed import Processes
+from compressor.model.modules import forward_replaced
 from compressor.observe.streams import Stop, Stream, Streams, list_of
 
 
@@ -99,21 +100,15 @@ class Resuming:
 
 @contextmanager
 def _answering_from_record(streams: Streams, unit: str) -> Iterator[None]:
-    module = streams.model.get_submodule(unit)
-
     def answer(*_: Any, **__: Any) -> Any:
         assert streams.running is not None
         assert streams.running.recorded is not None
         return unflatten(*streams.running.recorded.outputs[list_of(unit)])
 
-    had_its_own = module.__dict__.get("forward")  # accelerate, for one, wraps forward on the instance
-    module.forward = answer
-    try:
+    with ExitStack() as stack:
+        for module in streams.modules(unit):
+            stack.enter_context(forward_replaced(module, answer))
         yield
-    finally:
-        del module.forward
-        if had_its_own is not None:
-            module.forward = had_its_own
 
 
 def _standings(streams: Sequence[Stream]) -> Iterator[Standing]:

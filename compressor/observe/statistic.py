@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
 from compressor.errors import shortened
 from compressor.machine.distributed import Processes
+from compressor.model.expert_products import matrix_names, show_inputs
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens
+from compressor.model.structure import MoELayer
 from compressor.observe.reductions import Rule, Statistics
 from compressor.wording import counted
 
@@ -74,6 +78,70 @@ class Statistic(ABC):
         return False
 
 
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear map whose inputs can be observed, by its name in `LayerWeights`: a matrix of a layer's experts
+    (`expert`), a linear map beside them in the MoE block, such as a shared expert's (`block`), or any other in the
+    decoder layer, such as attention's (`layer`).
+    """
+
+    layer: MoELayer
+    name: str
+    place: Literal["expert", "block", "layer"]
+
+
+def linear_sites(model: Any, layer: MoELayer) -> list[LinearSite]:
+    """The linear maps of a MoE layer and of the decoder layer around it. The model may be without weights."""
+    inside = f"{layer.path}."
+    return [
+        *(LinearSite(layer, name, "expert") for name in matrix_names(model, layer)),
+        *(LinearSite(layer, name, "block" if at.startswith(inside) else "layer") for name, at in layer.linears.items()),
+    ]
+
+
+class InputStatistic(ABC):
+    """Accumulates figures of what a linear map is given. They are sums over tokens, so that figures of several
+    processes can be added.
+    """
+
+    @abstractmethod
+    def update(self, inputs_TI: Tensor, expert: int | None) -> None:
+        """Add inputs [T, I], in the model's dtype, of one expert's own tokens, or of all tokens where it is no expert's
+        matrix. Padding tokens are not among them. `expert` is its id, as the pass sees it.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far, on the CPU, in float64. A pass finds them among its layer's figures, as
+        `inputs.SITE.NAME`.
+        """
+
+
+class ExpertInputs(Statistic):
+    """Shows `sites` of a layer, by name, what their matrices are multiplied with. Figures of `others`, which see their
+    inputs elsewhere, stand beside theirs.
+    """
+
+    def __init__(
+        self, model: Any, sites: Mapping[str, InputStatistic], others: Mapping[str, InputStatistic] | None = None
+    ) -> None:
+        self._model, self._sites, self._others = model, sites, others or {}
+
+    def update(self, tokens: RoutedTokens) -> None:
+        """Run the chosen experts once more, and look at their matrices."""
+        if self._sites:
+
+            def take(name: str, expert: int, inputs_PI: Tensor) -> None:
+                self._sites[name].update(inputs_PI, expert)
+
+            show_inputs(self._model, tokens, list(self._sites), take)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of all sites."""
+        everything = {**self._sites, **self._others}
+        return {f"inputs.{name}.{key}": one for name, of in everything.items() for key, one in of.tensors().items()}
+
+
 class RankedStatistic(Statistic):
     """A statistic of the outputs of each token's best-ranked experts. Several of them can share these outputs."""
 
@@ -106,6 +174,7 @@ class JoinedStatistic(RankedStatistic):
         self._ranked = [part for part in parts if isinstance(part, RankedStatistic)]
         self._others = [part for part in parts if part not in self._ranked]
         self.weight_norms = any(part.weight_norms for part in parts)
+        self.optional = all(part.optional for part in parts)
         self.own_rules = {name: rule for part in parts for name, rule in part.own_rules.items()}
 
     def share(self, processes: Processes) -> None:
@@ -115,7 +184,7 @@ class JoinedStatistic(RankedStatistic):
 
     def update(self, tokens: RoutedTokens) -> None:
         """Add one batch to all of them; a second time only to those that asked for it, each in its own way."""
-        if self._again is None:
+        if self._again is None and self._ranked:
             super().update(tokens)
         for part in self._others if self._again is None else self._again:
             part.update(tokens)

@@ -104,7 +104,10 @@ class Streams:
         self.real = RealTokens()
         self.originals: list[Stream] = []
         self.others: list[Stream] = []
-        """The second streams of progressive mode, which go through the layers already edited."""
+        """Second streams of the same batches: in progressive mode through the layers already edited; through the model
+        that is observed where the first ones go through its original."""
+        self.original: tuple[Any, Any] | None = None
+        """The original and its body."""
         self.answering: frozenset[str] = frozenset()
         """Decoder layers that answer from the journal, and before which nobody stops."""
         self.running: Stream | None = None
@@ -126,32 +129,59 @@ class Streams:
         twice: bool,
     ) -> None:
         """New streams of this process's `own` batches, none of which has started; they are left when the stack ends."""
-        self.originals = [Stream(self.body, batches[number], number, consume) for number in own]
+        body = self.body if self.original is None else self.original[1]
+        self.originals = [Stream(body, batches[number], number, consume) for number in own]
         self.others = [Stream(self.body, batches[number], number) for number in own] if twice else []
         for stream in self.all:
             stack.callback(stream.leave)
 
     # hooks
 
-    def stop_before(self, stop: Stop) -> Any:
-        """Have streams stop there."""
+    def stop_before(self, stop: Stop, stack: ExitStack) -> None:
+        """Have streams stop there until the stack ends."""
 
         def stand(module: Any, args: Any, kwargs: Any) -> None:
             is_passed = stop.is_unit and stop.path in self.answering
             if self.running is not None and getcurrent().parent is not None and not is_passed:
                 self.running.stand(stop, args, kwargs)
 
-        return self.model.get_submodule(stop.path).register_forward_pre_hook(stand, with_kwargs=True)
+        for module in self.modules(stop.path):
+            stack.callback(module.register_forward_pre_hook(stand, with_kwargs=True).remove)
 
-    def keep_output_of(self, unit: str) -> Any:
-        """Have streams remember what a decoder layer has put out."""
+    def keep_output_of(self, unit: str, stack: ExitStack) -> None:
+        """Have streams remember what a decoder layer has put out, until the stack ends."""
 
         def keep(module: Any, args: Any, output: Any) -> None:
             if self.running is not None and getcurrent().parent is not None:
                 self.running.outputs[list_of(unit)] = output
                 self.running.passed.append(unit)
 
-        return self.model.get_submodule(unit).register_forward_hook(keep)
+        for module in self.modules(unit):
+            stack.callback(module.register_forward_hook(keep).remove)
+
+    def show_inputs_of(self, path: str, take: Callable[[Tensor], None], stack: ExitStack) -> None:
+        """Hand over the inputs [T, I] of a linear map of the model that is observed, until the stack ends."""
+
+        def show(module: Any, args: Any, kwargs: Any) -> None:
+            if self.running is None or not self.real.listening or self.real.paused:
+                return
+            given = args[0] if args else kwargs["input"]
+            mask_T = self.real.mask_T
+            inputs_TI = given.detach().reshape(-1, given.shape[-1])
+            if mask_T is None or len(mask_T) != len(inputs_TI):
+                raise UnsupportedModelError(
+                    f"{path}: it is given {len(inputs_TI)} rows where the batch has "
+                    f"{None if mask_T is None else len(mask_T)} tokens, so padding cannot be told from text."
+                )
+            take(inputs_TI[mask_T.to(inputs_TI.device)])
+
+        module = self.model.get_submodule(path)
+        stack.callback(module.register_forward_pre_hook(show, with_kwargs=True).remove)
+
+    def modules(self, path: str) -> list[Any]:
+        """Those at a path: the model's, and the original's."""
+        models = [self.model, *([self.original[0]] if self.original else [])]
+        return [model.get_submodule(path) for model in models]
 
     def visit(self, tokens: RoutedTokens) -> None:
         """Called with the tokens of a watched layer that runs."""

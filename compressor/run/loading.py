@@ -12,7 +12,7 @@ import torch
 
 from compressor.checkpoint.find import Checkpoint, find_checkpoint
 from compressor.checkpoint.headers import refuse_not_finite, verify_files
-from compressor.checkpoint.layerwise_weights import spread
+from compressor.checkpoint.layerwise_weights import StreamedWeights, spread
 from compressor.checkpoint.load import load_model, load_tokenizer, unquantised_skeleton
 from compressor.errors import UnsupportedModelError
 from compressor.machine.distributed import Processes
@@ -21,6 +21,7 @@ from compressor.machine.progress import Progress
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import MoEModel
 from compressor.observe import forward
+from compressor.observe.layerwise import Original
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import LoadedRecipe, Recipe
 from compressor.run.preview import Preview
@@ -119,6 +120,19 @@ def load_moe(subject: Subject, recipe: Recipe, adapters: Sequence[Adapter], prog
     if not moe.skips:
         moe.restore_skipping()
     return moe
+
+
+def load_original(subject: Subject, recipe: Recipe, adapters: Sequence[Adapter]) -> Original:
+    """The model that the recipe began with, to be observed beside what passes have made of it: the live one itself,
+    which nothing changes, or the checkpoint's, of which one decoder layer at a time is read.
+    """
+    if subject.live is not None:
+        return Original(MoEModel(subject.live, subject.preview.structure))
+    found = subject.checkpoint
+    assert found is not None
+    model = load_model(found, dtype=recipe.dtype, device="meta", adapters=adapters)
+    weights = StreamedWeights(model, found, device=subject.devices[0])
+    return Original(MoEModel(model, structure_of(type(model), model.config, adapters)), weights)
 
 
 def load_weights(subject: Subject, recipe: Recipe, adapters: Sequence[Adapter], *, to_measure: bool = False) -> Any:

@@ -54,11 +54,12 @@ def work_of(
         vocabulary=getattr(text, "vocab_size", 0),
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
-        streams=2 if any(one.method.progressive for one in loaded.passes) else 1,
+        streams=2 if any(one.method.progressive or one.method.needs_original for one in loaded.passes) else 1,
         num_passes=max(1, len(loaded.passes)),
         copies=3 if evaluation and evaluation.each_pass else 2 if loaded.passes else 1,
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
+        has_original=any(one.method.needs_original for one in loaded.passes),
         reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,19 @@ from torch import Tensor
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.in_memory import InMemory
-from compressor.errors import RecipeError
-from compressor.method import Decision
-from compressor.model.moe_model import Kept
+from compressor.errors import PluginError, RecipeError
+from compressor.method import Decision, Method
+from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
-from compressor.observe.statistic import Gathered
+from compressor.observe.layerwise import Original
+from compressor.observe.statistic import (
+    ExpertInputs,
+    Gathered,
+    InputStatistic,
+    JoinedStatistic,
+    Statistic,
+    linear_sites,
+)
 from compressor.observe.statistics_file import save_statistics
 from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
@@ -29,16 +37,22 @@ _DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids
 
 
 def observe(
-    job: Job, piece: InMemory, resolved: ResolvedPass, batches: Sequence[TokenBatch], name: str | None = None
+    job: Job,
+    piece: InMemory,
+    resolved: ResolvedPass,
+    batches: Sequence[TokenBatch],
+    original: Callable[[], Original],
+    name: str | None = None,
 ) -> Gathered:
-    """The pass's figures; under a `name` the journal keeps them layer by layer."""
+    """The pass's figures; under a `name` the journal keeps them layer by layer. The `original` is asked for where the
+    method needs it.
+    """
     moe, method, num_idle = piece.moe, resolved.method, job.processes.size - len(batches)
     if num_idle > 0 and method.needs_text:
         job.progress.say(
             f"{counted(len(batches), 'calibration batch')}: {counted(num_idle, 'process')} with nothing to observe"
         )
-    statistics = {layer.path: method.statistic(layer) for layer in moe.layers}
-    wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+    wanted, linears = statistics_of(method, moe)
     journal = job.observation(name)
     if not method.needs_text:
         title = f"{resolved.spec.method}: weighing experts, without text"
@@ -58,8 +72,33 @@ def observe(
         title=f"{resolved.spec.method}: observing",
         edited=edited if method.progressive else None,
         journal=journal,
+        linears=linears,
+        original=original() if method.needs_original else None,
     )
     return Gathered(figures, domains, held_out)
+
+
+def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statistic], dict[str, InputStatistic]]:
+    """A method's accumulators, by layer path; and those that see what linear maps beside experts are given, by the
+    map's path: their figures are among their layer's. Raises PluginError where they cannot be fed.
+    """
+    found: dict[str, Statistic] = {}
+    linears: dict[str, InputStatistic] = {}
+    for layer in moe.layers:
+        sites = {site.name: method.input_statistic(site) for site in linear_sites(moe.model, layer)}
+        inputs = {name: statistic for name, statistic in sites.items() if statistic is not None}
+        beside = {name: statistic for name, statistic in inputs.items() if name in layer.linears}
+        within = {name: statistic for name, statistic in inputs.items() if name not in beside}
+        linears |= {layer.linears[name].removesuffix(".weight"): statistic for name, statistic in beside.items()}
+        shown = [ExpertInputs(moe.model, within, beside)] if inputs else []
+        parts = [*filter(None, [method.statistic(layer)]), *shown]
+        if parts:
+            found[layer.path] = JoinedStatistic(parts) if len(parts) > 1 else parts[0]
+    if linears and method.progressive:
+        raise PluginError(
+            f"{method.name}: it is progressive, and in progressive mode it cannot be seen what linear maps are given."
+        )
+    return found, linears
 
 
 def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ from compressor.method import Decision
 from compressor.model.config_entry import read_entry
 from compressor.model.moe_model import MoEModel
 from compressor.observe.activation_offload import Parking
+from compressor.observe.layerwise import Original
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import Recipe, ResolvedPass, load_recipe
 from compressor.run import check, controls, passes, readiness
 from compressor.run.job import Job, open_journal
-from compressor.run.loading import Subject, devices_of, load_moe, load_weights, own_devices
+from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices
 from compressor.run.measure import Measured, Yardstick, compared, compared_speed, measure
 from compressor.run.preview import Preview
 from compressor.run.record import (
@@ -168,7 +170,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         piece = _workpiece(job, subject)
     with job.timed("evaluate before"):
         before = measure(job, piece, yardstick, "before", subject.devices)
-    done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about))
+    done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about), _original(job, subject))
     with job.timed("evaluate after"):
         after = measure(job, piece, yardstick, "after", subject.devices)
     if after:
@@ -217,7 +219,9 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
         return result
 
 
-def _apply_passes(job: Job, piece: InMemory, texts: Texts, files: passes.PassFiles) -> list[dict[str, Any]]:
+def _apply_passes(
+    job: Job, piece: InMemory, texts: Texts, files: passes.PassFiles, original: Callable[[], Original]
+) -> list[dict[str, Any]]:
     """Observe, decide and edit for every pass, each step leaving its file; what the record says of them."""
     all_ids = piece.original_ids
     done: list[dict[str, Any]] = []
@@ -226,7 +230,7 @@ def _apply_passes(job: Job, piece: InMemory, texts: Texts, files: passes.PassFil
         batches = _batches(job, sequences)
         with job.timed("observe"):
             shown = [*batches, *_batches(job, held_out, held_out=True)]
-            figures = passes.observe(job, piece, resolved, shown, name)
+            figures = passes.observe(job, piece, resolved, shown, original, name)
         files.add_figures(name, resolved, piece.layers, figures)
         with job.timed("decide"), files.kept_if_undecided(name, resolved):
             decision = passes.decide(job, resolved, piece.layers, figures)
@@ -344,6 +348,10 @@ def _load(job: Job, subject: Subject) -> MoEModel:
     return load_moe(subject, job.recipe, job.plugins.adapters, job.progress)
 
 
+def _original(job: Job, subject: Subject) -> Callable[[], Original]:
+    return partial(load_original, subject, job.recipe, job.plugins.adapters)
+
+
 def _piece_to_measure(job: Job, subject: Subject) -> AsLoaded:
     """What is measured: a model whose experts we know, from memory or disk, or else as transformers loads it."""
     found, preview = subject.checkpoint, subject.preview
@@ -423,7 +431,9 @@ def _alone(
         entry = {"pass": resolved.index, "method": resolved.spec.method}
         try:
             piece = InMemory(_load(job, subject), None, progress=job.progress, processes=job.processes)
-            decision = together["decision"] if not resolved.index else _decided_alone(job, piece, resolved, texts)
+            decision = together["decision"]
+            if resolved.index:
+                decision = _decided_alone(job, subject, piece, resolved, texts)
             with job.loaded.at_pass(resolved):
                 carry_out(resolved.method, piece.moe, decision)
             when, name = f"{resolved.spec.method} alone", f"{resolved.index} alone"
@@ -440,10 +450,10 @@ def _alone(
     return found
 
 
-def _decided_alone(job: Job, piece: InMemory, resolved: ResolvedPass, texts: Texts) -> Decision:
+def _decided_alone(job: Job, subject: Subject, piece: InMemory, resolved: ResolvedPass, texts: Texts) -> Decision:
     """What a pass decides on the original model; behind others it decides about what they have left."""
     check.check_pass(job.loaded, resolved, check.with_rules(piece.layers, piece.moe.skip_rules))
     batches = _batches(job, texts.by_pass[resolved.index])
     held_out = _batches(job, texts.held_out[resolved.index], held_out=True)
-    figures = passes.observe(job, piece, resolved, [*batches, *held_out])
+    figures = passes.observe(job, piece, resolved, [*batches, *held_out], _original(job, subject))
     return passes.decide(job, resolved, piece.layers, figures)

@@ -25,7 +25,7 @@ from compressor import CheckpointError, DiskError, EvaluationError, MoEModel, Re
 from compressor.checkpoint import headers
 from compressor.checkpoint.find import Checkpoint, read_config
 from compressor.checkpoint.headers import verify_files
-from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, sizes_of, stored_tensors, units_of
+from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, sizes_of, stored_tensors
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.data.sequences import TokenBatch
@@ -33,6 +33,7 @@ from compressor.edit import checkpoint_edit
 from compressor.edit.on_disk import OnDisk
 from compressor.edit.safetensors_writer import write_shard
 from compressor.machine.progress import Progress
+from compressor.model.modules import units_of
 from compressor.observe import activation_offload, layerwise
 from compressor.observe.activation_offload import Parking
 from compressor.plugin import Statistic

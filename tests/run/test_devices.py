@@ -17,12 +17,13 @@ from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, w
 
 import compressor
 from compressor import MoEModel, RecipeError, UnsupportedModelError
-from compressor.checkpoint.layerwise_weights import spread, units_of
+from compressor.checkpoint.layerwise_weights import spread
 from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.data.sequences import TokenBatch
 from compressor.evaluate.speed import speed
 from compressor.machine.distributed import Processes
 from compressor.machine.memory_estimate import shares
+from compressor.model.modules import units_of
 from compressor.model.skipping.rule import SkipRule
 from compressor.observe import activation_offload, forward, layerwise
 from compressor.plugins import load_plugins
