@@ -119,15 +119,16 @@ def offer(offered: str, body: str = "") -> str:
 def test_our_own() -> None:
     plugins = load_plugins()
     names = [(plugin.name, plugin.distribution) for plugin in plugins.plugins]
-    own = ("dynamic-skipping", "expert-merging", "expert-pruning", "task-pruning")
+    own = ("dynamic-skipping", "expert-merging", "expert-pruning", "output-scale", "task-pruning", "wanda")
     assert names == [(name, "moe-compressor") for name in own]
-    assert list(plugins.methods) == ["dynamic_skipping", "expert_merging", "expert_pruning", "task_pruning"]
+    assert list(plugins.methods) == [name.replace("-", "_") for name in own]
     assert {"reap", "ean", "frequency", "aimer", "random"} <= set(plugins.criteria)
     assert plugins.methods["expert_pruning"].__module__ == "compressor_expert_pruning.method"
 
 
 def test_without(install: Install) -> None:
-    assert list(load_plugins(["expert-pruning"]).methods) == ["dynamic_skipping", "expert_merging", "task_pruning"]
+    left = ["dynamic_skipping", "expert_merging", "output_scale", "task_pruning", "wanda"]
+    assert list(load_plugins(["expert-pruning"]).methods) == left
     found = install({"one": METHOD, "two": offer("[]")})
     assert [plugin.name for plugin in load_plugins(["one"], found).plugins] == ["two"]
 

@@ -69,7 +69,9 @@ def test_counters_processes_texts_and_tasks() -> None:
 
 def test_plugins_and_plans(make_layer: Callable[..., compressor.MoELayer]) -> None:
     plugins = load_plugins()
-    assert repr(plugins) == "Plugins(dynamic-skipping, expert-merging, expert-pruning, task-pruning)"
+    assert (
+        repr(plugins) == "Plugins(dynamic-skipping, expert-merging, expert-pruning, output-scale, task-pruning, wanda)"
+    )
     assert repr(Plugins((), {})) == "Plugins()"
     assert repr(plugins.plugins[0]).endswith(": dynamic_skipping)")
     recipe = {"model": "demo", "calibration": {"data": [{"demo": "code"}]}, "passes": [{"expert_pruning": {"keep": 6}}]}

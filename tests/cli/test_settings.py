@@ -119,5 +119,5 @@ def test_what_a_plugin_left_out_would_have_offered_is_not_known(
         recipe(),
         "--without",
         "expert-pruning",
-        says="Known methods: dynamic_skipping, expert_merging, task_pruning",
+        says="Known methods: dynamic_skipping, expert_merging, output_scale, task_pruning, wanda",
     )

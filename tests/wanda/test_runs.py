@@ -1,0 +1,193 @@
+"""Whole runs with zeros, and with scales: in memory, from disk, interrupted, between other passes, applied; refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_folder, token_ids, write_checkpoint, write_token_file
+from torch import nn
+
+import compressor
+from compressor import MoEModel, RecipeError
+from compressor.checkpoint.resume_state import Journal, ObservationJournal
+from compressor.data.sequences import make_batches
+from compressor.observe import forward
+from compressor.run.apply import apply
+from compressor.testing.tiny import tiny_model
+
+CHAIN = (
+    {"expert_pruning": {"keep": 6}},
+    {"output_scale": {}},
+    {"wanda": {"attention": True, "shared_experts": True}},
+    {"dynamic_skipping": {}},
+)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return write_token_file(tmp_path / "tokens.jsonl", token_ids(40, 24).tolist())
+
+
+def recipe(tokens: Path, *passes: dict[str, Any], model: Path | None = None, **others: Any) -> dict[str, Any]:
+    data = [{"tokens": str(tokens), "samples": 24}]
+    model = model or tiny_folder("mixtral")
+    return {"model": str(model), "calibration": {"batch_size": 8, "data": data}, "passes": list(passes), **others}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("model.safetensors", "config.json", "compressor/decision.json", "compressor/decision.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def has_two_of_four(weight_OI: torch.Tensor) -> bool:
+    return bool((weight_OI.reshape(-1, 4) == 0).sum(1).ge(2).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_in_memory_from_disk_and_applied_are_the_same_bytes(name: str, tokens: Path, tmp_path: Path) -> None:
+    model = tiny_folder(name)
+    memory = compressor.compress(recipe(tokens, *CHAIN, weights="memory", model=model), output=tmp_path / "memory")
+    compressor.compress(recipe(tokens, *CHAIN, weights="disk", model=model), output=tmp_path / "disk")
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    apply(tmp_path / "disk" / "compressor" / "decision.json", str(model), tmp_path / "applied")
+    assert files(tmp_path / "applied")["model.safetensors"] == files(tmp_path / "memory")["model.safetensors"]
+    for entry in memory.record["passes"][1:3]:
+        assert entry["checks"]["edited_against_float32"] < 1e-7
+    for tensor_name, tensor in load_file(tmp_path / "memory" / "model.safetensors").items():
+        is_sparse = "experts." in tensor_name or "shared_expert." in tensor_name or "self_attn" in tensor_name
+        if is_sparse and tensor.ndim == 2:
+            assert has_two_of_four(tensor), tensor_name
+        elif "norm" not in tensor_name and "bias" not in tensor_name and "shared_expert_gate" not in tensor_name:
+            assert not has_two_of_four(tensor), tensor_name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt_oss", "dbrx", "aria_text", "llama4_text", "switch_transformers"])
+def test_zeros_lie_among_the_inputs_whatever_the_layout(model_type: str, tokens: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model(model_type), tmp_path / "model")
+    results = [
+        compressor.compress(recipe(tokens, {"wanda": {}}, weights=weights, model=folder), output=tmp_path / weights)
+        for weights in ("memory", "disk")
+    ]
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    moe = MoEModel(results[0].model)
+    for layer in moe.layers:
+        tensors = {name: one for name, one in moe.model.named_parameters() if name.startswith(f"{layer.experts}.")}
+        matrices = [one for one in tensors.values() if one.squeeze().ndim > 1 and "bias" not in one.__dict__]
+        transposed = model_type in ("gpt_oss", "aria_text", "llama4_text")
+        for name, one in tensors.items():
+            if one.ndim > 1 and "bias" not in name:
+                rows = one.reshape(-1, one.shape[-1])
+                if transposed:
+                    rows = one.transpose(-1, -2)
+                elif name.endswith("mlp.w2"):  # multiplied from the other side
+                    rows = one.reshape(layer.num_experts, -1, one.shape[-1]).transpose(-1, -2)
+                assert has_two_of_four(rows.contiguous()), name
+        assert matrices
+
+
+def test_norms_are_those_of_an_experts_own_tokens(tokens: Path, tmp_path: Path) -> None:
+    """Against a plain run with hooks in a model whose experts are modules in a list."""
+    folder = write_checkpoint(tiny_model("switch_transformers"), tmp_path / "model")
+    result = compressor.compress(recipe(tokens, {"wanda": {}}, model=folder), output=tmp_path / "out")
+    found = load_file(tmp_path / "out" / "compressor" / "decision.safetensors")
+    model, _ = compressor.load(folder)
+    path = MoEModel(model).layers[0].path
+    squares: dict[str, torch.Tensor] = {}
+    for child, module in model.get_submodule(f"{path}.experts").named_children():
+
+        def keep(module: nn.Module, args: tuple[torch.Tensor, ...], child: str = child) -> None:
+            squares[child] = squares.get(child, 0) + args[0].double().square().sum(0)
+
+        module.wi.register_forward_pre_hook(keep)
+    rows = [torch.tensor(json.loads(line)["input_ids"]) for line in tokens.read_text().splitlines()[:24]]
+    with torch.no_grad():
+        for batch in make_batches(rows, 8, ""):
+            model(**forward.model_inputs(model, batch))
+    norms = found[f"0/{path}/experts.*.wi.weight"]
+    for child, expected in squares.items():
+        torch.testing.assert_close(norms[int(child.rpartition("_")[2])], expected.sqrt().float(), rtol=1e-4, atol=1e-5)
+    unseen = result.record["passes"][0]["decision"]["layers"][path]["without_tokens"]
+    assert unseen == [expert for expert in range(len(norms)) if not norms[expert].any()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("number", [2, 4, 5, 7])
+def test_interrupted_between_layers_ends_with_the_same_bytes(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, number: int
+) -> None:
+    """The figures of layer 2 of pruning, 1 and 2 of scaling beside the original, and 1 of the norms are the last."""
+    passes, settings = CHAIN[:3], {"weights": weights}
+    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "whole")
+    put, counts = ObservationJournal.put, []
+
+    def stop(self: ObservationJournal, path: str, figures: Any) -> None:
+        put(self, path, figures)
+        counts.append(path)
+        if len(counts) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObservationJournal, "put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out")
+    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_interrupted_after_an_edit_ends_with_the_same_bytes(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, settings, note = CHAIN[:3], {"weights": "disk"}, Journal.note
+    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "whole")
+
+    def stop(self: Journal, name: str, value: Any) -> None:
+        note(self, name, value)
+        if name == "edited 1.output_scale":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out")
+    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_decided_again(tokens: Path, tmp_path: Path) -> None:
+    compressor.compress(recipe(tokens, {"wanda": {}}), output=tmp_path / "out")
+    statistics = tmp_path / "out" / "compressor" / "statistics.safetensors"
+    decided = compressor.decide(
+        statistics, "wanda", output=tmp_path / "other.json", pattern="unstructured", sparsity=0.25
+    )
+    apply(tmp_path / "other.json", str(tiny_folder("mixtral")), tmp_path / "applied")
+    options = {"pattern": "unstructured", "sparsity": 0.25}
+    whole = compressor.compress(recipe(tokens, {"wanda": options}), output=tmp_path / "whole")
+    assert whole.record["passes"][0]["decision"] == decided["passes"][0]["decision"]
+    assert (tmp_path / "applied" / "model.safetensors").read_bytes() == files(tmp_path / "whole")["model.safetensors"]
+
+
+def test_what_cannot_be_is_refused(tokens: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_folder("mixtral"), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (model / "config.json").write_text(json.dumps(config))
+    jetmoe = write_checkpoint(tiny_model("jetmoe"), tmp_path / "jetmoe")
+    for passes, of, says in (
+        ([{"wanda": {}}], model, r"passes\[0\]\.wanda: .* the checkpoint is quantised"),
+        ([{"wanda": {}}], jetmoe, r"passes\[0\]\.wanda: model\.layers\.0\.mlp: its experts cannot be observed"),
+        ([{"wanda": {"sparsity": 0.3}}], None, r"passes\[0\]\.wanda\.sparsity: 2:4 is half of the weights"),
+        ([{"wanda": {}}, {"expert_merging": {"keep": 6}}], None, r"passes\[1\]\.expert_merging: .*zeros"),
+        ([{"output_scale": {}}], None, r"passes\[0\]\.output_scale: in no layer does the loss on held-out text fall"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            compressor.compress(recipe(tokens, *passes, model=of), output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
