@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from compressor.data.sources import BaseSource
+from compressor.report.description import EXPERT_IDS, Description
 from compressor.wording import counted
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ class Method(ABC, Generic[OptionsT]):
     api: ClassVar[int]
     """The `PLUGIN_API` that it was written for; a method of another version is refused by name."""
     options_type: ClassVar[type[Options]]
+    expert_ids: ClassVar[Sequence[str]] = EXPERT_IDS
+    """What of a layer's decision are ids of experts, in lists or in lists of lists: shown as the original model's."""
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
         """`criteria` are the installed ones, by name (compressor.plugin.Criterion), for methods that score experts."""
@@ -243,3 +246,15 @@ class Method(ABC, Generic[OptionsT]):
         calibration batch in every run, and stops if they differ.
         """
         return None
+
+    def describe(self, decision: Decision) -> Description:
+        """How the decision is shown to people, in tables, model card and page: all of it by default. Its `expert_ids`
+        are the original model's here.
+        """
+        return Description.of(decision)
+
+    def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
+        """The same decision by chance, which `evaluate.random` measures under `preview`; or why there is none, as what
+        follows the method's name. `layers` are as the pass saw them. The same seed makes the same decision.
+        """
+        return "draws nothing at random"

@@ -41,17 +41,21 @@ if TYPE_CHECKING:
         RankedStatistic,
         Statistic,
     )
+    from compressor.report.description import Column, Description
     from compressor.selection.allocation import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.expert_selection import ExpertSelection
     from compressor.selection.options import SelectionOptions
     from compressor.selection.pair_losses import fewest_losses
+    from compressor.selection.reference import kept_at_random
 
 _HOME = {
     "Adapter": "model.adapter",
+    "Column": "report.description",
     "ConfigLeaf": "model.structure",
     "Criterion": "selection.criteria",
     "Decision": "method",
+    "Description": "report.description",
     "ExpertFigures": "selection.criteria",
     "ExpertSelection": "selection.expert_selection",
     "FileName": "data.sources",
@@ -84,6 +88,7 @@ _HOME = {
     "fewer_experts": "method",
     "fewest_losses": "selection.pair_losses",
     "find_structure": "model.find_structure",
+    "kept_at_random": "selection.reference",
 }
 
 __all__ = [
@@ -91,10 +96,12 @@ __all__ = [
     "Adapter",
     "CalibrationError",
     "CheckpointError",
+    "Column",
     "CompressorError",
     "ConfigLeaf",
     "Criterion",
     "Decision",
+    "Description",
     "ExpertFigures",
     "ExpertSelection",
     "FileName",
@@ -131,6 +138,7 @@ __all__ = [
     "fewest_losses",
     "find_structure",
     "hookimpl",
+    "kept_at_random",
 ]
 
 

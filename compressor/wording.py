@@ -32,6 +32,11 @@ def runs(numbers: Iterable[int]) -> list[range]:
     return found
 
 
+def ids_said(ids: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` → `0–2, 5`."""
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs(ids))
+
+
 def counted(number: int, thing: str) -> str:
     """`1 expert`, `2 experts`; `1 batch`, `2 batches`."""
     several = f"{thing}es" if thing.endswith(("s", "ch", "x")) else f"{thing}s"

@@ -81,10 +81,12 @@ FOR_PLUGINS = [
     "Adapter",
     "CalibrationError",
     "CheckpointError",
+    "Column",
     "CompressorError",
     "ConfigLeaf",
     "Criterion",
     "Decision",
+    "Description",
     "ExpertFigures",
     "ExpertSelection",
     "FileName",
@@ -121,6 +123,7 @@ FOR_PLUGINS = [
     "fewest_losses",
     "find_structure",
     "hookimpl",
+    "kept_at_random",
 ]
 
 

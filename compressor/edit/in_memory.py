@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -130,9 +130,10 @@ class InMemory(AsLoaded):
             self.moe, statistics, self.progress, weights=self.weights, processes=self.processes, **how
         )
 
-    def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
-        """Within the context only these experts can be chosen; see `MoEModel.masked`."""
-        return self.moe.masked(kept, top_k=top_k)
+    def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
+        """A context in which the model computes what a decision would make of it, as a method's `preview` does."""
+        context: AbstractContextManager[object] = preview(self.moe, decision)
+        return context
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         """Parameters, and the bytes that they take; see `size.size`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from compressor.machine.progress import Update
 from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.layer_weights import Ending
-from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.moe_model import MoEModel
 from compressor.observe import forward, layerwise
 from compressor.observe.streams import Consume
 
@@ -78,12 +78,14 @@ class OnDisk(InMemory):
         """How well the model predicts a text; as much of it as may wait passes a layer before the next one is read."""
         return perplexity(self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update))
 
-    def masked(self, kept: Kept, *, top_k: int | None = None) -> AbstractContextManager[object]:
-        """Within the context only these experts can be chosen, in every layer as long as it is there."""
+    def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
+        """The same, every layer as long as it is there."""
+        alone = {
+            path: Decision({**decision, "layers": {path: layer}}, decision.tensors)
+            for path, layer in decision["layers"].items()
+        }
         assert self.weights is not None
-        return self.weights.within(
-            {path: partial(self.moe.masked, {path: ids}, top_k=top_k) for path, ids in kept.items()}
-        )
+        return self.weights.within({path: partial(preview, self.moe, one) for path, one in alone.items()})
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
         """Answers to tasks, a kind of request at once. Raises EvaluationError where the model should write."""
@@ -166,15 +168,7 @@ class OnDisk(InMemory):
         assert self.work is not None
         expected = None
         if method.preview(self.moe, decision) is not None:
-
-            def previewed(path: str) -> AbstractContextManager[object]:
-                context = method.preview(
-                    self.moe, Decision({**decision, "layers": {path: decision["layers"][path]}}, decision.tensors)
-                )
-                assert context is not None
-                return context
-
-            with self.weights.within({path: partial(previewed, path) for path in decision["layers"]}):
+            with self.previewed(method.preview, decision):
                 expected = self.logits(probe)
             if not torch.isfinite(expected).all():
                 raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")

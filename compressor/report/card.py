@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from compressor.report.description import Json
 from compressor.report.figures import (
     NOTHING,
-    Figure,
-    Json,
-    alone_rows,
     as_yaml,
     decision_notes,
+    decision_table,
     experts_of,
-    figures,
-    ids_said,
-    legend,
-    random_rows,
+    random_table,
     shown_layers,
+    summary_tables,
 )
-from compressor.wording import counted, human_bytes
+from compressor.report.tables import Table
+from compressor.wording import counted, human_bytes, ids_said
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -50,21 +49,9 @@ def model_card(record: Json) -> str:
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
     ]
-    if rows := figures(record):
-        parts += ["## Figures", _markdown_table(rows), "\n".join(legend(rows, record))]
-    if alone := alone_rows(record):
-        lines = [" | ".join(cells) for cells in alone]
-        lines.insert(1, " | ".join(["---", *["--:"] * (len(alone[0]) - 1)]))
-        parts += ["## Each pass alone", "\n".join(f"| {line} |" for line in lines)]
-    for done in record.get("passes", []):
-        if rows_of_random := random_rows(done.get("random") or {}):
-            heading = f"## {done['method']}: does it beat chance?"
-            parts += [heading, _random_markdown(rows_of_random)]
-    if layers := _kept_lines(record):
-        notes = [f"* {note}" for done in record.get("passes", []) for note in decision_notes(done)]
-        parts += ["## Experts kept", layers, *(["\n".join(notes)] if notes else [])]
-    if skipped := _skipped_lines(record):
-        parts += ["## Experts skipped", skipped]
+    passes = record.get("passes", [])
+    tables = [*summary_tables(record), *map(random_table, passes), *_decided(passes, record)]
+    parts += filter(None, [table.to_markdown() for table in tables])
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     parts += [
@@ -116,47 +103,30 @@ def is_hub_id(reference: str) -> bool:
 # --- what was kept ---
 
 
-def _random_markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        "| against random experts | chosen | random (median) | smallest–largest | better than |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def _decided(passes: Sequence[Json], record: Json) -> Iterator[Table]:
+    """The experts that all passes together left, and what those that drop none have decided; what is to be said of it
+    below.
+    """
+    pruned = [done for done in passes if any("kept" in one for one in done["decision"].get("layers", {}).values())]
+    yield _kept_table(pruned, record)
+    for done in passes:
+        if done not in pruned:
+            table = decision_table(done, record, details=True)
+            rows = [(f"`{path}`", *cells) for path, *cells in table.rows]
+            yield dataclasses.replace(table, rows=rows, below=_bullets([done]))
 
 
-def _kept_lines(record: Json) -> str:
-    """The experts that all passes together left and dropped, as a Markdown table; empty without any."""
+def _bullets(passes: Sequence[Json]) -> list[str]:
+    return [f"* {note}" for done in passes for note in decision_notes(done)]
+
+
+def _kept_table(pruned: Sequence[Json], record: Json) -> Table:
+    """The experts that all passes together left and dropped."""
     num_experts = experts_of(record)
-    shown = [layer for done in record.get("passes", []) for layer in shown_layers(done, record).items()]
+    shown = [layer for done in pruned for layer in shown_layers(done, record).items()]
     kept = {path: layer["kept"] for path, layer in shown if "kept" in layer}
-    lines = []
+    rows = []
     for path, ids in kept.items():
         dropped = [expert for expert in range(num_experts.get(path, 0)) if expert not in set(ids)]
-        lines.append(f"| `{path}` | {len(ids)} | {ids_said(ids)} | {ids_said(dropped) or NOTHING} |")
-    return "\n".join(["| layer | experts | kept | dropped |", "|---|--:|---|---|", *lines]) if lines else ""
-
-
-def _skipped_lines(record: Json) -> str:
-    """How many experts a token uses in each layer, by the last pass that skips, as a Markdown table; empty without."""
-    by_pass = [done["decision"].get("layers", {}) for done in record.get("passes", [])]
-    decided = [layers for layers in by_pass if any("mean_experts" in layer for layer in layers.values())]
-    lines = []
-    for path, layer in decided[-1].items() if decided else ():
-        held_out = layer.get("held_out", {}).get("mean_experts")
-        numbers = [layer.get("mean_experts"), held_out, layer.get("relative_loss")]
-        texts = [NOTHING if number is None else f"{number:.4g}" for number in (layer.get("beta"), *numbers)]
-        lines.append(f"| `{path}` | {layer.get('rule') or 'none'} | {' | '.join(texts)} |")
-    heading = "| layer | rule | β | experts a token uses | on held-out text | relative loss |"
-    return "\n".join([heading, "|---|---|--:|--:|--:|--:|", *lines]) if lines else ""
-
-
-# --- text ---
-
-
-def _markdown_table(rows: Iterable[Figure]) -> str:
-    lines = ["| figure | before | after | change |", "|---|--:|--:|--:|"]
-    for row in rows:
-        change = f"{row.change}; {row.note}" if row.note else row.change
-        cells = (row.name, row.before, row.after, change)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        rows.append((f"`{path}`", str(len(ids)), ids_said(ids), ids_said(dropped) or NOTHING))
+    return Table("Experts kept", ("layer", ">experts", "kept", "dropped"), rows, _bullets(pruned))

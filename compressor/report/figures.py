@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from compressor.report.description import EXPERT_IDS, Column, Description, Json, flat
 from compressor.report.tables import Table
-from compressor.wording import counted, human_bytes, human_count, runs
+from compressor.wording import counted, human_bytes, human_count, ids_said
 
-Json = Mapping[str, Any]
 NOTHING = "–"
-FIGURES = "Figures"
 MAX_COUNT_ROWS = 16
 ACCURACIES = ("acc", "acc_norm")
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """One row of the figures before and after: text, ready to print."""
 
     name: str
     before: str
     after: str
-    change: str
-    note: str = ""  # what stands below the change
+    change: str  # and what stands below it
 
 
 def summary_tables(record: Json) -> list[Table]:
     """The figures before and after, and those of each pass alone, as far as the record has them."""
-    rows = [
-        (row.name, row.before, row.after, "\n".join(filter(None, [row.change, row.note]))) for row in figures(record)
-    ]
-    heading, *alone = alone_rows(record) or [("",)]
-    tables = [
-        Table(FIGURES, ("figure", ">before", ">after", ">change"), rows),
-        Table("Each pass alone", (heading[0], *(f">{name}" for name in heading[1:])), alone),
-    ]
+    rows = figures(record)
+    columns = ("figure", ">before", ">after", ">change")
+    tables = [Table("Figures", columns, rows, [*legend(rows, record)]), alone_table(record)]
     return [table for table in tables if table.rows]
 
 
@@ -64,32 +54,31 @@ def figures(record: Json) -> list[Figure]:
     ]
 
 
-def alone_rows(record: Json) -> list[tuple[str, ...]]:
-    """What each pass does alone, beside all of them together, as a table whose first row is its heading; empty where it
-    was not measured. Speed is a ratio to the model without any pass; errors and ranges are in the record.
+def alone_table(record: Json) -> Table:
+    """What each pass does alone, beside all of them together; without rows where it was not measured. Speed is a ratio
+    to the model without any pass; errors and ranges are in the record.
     """
     evaluation = record.get("evaluation") or {}
-    alone = evaluation.get("alone")
-    if not alone:
-        return []
+    alone = evaluation.get("alone") or ()
     columns = [{row.name: row for row in figures({**record, "evaluation": side})} for side in [*alone, evaluation]]
     methods = [one["method"] for one in alone]
     headings = [
-        f"{one['pass'] + 1}. {one['method']}" if methods.count(one["method"]) > 1 else one["method"] for one in alone
+        f">{one['pass'] + 1}. {one['method']}" if methods.count(one["method"]) > 1 else f">{one['method']}"
+        for one in alone
     ]
-    rows: list[tuple[str, ...]] = [("figure", "none", *headings, "all")]
+    rows = []
     for name in dict.fromkeys(name for column in [columns[-1], *columns] for name in column):
         if name.startswith(("process memory", "weights on disk")):
             continue
         known = next(column[name] for column in reversed(columns) if name in column)
         is_speed = name.endswith("tokens/s")
-        unchanged = dataclasses.replace(known, after=known.before, change="×1.00")
+        unchanged = known._replace(after=known.before, change="×1.00")
         cells = [column.get(name, unchanged) for column in columns]
         texts = ["×1.00" if is_speed else known.before, *((cell.change if is_speed else cell.after) for cell in cells)]
         for number, one in enumerate(alone, start=1):
             texts[number] = NOTHING if "problem" in one else texts[number]
         rows.append((name, *(re.split(" [±[]", text)[0] for text in texts)))
-    return rows
+    return Table("Each pass alone", ("figure", ">none", *headings, ">all"), rows if alone else [])
 
 
 def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str, int, Json]]:
@@ -97,18 +86,13 @@ def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str,
 
     Yields a label (``model.layers.0–31.mlp``), the number of layers and the first of them.
     """
-    run: list[Json] = []
 
     def alike(layer: Json) -> Any:
         return [_split_path(layer["path"])[::2], [layer.get(key) for key in keys]]
 
-    for layer in layers:
-        if run and alike(layer) != alike(run[0]):
-            yield _label([one["path"] for one in run]), len(run), run[0]
-            run = []
-        run.append(layer)
-    if run:
-        yield _label([one["path"] for one in run]), len(run), run[0]
+    for _, run in itertools.groupby(layers, alike):
+        first, *others = run
+        yield _label([one["path"] for one in (first, *others)]), 1 + len(others), first
 
 
 def sensible_counts(layers: Sequence[Json]) -> list[int]:
@@ -157,24 +141,15 @@ def _task_rows(before: Json, after: Json, paired: Json) -> Iterator[Figure]:
         if (other or one or {}).get("group") is not None:
             continue
         ones, others = ((result or {}).get("metrics", {}) for result in (one, other))
-        for metric in _metric_names(ones, others):
+        for metric in sorted(union(ones, others), key=lambda name: [*ACCURACIES, name].index(name)):
             flips = paired.get(name, {}).get(metric)
             is_share = metric in ACCURACIES or flips is not None
             yield Figure(
                 f"{name} {metric}" + (" %" if is_share else ""),
                 _metric(ones.get(metric), is_share),
                 _metric(others.get(metric), is_share),
-                _metric_change(ones.get(metric), others.get(metric), is_share),
-                _flips(flips),
+                _metric_change(ones.get(metric), others.get(metric), is_share) + _flips(flips),
             )
-
-
-def _metric_names(before: Json, after: Json) -> list[str]:
-    names = union(before, after)
-    return [
-        *(name for name in ACCURACIES if name in names),
-        *(name for name in names if name not in ACCURACIES),
-    ]
 
 
 def _metric(metric: Json | None, is_share: bool) -> str:
@@ -197,7 +172,7 @@ def _flips(flips: Json | None) -> str:
     if flips is None:
         return ""
     p = f"p={flips['p_value']:.2g}" if flips["p_value"] >= 0.001 else "p<0.001"
-    return f"+{flips['gained']} −{flips['lost']} ({p})"
+    return f"\n+{flips['gained']} −{flips['lost']} ({p})"
 
 
 def _used_rows(before: Json, after: Json) -> Iterator[Figure]:
@@ -248,7 +223,7 @@ def legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
         yield "± one standard error."
     if any(row.name.startswith("perplexity") for row in rows):
         yield "Perplexity: lower is better."
-    if any(row.note for row in rows):
+    if any("(p" in row.change for row in rows):
         yield "+ answers that became right, − that became wrong; p: McNemar's exact test."
     if any("[" in row.change for row in rows):
         yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
@@ -272,88 +247,80 @@ def cut_prompts(tasks: Json) -> Iterator[str]:
 # --- what was kept ---
 
 
-_ID_LISTS = ("kept", "dropped", "unreached", "super_experts", "protected_super_experts")
-"""What of a layer's decision are ids of experts, as its pass saw them."""
+def _described(done: Json) -> Json:
+    """How a pass's decision is to be shown: as its method has said, or else all of it."""
+    found: Json = done.get("description") or {"ids": EXPERT_IDS, **Description.of(done["decision"]).to_json()}
+    return found
 
 
 def shown_layers(done: Json, record: Json | None = None) -> dict[str, dict[str, Any]]:
     """A pass's layers with ids as the original model has them, and what was dropped of those that the pass saw."""
     seen = {path: range(count) for path, count in experts_of(record or {}).items()} | done.get("original_ids", {})
-    shown = {}
+    shown, ids = {}, done.get("description", {}).get("ids", EXPERT_IDS)
     for path, decided in done["decision"].get("layers", {}).items():
         layer = shown[path] = dict(decided)
         if path in seen:
-            layer |= {key: [seen[path][expert] for expert in decided[key]] for key in _ID_LISTS if key in decided}
+            names = dict(enumerate(seen[path]))
+            layer |= {key: _named(decided[key], names) for key in ids if key in decided}
             if "kept" in layer:
                 layer["dropped"] = [expert for expert in seen[path] if expert not in set(layer["kept"])]
     return shown
+
+
+def _named(ids: Any, names: Mapping[int, int]) -> Any:
+    """Ids, in lists or lists of lists, as the original model has them."""
+    return [_named(one, names) for one in ids] if isinstance(ids, list) else names.get(ids, ids)
+
+
+def shown_columns(done: Json, record: Json | None = None) -> list[tuple[Column, list[Any]]]:
+    """The columns of a pass's decision, each with its values, layer by layer, None where it says nothing of one."""
+    layers = [flat(layer) for layer in shown_layers(done, record).values()]
+    found = [(Column(**one), [layer.get(one["key"]) for layer in layers]) for one in _described(done)["columns"]]
+    return [one for one in found if any(value is not None for value in one[1])]
+
+
+def decision_table(done: Json, record: Json | None = None, *, room: int = 500, details: bool = False) -> Table:
+    """What a pass has decided, layer by layer; lists that take more letters than there is `room` are counted."""
+    columns, cells = ["layer"], []
+    for column, values in shown_columns(done, record):
+        if details or not column.detail:
+            are_numbers = all(type(value) in (int, float, type(None)) for value in values)
+            columns.append(f"{'>' if are_numbers else ''}{column.heading}")
+            thing = "expert" if column.key in _described(done)["ids"] else "value"
+            cells.append([_value_said(value, room, thing) for value in values])
+    return Table(done["method"], columns, [*zip(done["decision"]["layers"], *cells, strict=True)] if cells else [])
+
+
+def _value_said(value: Any, room: int, thing: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, list) or not value:
+        return f"{value:.4g}" if isinstance(value, float) else NOTHING if value in (None, []) else str(value)
+    if all(type(one) is int for one in value):
+        said = ids_said(value)
+    else:
+        said, thing = "; ".join(_value_said(one, room, thing) for one in value), "value"
+    return said if len(said) <= room else counted(len(value), thing)
 
 
 def experts_of(record: Json) -> dict[str, int]:
     return {layer["path"]: layer["num_experts"] for layer in record.get("layers", [])}
 
 
-def random_table(done: Json) -> Table:
-    """A pass beside random decisions of the same size; without rows where there were none."""
-    columns = ("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
-    return Table(f"{done['method']}: does it beat chance?", columns, random_rows(done.get("random") or {}))
-
-
-def decision_notes(done: Json) -> list[str]:
-    """What a reader of a decision should know of some of its layers, one sentence for each kind of finding."""
-    layers = shown_layers(done)
-    notes = [*_skipping_notes(done["decision"])]
+def decision_notes(done: Json) -> Iterator[str]:
+    """What a reader of a decision should know of it, one sentence for each kind of finding."""
     if done.get("original_ids"):
-        notes.append("experts have the original model's ids here; the decision itself has those that this pass saw")
+        yield "experts have the original model's ids here; the decision itself has those that this pass saw"
     if problem := (done.get("random") or {}).get("problem"):
-        notes.append(f"no random experts to compare with: {problem}")
-    unreached = {path: decided["unreached"] for path, decided in layers.items() if decided.get("unreached")}
-    if unreached:
-        number = sum(map(len, unreached.values()))
-        where = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in itertools.islice(unreached.items(), 3))
-        more = f"; and {counted(len(unreached) - 3, 'more layer')}" if len(unreached) > 3 else ""
-        notes.append(
-            f"no token of the calibration text reached {counted(number, 'expert')}, so nothing is known of "
-            f"{'it' if number == 1 else 'them'}; a criterion drops {'it' if number == 1 else 'them'} first "
-            f"({where}{more})"
-        )
-    supers = {path: decided["super_experts"] for path, decided in layers.items() if decided.get("super_experts")}
-    if supers:
-        where = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in supers.items())
-        gone = {path: ids for path, ids in _lost_supers(layers).items() if ids}
-        lost = "; ".join(f"{path}: {ids_said(ids)}" for path, ids in gone.items())
-        notes.append(
-            f"super experts, whose outputs are extreme: {where}; "
-            + (f"dropped of these, which can ruin a model: {lost}" if lost else "all of them stay")
-        )
-    short = max((decided.get("uncovered", 0.0) for decided in layers.values()), default=0.0)
-    if short > 0:
-        notes.append(f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts")
-    return notes
+        yield f"no random experts to compare with: {problem}"
+    yield from _described(done)["notes"]
 
 
-def _skipping_notes(decision: Json) -> Iterator[str]:
-    """By what rule experts are skipped, and how many a token uses."""
-    rules = [layer for layer in decision.get("layers", {}).values() if layer.get("rule")]
-    if not rules:
-        return
-    over = f" normalised over {rules[0]['normalise_over']}" if "normalise_over" in rules[0] else ""
-    rule = f"the {rules[0]['top_k']} largest{over}" if "top_k" in rules[0] else f"the rule {rules[0]['rule']}"
-    where = {"mean_experts": "calibration", "held_out_mean_experts": "held-out"}
-    used = [f"{decision[name]:.4g} experts on {text} text" for name, text in where.items() if name in decision]
-    tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
-    yield f"by {rule}, in {len(rules)} of {counted(len(decision['layers']), 'layer')}{tells}"
-
-
-def _lost_supers(layers: Mapping[str, Json]) -> dict[str, list[int]]:
-    return {
-        path: [expert for expert in decided.get("super_experts", []) if expert in set(decided.get("dropped", []))]
-        for path, decided in layers.items()
-    }
-
-
-def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
-    """(figure, the decision's value, median of the random ones, their range, how many of them it beats)."""
+def random_table(done: Json) -> Table:
+    """A pass's figures beside the median of random decisions', their range, and how many of them it beats; without rows
+    where there were none.
+    """
+    random = done.get("random") or {}
     compared = {"loss on calibration text": random["relative_loss"]} if "relative_loss" in random else {}
     compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}
     rows = []
@@ -363,12 +330,8 @@ def random_rows(random: Json) -> list[tuple[str, str, str, str, str]]:
         said = _perplexity_said if name.startswith("perplexity ") else "{:.4g}".format
         shown = (said(values["ours"]), said(statistics.median(others)), f"{said(others[0])}–{said(others[-1])}")
         rows.append((name, *shown, f"{beaten} of {len(others)}"))
-    return rows
-
-
-def ids_said(ids: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` → ``0–2, 5``."""
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs(ids))
+    columns = ("against random experts", ">chosen", ">random (median)", ">smallest–largest", ">better than")
+    return Table(f"{done['method']}: does it beat chance?", columns, rows)
 
 
 # --- labels of layers ---

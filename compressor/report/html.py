@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from compressor.report.figures import as_yaml, decision_notes, random_table, shown_layers, summary_tables
-from compressor.report.tables import Table
+from compressor.report.description import Json
+from compressor.report.figures import (
+    as_yaml,
+    decision_notes,
+    decision_table,
+    random_table,
+    shown_columns,
+    summary_tables,
+)
 from compressor.wording import counted
-
-Json = Mapping[str, Any]
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 860, 260, 52, 46, 14
@@ -47,65 +52,48 @@ def page(record: Json) -> str:
 
 def summary(record: Json) -> str:
     """The tables of the page alone, for a notebook."""
-    compared = [random_table(done) for done in record.get("passes", [])]
-    tables = [*summary_tables(record), *(table for table in compared if table.rows)]
-    return Markup("\n").join(tables) or str(escape(record["model"]["reference"]))
+    tables = (*summary_tables(record), *map(random_table, record.get("passes", [])))
+    return Markup("\n").join(table for table in tables if table.rows) or str(escape(record["model"]["reference"]))
 
 
 def _pass(done: Json, record: Json) -> dict[str, Any]:
-    layers = shown_layers(done, record)
-    keys = [key for key in dict.fromkeys(key for one in layers.values() for key in one) if _is_shown(layers, key)]
-    rows = [[path, *(_text(one.get(key)) for key in keys)] for path, one in layers.items()]
+    layers = decision_table(done, record, details=True)
     return {
         "method": done["method"],
         "options": {key: value for key, value in done.get("options", {}).items() if value not in (None, {}, [])},
-        "layers": Table("", ("layer", *keys), rows),
-        "counted": counted(len(rows), "layer"),
+        "layers": layers,
+        "counted": counted(len(layers.rows), "layer"),
         "notes": decision_notes(done),
         "random": random_table(done),
-        "plots": [(title, Markup(drawn)) for title, drawn in _plots(layers, record)],
+        "plots": [(title, Markup(drawn)) for title, drawn in _plots(done, record)],
     }
 
 
-def _is_shown(layers: Json, key: str) -> bool:
-    """Numbers, texts and ids; not norms of every expert, and not mappings, which have plots of their own."""
-    values = [one[key] for one in layers.values() if key in one]
-    return key != "expert_norms" and not any(isinstance(value, Mapping) for value in values)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) if len(value) <= 64 else f"{len(value)} of them"
-    return "–" if value is None else str(value)
-
-
-def _plots(layers: Json, record: Json) -> list[tuple[str, str]]:
-    """What a pass did, layer by layer: experts per token where it skips, losses where it prunes."""
-    plots = []
-    if any("mean_experts" in one for one in layers.values()):
-        before, used = (
-            ((record.get("evaluation") or {}).get(side) or {}).get("experts_per_token") or {}
-            for side in ("before", "after")
-        )
+def _plots(done: Json, record: Json) -> Iterator[tuple[str, str]]:
+    """The columns that are to be drawn, layer by layer: two as bars, of more all but the first as lines. Beside
+    experts per token as the calibration text tells them, those that were counted while the model was measured.
+    """
+    layers, by_plot = list(done["decision"].get("layers", {})), dict[str, list[Any]]()
+    for column, values in shown_columns(done, record):
+        numbers = [value if isinstance(value, int | float) else None for value in values]
+        by_plot.setdefault(column.plot, []).append((column.heading, numbers))
+    by_plot.pop("", None)
+    for title, drawn in by_plot.items():
         series = [
-            *(
-                Series(f"before: {name}", [by.get(path) for path in layers], "line")
-                for name, by in [*before.items()][:1]
-            ),
-            Series("used on calibration text", [one.get("mean_experts") for one in layers.values()]),
-            Series("on held-out text", [one.get("held_out", {}).get("mean_experts") for one in layers.values()]),
-            *(Series(f"counted: {name}", [by.get(path) for path in layers], "line") for name, by in used.items()),
+            Series(name, values, "bars" if number == 0 or len(drawn) == 2 else "line")
+            for number, (name, values) in enumerate(drawn)
         ]
-        plots.append(("experts per token", plot("experts per token", list(layers), series)))
-    if any("relative_loss" in one for one in layers.values()):
-        domains = list(dict.fromkeys(name for one in layers.values() for name in one.get("domains", {})))
-        series = [Series("relative loss", [one.get("relative_loss") for one in layers.values()])]
-        for name in domains:
-            series.append(Series(name, [one.get("domains", {}).get(name) for one in layers.values()], "line"))
-        plots.append(("relative loss", plot("relative loss", list(layers), series)))
-    return plots
+        if title == "experts per token":
+            before, after = _counted(record, "before", layers), _counted(record, "after", layers)
+            series = [*before[:1], *series, *after]
+        yield title, plot(title, layers, series)
+
+
+def _counted(record: Json, side: str, layers: Sequence[str]) -> list[Series]:
+    """Experts that a token used on each text that was measured."""
+    used = ((record.get("evaluation") or {}).get(side) or {}).get("experts_per_token") or {}
+    said = {"before": "before", "after": "counted"}[side]
+    return [Series(f"{said}: {name}", [by.get(path) for path in layers], "line") for name, by in used.items()]
 
 
 def plot(title: str, labels: Sequence[str], series: Sequence[Series]) -> str:

@@ -1,4 +1,4 @@
-"""Tables for people: in a terminal, as wide as that is and with no word broken, and as HTML."""
+"""Tables for people: in a terminal, as wide as that is and with no word broken, as HTML and as Markdown."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
+    """Lines that explain it."""
 
     @property
     def headings(self) -> list[str]:
@@ -36,10 +38,14 @@ class Table:
         if not self.rows:
             return
         console.print(Text(f"\n{self.title}", style="bold"))
-        widths = self.widths(console.width)
-        if widths is None:
+        if widths := self.widths(console.width):
+            self._show_columns(widths, console)
+        else:
             self._show_rows(console)
-            return
+        for line in self.below:
+            console.print(Text(line, style="dim"))
+
+    def _show_columns(self, widths: Sequence[int], console: Console) -> None:
         table = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column, heading, width in zip(self.columns, self.headings, widths, strict=True):
             table.add_column(Text(heading), justify="right" if column.startswith(">") else "left", width=width)
@@ -81,9 +87,18 @@ class Table:
         body = Markup("\n").join(Markup("<tr>{}</tr>").format(row) for row in (head, *rows))
         return Markup('<div class="scroll"><table>\n{}\n</table></div>').format(body)
 
+    def to_markdown(self) -> str:
+        """The same as Markdown, under its title; nothing if it has neither rows nor lines below them."""
+        marks = ["--:" if column.startswith(">") else "---" for column in self.columns]
+        cells = [[cell.replace("|", "\\|").replace("\n", "; ") for cell in row] for row in self.rows]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in ([self.headings, marks, *cells] if cells else []))
+        parts = [part for part in (table, "\n".join(self.below)) if part]
+        return "\n\n".join([f"## {self.title}", *parts]) if parts else ""
+
     def __html__(self) -> str:
-        """The title above it, as jinja and markupsafe put it into a page."""
-        return Markup("<h2>{}</h2>\n{}").format(self.title, self.to_html())
+        """Title above, lines below, as jinja and markupsafe put it into a page."""
+        below = Markup("").join(Markup("\n<p><small>{}</small></p>").format(line) for line in self.below)
+        return Markup("<h2>{}</h2>\n{}{}").format(self.title, self.to_html(), below)
 
 
 def show_facts(facts: dict[str, str | None], console: Console) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,22 +11,17 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from compressor.report.description import Json
 from compressor.report.figures import (
-    FIGURES,
     NOTHING,
-    Json,
     collapse,
     decision_notes,
-    figures,
-    ids_said,
-    legend,
+    decision_table,
     random_table,
     ratio_said,
     sensible_counts,
     short_labels,
-    shown_layers,
     summary_tables,
-    union,
 )
 from compressor.report.tables import Table, show_facts
 from compressor.wording import counted, human_bytes, human_count, human_seconds
@@ -46,11 +41,8 @@ def print_summary(record: Json, console: Console) -> None:
     )
     for table in summary_tables(record):
         table.show(console)
-        if table.title == FIGURES:
-            for line in legend(figures(record), record):
-                console.print(Text(line, style="dim"))
     for done in record.get("passes", []):
-        _print_decision(done, shown_layers(done, record), console)
+        _print_decision(done, record, console)
 
 
 def print_plan(plan: Json, console: Console) -> None:
@@ -77,7 +69,7 @@ def print_plan(plan: Json, console: Console) -> None:
         console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
     if plan.get("needs"):
         _print_needs(plan["needs"], console)
-    _print_notes(plan, console)
+    _print_notes(plan.get("notes") or [], console)
 
 
 _WAITING = {"memory": "memory", "file": "files on the output's disk"}
@@ -137,7 +129,7 @@ def print_inspection(info: Json, console: Console) -> None:
         savings.append((str(count), *numbers, f"{saved / info['bytes']:.1%}"))
     headings = (">experts", ">parameters", ">bytes", ">saved", ">of all")
     Table("With fewer experts in every layer", headings, savings).show(console)
-    _print_notes(info, console)
+    _print_notes(info.get("notes") or [], console)
 
 
 def print_methods(plugins: Sequence[Any], console: Console) -> None:
@@ -190,69 +182,21 @@ def _default(value: Any) -> str:
 # --- what was kept ---
 
 
-def _print_decision(done: Json, decided_layers: Mapping[str, Json], console: Console) -> None:
-    layers = _with_domain_losses(decided_layers)
-    if not layers:
-        return
-    pattern, labels = short_labels(list(layers))
-    room = console.width // 2
-    hidden = {*_ALWAYS_HIDDEN, *(_HIDDEN if any("domains" in one for one in decided_layers.values()) else ())}
-    figures_shown = [key for key in union(*layers.values()) if key not in hidden and _all_numbers(layers, key)]
-    has_kept = any("kept" in decided for decided in layers.values())
-    headings = [f">{_HEADINGS.get(key, key)}" for key in figures_shown]
-    rows = []
-    for path, decided in layers.items():
-        numbers = [f"{decided[key]:.4g}" if key in decided else NOTHING for key in figures_shown]
-        ids = [_few_ids(decided.get(key, []), room) for key in ("kept", "dropped")] if has_kept else []
-        rows.append((labels[path], *numbers, *ids))
-    columns = ("layer", *headings, *(["kept", "dropped"] if has_kept else []))
-    Table(f"{done['method']}: {pattern}", columns, rows).show(console)
-    for note in decision_notes(done):
-        console.print(Text(f"• {note}"))
+def _print_decision(done: Json, record: Json | None, console: Console) -> None:
+    table = decision_table(done, record, room=console.width // 2)
+    pattern, labels = short_labels([row[0] for row in table.rows])
+    rows = [(labels[row[0]], *row[1:]) for row in table.rows]
+    Table(f"{table.title}: {pattern}", table.columns, rows).show(console)
+    _print_notes(decision_notes(done), console)
     random_table(done).show(console)
-
-
-_HEADINGS = {
-    "beta": "β",
-    "mean_experts": "experts a token",
-    "kept_mass": "mass kept",
-    "relative_loss": "relative loss",
-}
-_ALWAYS_HIDDEN = ("kept", "uncovered", "loss_before_swaps", "top_k", "normalise_over")
-_HIDDEN = ("loss", "objective", "median_loss", "sets", "swaps")
-"""Figures that only the record has: some always, others where each domain has a column."""
-
-
-def _few_ids(ids: Sequence[int], most: int) -> str:
-    """The ids, if they take no more letters than this; decision.json has them all."""
-    text = ids_said(ids) or NOTHING
-    return text if len(text) <= most else counted(len(ids), "expert")
-
-
-def _with_domain_losses(layers: Mapping[str, Json]) -> dict[str, Json]:
-    """Each domain's relative loss as a figure of its own, and the number of experts that held-out text uses."""
-    return {
-        path: {key: value for key, value in decided.items() if key != "domains"}
-        | dict(decided.get("domains", {}))
-        | ({"held out": decided["held_out"]["mean_experts"]} if "held_out" in decided else {})
-        for path, decided in layers.items()
-    }
 
 
 def print_decisions(decided: Json, console: Console) -> None:
     """The passes of a decision.json: kept and dropped experts, and what each layer loses."""
     for done in decided["passes"]:
-        _print_decision(done, shown_layers(done), console)
+        _print_decision(done, None, console)
 
 
-def _all_numbers(layers: Json, key: str) -> bool:
-    values = [decided[key] for decided in layers.values() if key in decided]
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-# --- text ---
-
-
-def _print_notes(info: Json, console: Console) -> None:
-    for note in info.get("notes") or []:
+def _print_notes(notes: Iterable[str], console: Console) -> None:
+    for note in notes:
         console.print(Text(f"• {note}"))

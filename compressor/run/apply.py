@@ -37,7 +37,7 @@ from compressor.run.record import (
     TENSORS,
     CompressionResult,
     counts_and_rules_json,
-    decision_json,
+    decided_json,
     layers_json,
     left_out_json,
     model_json,
@@ -172,8 +172,8 @@ class _Application:
                 raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {why}") from error
             except (ValueError, UnsupportedModelError) as error:
                 raise RecipeError(f"{self.decided.name} does not fit {self.found.reference}: {error}") from error
-            decision = done["decision"]
-            passes.append({**done, **original_ids_json(original_ids, all_ids), **decision_json(decision)})
+            entry = {**done, **original_ids_json(original_ids, all_ids)}
+            passes.append(decided_json(method, done["decision"], entry))
             original_ids = ids_left(original_ids, moe.removals[num_removals:])
         return passes
 

@@ -32,7 +32,7 @@ from compressor.errors import PluginError, UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
-from compressor.method import OptionError, Plan, check_skipping
+from compressor.method import Method, OptionError, Plan, check_skipping
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import refuse_quantised
 from compressor.model.skipping.install import fitting_rules
@@ -291,9 +291,10 @@ def _limits(model: Any) -> Limits:
 
 
 def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Sequence[MoELayer]) -> None:
-    """Raise RecipeError where random decisions are asked for, and no pass drops an expert."""
+    """Raise RecipeError where random decisions are asked for, no pass drops an expert and none has others to draw."""
     evaluation, counts = loaded.recipe.evaluate, [[layer.num_experts for layer in layers] for layers in (before, after)]
-    if loaded.passes and evaluation and evaluation.random and counts[0] == counts[1]:
+    draws = any(type(one.method).control is not Method.control for one in loaded.passes)
+    if loaded.passes and evaluation and evaluation.random and counts[0] == counts[1] and not draws:
         raise loaded.error(
             ("evaluate", "random"), "no pass drops experts, so there is nothing to draw at random; leave it out"
         )

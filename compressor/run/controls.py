@@ -1,29 +1,28 @@
 """Random decisions beside a pass's own: would chance have done as well?
 
-A random decision keeps as many experts of every layer, and is measured on the model that the pass saw, with the other
-experts masked. That is what the method would have done with it as long as its edit does what masking does; a method
-that changes more, such as one that merges experts, has no control, and the record says so by name. The pass's own
-perplexities are those of the edited model.
+A random decision is its method's (`Method.control`), and is measured on the model that the pass saw, under the method's
+preview, of which every edit is checked to do what it says. Losses on calibration text are those of masked experts, so
+they are told where the preview does what masking does. A method that draws nothing, or has no preview, has no control,
+and the record says so by name. The pass's own perplexities are those of the edited model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.in_memory import InMemory
 from compressor.edit.verify import compare_answers
 from compressor.errors import VerificationError
 from compressor.method import Decision, Method
-from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.moe_model import MoEModel
 from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
-from compressor.selection.reference import SetLosses, random_kept, relative_losses
+from compressor.selection.reference import SetLosses, relative_losses
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def beside(
 ) -> Iterator[dict[str, Any]]:
     """Around a pass's edit: random decisions, measured before it, beside what it has made of the model. What is yielded
     has them afterwards, as the pass's entry says them: `random`, if the recipe asks for it. The last pass's own
-    perplexities are those of the evaluation, see `with_evaluated`.
+    perplexities are those of the evaluation, see `with_ours`.
     """
     entry: dict[str, Any] = {}
     evaluation = job.recipe.evaluate
@@ -47,131 +46,102 @@ def beside(
         yield entry
         return
     with job.timed("random decisions"):
-        chosen, found = AsMasked(piece, resolved.method, decision, probe), {}
-        if chosen.problem is None:
-            seeds = [job.recipe.seed + number for number in range(evaluation.random)]
-            how = (chosen, seeds, batches, texts, evaluation.batch_size)
-            found = job.noted(f"random {name}", lambda: measure(piece, *how))
+        seeds = [job.recipe.seed + number for number in range(evaluation.random)]
+        drawn = _drawn(piece, resolved.method, decision, seeds)
+        if not isinstance(drawn, str):
+            how = (piece, resolved.method, [decision, *drawn], probe, batches, texts, evaluation.batch_size)
+            found = job.noted(f"random {name}", lambda: {"seeds": seeds, **measure(*how)})
     yield entry
+    if isinstance(drawn, str):
+        entry["random"] = {"problem": f"{resolved.method.name} {drawn}"}
+        return
     with job.timed("random decisions"):
-        chosen.after(piece)
-        entry["random"] = found if chosen.problem is None else {"problem": chosen.problem}
-        if chosen.problem is None and resolved is not job.loaded.passes[-1]:
+        entry["random"] = found
+        if resolved is not job.loaded.passes[-1]:
             batch_size = evaluation.batch_size
             ours = job.noted(
                 f"perplexity after {name}",
                 lambda: {text.name: piece.perplexity(text, batch_size).perplexity for text in texts},
             )
-            entry["random"] = with_ours(found, ours)
+            entry |= with_ours(entry, ours)
 
 
-def with_evaluated(entry: dict[str, Any], perplexity: Mapping[str, float]) -> dict[str, Any]:
-    """The last pass's entry with the perplexities of the evaluation, if it has random decisions beside it."""
-    if "perplexity" not in entry.get("random", ()):
+def with_ours(entry: dict[str, Any], perplexity: Mapping[str, float]) -> dict[str, Any]:
+    """A pass's entry with the edited model's perplexities by text, if it has those of random decisions."""
+    random = entry.get("random", {})
+    if "perplexity" not in random:
         return entry
-    return {**entry, "random": with_ours(entry["random"], perplexity)}
+    by_text = {name: {"ours": perplexity[name], **values} for name, values in random["perplexity"].items()}
+    return {**entry, "random": {**random, "perplexity": by_text}}
 
 
-class AsMasked:
-    """Whether a pass does what masking the experts that it drops would do. `problem` says why not, None if it does; the
-    last word is `after` the edit.
-    """
-
-    def __init__(self, piece: InMemory, method: Method[Any], decision: Decision, probe: TokenBatch) -> None:
-        self.kept, self.top_k = _kept(piece.moe, decision), decision.get("top_k")
-        self.probe, self.name = probe, method.name
-        self._expected = _otherwise(piece.moe, self.kept, self.top_k)
-        self._masked_NV: Tensor | None = None
-        self.problem: str | None = None
-        if all(len(self.kept[layer.path]) == layer.num_experts for layer in piece.moe.layers):
-            self.problem = f"{self.name} drops no experts, so there is nothing to draw at random"
-        else:
-            with piece.masked(self.kept, top_k=self.top_k):
-                self._masked_NV = piece.logits(probe)
-
-    def after(self, piece: InMemory) -> None:
-        """Look at what the edit has made of the model."""
-        if self.problem is None and self._masked_NV is not None:
-            self._compare(piece.answers(self.probe))
-        if self.problem is None and _otherwise(piece.moe) != self._expected:
-            self.problem = self._more
-
-    def _compare(self, answers_NV: Tensor) -> None:
-        assert self._masked_NV is not None
-        try:
-            compare_answers(self._masked_NV, answers_NV)
-        except VerificationError:
-            self.problem = self._more
-
-    @property
-    def _more(self) -> str:
-        return (
-            f"{self.name} changes more than which experts stay, and says of no random ones what it would do with them"
-        )
-
-
-def _kept(moe: MoEModel, decision: Decision) -> dict[str, list[int]]:
-    """Layer path → the experts that stay; all of a layer of which the decision says nothing."""
-    layers = decision["layers"]
-    return {one.path: list(layers.get(one.path, {}).get("kept", range(one.num_experts))) for one in moe.layers}
-
-
-def _otherwise(moe: MoEModel, kept: Kept | None = None, top_k: int | None = None) -> tuple[Any, ...]:
-    """What a model does with its experts beside having them: how it skips them, and how many a token chooses; with
-    `kept` and `top_k` as it will be when these are all that has changed.
-    """
-    rules = (
-        moe.skip_rules if kept is None else {path: one.of_experts(kept[path]) for path, one in moe.skip_rules.items()}
-    )
-    return rules, [top_k or layer.top_k for layer in moe.layers]
+def _drawn(piece: InMemory, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
+    """The method's random decisions, or why there are none."""
+    drawn = [method.control(decision, piece.layers, seed) for seed in seeds]
+    if problem := next((one for one in drawn if isinstance(one, str)), None):
+        return problem
+    if method.preview(piece.moe, decision) is None:
+        return "has no preview, under which random decisions could be measured"
+    return [Decision.of(one) for one in drawn if not isinstance(one, str)]
 
 
 def measure(
     piece: InMemory,
-    chosen: AsMasked,
-    seeds: Sequence[int],
+    method: Method[Any],
+    decisions: Sequence[Decision],
+    probe: TokenBatch,
     batches: Sequence[TokenBatch],
     texts: Sequence[Sequences],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Random decisions of the same size, measured: losses on the calibration text, beside the pass's own, and
-    perplexities, which `with_ours` completes.
+    """Random decisions, measured: losses on the calibration text, beside those of the pass's own, which comes first,
+    and perplexities, which `with_ours` completes.
     """
-    layers, top_k = piece.moe.layers, chosen.top_k
-    others = [random_kept(layers, {path: len(ids) for path, ids in chosen.kept.items()}, seed) for seed in seeds]
-    losses = _losses(piece, [chosen.kept, *others], batches, top_k)
+    losses = _losses(piece, decisions, batches) if batches and _masks(piece, method, decisions, probe) else []
+    if not losses:
+        piece.progress.say("random decisions are compared by perplexity alone: no text tells their losses")
     perplexity: dict[str, Any] = {}
     for text in texts:
         values = perplexity[text.name] = []
         with piece.progress.task(f"random decisions: perplexity {text.name}") as update:
-            for kept in others:
-                with piece.masked(kept, top_k=top_k):
+            for decision in decisions[1:]:
+                with piece.previewed(method.preview, decision):
                     values.append(piece.perplexity(text, batch_size).perplexity)
-                update(len(values), len(others))
-    found: dict[str, Any] = {"seeds": list(seeds)}
-    if losses:
-        found["relative_loss"] = {"ours": losses[0], "random": losses[1:]}
+                update(len(values), len(decisions) - 1)
+    found = {"relative_loss": {"ours": losses[0], "random": losses[1:]}} if losses else {}
     return found | {"perplexity": {name: {"random": values} for name, values in perplexity.items()}}
 
 
-def with_ours(found: Mapping[str, Any], perplexity: Mapping[str, float]) -> dict[str, Any]:
-    """The same with the edited model's perplexities, by text."""
-    by_text = {name: {"ours": perplexity[name], **values} for name, values in found["perplexity"].items()}
-    return {**found, "perplexity": by_text}
+def _masked(moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
+    """The preview of a method that drops experts and does no more."""
+    return moe.masked({path: one["kept"] for path, one in decision["layers"].items()}, top_k=decision.get("top_k"))
 
 
-def _losses(piece: InMemory, sets: Sequence[Kept], batches: Sequence[TokenBatch], top_k: int | None) -> list[float]:
-    """Of each set the mean over the layers of the loss as a fraction of the layer's output; none where no text or no
-    layer can tell.
+def _masks(piece: InMemory, method: Method[Any], decisions: Sequence[Decision], probe: TokenBatch) -> bool:
+    """Whether the method's preview does what masking the experts that are not kept does."""
+    if not all("kept" in layer for one in decisions for layer in one["layers"].values()):
+        return False
+    answers = []
+    for preview in (method.preview, _masked):
+        with piece.previewed(preview, decisions[0]):
+            answers.append(piece.logits(probe))
+    try:
+        compare_answers(*answers)
+    except VerificationError:
+        return False
+    return True
+
+
+def _losses(piece: InMemory, decisions: Sequence[Decision], batches: Sequence[TokenBatch]) -> list[float]:
+    """Of each decision the mean over the layers of the loss as a fraction of the layer's output; none where no text or
+    no layer can tell.
     """
-    statistics = {
-        layer.path: SetLosses(layer, [kept[layer.path] for kept in sets], top_k)
-        for layer in piece.moe.layers
-        if layer.watch_problem is None and any(len(kept[layer.path]) < layer.num_experts for kept in sets)
-    }
-    if not batches:
-        piece.progress.say("random decisions: there is no calibration text, so they are compared by perplexity alone")
-    if not batches or not statistics:
+    statistics = {}
+    for layer in piece.layers:
+        sets = [decision["layers"][layer.path]["kept"] for decision in decisions]
+        if layer.watch_problem is None and any(len(kept) < layer.num_experts for kept in sets):
+            statistics[layer.path] = SetLosses(layer, sets, decisions[0].get("top_k"))
+    if not statistics:
         return []
     figures = piece.observe(batches, statistics, title="random decisions: loss")
     relative_LS = torch.stack([relative_losses(one) for one in figures.values()])

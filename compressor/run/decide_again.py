@@ -15,7 +15,7 @@ from compressor.observe.statistics_file import load_statistics, merge_statistics
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import parse_options
 from compressor.report.html import page
-from compressor.run.record import DECISION, FORMAT, decision_json, write_decision
+from compressor.run.record import DECISION, FORMAT, decided_json, write_decision
 
 
 def decide(
@@ -57,13 +57,13 @@ def decide(
         decision, domains = _decide_on_first(made, layers, {name: passes[name] for name in names}, about, named)
     except OptionError as error:
         raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}") from error
-    done = {
+    entry = {
         "method": method,
         "version": made.version,
         "options": made.options.model_dump(mode="json"),
         "domains": domains,
-        **decision_json(decision),
     }
+    done = decided_json(made, decision, entry)
     decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
     if file is not None:
         _write_decision(file, decided, with_page=file != Path(output or ""))

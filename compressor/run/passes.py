@@ -29,10 +29,10 @@ from compressor.observe.statistic import (
 from compressor.observe.statistics_file import save_statistics
 from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
-from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decision_json, original_ids_json, write_decision
+from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decided_json, original_ids_json, write_decision
 from compressor.wording import counted
 
-_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors")
+_DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors", "description")
 """What decision.json says of a pass; the record says more, such as how long it took."""
 
 
@@ -124,15 +124,15 @@ def entry_json(
     all_ids: Kept,
 ) -> dict[str, Any]:
     """What the record says of a pass that has been decided on."""
-    return {
+    entry = {
         "method": resolved.spec.method,
         "version": resolved.method.version,
         "options": resolved.method.options.model_dump(mode="json"),
         "domains": [name for name in figures.domains if name not in figures.held_out],
         **({"held_out": [one.to_json() for one in held_out]} if held_out else {}),
         **original_ids_json(original_ids, all_ids),
-        **decision_json(decision),
     }
+    return decided_json(resolved.method, decision, entry)
 
 
 # The files -------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         after = measure(job, piece, yardstick, "after", subject.devices)
     if after:
         ours = {name: found.perplexity for name, found in after.perplexity.items()}
-        done[-1] = controls.with_evaluated(done[-1], ours)
+        done[-1] = controls.with_ours(done[-1], ours)
     if folder:
         with job.timed("save"):
             piece.save(folder, probe_of(_batches(job, texts.by_pass[0]), piece.model))

@@ -22,12 +22,13 @@ from compressor.data.sequences import Sequences
 from compressor.errors import CheckpointError, shortened
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
-from compressor.method import Decision
+from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
 from compressor.recipe.schema import CHANGES_NO_FIGURE, LoadedRecipe
 from compressor.report.card import model_card
+from compressor.report.figures import shown_layers
 from compressor.report.html import page, summary
 from compressor.run.preview import Preview
 from compressor.wording import digest
@@ -78,9 +79,15 @@ def agreed(decision: Decision, processes: Processes) -> Decision:
     return Decision(processes.exchange(decision)[0], tensors)
 
 
-def decision_json(decision: Decision) -> dict[str, Any]:
-    """What an entry says of a decision: itself, and the shapes of its tensors, which stand in a file of their own."""
-    return {"decision": decision, **({"tensors": decision.shapes} if decision.tensors else {})}
+def decided_json(method: Method[Any], decision: Decision, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A pass's entry with its decision, the shapes of its tensors, which stand in a file of their own, and how its
+    method describes it to people, who read the original model's ids.
+    """
+    entry = {**entry, "decision": decision, **({"tensors": decision.shapes} if decision.tensors else {})}
+    ids = {"ids": list(method.expert_ids)}
+    layers = shown_layers({**entry, "description": ids})
+    found = method.describe(Decision({**decision, "layers": layers}, decision.tensors))
+    return {**entry, "description": ids | found.to_json()}
 
 
 def write_decision(path: Path, decided: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compressor.method import Decision
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens
 from compressor.model.structure import MoELayer
 from compressor.observe.reductions import Rule
@@ -76,12 +77,16 @@ def relative_losses(figures: Mapping[str, Tensor]) -> Tensor:
     return figures["squared_error"].sqrt().sum(0) / norm.clamp_min(1e-300)
 
 
-def random_kept(layers: Sequence[MoELayer], num_kept: Mapping[str, int], seed: int) -> dict[str, list[int]]:
-    """Layer path → experts drawn at random, equally many of each group where the router has groups."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = {}
+def kept_at_random(decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
+    """A decision whose layers say which experts are `kept`, by chance: as many of each layer, equally many of each of
+    the router's groups, and no more said of the layer. Where all are kept, that there is nothing to draw.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed), {}
     for layer in layers:
-        size, count = layer.num_experts // layer.num_groups, num_kept[layer.path] // layer.num_groups
-        drawn = [torch.randperm(size, generator=generator)[:count] + g * size for g in range(layer.num_groups)]
-        kept[layer.path] = sorted(torch.cat(drawn).tolist())
-    return kept
+        num_kept = len(decision["layers"][layer.path]["kept"])
+        size, count = layer.num_experts // layer.num_groups, num_kept // layer.num_groups
+        ids = [torch.randperm(size, generator=generator)[:count] + g * size for g in range(layer.num_groups)]
+        drawn[layer.path] = {"kept": sorted(torch.cat(ids).tolist())}
+    if all(len(drawn[layer.path]["kept"]) == layer.num_experts for layer in layers):
+        return "drops no experts, so there is nothing to draw at random"
+    return Decision({**decision, "layers": drawn})

@@ -5,7 +5,7 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from compressor.plugin import Decision, Method, OptionError, Options, Plan, check_layer_names
+from compressor.plugin import Column, Decision, Description, Method, OptionError, Options, Plan, check_layer_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -457,6 +457,19 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         if decided.get("rule", "") is not None:
             layer.skip(SkipRule.of(decided))
 
+    # shown
+
+    def describe(self, decision: Decision) -> Description:
+        """How many experts a token uses, and what that does to each layer."""
+        used = "experts per token"
+        columns = [
+            *(Column("rule", detail=True), Column("beta", "β"), Column("mean_experts", "experts a token", plot=used)),
+            *(Column("held_out mean_experts", "on held-out text", plot=used), Column("kept_mass", "mass kept")),
+            Column("relative_loss", plot="relative loss"),
+            *(Column(key, detail=True) for key in ("renormalise", "top_k", "normalise_over")),
+        ]
+        return Description(columns, list(_notes(decision)))
+
 
 def _chosen(figures: Mapping[str, Tensor], domains: Sequence[int]) -> float:
     """Experts that a token chooses on average, skipped or not."""
@@ -478,6 +491,19 @@ def _figures(reached: Reached) -> dict[str, float]:
 
 def _held_out(reached: Reached | None) -> dict[str, Any]:
     return {} if reached is None else {"held_out": _figures(reached)}
+
+
+def _notes(decision: Decision) -> Iterator[str]:
+    """By what rule experts are skipped, and how many a token uses."""
+    rules = [layer for layer in decision["layers"].values() if layer.get("rule")]
+    if rules:
+        over = f" normalised over {rules[0]['normalise_over']}" if "normalise_over" in rules[0] else ""
+        rule = f"the {rules[0]['top_k']} largest{over}" if "top_k" in rules[0] else f"the rule {rules[0]['rule']}"
+        where = {"mean_experts": "calibration", "held_out_mean_experts": "held-out"}
+        used = [f"{decision[name]:.4g} experts on {text} text" for name, text in where.items() if name in decision]
+        tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
+        number = len(decision["layers"])
+        yield f"by {rule}, in {len(rules)} of {number} {'layer' if number == 1 else 'layers'}{tells}"
 
 
 def _mean(values: Sequence[float]) -> float:

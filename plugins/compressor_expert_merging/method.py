@@ -30,6 +30,7 @@ class ExpertMerging(Method[ExpertMergingOptions]):
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = ExpertMergingOptions
+    expert_ids = ("kept", "dropped", "clusters")
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must be able to keep so many, and to be watched."""
@@ -76,3 +77,7 @@ class ExpertMerging(Method[ExpertMergingOptions]):
                     parts = (layer.experts[member][name].double() * share_E[member].item() for member in members)
                     layer.experts[survivor][name] = sum(parts, start=own.double() * 0)
         layer.keep(decided["kept"])
+
+    def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> str:
+        """None: no mask computes what merged experts do."""
+        return "averages experts, and random clusters cannot be measured without editing the model"

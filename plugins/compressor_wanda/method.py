@@ -38,6 +38,7 @@ class Wanda(Method[WandaOptions]):
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = WandaOptions
+    expert_ids = ("without_tokens",)
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must let its experts be watched."""

@@ -15,7 +15,7 @@ from compressor.observe.statistics_file import load_statistics, merge_statistics
 from compressor.plugin import OptionError
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
-from compressor.report.figures import alone_rows
+from compressor.report.figures import alone_table
 from compressor.report.html import page
 from compressor.run import check as checking
 from compressor.run.apply import apply
@@ -388,8 +388,9 @@ def test_every_pass_alone(tokens, tmp_path):
     assert skip["after"]["size"]["parameters"] == found["before"]["size"]["parameters"]
     assert prune["after"]["size"]["parameters"] == found["after"]["size"]["parameters"]
     assert set(prune["after"]["experts_per_token"]["tokens"].values()) == {2.0}
-    rows = {row[0]: row[1:] for row in alone_rows(result.record)}
-    assert rows["figure"] == ("none", "expert_pruning", "dynamic_skipping", "all")
+    table = alone_table(result.record)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert tuple(table.headings[1:]) == ("none", "expert_pruning", "dynamic_skipping", "all")
     assert rows["experts/token tokens"][:2] == ("2.000", "2.000")
     assert all(float(text) < 1.8 for text in rows["experts/token tokens"][2:])
     assert len({rows["perplexity tokens"][number] for number in range(4)}) == 4
@@ -416,8 +417,9 @@ def test_a_pass_that_cannot_work_alone(tokens, tmp_path, monkeypatch):
     first, skip, last = result.record["evaluation"]["alone"]
     assert "eight experts are too many" in skip["problem"]
     assert "after" not in skip
-    rows = {row[0]: row[1:] for row in alone_rows(result.record)}
-    assert rows["figure"] == ("none", "1. expert_pruning", "dynamic_skipping", "3. expert_pruning", "all")
+    table = alone_table(result.record)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert tuple(table.headings[1:]) == ("none", "1. expert_pruning", "dynamic_skipping", "3. expert_pruning", "all")
     none, pruned, skipped, more, both = rows["perplexity tokens"]
     assert skipped == "–"
     assert len({none, pruned, more, both}) == 4

@@ -9,28 +9,30 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from report.test_report import RECORD
+from report.test_report import RECORD, with_description
 
 from compressor.report.html import Series, page, plot
 
-SKIPPING: dict[str, Any] = {
-    "method": "dynamic_skipping",
-    "options": {"mean_experts": 1.5, "rule": None},
-    "decision": {
-        "layers": {
-            f"model.layers.{number}.mlp": {
-                "rule": "contribution",
-                "beta": 0.25,
-                "renormalise": True,
-                "expert_norms": [1.0] * 8,
-                "mean_experts": 1.5,
-                "relative_loss": 0.1,
-                "held_out": {"mean_experts": 1.6},
+SKIPPING: dict[str, Any] = with_description(
+    {
+        "method": "dynamic_skipping",
+        "options": {"mean_experts": 1.5, "rule": None},
+        "decision": {
+            "layers": {
+                f"model.layers.{number}.mlp": {
+                    "rule": "contribution",
+                    "beta": 0.25,
+                    "renormalise": True,
+                    "expert_norms": [1.0] * 8,
+                    "mean_experts": 1.5,
+                    "relative_loss": 0.1,
+                    "held_out": {"mean_experts": 1.6},
+                }
+                for number in range(3)
             }
-            for number in range(3)
-        }
-    },
-}
+        },
+    }
+)
 
 
 class _Text(HTMLParser):
@@ -71,6 +73,7 @@ def test_what_a_reader_finds() -> None:
         "mistralai/Mixtral-8x7B-v0.1",
         "expert_pruning, dynamic_skipping",
         "Figures",
+        "± one standard error.",
         "mean_experts: 1.5",
         "experts per token, by layer",
         "on held-out text",

@@ -11,10 +11,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+from compressor.method import Decision
+from compressor.plugins import load_plugins
 from compressor.report import terminal
 from compressor.report.card import model_card
 from compressor.report.figures import collapse, sensible_counts
 from compressor.report.terminal import print_inspection, print_plan, print_summary
+from compressor.run.record import decided_json
 from compressor.wording import human_bytes, human_count
 
 
@@ -35,6 +38,12 @@ def flips(gained: int, lost: int, p_value: float) -> dict[str, Any]:
 
 def size(parameters: int, active: int) -> dict[str, Any]:
     return {"parameters": parameters, "active_parameters": active, "bytes": 2 * parameters}
+
+
+def with_description(done: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A pass's entry as a run writes it: its installed method says how it is shown."""
+    method = load_plugins().methods[done["method"]]
+    return decided_json(method(method.options_type(**options)), Decision(done["decision"]), done)
 
 
 LAYERS = [f"model.layers.{number}.mlp" for number in range(3)]

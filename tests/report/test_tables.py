@@ -10,11 +10,12 @@ import re
 from typing import Any
 
 import pytest
+from report.test_report import with_description
 from rich.cells import cell_len
 from rich.console import Console
 
 from compressor.plugins import load_plugins
-from compressor.report.figures import figures, random_rows
+from compressor.report.figures import figures, random_table
 from compressor.report.html import page
 from compressor.report.tables import Table, show_facts
 from compressor.report.terminal import print_decisions, print_inspection, print_methods, print_plan, print_summary
@@ -73,16 +74,16 @@ def record(num_layers: int, num_experts: int, names: list[str], tasks: list[str]
         for path in layers
     }
     values = {"ours": 45.05, "random": [41.2, 40.1, 123456.7]}
-    passes: list[Any] = [
-        {
-            "method": "expert_pruning",
-            "options": {"keep": 6},
-            "decision": {"layers": layers},
-            "random": {"relative_loss": values, "perplexity": dict.fromkeys(names, values)},
-        }
-    ]
+    pruned = {
+        "method": "expert_pruning",
+        "options": {"keep": 6},
+        "decision": {"layers": layers},
+        "random": {"relative_loss": values, "perplexity": dict.fromkeys(names, values)},
+    }
+    passes: list[Any] = [with_description(pruned, keep=6)]
     if skips:
-        passes.append({"method": "dynamic_skipping", "decision": {"layers": skipping, "mean_experts": 1.5}})
+        skipped = {"method": "dynamic_skipping", "decision": {"layers": skipping, "mean_experts": 1.5}}
+        passes.append(with_description(skipped))
     before, after = side(names, tasks, 1.0), side(names, tasks, 0.75)
     speed = {
         "names": ["before", "after"],
@@ -197,7 +198,8 @@ def test_the_page_has_none_of_the_strings_that_look_broken(name: str) -> None:
 
 def test_the_same_perplexity_is_written_alike_in_every_table() -> None:
     text = printed("summary few", 140)
-    assert random_rows({"perplexity": {"x": {"ours": 45.05, "random": [41.2, 40.1, 123456.7]}}}) == [
+    random = {"perplexity": {"x": {"ours": 45.05, "random": [41.2, 40.1, 123456.7]}}}
+    assert random_table({"method": "m", "random": random}).rows == [
         ("perplexity x", "45.05", "41.20", "40.10–123,457", "1 of 3")
     ]
     assert figures(RECORDS["few"])[0].before == "1.000 ± 0.010"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import html
 import io
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +22,12 @@ from compressor.data.sequences import Sequences
 from compressor.evaluate.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
-from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic, fewer_experts
+from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic, fewer_experts, kept_at_random
 from compressor.plugins import load_plugins
-from compressor.report.figures import ids_said, shown_layers
+from compressor.report.figures import shown_layers
 from compressor.report.terminal import print_summary
 from compressor.run import pipeline
-from compressor.selection.reference import random_kept
+from compressor.wording import ids_said
 
 PATHS = [f"model.layers.{number}.mlp" for number in range(3)]
 SUPER = 5
@@ -189,10 +189,10 @@ class NoOptions(Options):
     pass
 
 
-class KeepFirst(Method[NoOptions]):
+class KeepSix(Method[NoOptions]):
     """Keep the first six experts of every layer, and say no more than that."""
 
-    name = "keep_first"
+    name = "keep_six"
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = NoOptions
@@ -203,11 +203,28 @@ class KeepFirst(Method[NoOptions]):
     def statistic(self, layer: MoELayer) -> Statistic | None:
         return None
 
-    def decide(self, layers: Any, statistics: Any) -> Decision:
+    def decide(self, layers: Any, statistics: Any) -> Any:
         return {"layers": {layer.path: {"kept": list(range(6))} for layer in layers}}
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         layer.keep(decision["layers"][layer.path]["kept"])
+
+
+def masked(moe: MoEModel, decision: Decision) -> Any:
+    kept = {path: layer["kept"] for path, layer in decision["layers"].items()}
+    return moe.masked(kept, top_k=decision.get("top_k"))
+
+
+class KeepFirst(KeepSix):
+    """The same, previewed, and by chance others."""
+
+    name = "keep_first"
+
+    def preview(self, moe: MoEModel, decision: Decision) -> Any:
+        return masked(moe, decision)
+
+    def control(self, decision: Decision, layers: Any, seed: int) -> Any:
+        return kept_at_random(decision, layers, seed)
 
 
 class Merge(KeepFirst):
@@ -219,36 +236,59 @@ class Merge(KeepFirst):
         layer.experts[0]["experts.down_proj"] += layer.experts[7]["experts.down_proj"]
         super().edit(layer, decision)
 
+    def preview(self, moe: MoEModel, decision: Decision) -> Any:
+        return None
+
 
 class MergePreviewed(Merge):
     """The same, previewed."""
 
     name = "merge_previewed"
 
+    @contextmanager
     def preview(self, moe: MoEModel, decision: Decision) -> Any:
-        return _merged(moe)
+        downs = [layer.mlp.experts.down_proj.data for layer in moe.model.model.layers]
+        before = [one.clone() for one in downs]
+        for one in downs:
+            one[0] += one[7]
+        with masked(moe, decision):
+            yield
+        for one, old in zip(downs, before, strict=True):
+            one.copy_(old)
 
 
-class _merged:
-    def __init__(self, moe: MoEModel) -> None:
-        self.moe = moe
+class Silence(KeepSix):
+    """Let the first expert of each layer answer nothing: no expert is dropped, and chance has others to silence."""
 
-    def __enter__(self) -> None:
-        self.before = copy.deepcopy(self.moe.model.state_dict())
-        for layer in self.moe.model.model.layers:
-            layer.mlp.experts.down_proj.data[0] += layer.mlp.experts.down_proj.data[7]
-        self.masked = self.moe.masked({layer.path: range(6) for layer in self.moe.layers})
-        self.masked.__enter__()
+    name = "silence"
 
-    def __exit__(self, *_: object) -> None:
-        self.masked.__exit__(None, None, None)
-        self.moe.model.load_state_dict(self.before)
+    def check(self, layers: Any) -> Plan:
+        return Plan(layers, changes_values=True)
+
+    def decide(self, layers: Any, statistics: Any) -> Any:
+        return {"layers": {layer.path: {"silent": 0} for layer in layers}}
+
+    def edit(self, layer: LayerWeights, decision: Decision) -> None:
+        layer.experts[decision["layers"][layer.path]["silent"]]["experts.down_proj"] *= 0
+
+    @contextmanager
+    def preview(self, moe: MoEModel, decision: Decision) -> Any:
+        experts = {path: moe.model.get_submodule(path).experts.down_proj.data for path in decision["layers"]}
+        before = {path: one.clone() for path, one in experts.items()}
+        for path, one in experts.items():
+            one[decision["layers"][path]["silent"]] = 0
+        yield
+        for path, one in experts.items():
+            one.copy_(before[path])
+
+    def control(self, decision: Decision, layers: Any, seed: int) -> Any:
+        return {"layers": {layer.path: {"silent": seed + 1} for layer in layers}}
 
 
 @pytest.fixture
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(without: Any = ()) -> Any:
-        own = {one.name: one for one in (KeepFirst, Merge, MergePreviewed)}
+        own = {one.name: one for one in (KeepSix, KeepFirst, Merge, MergePreviewed, Silence)}
         plugins = load_plugins(without)
         return dataclasses.replace(plugins, methods={**plugins.methods, **own})
 
@@ -259,24 +299,50 @@ def evaluation(text: Path, **others: Any) -> dict[str, Any]:
     return {"random": 2, "perplexity": [{"tokens": str(text), "name": "text"}], **others}
 
 
+def sequences_of(text: Path) -> Sequences:
+    ids = [torch.tensor(json.loads(line)["input_ids"]) for line in text.read_text().splitlines()]
+    return Sequences("text", ids, "")
+
+
 def measured(record: dict[str, Any], when: str = "after") -> float:
     return record["evaluation"][when]["perplexity"]["text"]["perplexity"]
 
 
 @pytest.mark.usefixtures("plugins")
-@pytest.mark.parametrize("method", ["merge", "merge_previewed"])
-def test_a_method_that_does_more_than_masking_has_no_control(
-    recipe: Callable[..., dict[str, Any]], text: Path, tmp_path: Path, method: str
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("keep_six", "keep_six draws nothing at random"),
+        ("merge", "merge has no preview, under which random decisions could be measured"),
+    ],
+)
+def test_a_method_that_has_no_control_says_so(
+    recipe: Callable[..., dict[str, Any]], text: Path, tmp_path: Path, method: str, says: str
 ) -> None:
     output = tmp_path / "out"
     record = compressor.compress(recipe({method: {}}, evaluate=evaluation(text)), output=output).record
-    says = f"{method} changes more than which experts stay"
-    (problem,) = record["passes"][0]["random"].values()
-    assert problem.startswith(says)
+    assert record["passes"][0]["random"] == {"problem": says}
     drawn = (output / "compressor" / "report.html").read_text()
     for shown in (printed(record), (output / "README.md").read_text(), drawn):
         assert f"no random experts to compare with: {says}" in shown
         assert "against random experts" not in shown
+        assert "0–5" in shown
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("method", [MergePreviewed, Silence])
+def test_random_decisions_are_measured_as_their_method_previews_them(
+    recipe: Callable[..., dict[str, Any]], text: Path, method: type[KeepSix]
+) -> None:
+    """No loss on calibration text, which would be that of masked experts."""
+    record = compressor.compress(recipe({method.name: {}}, evaluate=evaluation(text))).record
+    random = record["passes"][0]["random"]
+    assert random.keys() == {"seeds", "perplexity"}
+    made, moe = method(NoOptions()), MoEModel(random_model("mixtral"))
+    for seed, found in enumerate(random["perplexity"]["text"]["random"]):
+        with made.preview(moe, Decision.of(made.control(made.decide(moe.layers, {}), moe.layers, seed))):
+            assert found == pytest.approx(perplexity(moe.model, sequences_of(text)).perplexity, rel=1e-6)
+    assert random["perplexity"]["text"]["ours"] == measured(record)
 
 
 @pytest.mark.usefixtures("plugins")
@@ -296,11 +362,10 @@ def test_random_experts_stand_beside_the_model_that_was_made(
     assert second == both.record["passes"][1]["random"]
     assert second["perplexity"]["text"]["ours"] == measured(both.record)
     moe = MoEModel(alone.model)
-    ids = [torch.tensor(json.loads(line)["input_ids"]) for line in text.read_text().splitlines()]
-    sequences = Sequences("text", ids, "")
     for seed in (0, 1):
-        with moe.masked(random_kept(moe.layers, dict.fromkeys(PATHS, 4), seed), top_k=1):
-            by_hand = perplexity(moe.model, sequences).perplexity
+        chosen = Decision({"layers": {path: {"kept": range(4)} for path in PATHS}, "top_k": 1})
+        with masked(moe, kept_at_random(chosen, moe.layers, seed)):
+            by_hand = perplexity(moe.model, sequences_of(text)).perplexity
         assert second["perplexity"]["text"]["random"][seed] == pytest.approx(by_hand, rel=1e-6)
 
 
@@ -314,8 +379,7 @@ def test_random_experts_of_a_pass_with_skipping_behind_it(
     pruned, skipped = record["passes"]
     assert pruned["random"] == alone["passes"][0]["random"]
     assert pruned["random"]["perplexity"]["text"]["ours"] != measured(record)
-    problem = "dynamic_skipping drops no experts, so there is nothing to draw at random"
-    assert skipped["random"] == {"problem": problem}
+    assert skipped["random"] == {"problem": "dynamic_skipping draws nothing at random"}
     streamed = compressor.compress(recipe(*passes, evaluate=wanted, weights="disk"), output=tmp_path / "disk").record
     found, expected = (one["passes"][0]["random"]["perplexity"]["text"] for one in (streamed, record))
     assert found["ours"] == pytest.approx(expected["ours"], rel=1e-6)

@@ -11,11 +11,12 @@ import torch
 from routers import output
 
 from compressor import UnsupportedModelError
+from compressor.method import Decision
 from compressor.model.routing_rule import GroupRule
 from compressor.plugin import RoutingRule
 from compressor.selection.greedy import GreedySearch, Search
 from compressor.selection.objective import Objective
-from compressor.selection.reference import SetLosses, random_kept, relative_losses
+from compressor.selection.reference import SetLosses, kept_at_random, relative_losses
 from compressor.selection.token_grams import joined, num_ranks, token_grams
 from compressor.selection.token_state import TokenState
 
@@ -427,12 +428,19 @@ def test_literal_losses(make_batches, router):
     assert relative.tolist() == [1.0]  # (3 + 4) / (5 + 2)
 
 
-def test_random_sets(make_layer):
+def test_the_same_decision_by_chance(make_layer):
+    """As many experts of every layer and group, whatever else is said of the layers; the same for a seed."""
     layers = [make_layer(8, 2), make_layer(8, 2, num_groups=2, num_chosen_groups=1, path="layers.1.mlp")]
-    counts = {"layers.0.mlp": 5, "layers.1.mlp": 4}
-    drawn = [random_kept(layers, counts, seed) for seed in range(5)]
-    assert drawn[0] == random_kept(layers, counts, 0)
-    assert len({str(kept) for kept in drawn}) == 5
-    for kept in drawn:
-        assert len(set(kept["layers.0.mlp"])) == 5
-        assert [sum(expert < 4 for expert in kept["layers.1.mlp"]), len(kept["layers.1.mlp"])] == [2, 4]
+    kept = {"layers.0.mlp": {"kept": [0, 1, 2, 3, 4], "loss": 1.0}, "layers.1.mlp": {"kept": [0, 1, 4, 5]}}
+    decision = Decision({"layers": kept, "top_k": 1})
+    drawn = [kept_at_random(decision, layers, seed) for seed in range(5)]
+    assert drawn[0] == kept_at_random(decision, layers, 0)
+    assert len({str(one) for one in drawn}) == 5
+    for one in drawn:
+        assert one["top_k"] == 1
+        first, second = (one["layers"][layer.path] for layer in layers)
+        assert first.keys() == {"kept"}
+        assert len(set(first["kept"])) == 5
+        assert [sum(expert < 4 for expert in second["kept"]), len(second["kept"])] == [2, 4]
+    whole = Decision({"layers": {layer.path: {"kept": list(range(8))} for layer in layers}})
+    assert kept_at_random(whole, layers, 0) == "drops no experts, so there is nothing to draw at random"
