@@ -50,6 +50,11 @@ class Checkpoint:
         return verify_files(self.folder)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in its files."""
+        return sum(sum(shard.sizes.values()) for shard in self.shards)
+
+    @property
     def has_weights(self) -> bool:
         """Whether the folder holds weights that can be read, all of them: of a hub model all others are downloaded to
         look at it.

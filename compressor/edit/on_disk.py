@@ -1,16 +1,15 @@
 """The model that passes work on, with its weights on disk: a skeleton whose weights are read layer by layer.
 
 Every edit writes a smaller checkpoint (`checkpoint_edit`), which the next pass reads; the last one is the output.
-Its answers are those of a model in memory, to the bit.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,83 +24,73 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.resume_state import Journal
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
+from compressor.edit.backend import Backend, TaskResults
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.edit.in_memory import InMemory, TaskResults, stored_bytes
 from compressor.edit.layer_edits import StoredWeights, edit_layers, finish
 from compressor.edit.verify import compare_answers, refuse_not_finite_answers
 from compressor.errors import CheckpointError
 from compressor.evaluate.lm_eval import run_tasks
 from compressor.evaluate.perplexity import Perplexity, perplexity
 from compressor.evaluate.result import Run
-from compressor.evaluate.size import RoutedSize, Size
+from compressor.evaluate.size import RoutedSize, Size, size
 from compressor.machine.progress import Update
 from compressor.method import Decision, Method
-from compressor.model.adapter import Adapter, structure_of
+from compressor.model.adapter import structure_of
 from compressor.model.layer_weights import Ending
 from compressor.model.moe_model import MoEModel
 from compressor.observe import forward, layerwise
 from compressor.observe.streams import Consume
 
 
-class OnDisk(InMemory):
+@dataclass(eq=False, repr=False)
+class OnDisk(Backend):
     """A model whose weights are read one decoder layer at a time. `work`: a folder for checkpoints between passes, None
     to measure only; `journal` knows which are whole; `tokens_at_once` of measured text pass a layer together.
     """
 
     source: Checkpoint
+    work: Path | None
+    weights: StreamedWeights = field(init=False)
+    stage: Path | None = field(init=False, default=None)
+    """The folder of the last checkpoint written; None where that is the source itself."""
+    _: KW_ONLY
+    device: str
+    journal: Journal | None
+    tokens_at_once: int
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        work: Path | None,
-        *,
-        device: str,
-        journal: Journal | None,
-        tokens_at_once: int,
-        adapters: Sequence[Adapter] = (),
-        **shared: Any,
-    ) -> None:
-        self.work, self.device, self.journal, self.tokens_at_once = work, device, journal, tokens_at_once
-        self.stage: Path | None = None
-        """The folder of the last checkpoint written; None where that is the source itself."""
-        super().__init__(_skeleton(source, adapters), source, adapters=adapters, **shared)
-        self._read(self.moe, source)
+    def __post_init__(self) -> None:
+        self._open(self.source)
+        super().__post_init__()
 
     def _open(self, found: Checkpoint) -> None:
-        self._read(_skeleton(found, self.adapters), found)
-
-    def _read(self, moe: MoEModel, found: Checkpoint) -> None:
-        self.source, self.moe = found, moe
-        self.weights = StreamedWeights(self.moe.model, found, device=self.device)
+        model = load_model(found, device="meta", adapters=self.adapters)
+        self.source, self.moe = found, MoEModel(model, structure_of(type(model), model.config, self.adapters))
+        self.weights = StreamedWeights(model, found, device=self.device)
 
     def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        """How well the model predicts a text; as much of it as may wait passes a layer before the next one is read."""
         return perplexity(self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update))
 
     def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
-        """The same, every layer as long as it is there."""
+        """Every layer as long as it is there."""
         alone = {
             path: Decision({**decision, "layers": {path: layer}}, decision.tensors)
             for path, layer in decision["layers"].items()
         }
-        assert self.weights is not None
         return self.weights.within({path: partial(preview, self.moe, one) for path, one in alone.items()})
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
-        """Answers to tasks, a kind of request at once. Raises EvaluationError where the model should write."""
+        """All requests of a kind pass the layers together. Raises EvaluationError where a task has the model write."""
         run = self._run_with(update)
         return run_tasks(self.moe.model, tokenizer, tasks, processes=self.processes, run=run, device=self.device, **how)
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
-        """Parameters, and the bytes that they take as they are stored: quantised ones less than the skeleton says."""
-        found = super().size(routed)
+        found = size(self.model, routed)
         if self.source.quantisation is None:
             return found
-        return dataclasses.replace(found, bytes=stored_bytes(self.source))
+        return replace(found, bytes=self.source.num_bytes)
 
     def _run_with(self, update: Update | None) -> Run:
         def run(batches: Sequence[TokenBatch], consume: Consume) -> None:
-            assert self.weights is not None
             parts = _in_parts(batches, self.tokens_at_once)
             for number, part in enumerate(parts):
                 spoken = partial(_tell_of_part, update, number, len(parts))
@@ -110,7 +99,6 @@ class OnDisk(InMemory):
         return run
 
     def logits(self, batch: TokenBatch) -> Tensor:
-        """The model's logits [N, V] at a batch's N real tokens."""
         found: list[Tensor] = []
         self._run_with(None)([batch], lambda one, output: found.append(forward.answers_at(one, output)))
         return found[0]
@@ -147,8 +135,7 @@ class OnDisk(InMemory):
 
     def _is_behind(self, stage: Path) -> bool:
         """Whether a run that goes on has come further: the checkpoint was let go of when the next one was whole."""
-        assert self.work is not None
-        later = [one for one in self.work.glob("*") if _place(one) > _place(stage)]
+        later = [one for one in stage.parent.glob("*") if _place(one) > _place(stage)]
         return not stage.exists() and any(self._noted_of(Checkpoint(str(one), one)) is not None for one in later)
 
     def _noted_of(self, left: Checkpoint) -> dict[str, Any] | None:
@@ -164,8 +151,6 @@ class OnDisk(InMemory):
 
     def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, Any]:
         """Write the smaller checkpoint, and open it: how it was checked, and what each layer's edit has asked for."""
-        assert self.weights is not None
-        assert self.work is not None
         expected = None
         if method.preview(self.moe, decision) is not None:
             with self.previewed(method.preview, decision):
@@ -174,7 +159,7 @@ class OnDisk(InMemory):
                 raise CheckpointError(f"{self.source.reference}: its logits are not finite on calibration text.")
         before = meta_model(self.source, self.adapters)
         after = copy.deepcopy(before)
-        values = self.work / f"{stage.name}.values"
+        values = stage.with_name(f"{stage.name}.values")
         shutil.rmtree(values, ignore_errors=True)
         weights, is_quantised = self.weights, self.source.quantisation is not None
         edited = StoredWeights(lambda: weights, values if self.processes.is_first else None, is_quantised=is_quantised)
@@ -202,11 +187,10 @@ class OnDisk(InMemory):
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         """The last checkpoint written becomes the output. Its config goes first: without it the rest counts as gone."""
         assert self.stage is not None, "a recipe has a pass"
-        assert self.work is not None
         paths = sorted(self.stage.iterdir(), key=lambda path: path.name != "config.json")
         for path in paths:
             path.rename(folder.path / path.name)
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.stage.parent)
         self.source = Checkpoint(str(folder.target), folder.path, self.source.trust_remote_code)
 
 
@@ -231,8 +215,3 @@ def _in_parts(batches: Sequence[TokenBatch], most: int) -> list[list[TokenBatch]
 def _tell_of_part(update: Update | None, number: int, num_parts: int, done: int, total: int) -> None:
     if update is not None:
         update(number * total + done, num_parts * total)
-
-
-def _skeleton(found: Checkpoint, adapters: Sequence[Adapter]) -> MoEModel:
-    model = load_model(found, device="meta", adapters=adapters)
-    return MoEModel(model, structure_of(type(model), model.config, adapters))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compressor.data.sequences import Sequences, TokenBatch
-from compressor.edit.in_memory import InMemory
+from compressor.edit.backend import Backend
 from compressor.edit.verify import compare_answers
 from compressor.errors import VerificationError
 from compressor.method import Decision, Method
@@ -28,7 +28,7 @@ from compressor.selection.reference import SetLosses, relative_losses
 @contextmanager
 def beside(
     job: Job,
-    piece: InMemory,
+    piece: Backend,
     resolved: ResolvedPass,
     decision: Decision,
     batches: Sequence[TokenBatch],
@@ -75,7 +75,7 @@ def with_ours(entry: dict[str, Any], perplexity: Mapping[str, float]) -> dict[st
     return {**entry, "random": {**random, "perplexity": by_text}}
 
 
-def _drawn(piece: InMemory, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
+def _drawn(piece: Backend, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
     """The method's random decisions, or why there are none."""
     drawn = [method.control(decision, piece.layers, seed) for seed in seeds]
     if problem := next((one for one in drawn if isinstance(one, str)), None):
@@ -86,7 +86,7 @@ def _drawn(piece: InMemory, method: Method[Any], decision: Decision, seeds: Sequ
 
 
 def measure(
-    piece: InMemory,
+    piece: Backend,
     method: Method[Any],
     decisions: Sequence[Decision],
     probe: TokenBatch,
@@ -117,7 +117,7 @@ def _masked(moe: MoEModel, decision: Decision) -> AbstractContextManager[object]
     return moe.masked({path: one["kept"] for path, one in decision["layers"].items()}, top_k=decision.get("top_k"))
 
 
-def _masks(piece: InMemory, method: Method[Any], decisions: Sequence[Decision], probe: TokenBatch) -> bool:
+def _masks(piece: Backend, method: Method[Any], decisions: Sequence[Decision], probe: TokenBatch) -> bool:
     """Whether the method's preview does what masking the experts that are not kept does."""
     if not all("kept" in layer for one in decisions for layer in one["layers"].values()):
         return False
@@ -132,7 +132,7 @@ def _masks(piece: InMemory, method: Method[Any], decisions: Sequence[Decision], 
     return True
 
 
-def _losses(piece: InMemory, decisions: Sequence[Decision], batches: Sequence[TokenBatch]) -> list[float]:
+def _losses(piece: Backend, decisions: Sequence[Decision], batches: Sequence[TokenBatch]) -> list[float]:
     """Of each decision the mean over the layers of the loss as a fraction of the layer's output; none where no text or
     no layer can tell.
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences
-from compressor.edit.in_memory import AsLoaded
+from compressor.edit.backend import Measurable
 from compressor.evaluate.lm_eval import TaskResult
 from compressor.evaluate.paired import paired
 from compressor.evaluate.perplexity import Perplexity
@@ -82,7 +82,7 @@ class Measured:
 
 def measure(
     job: Job,
-    piece: AsLoaded,
+    piece: Measurable,
     yardstick: Yardstick | None,
     when: str,
     devices: Sequence[str],
@@ -106,7 +106,7 @@ def measure(
 
 
 def _perplexity(
-    piece: AsLoaded, yardstick: Yardstick, when: str, progress: Progress
+    piece: Measurable, yardstick: Yardstick, when: str, progress: Progress
 ) -> tuple[dict[str, Perplexity], _ExpertsUsed]:
     found, used = {}, {}
     for text in yardstick.texts:
@@ -117,7 +117,7 @@ def _perplexity(
 
 
 def _tasks(
-    piece: AsLoaded, yardstick: Yardstick, when: str, progress: Progress
+    piece: Measurable, yardstick: Yardstick, when: str, progress: Progress
 ) -> tuple[dict[str, TaskResult], _ExpertsUsed]:
     if yardstick.tasks is None:
         return {}, {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
-from compressor.edit.in_memory import InMemory
+from compressor.edit.backend import Backend
 from compressor.errors import PluginError, RecipeError
 from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
@@ -38,7 +38,7 @@ _DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids
 
 def observe(
     job: Job,
-    piece: InMemory,
+    piece: Backend,
     resolved: ResolvedPass,
     batches: Sequence[TokenBatch],
     original: Callable[[], Original],
@@ -108,7 +108,7 @@ def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures
 
 
 def edit(
-    job: Job, piece: InMemory, resolved: ResolvedPass, decision: Decision, probe: TokenBatch, name: str
+    job: Job, piece: Backend, resolved: ResolvedPass, decision: Decision, probe: TokenBatch, name: str
 ) -> dict[str, float]:
     """Carry the decision out; how far the answers on `probe` are from those expected."""
     with job.loaded.at_pass(resolved):

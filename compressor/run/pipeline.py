@@ -7,7 +7,7 @@
            ──► evaluate after ──► save ──► reload, compare bit by bit
            ──► record.json, report.html, README.md ──► the output's name
 
-What the passes work on is in memory or on disk (`edit.in_memory`, `edit.on_disk`); what is done is kept
+What the passes work on is in memory or on disk (`edit.backend`); what is done is kept
 (`checkpoint.resume_state`), so that a run can go on.
 """
 
@@ -27,7 +27,7 @@ from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, stages_folder, waiting_folder
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
-from compressor.edit.in_memory import AsLoaded, InMemory
+from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
 from compressor.errors import CompressorError, RecipeError
@@ -220,7 +220,7 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
 
 
 def _apply_passes(
-    job: Job, piece: InMemory, texts: Texts, files: passes.PassFiles, original: Callable[[], Original]
+    job: Job, piece: Backend, texts: Texts, files: passes.PassFiles, original: Callable[[], Original]
 ) -> list[dict[str, Any]]:
     """Observe, decide and edit for every pass, each step leaving its file; what the record says of them."""
     all_ids = piece.original_ids
@@ -321,7 +321,7 @@ def _yardstick(job: Job, subject: Subject, texts: Texts) -> Yardstick | None:
     return Yardstick(evaluation, texts.perplexity, preview.tasks, preview.tokenizer, job.recipe.seed)
 
 
-def _workpiece(job: Job, subject: Subject) -> InMemory:
+def _workpiece(job: Job, subject: Subject) -> Backend:
     """The model that the passes work on."""
     recipe, preview = job.recipe, subject.preview
     shared: dict[str, Any] = {
@@ -352,7 +352,7 @@ def _original(job: Job, subject: Subject) -> Callable[[], Original]:
     return partial(load_original, subject, job.recipe, job.plugins.adapters)
 
 
-def _piece_to_measure(job: Job, subject: Subject) -> AsLoaded:
+def _piece_to_measure(job: Job, subject: Subject) -> Measurable:
     """What is measured: a model whose experts we know, from memory or disk, or else as transformers loads it."""
     found, preview = subject.checkpoint, subject.preview
     assert found is not None
@@ -450,7 +450,7 @@ def _alone(
     return found
 
 
-def _decided_alone(job: Job, subject: Subject, piece: InMemory, resolved: ResolvedPass, texts: Texts) -> Decision:
+def _decided_alone(job: Job, subject: Subject, piece: Backend, resolved: ResolvedPass, texts: Texts) -> Decision:
     """What a pass decides on the original model; behind others it decides about what they have left."""
     check.check_pass(job.loaded, resolved, check.with_rules(piece.layers, piece.moe.skip_rules))
     batches = _batches(job, texts.by_pass[resolved.index])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint import output as output_folder
-from compressor.edit import in_memory, verify
+from compressor.edit import backend, verify
 from compressor.observe import layerwise
 from compressor.run import passes, pipeline, record
 
@@ -833,7 +833,7 @@ def test_disk_that_fills_up(
         (pipeline, "load_moe"),
         (layerwise, "observe"),
         (passes, "save_statistics"),
-        (in_memory, "save_verified"),
+        (backend, "save_verified"),
         (record, "model_card"),
     ],
 )

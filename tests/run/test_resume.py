@@ -238,7 +238,7 @@ def test_an_error_that_comes_again_leaves_nothing_the_first_time(
     def fails(*_: Any, **__: Any) -> None:
         raise VerificationError("another answer")
 
-    monkeypatch.setattr("compressor.edit.in_memory.save_verified", fails)
+    monkeypatch.setattr("compressor.edit.backend.save_verified", fails)
     with pytest.raises(VerificationError, match="another answer"):
         compressor.compress(recipe)
     assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,193 @@
+"""The model that passes work on: `InMemory`, or `on_disk.OnDisk`, which gives the same answers, to the bit.
+
+What is only measured may be `AsLoaded`: whatever transformers loads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.extra_layers import LeftOut
+from compressor.checkpoint.find import Checkpoint
+from compressor.checkpoint.layerwise_weights import StreamedWeights
+from compressor.checkpoint.load import unquantised_skeleton
+from compressor.checkpoint.output import OutputFolder
+from compressor.data.lm_eval_tasks import LoadedTasks
+from compressor.data.sequences import Sequences, TokenBatch
+from compressor.edit.layer_edits import carry_out
+from compressor.edit.verify import edit_verified, ids_left, save_verified
+from compressor.evaluate.lm_eval import TaskResult, run_tasks
+from compressor.evaluate.perplexity import Perplexity, perplexity
+from compressor.evaluate.size import RoutedSize, Size, size
+from compressor.machine.distributed import Processes
+from compressor.machine.progress import Progress, Update
+from compressor.method import Decision, Method
+from compressor.model.adapter import Adapter
+from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.skipping.usage import Counter
+from compressor.model.structure import MoELayer
+from compressor.observe import forward, layerwise
+from compressor.observe.activation_offload import Parking
+from compressor.observe.layerwise import Figures
+from compressor.observe.statistic import Statistic
+
+TaskResults = dict[str, TaskResult]
+
+
+@dataclass(eq=False, repr=False)
+class Backend(ABC):
+    """A model whose experts are known. `left_out`: what transformers does not build; `parking`: for hidden states."""
+
+    moe: MoEModel = field(init=False)
+    weights: StreamedWeights | None = field(init=False, default=None)
+    """Where they are read from, one layer at a time; None where they are all there."""
+    _: KW_ONLY
+    progress: Progress
+    processes: Processes
+    left_out: LeftOut | None = None
+    adapters: Sequence[Adapter] = ()
+    parking: Parking | None = None
+
+    def __post_init__(self) -> None:
+        self.original_ids: Kept = {layer.path: list(range(layer.num_experts)) for layer in self.layers}
+        """Layer path → what the original model calls the experts that are there now, in their order."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self.moe.model
+
+    @property
+    def layers(self) -> Sequence[MoELayer]:
+        """Its MoE layers."""
+        return self.moe.layers
+
+    def counted(self) -> AbstractContextManager[Counter]:
+        """Within the context the experts that tokens use are counted, where a model skips some."""
+        return self.moe.counted()
+
+    @abstractmethod
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        """How well the model predicts a text."""
+
+    @abstractmethod
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        """Answers to tasks; see `lm_eval.run_tasks`, which takes `limit`, `batch_size` and `seed` too."""
+
+    @abstractmethod
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Parameters, and the bytes that they take as they are stored; see `size.size`."""
+
+    def observe(self, batches: Sequence[TokenBatch], statistics: Mapping[str, Statistic], **how: Any) -> Figures:
+        """The figures of these statistics; see `layerwise.observe`, which takes more."""
+        how |= {"weights": self.weights, "processes": self.processes, "parking": self.parking}
+        return layerwise.observe(self.moe, batches, statistics, self.progress, **how)
+
+    def weigh(self, statistics: Mapping[str, Statistic], **how: Any) -> Figures:
+        """The figures of statistics that are shown no text; see `layerwise.weigh`."""
+        how |= {"weights": self.weights, "processes": self.processes}
+        return layerwise.weigh(self.moe, statistics, self.progress, **how)
+
+    @abstractmethod
+    def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
+        """A context in which the model computes what a decision would make of it, as a method's `preview` does."""
+
+    @abstractmethod
+    def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
+        """Carry a decision out; how answers on `probe` differ from the preview's. `name` tells a run's edits apart.
+        Raises VerificationError where they are others, OptionError where it cannot be edited like this.
+        """
+
+    @contextmanager
+    def _followed(self, moe: MoEModel) -> Iterator[None]:
+        """What is removed within the context is gone from `original_ids`."""
+        before = len(moe.removals)
+        yield
+        self.original_ids = ids_left(self.original_ids, moe.removals[before:])
+
+    @abstractmethod
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The model's logits [N, V] at a batch's N real tokens."""
+
+    @abstractmethod
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        """Write the checkpoint into the output's folder."""
+
+
+@dataclass(eq=False, repr=False)
+class InMemory(Backend):
+    """A model whose weights are all there. `source` is the checkpoint that it came from, if any."""
+
+    moe: MoEModel
+    source: Checkpoint | None
+    _answered: tuple[TokenBatch, Tensor] | None = field(init=False, default=None)
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        return perplexity(self.model, sequences, batch_size, update, self.processes)
+
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
+
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        return size(self.model, routed)
+
+    def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = preview(self.moe, decision)
+        return context
+
+    def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
+        untouched, self._answered = self.answers(probe), None
+        with self._followed(self.moe):
+            differences, answers = edit_verified(self.moe, method, decision, carry_out, probe, untouched)
+        self._answered = probe, answers
+        return differences
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        return forward.logits(self.moe.model, batch)
+
+    def answers(self, batch: TokenBatch) -> Tensor:
+        """The logits outside any mask; not computed again where the last edit was compared on this batch."""
+        if self._answered is not None:
+            known, logits_NV = self._answered
+            if all(map(torch.equal, (known.input_ids, known.attention_mask), (batch.input_ids, batch.attention_mask))):
+                return logits_NV
+        return self.logits(batch)
+
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        self.progress.say("saving, and loading again to compare")
+        save_verified(self.moe, self.source, folder, probe, self.left_out, self.adapters, self.answers(probe))
+
+
+class AsLoaded:
+    """A model as transformers loads it, to be measured alone. `layers` are the MoE layers that are known."""
+
+    def __init__(self, model: Any, layers: Sequence[MoELayer], source: Checkpoint, processes: Processes) -> None:
+        self.model, self.layers, self.source, self.processes = model, layers, source, processes
+
+    def counted(self) -> AbstractContextManager[Counter]:
+        return nullcontext(Counter())
+
+    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
+        return perplexity(self.model, sequences, batch_size, update, self.processes)
+
+    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
+        return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
+
+    def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
+        """Of a quantised checkpoint the parameters are those that its numbers stand for."""
+        unquantised = unquantised_skeleton(self.source)
+        found = replace(size(unquantised, routed), bytes=self.source.num_bytes)
+        if self.source.quantisation is None:
+            found = size(self.model, routed)
+        is_known = routed or not any("expert" in name for name, _ in unquantised.named_parameters())
+        return found if is_known else replace(found, active_parameters=None)
+
+
+Measurable = AsLoaded | Backend
