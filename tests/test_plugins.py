@@ -230,7 +230,7 @@ WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, la
         (offer("'text'"), "compressor_methods() answers 'text', expected a list of methods."),
         (offer("[3]"), "3 is not a subclass of compressor.plugin.Method."),
         (offer("[Options]"), "<class 'compressor.method.Options'> is not a subclass of compressor.plugin.Method."),
-        (offer("[Half]", NO_STEPS), "Half does not implement decide, statistic."),
+        (offer("[Half]", NO_STEPS), "Half does not implement decide."),
         (offer("[Half]", WHOLE.replace('name = "half"', "")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('"half"', "3")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('version = "1"', "")), "Half has no `version`."),

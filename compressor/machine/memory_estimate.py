@@ -90,6 +90,8 @@ class Work:
     is_quantised: bool = False
     reading: int = 0
     has_original: bool = False
+    changes_values: bool = False
+    """Whether a pass edits numbers: one decoder layer's are there in float32 too, and from disk as they are stored."""
 
     @property
     def tokens_at_once(self) -> int:
@@ -133,7 +135,9 @@ class Work:
         observing = weights + beside + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
         comparing = copies * weights + max(self.batch, 2 * self.itemsize * answers)
         differing = weights + (3 * self.itemsize + 2 * 8) * answers
-        return round(_MARGIN * max(observing, comparing, differing))
+        largest = max(self.bytes_by_layer.values(), default=0) if self.changes_values else 0
+        editing = weights + largest * 4 // self.itemsize + (largest if place.weights == "disk" else 0)
+        return round(_MARGIN * max(observing, comparing, differing, editing))
 
     def _held(self, weights: Weights, num_gpus: int = 1) -> int:
         if weights == "memory":

@@ -142,7 +142,9 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
                 Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False)
             )
             for name, field in method.options_type.model_fields.items():
-                default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+                default = (
+                    "; required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+                )
                 about = Text(f"{name}: ", style="bold") + Text(
                     f"{_type_name(field.annotation)}{default}", style="not bold"
                 )

@@ -225,13 +225,15 @@ def _preview(
         structure = structure_of(cls, config, adapters)
         rules = fitting_rules(structure, config)
     notes = ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules)
-    layers = _check_passes(loaded, with_rules(structure.layers, rules), notes, is_quantised=quantisation is not None)
+    given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
+    layers, changes_values = _check_passes(loaded, given, notes, is_quantised=is_quantised)
     _check_random(loaded, structure.layers, layers)
     with loaded.at("model"):
         dtype = _dtype(loaded.recipe.dtype, config, stored)
     plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
     model = _on_meta(cls, config, dtype)
     work = work_of(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
+    work = dataclasses.replace(work, changes_values=changes_values)
     problems = {
         "disk": disk_problem(loaded, structure, work, config, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
@@ -242,7 +244,6 @@ def _preview(
         with loaded.at("model"):
             sizes = _stored(stored, structure, layers, left_out, adapters) if stored else None
         if sizes is not None:
-            is_quantised = quantisation is not None
             work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
             place = placement(loaded, work, problems, devices)
             plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
@@ -302,10 +303,11 @@ def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Seque
 
 def _check_passes(
     loaded: LoadedRecipe, layers: Sequence[MoELayer], notes: list[str], *, is_quantised: bool
-) -> Sequence[MoELayer]:
-    """The layers as they will be after all passes, whose notes are added. Raises RecipeError at the option that cannot
-    be met by what the passes before it leave.
+) -> tuple[Sequence[MoELayer], bool]:
+    """The layers as they will be after all passes, whose notes are added, and whether numbers change. Raises
+    RecipeError at the option that cannot be met by what the passes before it leave.
     """
+    changes_values = False
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         if is_quantised and any(
@@ -322,9 +324,9 @@ def _check_passes(
                 f"unquantised one, then quantise the result",
             )
         _check_domains(loaded, resolved)
-        layers = plan.layers
+        layers, changes_values = plan.layers, changes_values or plan.changes_values
         notes += plan.notes
-    return layers
+    return layers, changes_values
 
 
 def with_rules(layers: Sequence[MoELayer], rules: Mapping[str, SkipRule]) -> Sequence[MoELayer]:

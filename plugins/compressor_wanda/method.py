@@ -58,15 +58,16 @@ class Wanda(Method[WandaOptions]):
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """The norms, which with the weights say everything; an expert without tokens goes by its weights alone."""
+        import torch
+
         decided = {}
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for layer in layers:
             figures = statistics[layer.path]
             names = sorted(name[len("inputs.") : -len(".squares")] for name in figures if name.endswith(".squares"))
             tensors[layer.path] = {name: figures[f"inputs.{name}.squares"].sqrt().float() for name in names}
-            counts = {name: figures[f"inputs.{name}.tokens"].tolist() for name in names if name not in layer.linears}
-            unseen = sorted({e for of in counts.values() for e, count in enumerate(of) if not count})
-            decided[layer.path] = {"matrices": names, "without_tokens": unseen}
+            of_experts = [one_E for name in names if (one_E := figures[f"inputs.{name}.tokens"]).ndim]
+            decided[layer.path] = {"without_tokens": torch.where(of_experts[0] == 0)[0].tolist()}
         return Decision({"layers": decided}, tensors)
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:

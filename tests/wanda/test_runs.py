@@ -163,13 +163,13 @@ def test_interrupted_after_an_edit_ends_with_the_same_bytes(
 
 
 def test_decided_again(tokens: Path, tmp_path: Path) -> None:
-    compressor.compress(recipe(tokens, {"wanda": {}}), output=tmp_path / "out")
+    compressor.compress(recipe(tokens, {"wanda": {"attention": True}}), output=tmp_path / "out")
     statistics = tmp_path / "out" / "compressor" / "statistics.safetensors"
     decided = compressor.decide(
         statistics, "wanda", output=tmp_path / "other.json", pattern="unstructured", sparsity=0.25
     )
     apply(tmp_path / "other.json", str(tiny_folder("mixtral")), tmp_path / "applied")
-    options = {"pattern": "unstructured", "sparsity": 0.25}
+    options = {"pattern": "unstructured", "sparsity": 0.25, "attention": True}
     whole = compressor.compress(recipe(tokens, {"wanda": options}), output=tmp_path / "whole")
     assert whole.record["passes"][0]["decision"] == decided["passes"][0]["decision"]
     assert (tmp_path / "applied" / "model.safetensors").read_bytes() == files(tmp_path / "whole")["model.safetensors"]
