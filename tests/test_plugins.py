@@ -473,7 +473,7 @@ def test_figures_of_its_own_that_were_not_gathered(tmp_path: Path, cli: Cli, ins
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert cli("run", "--quiet", tmp_path / "recipe.yaml").status == 0
-    says = r"the criterion confident needs figures of its own, `sums\.confident\.…`, which were not gathered"
+    says = r"the criterion confident needs its own figures, `sums\.confident\.…`; observe again with it"
     with pytest.raises(compressor.RecipeError, match=says):
         compressor.decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep=5, criterion="confident")
 

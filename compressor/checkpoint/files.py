@@ -50,8 +50,7 @@ def names_of_weights(there: Collection[str], weight_map: dict[str, str] | None, 
         names = sorted(set(weight_map.values()))
         if SINGLE not in names and SINGLE in there:
             raise CheckpointError(
-                f"{where}: it holds {SINGLE} and an index of other files, {INDEX}: two models, of which readers take "
-                f"one or the other. Move the one away that is not meant."
+                f"{where}: it holds both {SINGLE} and {INDEX}: two models; move the one away that is not meant."
             )
         return names
     if SINGLE in there:
@@ -59,8 +58,7 @@ def names_of_weights(there: Collection[str], weight_map: dict[str, str] | None, 
     other = sorted(name for name in there if is_weights(name))
     found = f"found {', '.join(other[:3])}" if other else "found no weights at all"
     raise CheckpointError(
-        f"{where}: expected {SINGLE} or {INDEX}, {found}. Only safetensors are read: convert other formats with "
-        f"`from_pretrained` and `save_pretrained` of a transformers you trust."
+        f"{where}: expected {SINGLE} or {INDEX}, {found}; convert other formats with transformers' `save_pretrained`."
     )
 
 
@@ -166,7 +164,6 @@ def refuse_adapter(folder: Path, reference: str) -> None:
             f"(`merge_and_unload`, then `save_pretrained`), and give that folder."
         )
     raise CheckpointError(
-        f"{reference}: it holds {adapter} beside a model: where peft is installed transformers puts it on top of the "
-        f"weights, elsewhere not, so what the folder means depends on that. Merge it (peft's `merge_and_unload`, then "
-        f"`save_pretrained`), or move {names} away."
+        f"{reference}: it holds {adapter} beside a model, on top of which transformers puts it where peft is installed "
+        f"only: merge it (peft's `merge_and_unload`, then `save_pretrained`), or move {names} away."
     )

@@ -94,8 +94,7 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         )
     if not may_be_hub_id(reference):
         raise CheckpointError(
-            f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model "
-            f"is called `{DEMO}`."
+            f"{reference}: there is no such folder, nor is it a hub id (`owner/name`); the built-in model is `{DEMO}`."
         )
     found = Checkpoint(reference, download_side_files(reference), trust_remote_code, is_of_hub=True)
     refuse_adapter(found.folder, reference)

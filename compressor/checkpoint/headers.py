@@ -108,16 +108,14 @@ def _compare_with_index(shards: list[Shard], weight_map: Mapping[str, str], fold
                 raise CheckpointError(f"{folder}: {name} is in two shards, {held[name]} and {file}.")
             if name not in weight_map:
                 raise CheckpointError(
-                    f"{folder}: {file} holds {name}, which {INDEX} does not name: shards and index do not belong "
-                    f"together."
+                    f"{folder}: {file} holds {name}, which {INDEX} does not name: they do not belong together."
                 )
             held[name] = file
     for name, file in weight_map.items():
         if held.get(name) != file:
             where = f"is in {held[name]}" if name in held else "is in none of the shards"
             raise CheckpointError(
-                f"{folder}: {INDEX} says that {name} is in {file}, but it {where}: shards and index do not belong "
-                f"together."
+                f"{folder}: {INDEX} says that {name} is in {file}, but it {where}: they do not belong together."
             )
 
 

@@ -104,7 +104,6 @@ def _errors_named(repository: str) -> Iterator[None]:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository}: there is no folder {here}, it is not in the hub's local cache, and the hub cannot be "
-            f"reached ({unreachable or type(error).__name__}). Download it where there is a network, and give its "
-            f"folder; a relative path starts from the folder that the command runs in."
+            f"{repository}: there is no folder {here}, it is not in the hub's cache, and the hub cannot be reached "
+            f"({unreachable or type(error).__name__}). Download it where there is a network, and give its folder."
         ) from error

@@ -175,8 +175,7 @@ def refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{checkpoint.reference}: {len(keys)} tensor(s) {kind} the checkpoint: {', '.join(keys[:3])}{more}. "
-                f"transformers would go on with random weights, or without these; we do not."
+                f"{checkpoint.reference}: {len(keys)} tensor(s) {kind} the checkpoint: {', '.join(keys[:3])}{more}."
             )
 
 

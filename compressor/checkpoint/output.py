@@ -65,10 +65,7 @@ class OutputFolder:
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         """Raises RecipeError for what cannot be asked for together."""
         if resume and overwrite:
-            raise RecipeError(
-                "--resume goes on with an interrupted run, --overwrite starts anew: give one of them. A run that was "
-                "started with --overwrite replaces the output when it goes on, too."
-            )
+            raise RecipeError("--resume goes on with an interrupted run, --overwrite starts anew: give one of them.")
         self.target = target
         self.overwrite = overwrite
         self.resume = resume
@@ -179,8 +176,7 @@ class OutputFolder:
     def _refuse_work_of_others(self) -> None:
         if self.journal.has_work and not (self.resume or self.overwrite):
             raise CheckpointError(
-                f"{self.target}: a run that was interrupted has left its work in {self.hidden}. Go on with it by "
-                f"`compressor run` and --resume, choose another output, or throw that work away with --overwrite."
+                f"{self.target}: an interrupted run's work is in {self.hidden}: --resume goes on, --overwrite drops it."
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -231,8 +227,7 @@ class OutputFolder:
             if self.target.exists():
                 if not self._may_replace.exists():
                     raise CheckpointError(
-                        f"{self.target} exists, though it did not when the run began. The run's output is whole, in "
-                        f"{self.path}: remove one of the two, and run it again."
+                        f"{self.target} did not exist when the run began; the output is in {self.path}: remove one."
                     )
                 self.target.rename(self._old)
             self.path.rename(self.target)
@@ -278,8 +273,7 @@ class _Lock:
             who = file.read().strip()
             file.close()
             raise CheckpointError(
-                f"{target}: another run is writing this output{f' (process {who})' if who else ''}. Wait for it, or "
-                f"choose another output."
+                f"{target}: another run{f' (process {who})' if who else ''} is writing this output; wait for it."
             ) from error
         return file
 

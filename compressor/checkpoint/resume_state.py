@@ -67,15 +67,13 @@ class Journal:
             before = _read_json(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"the run cannot go on: {path} says what it was about, and cannot be read: {error}. Put that file "
-                f"back, or start anew with --overwrite."
+                f"the run cannot go on: {path} cannot be read: {error}. Put it back, or start anew with --overwrite."
             ) from error
         differences = list(_differences(before, self.about))
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise CheckpointError(
-                f"the run cannot go on: {'; '.join(differences[:3])}{more}. Set it back, or start anew with "
-                f"--overwrite."
+                f"the run cannot go on: {'; '.join(differences[:3])}{more}. Set it back, or say --overwrite."
             )
 
     def note(self, name: str, value: Any) -> None:

@@ -27,15 +27,13 @@ def choose_template(tokenizer: Any, name: str | None, title: str, *, has_tools: 
     known = getattr(tokenizer, "chat_template", None)
     if not known:
         raise CalibrationError(
-            f"source {title!r} holds chats, but the tokenizer has no chat template to render them with. Take the "
-            f"tokenizer of a chat model, or give the text itself."
+            f"source {title!r} holds chats, but the tokenizer has no chat template; take a chat model's, or give text."
         )
     if isinstance(known, str):
         if name is None:
             return known
         raise CalibrationError(
-            f"source {title!r}: there is no chat template {name!r}; the tokenizer has one, without a name. Leave "
-            f"`template` out."
+            f"source {title!r}: there is no chat template {name!r}, but one without a name; leave `template` out."
         )
     names = [name] if name else [*(["tool_use"] if has_tools else []), "default"]
     chosen = next((one for one in names if one in known), None)

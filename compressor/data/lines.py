@@ -150,8 +150,7 @@ def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[st
 
 def _no_text(where: Line, title: str, error: UnicodeDecodeError) -> CalibrationError:
     return CalibrationError(
-        f"source {title!r}: {where.path} cannot be read as UTF-8 text: {error}, in line {where.number}. Say `errors: "
-        f"replace` to have U+FFFD there."
+        f"source {title!r}: {where.path} is no UTF-8: {error}, in line {where.number}; `errors: replace` puts U+FFFD."
     )
 
 

@@ -149,9 +149,8 @@ def _load(manager: Any, name: str) -> Any:
         except Exception as error:
             cannot = f", which cannot be reached ({unreachable})" if unreachable else ""
             raise EvaluationError(
-                f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. "
-                f"Those of lm-eval's tasks come from the Hugging Face hub{cannot}: without a network, download them "
-                f"first, give YAML files over local data with `task_path`, or use the {DEMO_PREFIX}… tasks."
+                f"task {name!r}: its documents cannot be read: {type(error).__name__}: {error}. Those of lm-eval come "
+                f"from the hub{cannot}: download them, give local data with `task_path`, or use {DEMO_PREFIX}… tasks."
             ) from error
 
 
@@ -200,8 +199,7 @@ def refuse_long_answers(tasks: Mapping[str, Any], max_positions: int | None) -> 
             said = f"`generation_kwargs: {option}: {wanted}`" if option else f"{wanted} tokens, as lm-eval has it"
             raise EvaluationError(
                 f"task {name!r} has the model write {said}, but the model takes {max_positions} positions, question "
-                f"and answer together. Give the task's file a smaller `{option or _ANSWER_LENGTH[0]}`, or leave the "
-                f"task out."
+                f"and answer together. Give it a smaller `{option or _ANSWER_LENGTH[0]}`, or leave it out."
             )
 
 
@@ -309,9 +307,8 @@ def _training_documents(name: str, task: Any, split: str | None) -> Sequence[Any
         if split is None:
             has = ", ".join(f"{one} ({value})" for one, value in splits.items() if value is not None)
             raise CalibrationError(
-                f"task {name!r} has no training documents: it has only {has}, which it is measured on. Take another "
-                f"task, or text of the same kind; or say `split: {measured}` if the figures of this task need not mean "
-                f"anything afterwards."
+                f"task {name!r} has no training documents, only {has}, which it is measured on. Take another task, or "
+                f"say `split: {measured}` if its figures need not mean anything afterwards."
             )
     elif splits.get(split) is None:
         has = ", ".join(one for one, value in splits.items() if value is not None)

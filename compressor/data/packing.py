@@ -47,8 +47,7 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | Non
         return Sequences(source.title, tuple(ids), fingerprint(ids), source.samples)
     if tokenizer is None:
         raise CalibrationError(
-            f"calibration source {source.title!r} is text, but the model's folder has no tokenizer. "
-            f"Add the tokenizer's files, or give ready-made ids with a `tokens:` source."
+            f"calibration source {source.title!r} is text, but there is no tokenizer; add it, or give `tokens:`."
         )
     assert isinstance(source, TextualSource)
     parts: Sequence[TextualSource] = source.parts() if isinstance(source, DemoSource) else [source]
@@ -89,8 +88,7 @@ def check_length(source: BaseSource, max_positions: int | None) -> None:
     longest = max(source.lengths(), default=0)
     if max_positions is not None and longest > max_positions:
         raise CalibrationError(
-            f"source {source.title!r} has sequences of {longest} tokens, the model's limit is {max_positions}: give a "
-            f"smaller `length:`."
+            f"source {source.title!r} has sequences of {longest} tokens, the limit is {max_positions}: lower `length:`."
         )
 
 
@@ -142,8 +140,7 @@ def _pack(source: TextualSource, tokenizer: Any, documents: Iterable[Document]) 
     if not count:
         what = "is empty" if len(stream) <= 1 else f"has only {len(stream)} tokens"
         raise CalibrationError(
-            f"source {source.title!r} {what}, less than one sequence of {source.length} tokens. "
-            f"Give more text, or a smaller `length:`."
+            f"source {source.title!r} {what}, less than one sequence of {source.length} tokens: lower `length:`."
         )
     whole = torch.tensor(stream[: count * source.length], dtype=torch.int64)
     ids = tuple(whole.view(count, source.length))

@@ -486,8 +486,7 @@ def _document(row: Mapping[str, Any], field: str | None, where: object, *, is_ar
     name = field or next((one for one in ("text", "messages") if row.get(one) is not None), "text")
     if name not in row:
         raise CalibrationError(
-            f"{where}: no text under {name!r}; found the keys {sorted(row)}. Say `field:` to name the one that holds "
-            f"the text, or the messages of a chat."
+            f"{where}: no text under {name!r}; found the keys {sorted(row)}. `field:` names the one that holds it."
         )
     value = row[name]
     messages = value if name == "text" else from_json(value)

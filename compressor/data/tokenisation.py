@@ -65,8 +65,7 @@ class Tokenisation:
         places = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
         if not places:
             raise CalibrationError(
-                f"source {self._title!r}: the tokenizer cuts a text into other tokens where it adds its special "
-                f"tokens, so they cannot be added to a document. Say `special_tokens: false`."
+                f"source {self._title!r}: special tokens change how a text is cut; say `special_tokens: false`."
             )
         self.begin, self.end = whole[: places[0]], whole[places[0] + len(plain) :]
         self._is_to_find = False

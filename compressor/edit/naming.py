@@ -116,6 +116,5 @@ def _expanded(fits: _Fits, modules: Names) -> list[str]:
 
 def _refusal(entry: str, reference: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{reference}: its quantisation treats single experts apart by {entry!r}, which fits others once experts have "
-        f"gone, and cannot be written otherwise there. Name the modules one by one in config.json instead."
+        f"{reference}: its quantisation names experts by {entry!r}, which would fit others; name modules one by one."
     )

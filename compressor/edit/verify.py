@@ -48,8 +48,8 @@ def edit_verified(
     """
     if not torch.isfinite(untouched).all():
         raise CheckpointError(
-            "the model's logits are not finite on calibration text (NaN or infinity), though its weights are: the "
-            f"last ones, such as the language-model head, are damaged, or too large for {untouched.dtype}."
+            "the model's logits on calibration text are not finite, though its weights are: its last ones are "
+            "damaged, or too large for {untouched.dtype}."
         )
     moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
     if not torch.equal(forward.logits(moe.model, probe), untouched):
@@ -84,9 +84,8 @@ def compare_answers(expected_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
     share = float((~(error_N <= tolerance)).double().mean())
     if share > _TIES_ALLOWED:
         raise VerificationError(
-            f"the edited model does not answer as decided (experts removed as if masked, experts skipped as with a "
-            f"weight of 0): {share:.1%} of tokens differ by more than {tolerance:g} (largest relative difference "
-            f"{float(error_N.max()):.3g})."
+            f"the edited model does not answer as decided (as if masked, or skipped with weight 0): {share:.1%} of "
+            f"tokens differ by more than {tolerance:g} (largest relative difference {float(error_N.max()):.3g})."
         )
     return {"edited_against_preview": float(error_N.max()), "tolerance": tolerance, "share_beyond": share}
 
@@ -117,16 +116,14 @@ def save_verified(
     different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
     if different or len(live) != len(loaded):
         raise VerificationError(
-            f"{folder.target}: {len(different)} tensor(s) of the checkpoint, loaded again, are not what was saved "
-            f"({', '.join(different[:3])}). Nothing was kept."
+            f"{folder.target}: {len(different)} tensor(s) differ from what was saved: {', '.join(different[:3])}."
         )
     expected = forward.logits(moe.model, probe) if answers is None else answers
     answered = forward.logits(again, probe)
     if not torch.equal(expected, answered):
         difference = float((expected.float() - answered.float()).abs().max())
         raise VerificationError(
-            f"{folder.target}: the checkpoint, loaded again, does not answer as the live model did (largest "
-            f"difference of a logit: {difference:.3g}). Nothing was kept."
+            f"{folder.target}: loaded again, it does not answer as the live model (a logit by {difference:.3g})."
         )
 
 

@@ -147,8 +147,7 @@ def refuse_without_tokenizer(names: Sequence[str], tokenizer: Any | None) -> Non
     """Raise EvaluationError where a model is to be asked tasks, and has no tokenizer."""
     if tokenizer is None:
         raise EvaluationError(
-            f"tasks {', '.join(names)}: the model has no tokenizer, and tasks are text. Add the "
-            f"tokenizer's files to the model's folder, or evaluate `perplexity` on a `tokens:` source."
+            f"tasks {', '.join(names)}: the model has no tokenizer; add it, or measure `perplexity` on `tokens:`."
         )
 
 
@@ -352,9 +351,8 @@ def _refusals_of_lm_eval(tasks: LoadedTasks) -> Iterator[None]:
 def writes_problem(names: Iterable[str]) -> str:
     """What to say of tasks that have the model write, where its weights are on disk."""
     return (
-        f"task {', '.join(sorted(names))}: the model is to write, token after token, and would be read from disk for "
-        f"every one. Measure tasks that choose among answers, or this one with `compressor evaluate` where the model "
-        f"fits in memory."
+        f"task {', '.join(sorted(names))}: the model is to write, and would be read from disk for every token. Measure "
+        "tasks that choose among answers, or this one with `compressor evaluate` where the model fits in memory."
     )
 
 

@@ -73,6 +73,5 @@ def _check_same_documents(before: TaskResult, after: TaskResult) -> None:
     else:
         return
     raise EvaluationError(
-        f"task {before.name!r} had {difference}: answers cannot be compared one by one. Evaluate both models "
-        f"with the same limit, num_fewshot and seed."
+        f"task {before.name!r} had {difference}: evaluate both models with the same limit, num_fewshot and seed."
     )

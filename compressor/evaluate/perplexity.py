@@ -123,8 +123,7 @@ def _check_sequences(model: Any, sequences: Sequences) -> None:
     longest, positions = max(map(len, sequences.ids)), max_positions(model.config)
     if positions is not None and longest > positions:
         raise EvaluationError(
-            f"source {sequences.name!r} has a sequence of {longest} tokens, but the model takes at most "
-            f"{positions}. Say `length: {positions}` or less."
+            f"source {sequences.name!r} has sequences of {longest} tokens, the limit is {positions}: lower `length:`."
         )
 
 
@@ -132,8 +131,7 @@ def _refuse_not_finite(losses: Sequence[float], name: str, first: int) -> None:
     bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is not None:
         raise EvaluationError(
-            f"source {name!r}: the model's loss on sequence {first + bad} is {losses[bad]}, not a finite number: its "
-            f"weights or activations overflow in this dtype, or are damaged."
+            f"source {name!r}: the loss on sequence {first + bad} is {losses[bad]}: overflow in this dtype, or damage."
         )
 
 

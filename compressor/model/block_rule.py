@@ -81,8 +81,7 @@ def refuse_not_finite(layer: MoELayer, output: Tensor) -> None:
     # smallest and largest carry NaN and infinity too, and cost a tenth of testing every number
     if output.numel() and not torch.isfinite(torch.stack(output.aminmax())).all():
         raise CheckpointError(
-            f"{layer.path}: the experts' output is not finite on calibration text (NaN or infinity); their "
-            f"weights are damaged, or too large for {output.dtype}."
+            f"{layer.path}: the experts' output on text is not finite: damaged, or too large for {output.dtype}."
         )
 
 

@@ -145,8 +145,7 @@ class _Tap:
             return
         if mode.seen is None:
             raise UnsupportedModelError(
-                f"{self.layer.router}: saw no linear map with its weights inside its forward, so its logits are "
-                f"unknown."
+                f"{self.layer.router}: saw no linear map with its weights inside its forward, so logits are unknown."
             )
         self._logits, self._router_output = mode.seen, output
 
@@ -165,8 +164,7 @@ class _Tap:
         logits_TE = self._logits.reshape(len(mask_T), -1)[mask_T][:, : self.layer.num_choices].float()
         if not torch.isfinite(logits_TE).all():
             raise CheckpointError(
-                f"{self.layer.path}: the router's logits are not finite on calibration text (NaN or infinity); the "
-                f"weights before this layer are damaged, or too large for {dtype}."
+                f"{self.layer.path}: the router's logits are not finite: damaged weights, or too large for {dtype}."
             )
         return logits_TE
 
@@ -376,8 +374,7 @@ class _ChoicesTap(_CalledTap):
         if places is None:
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
             raise UnsupportedModelError(
-                f"{self.layer.experts}: expected to be called with (hidden [T, H], ids [T, K], weights [T, K]), "
-                f"found {shapes}."
+                f"{self.layer.experts}: expected (hidden [T, H], ids [T, K], weights [T, K]), found {shapes}."
             )
         self._order = places
         return given[places[0]], given[places[1]], given[places[2]]
@@ -493,8 +490,7 @@ class _ScaledInputsTap(_CalledTap):
         tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
         if found.shape != expected.shape or (found - expected).norm() > tolerance * expected.norm():
             raise UnsupportedModelError(
-                f"{self.layer.experts}: its experts are not given tokens times the sigmoid of their logits; watching "
-                f"this layer needs an adapter from a plugin."
+                f"{self.layer.experts}: not given tokens times the sigmoid of their logits; this needs an adapter."
             )
 
     def _evaluate(self, hidden_cH: Tensor, index_cM: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
     leaf, difference, other_leaves = _find_expert_count(factory, config, base, name, count)
     if difference.odd:
         raise UnsupportedModelError(
-            f"{name}: changing {leaf} changes the model in a way that cannot be sliced: "
-            f"{'; '.join(difference.odd[:3])}."
+            f"{name}: changing {leaf} changes what cannot be sliced: {'; '.join(difference.odd[:3])}."
         )
     finder = _LayerFinder(factory, base_model, base, difference, leaf, config, name)
     blocks = finder.blocks()
@@ -385,8 +384,7 @@ class _LayerFinder:
         for path in id_tensors:
             if self.base.shapes[path][-1:] != (top_k,) or path in tensors:
                 raise UnsupportedModelError(
-                    f"{self.name}: {path} holds integers, and whether they are expert ids cannot be told; slicing "
-                    f"would leave them wrong. This needs an adapter from a plugin."
+                    f"{self.name}: whether {path} holds expert ids cannot be told; this needs an adapter from a plugin."
                 )
         place = Place(block, router, experts, tensors, router_weights, tuple(containers), tuple(id_tensors))
         key = self._signature(block)

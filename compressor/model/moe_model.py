@@ -232,8 +232,7 @@ class MoEModel:
         fixed = next((layer for layer in self.layers if layer.top_k_fixed), None)
         if fixed is not None:
             raise UnsupportedModelError(
-                f"{fixed.path}: its class chooses {fixed.top_k} experts per token whatever the config says, so "
-                f"`top_k` cannot be changed."
+                f"{fixed.path}: its class always chooses {fixed.top_k} experts per token; `top_k` cannot be changed."
             )
         if not 1 <= top_k <= min(layer.top_k for layer in self.layers):
             raise ValueError(f"top_k can be lowered from {self.layers[0].top_k} to 1 at least, got {top_k}")
@@ -301,8 +300,7 @@ def check_kept(layer: MoELayer, kept: Sequence[int], *, top_k: int | None = None
     per_group = {sum(expert // size == group for expert in ids) for group in range(layer.num_groups)}
     if len(per_group) > 1:
         raise ValueError(
-            f"{layer.path}: its router chooses among {layer.num_groups} groups of experts, so every group must keep "
-            f"equally many; got {sorted(per_group)}"
+            f"{layer.path}: its {layer.num_groups} groups must keep equally many experts; got {sorted(per_group)}"
         )
     return ids
 
@@ -347,8 +345,8 @@ def refuse_quantised(config: Any) -> None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise UnsupportedModelError(
             f"{config.model_type}: the model in memory is quantised ({getattr(kind, 'value', kind)}), and packed "
-            f"tensors are not edited there. Give its folder to a recipe, which edits it as it is stored; or prune the "
-            f"unquantised model, or let it skip experts, then quantise the result, which runs unskipped."
+            "tensors are not edited there; give its folder to a recipe, or prune the unquantised model, then quantise "
+            "the result."
         )
 
 

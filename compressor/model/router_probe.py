@@ -80,15 +80,13 @@ def probe_router(
         _refuse_other_experts(model, place, trace, num_experts, name)
     if outputs is not None and not router.saw_logits:
         raise UnsupportedModelError(
-            f"{name}: {place.router} ({router_class}) computes no logits with one number per expert, so experts cannot "
-            f"be masked. This needs an adapter from a plugin."
+            f"{name}: {place.router} ({router_class}) computes no logit per expert; this needs an adapter."
         )
     found = _Found.of(call, trace, outputs, top_k, num_experts)
     if found.top_k is None:
         returned = "nothing, it failed: " + failure if outputs is None else _describe(outputs)
         raise UnsupportedModelError(
-            f"{name}: cannot tell how many experts {place.router} ({router_class}) chooses per token; its forward "
-            f"returned {returned}."
+            f"{name}: cannot tell how many experts {place.router} ({router_class}) chooses; it returned {returned}."
         )
     ask = _Questions(router, found, num_experts) if outputs is not None and found.weights_position is not None else None
     return RouterProbe(
@@ -235,8 +233,8 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
     if wrong:
         raise UnsupportedModelError(
             f"{name}: {place.experts} ({type(experts).__name__}) does not run the experts that its router chose: given "
-            f"one token for each of {num_experts} experts, it called {sorted({child for child, _ in called})}. It is "
-            f"broken in this version of transformers, so no choice of experts can be judged."
+            f"one token for each of {num_experts} experts, it called {sorted({child for child, _ in called})}; no "
+            "choice can be judged."
         )
 
 

@@ -32,8 +32,7 @@ class PairLists:
         is_known = kinds[:4] == (Tensor, Tensor, Tensor, list) and sum(output[3]) == len(output[0])
         if not is_known or len(output[0]) % num_tokens:
             raise UnsupportedModelError(
-                f"{path}: its router does not return lists of pairs, their tokens, their weights and their number for "
-                f"each expert."
+                f"{path}: its router does not return lists of pairs, tokens, weights and numbers by expert."
             )
         slot_P, token_P, weight_P, sizes, *others = output
         return cls(slot_P, token_P, weight_P, sizes, tuple(others), len(slot_P) // num_tokens)

@@ -69,8 +69,7 @@ def _prepare_uneven(model: Any, structure: Structure) -> None:
 def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
     if kwargs.get("output_router_logits") and uneven_counts(model.config):
         raise UnsupportedModelError(
-            "output_router_logits=True: the layers of this model have different numbers of experts, and the "
-            "load-balancing loss of transformers needs one number. Leave it out."
+            "output_router_logits=True: the load-balancing loss needs one number of experts; here layers differ."
         )
 
 

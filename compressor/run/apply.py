@@ -124,8 +124,7 @@ class _Application:
         left_out = self._left_out(type(after.model))
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
-                f"{self.found.reference}: the checkpoint is quantised, and nothing reads one that skips experts: apply "
-                f"the pruning passes alone."
+                f"{self.found.reference}: no reader skips on a quantised checkpoint; apply the pruning passes alone."
             )
         try:
             edit = plan_edit(self.found, before, after, left_out, weights.edited)

@@ -93,15 +93,13 @@ def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], na
     usable = [name for name in names if about["passes"][name]["layers"] == about["layers"] and passes.get(name)]
     if own and not set(own) & set(usable):
         raise RecipeError(
-            f"{named}: the figures of {own[0]} are of the model as the passes before it had left it, so they decide "
-            f"nothing for the original. Run the pass again, on what those have written."
+            f"{named}: the figures of {own[0]} are of what the passes before it left; run it on what those wrote."
         )
     if not usable:
         raise RecipeError(f"{named}: it holds no figures of the original model's layers.")
     if about["passes"][usable[0]]["progressive"]:
         raise RecipeError(
-            f"{named}: its figures were gathered progressively: each layer saw the layers before it as they were "
-            f"pruned then, so they answer no other question. Observe again without `progressive`."
+            f"{named}: its figures were gathered progressively, so answer nothing else; observe without `progressive`."
         )
     return usable
 

@@ -85,8 +85,7 @@ def own_devices(loaded: LoadedRecipe, processes: Processes, planned: tuple[str, 
     if processes.size > 1 and device == "auto":
         raise loaded.error(
             ("device",),
-            f"`auto` is for one process, and this is one of {processes.size}: with `device: cuda` each takes a GPU of "
-            f"its own",
+            f"`auto` is for one process; with `device: cuda` each of {processes.size} takes a GPU of its own",
         )
     if processes.size == 1 or device != "cuda":
         return planned
@@ -104,9 +103,8 @@ def devices_of(model: Any) -> tuple[str, ...]:
     offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if offloaded is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {offloaded} is on no device: accelerate keeps it elsewhere, or it was never "
-            f"loaded, so it cannot be edited. Give the checkpoint instead: with `weights: disk` it is read one decoder "
-            f"layer at a time, with `device: auto` it is spread over all GPUs."
+            f"{type(model).__name__}: {offloaded} is on no device, so it cannot be edited. Give the checkpoint: with "
+            "`weights: disk` it is read one decoder layer at a time, with `device: auto` it is spread over all GPUs."
         )
     return forward.devices_of(model)
 

@@ -253,8 +253,7 @@ def _refuse_names(model: Any, tokenizer: Any) -> None:
     """Raise RecipeError for what is no live model, or no tokenizer."""
     if isinstance(model, str | Path):
         raise RecipeError(
-            f"model: found the name {str(model)!r}, expected a live transformers model. Say "
-            f"model_reference={str(model)!r} for a hub id or a folder."
+            f"model: found the name {str(model)!r}, expected a live model; a hub id or folder is a model_reference."
         )
     if model is not None and not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
         raise RecipeError(f"model: found an object of type {type(model).__name__}, expected a live transformers model.")

@@ -17,14 +17,11 @@ from compressor.model.structure import MoELayer
 from compressor.selection.criteria import Criterion
 from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor.selection.objective import Blend, Objective
-from compressor.selection.scores import BlendError, blended_scores, kept_by_score, largest, super_experts, unreached
+from compressor.selection.scores import ChoiceError, blended_scores, kept_by_score, largest, super_experts, unreached
 
+AGAIN = "decide by a criterion, or observe again"
 Choice = dict[str, Any]
 """What a decision says of one layer: kept and dropped ids, losses, and how they were found."""
-
-
-class ChoiceError(ValueError):
-    """The figures cannot answer what is asked of them."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,7 @@ def by_subsets(
     counts = figures["subsets.counts"].tolist()
     if num_kept not in counts:
         raise ChoiceError(
-            f"{layer.path}: the losses of all sets were gathered for keeping {_listed(counts)} experts, not "
-            f"{num_kept}; decide by a criterion, or observe again"
+            f"the losses of all sets were gathered for keeping {_listed(counts)} experts, not {num_kept}; {AGAIN}"
         )
     sizes = [num_subsets(layer, count) for count in counts]
     squared_BS = torch.split(figures["subsets.squared_error"], sizes, dim=1)[counts.index(num_kept)]
@@ -135,14 +131,12 @@ def by_greedy(
         found = kept_and_dropped(layer, order[:num_dropped]) | losses(objective, squared_B) | {"search": "path"}
     else:
         raise ChoiceError(
-            f"{layer.path}: the search went from {layer.num_experts} experts down to {layer.num_experts - len(order)}, "
-            f"not to {num_kept}; decide by a criterion, or observe again"
+            f"the search went down to {layer.num_experts - len(order)} experts, not to {num_kept}; {AGAIN}"
         )
     wrong = [e for e in fixed.staying if e in found["dropped"]] + [e for e in fixed.forbidden if e in found["kept"]]
     if wrong:
         raise ChoiceError(
-            f"{layer.path}: the search was made without the present `protect` and `forbid` (expert {wrong[0]}); decide "
-            f"by a criterion, or observe again"
+            f"the search was made without the present `protect` and `forbid` (expert {wrong[0]}); {AGAIN}"
         )
     return found, cost(objective, squared_B)
 
@@ -160,8 +154,7 @@ def by_criterion(
     """The experts with the largest scores; those without figures go first."""
     if criterion.needs_text and not domains:
         raise ChoiceError(
-            f"{layer.path}: the criterion {criterion.name} goes by what experts did on text, and none was read for "
-            f"these figures; observe again with this criterion"
+            f"the criterion {criterion.name} goes by text, and none was read for these figures; observe again with it"
         )
     for need in sorted(criterion.needs):
         missing = [name for name in _NEEDED[need] if name not in figures]
@@ -169,32 +162,26 @@ def by_criterion(
             is_old = len(missing) < len(_NEEDED[need])
             were = f"an older version gathered without `{missing[0]}`" if is_old else "were not gathered"
             raise ChoiceError(
-                f"{layer.path}: the criterion {criterion.name} needs `{need}`, which {were}; observe again with this "
-                f"criterion, or with `gather: [{need}]`"
+                f"the criterion {criterion.name} needs `{need}`, which {were}; observe again with `gather: [{need}]`"
             )
     if criterion.statistic is not None and not any(name.startswith(criterion.own_figures) for name in figures):
         raise ChoiceError(
-            f"{layer.path}: the criterion {criterion.name} needs figures of its own, `{criterion.own_figures}…`, which "
-            f"were not gathered; observe again with this criterion"
+            f"the criterion {criterion.name} needs its own figures, `{criterion.own_figures}…`; observe again with it"
         )
-    try:
-        score_E = blended_scores(
-            criterion,
-            figures,
-            domains,
-            blend,
-            num_kept=num_kept,
-            num_groups=layer.num_groups,
-            seed=_seed_of(layer, seed),
-            protected=fixed.staying,
-            forbidden=fixed.forbidden,
-        )
-    except BlendError as error:
-        raise ChoiceError(f"{layer.path}: {error}") from error
+    score_E = blended_scores(
+        criterion,
+        figures,
+        domains,
+        blend,
+        num_kept=num_kept,
+        num_groups=layer.num_groups,
+        seed=_seed_of(layer, seed),
+        protected=fixed.staying,
+        forbidden=fixed.forbidden,
+    )
     if score_E.shape != (layer.num_experts,):
         raise ChoiceError(
-            f"{layer.path}: the criterion {criterion.name} answers scores of shape {list(score_E.shape)}, expected one "
-            f"for each of {layer.num_experts} experts"
+            f"the criterion {criterion.name} answers scores {list(score_E.shape)}, expected [{layer.num_experts}]"
         )
     _, dropped = kept_by_score(
         score_E, num_kept, num_groups=layer.num_groups, protected=fixed.staying, forbidden=fixed.forbidden

@@ -234,7 +234,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def best_of_counts(self, layer: MoELayer, statistics: Gathered) -> dict[int, tuple[Choice, float]]:
         """For every count possible: what will be decided, and its cost. OptionError where the figures cannot tell."""
-        from compressor.selection.choose import ChoiceError
+        from compressor.selection.scores import ChoiceError
 
         plan = self._plan(layer)
         if not plan.changes:
@@ -247,11 +247,11 @@ class ExpertSelection(Method[OptionsT]):
         try:
             return {count: self._best(plan, statistics, count) for count in counts}
         except ChoiceError as error:
-            raise OptionError(self.options.count_option, f"{error}.") from error
+            raise OptionError(self.options.count_option, f"{layer.path}: {error}.") from error
 
     def _best(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         from compressor.selection import choose
-        from compressor.selection.scores import largest
+        from compressor.selection.scores import ChoiceError, largest
 
         layer, options = plan.layer, self.options
         figures = statistics[layer.path]
@@ -269,19 +269,15 @@ class ExpertSelection(Method[OptionsT]):
         top_k = options.top_k or layer.top_k
         observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
         if any(one != top_k for one in observed):
-            raise choose.ChoiceError(
-                f"{layer.path}: the losses were gathered for {observed[0]} experts per token, not {top_k}; decide by a "
-                f"criterion, or observe again"
+            raise ChoiceError(
+                f"the losses were gathered for {observed[0]} experts per token, not {top_k}; {choose.AGAIN}"
             )
         if "subsets.counts" in figures and options.search != "greedy":
             found, cost = choose.by_subsets(layer, figures, num_kept, objective, fixed)
         elif "greedy.counts" in figures and options.search != "exact":
             found, cost = choose.by_greedy(layer, figures, num_kept, objective, fixed)
         else:
-            raise choose.ChoiceError(
-                f"{layer.path}: no losses of sets of experts were gathered, only sums; decide by a criterion, or "
-                f"observe again without one"
-            )
+            raise ChoiceError("no losses of sets of experts were gathered, only sums; decide or observe by a criterion")
         return found | notes, cost
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:

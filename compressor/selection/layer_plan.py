@@ -159,16 +159,14 @@ class LayerPlan:
             below, above = (asked // multiple * multiple, (asked // multiple + 1) * multiple)
             near = [str(count) for count in (below, above) if count in self.possible] or [str(self.possible[-1])]
             raise self._refused(
-                f"{self.path}: {asked} is not a multiple of {multiple} (`multiple_of`). The nearest that it can keep: "
-                f"{' and '.join(near)}."
+                f"{self.path}: {asked} is no multiple of {multiple} (`multiple_of`); nearest: {' and '.join(near)}."
             )
 
     def _check_count(self) -> None:
         [num_kept] = self.counts
         if num_kept < 1:
             raise self._refused(
-                f"{self.path}: it has {self.layer.num_experts} experts, so dropping {self.options.drop} would leave "
-                f"none."
+                f"{self.path}: dropping {self.options.drop} of {self.layer.num_experts} experts would leave none."
             )
         self.after(num_kept)
 

@@ -203,8 +203,7 @@ class SelectionOptions(Options):
                 raise ValueError(f"`{idle[0]}` would have no effect beside `criterion`: leave one of them out")
             if self.budget is not None:
                 raise ValueError(
-                    "a criterion compares experts of one layer, so it cannot share out a mean; give a count, or leave "
-                    "`criterion` out"
+                    "a criterion compares experts of one layer, so it cannot share out a mean; give a count"
                 )
         elif self.seed is not None:
             raise ValueError("`seed` would have no effect: the search draws nothing at random; leave it out")

@@ -20,8 +20,8 @@ from compressor.selection.objective import Blend, blend_weights
 SUPER_FACTOR = 20.0
 
 
-class BlendError(ValueError):
-    """Domains cannot be blended like this for this criterion."""
+class ChoiceError(ValueError):
+    """The figures cannot answer what is asked of them."""
 
 
 def largest(figures: Mapping[str, Tensor], domains: Sequence[int] | None = None) -> Tensor:
@@ -114,9 +114,8 @@ def blended_scores(
         return scored(everything)
     if criterion.of_sets:
         if blend == "worst":
-            raise BlendError(
-                f"the criterion {criterion.name} judges sets of experts, whose losses can be averaged over domains but "
-                f"not compared expert by expert; give `blend: mean`, weights or `pooled`"
+            raise ChoiceError(
+                f"the criterion {criterion.name} judges sets, not experts; give `blend: mean`, weights or `pooled`"
             )
         blended_EE = _blended_pairs(figures, domains, blend)
         return scored(everything, {**figures, "pairs.loss": blended_EE[None].expand(len(domains), -1, -1)})

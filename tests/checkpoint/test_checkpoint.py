@@ -402,7 +402,7 @@ def test_killed_anywhere_while_finishing(tmp_path: Path, overwrite: bool) -> Non
 
 
 def test_a_target_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    says = rf"^{tmp_path / 'out'} exists, though it did not .* in {tmp_path / '.out.partial' / 'output'}: remove one"
+    says = rf"^{tmp_path / 'out'} did not exist when the run .* in {tmp_path / '.out.partial' / 'output'}: remove one"
 
     def run() -> None:
         with OutputFolder(tmp_path / "out") as output:
@@ -526,8 +526,8 @@ def test_tensor_that_the_index_does_not_name(folder: Path) -> None:
     with pytest.raises(CheckpointError) as refusal:
         verify_files(folder)
     assert str(refusal.value) == (
-        f"{folder}: two.safetensors holds d, which model.safetensors.index.json does not name: shards and index do not "
-        f"belong together."
+        f"{folder}: two.safetensors holds d, which model.safetensors.index.json does not name: they do not belong "
+        f"together."
     )
 
 

@@ -200,9 +200,9 @@ def test_an_adapter_beside_the_weights_is_refused_by_name(names: tuple[str, ...]
         with pytest.raises(CheckpointError) as refusal:
             command()
         assert str(refusal.value).endswith(
-            f"{folder}: it holds an adapter (LORA: {files}) beside a model: where peft is installed transformers puts "
-            f"it on top of the weights, elsewhere not, so what the folder means depends on that. Merge it (peft's "
-            f"`merge_and_unload`, then `save_pretrained`), or move {files} away."
+            f"{folder}: it holds an adapter (LORA: {files}) beside a model, on top of which transformers puts it "
+            f"where peft is installed only: merge it (peft's `merge_and_unload`, then `save_pretrained`), or move "
+            f"{files} away."
         )
     assert not (tmp_path / "out").exists()
 

@@ -130,13 +130,13 @@ def test_without_a_network_the_cache_does(hub: Stand, monkeypatch: pytest.Monkey
     looked_at = find_checkpoint("fake/cached", weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_checkpoint("fake/cached", weights=False) == looked_at
-    with pytest.raises(CheckpointError, match=r"^fake/cached: .*not in the hub's local cache, and the hub cannot be"):
+    with pytest.raises(CheckpointError, match=r"^fake/cached: .*not in the hub's cache, and the hub cannot be"):
         with_weights(looked_at)
     shutil.copyfile(hub.root / "cached/model.safetensors", looked_at.folder / "model.safetensors")
     (looked_at.folder / "LICENSE").unlink()  # of a cache that others have filled, not everything is there
     assert find_checkpoint("fake/cached") == looked_at
     (looked_at.folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"^fake/cached: there is no folder .*not in the hub's local cache"):
+    with pytest.raises(CheckpointError, match=r"^fake/cached: there is no folder .*not in the hub's cache"):
         find_checkpoint("fake/cached")
 
 
@@ -157,7 +157,7 @@ def test_two_models_are_refused_before_weights_are_fetched(hub: Stand) -> None:
     shutil.copyfile(folder / "model.safetensors", folder.parent / "kept")
     shard(folder)
     (folder.parent / "kept").rename(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"^fake/twice: it holds model.safetensors and an index of other files"):
+    with pytest.raises(CheckpointError, match=r"^fake/twice: it holds both model.safetensors and "):
         find_checkpoint("fake/twice")
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
 

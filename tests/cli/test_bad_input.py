@@ -153,8 +153,8 @@ def test_unknown_command(cli: Cli) -> None:
         ({"keep": 8}, "keep", "all 8 experts would stay: nothing to prune."),
         ({"keep": 0.99}, "keep", "all 8 experts would stay: nothing to prune."),
         ({"keep": 9}, "keep", "it has 8 experts and cannot keep 9."),
-        ({"drop": 8}, "drop", "it has 8 experts, so dropping 8 would leave none."),
-        ({"drop": 9}, "drop", "it has 8 experts, so dropping 9 would leave none."),
+        ({"drop": 8}, "drop", "dropping 8 of 8 experts would leave none."),
+        ({"drop": 9}, "drop", "dropping 9 of 8 experts would leave none."),
     ],
 )
 @pytest.mark.parametrize("command", [["run", "--quiet"], ["check"]])
@@ -262,14 +262,12 @@ def test_model_that_is_a_file(refused: Refused, recipe: WriteRecipe, tokens: Pat
 
 @pytest.mark.parametrize("reference", ["/no/such/folder", "./model", "mixtral", "a/b/c"])
 def test_model_that_is_not_there(reference: str, refused: Refused, recipe: WriteRecipe) -> None:
-    says = f"{reference}: there is no such folder, and it is not a hub id (`owner/name`) either. The built-in model is"
+    says = f"{reference}: there is no such folder, nor is it a hub id (`owner/name`); the built-in model is"
     both_commands(refused, recipe, reference, says)
 
 
 def test_hub_model_offline(refused: Refused, recipe: WriteRecipe) -> None:
-    says = (
-        f"owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it is not in the hub's local cache, and the"
-    )
+    says = f"owner/name: there is no folder {Path.cwd() / 'owner' / 'name'}, it is not in the hub's cache, and the hub"
     both_commands(refused, recipe, "owner/name", says)
 
 
@@ -347,7 +345,7 @@ def cut_to_nothing(folder: Path) -> str:
 
 def a_single_file_too(folder: Path) -> str:
     shutil.copy(first_shard(folder), folder / "model.safetensors")
-    return f"{folder}: it holds model.safetensors and an index of other files, model.safetensors.index.json: two models"
+    return f"{folder}: it holds both model.safetensors and model.safetensors.index.json: two models; move "
 
 
 def garbage(folder: Path) -> str:
@@ -360,7 +358,7 @@ def in_another_file(folder: Path) -> str:
     rewrite_index(folder, lambda names: names.update({"lm_head.weight": "model-00002-of-00002.safetensors"}))
     return (
         f"{folder}: model.safetensors.index.json says that lm_head.weight is in model-00002-of-00002.safetensors, but "
-        f"it is in {first_shard_name}: shards and index do not belong together."
+        f"it is in {first_shard_name}: they do not belong together."
     )
 
 
@@ -409,10 +407,17 @@ def test_only_pickled_weights(refused: Refused, recipe: WriteRecipe, copy_of: Co
     model = copy_of(mixtral)
     (model / "model.safetensors").unlink()
     torch.save({}, model / "pytorch_model.bin")
-    says = f"{model}: expected model.safetensors or model.safetensors.index.json, found pytorch_model.bin. Only safete"
+    says = (
+        f"{model}: expected model.safetensors or model.safetensors.index.json, found pytorch_model.bin; convert other"
+    )
     refused("run", "--quiet", recipe(model=model), says=says)
     (model / "pytorch_model.bin").unlink()
-    refused("run", "--quiet", recipe(model=model), says="found no weights at all. Only safetensors are read: ")
+    refused(
+        "run",
+        "--quiet",
+        recipe(model=model),
+        says="found no weights at all; convert other formats with transformers' `save_pretrained`.",
+    )
 
 
 def with_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -426,11 +431,11 @@ def with_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     [
         (
             {"model.norm.weight": None},
-            "1 tensor(s) are missing from the checkpoint: model.norm.weight. transformers would go on with random weig",
+            "1 tensor(s) are missing from the checkpoint: model.norm.weight.",
         ),
         (
             {"model.norm.weight": torch.ones(17)},
-            "1 tensor(s) have other shapes in the checkpoint: model.norm.weight ([17], by its config [16]). ",
+            "1 tensor(s) have other shapes in the checkpoint: model.norm.weight ([17], by its config [16]).",
         ),
         ({f"{EXPERT}.3.w1.weight": None}, f"transformers cannot load it: {EXPERT}.3.w1.weight is missing."),
         (
@@ -447,7 +452,7 @@ def with_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
         ),
         (
             {f"{EXPERT}.7.w4.weight": torch.ones(16, 16)},
-            "1 tensor(s) are not expected in the checkpoint: model.layers.0.mlp.experts.7.w4.weight. ",
+            "1 tensor(s) are not expected in the checkpoint: model.layers.0.mlp.experts.7.w4.weight.",
         ),
     ],
 )  # fmt: skip
@@ -510,11 +515,11 @@ def huge_head(model: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (huge_experts, "model.layers.1.mlp: the experts' output is not finite on calibration text (NaN or infinity); "),
-        (huge_half_experts, "model.layers.1.mlp: the experts' output is not finite on calibration text (NaN or infini"),
-        (huge_half_experts, "their weights are damaged, or too large for torch.float16."),
-        (huge_attention, "model.layers.0.mlp: the router's logits are not finite on calibration text (NaN or infinity"),
-        (huge_head, "the model's logits are not finite on calibration text (NaN or infinity), though its weights are:"),
+        (huge_experts, "model.layers.1.mlp: the experts' output on text is not finite: damaged, or too large for"),
+        (huge_half_experts, "model.layers.1.mlp: the experts' output on text is not finite: damaged, or too large for"),
+        (huge_half_experts, "damaged, or too large for torch.float16."),
+        (huge_attention, "model.layers.0.mlp: the router's logits are not finite: damaged weights, or too large"),
+        (huge_head, "the model's logits on calibration text are not finite, though its weights are:"),
     ],
 )  # fmt: skip
 def test_finite_weights_of_which_nothing_finite_comes(
@@ -533,14 +538,14 @@ NOT_IDS = ':1: expected {"input_ids": [token ids ≥ 0]}.'
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("text", "", "source 'data' is empty, less than one sequence of 8 tokens. Give more text, or a smaller `lengt"),
-        ("text", " \n ", "source 'data' is empty, less than one sequence of 8 tokens."),
-        ("text", "w1 w2", "source 'data' has only 3 tokens, less than one sequence of 8 tokens. Give more text, or"),
+        ("text", "", "source 'data' is empty, less than one sequence of 8 tokens: lower `length:`."),
+        ("text", " \n ", "source 'data' is empty, less than one sequence of 8 tokens: lower"),
+        ("text", "w1 w2", "source 'data' has only 3 tokens, less than one sequence of 8 tokens: lower `leng"),
         ("text", None, "source 'data': there is no file {path}."),
-        ("text", "é", "source 'data': {path} cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xe9"),
-        ("jsonl", "", "source 'data' is empty, less than one sequence of 8 tokens."),
+        ("text", "é", "source 'data': {path} is no UTF-8: 'utf-8' codec can't decode byte 0xe9"),
+        ("jsonl", "", "source 'data' is empty, less than one sequence of 8 tokens: lower"),
         ("jsonl", '{"text": "w1"}\n{oops', "{path}:2: not JSON: Expecting property name enclosed in double quotes at"),
-        ("jsonl", '{"words": "w1"}', "{path}:1: no text under 'text'; found the keys ['words']. Say `field:` to name"),
+        ("jsonl", '{"words": "w1"}', "{path}:1: no text under 'text'; found the keys ['words']. `field:` names the"),
         ("jsonl", '{"text": 3}', "{path}:1: the value under 'text' is 3; a text or the messages of a chat go there."),
         ("jsonl", "[1]", "{path}:1: expected a JSON object, found list."),
         ("jsonl", DEEP, "{path}:1: not a document: nested too deeply."),
@@ -569,7 +574,7 @@ def test_calibration_text(kind: str, text: str | None, says: str, refused_run: R
 def test_sequences_longer_than_the_models_positions(refused_run: Refused, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"input_ids": [1] * 33}))
-    says = "source 'long' has sequences of 33 tokens, the model's limit is 32: give a smaller `length:`."
+    says = "source 'long' has sequences of 33 tokens, the limit is 32: lower `length:`."
     refused_run(data=[{"tokens": str(path)}], says=says)
     refused_run(evaluate={"perplexity": [{"tokens": str(path)}]}, says=says)
 
@@ -579,9 +584,9 @@ def test_text_without_a_tokenizer(refused_run: Refused, copy_of: CopyOf, mixtral
     for path in model.glob("tokenizer*"):
         path.unlink()
     (tmp_path / "words.txt").write_text("w1 w2 w3 " * 9)
-    says = "calibration source 'words' is text, but the model's folder has no tokenizer. Add the tokenizer's files, or"
+    says = "calibration source 'words' is text, but there is no tokenizer; add it, or give `tokens:`."
     refused_run(model=model, data=[{"text": "words.txt", "length": 8}], says=says)
-    says = "tasks demo_code: the model has no tokenizer, and tasks are text."
+    says = "tasks demo_code: the model has no tokenizer; add it, or measure `perplexity` on `tokens:`."
     refused_run(model=model, evaluate={"tasks": ["demo_code"], "limit": 2}, says=says)
 
 
@@ -604,7 +609,7 @@ def test_tokenizer_of_another_model(refused_run: Refused, make_model: MakeModel,
         (
             '{"text": "w1 w2 w3"}',
             {"field": "words"},
-            ", row 1: no text under 'words'; found the keys ['text']. Say `field:` to name",
+            ", row 1: no text under 'words'; found the keys ['text']. `field:` names the",
         ),
         ('{"text": "w1 w2 w3"}', {"split": "test"}, " cannot be opened: Bad split: test. Available splits: ['train']."),
         ("{oops", {}, " cannot be read: "),
@@ -766,7 +771,7 @@ def test_interrupted_work_in_the_way_of_apply(cli: Cli, recipe: WriteRecipe, mix
     journal = tmp_path / ".out.partial" / "journal"
     journal.mkdir(parents=True)
     (journal / "evaluation before.json").write_text("{}")
-    says = f"has left its work in {tmp_path / '.out.partial'}. Go on with it by `compressor run` and --resume, choose"
+    says = f"an interrupted run's work is in {tmp_path / '.out.partial'}: --resume goes on, --overwrite drops it."
     decision = Path("first") / "compressor" / "decision.json"
     answer = cli("apply", decision, mixtral, "--output", tmp_path / "out")
     assert (answer.status, answer.out) == (2, "")

@@ -88,8 +88,8 @@ def test_every_source_that_is_wrong_is_named(both_refuse: Any, passes: Any, tmp_
         "evaluate.perplexity[0]",
     ]
     assert found[0].endswith("source 'folder': folder is a folder. Give a file, or the folder as `dataset:`.")
-    assert "rows.jsonl:1: no text under 'text'; found the keys ['words']. Say `field:` to name the one " in found[1]
-    assert "source 'short' has only 3 tokens, less than one sequence of 8 tokens." in found[2]
+    assert "rows.jsonl:1: no text under 'text'; found the keys ['words']. `field:` names the one " in found[1]
+    assert "source 'short' has only 3 tokens, less than one sequence of 8 tokens: lower" in found[2]
     assert "source 'high' holds token id 64, but the model has only 64 embeddings (ids 0 to 63)" in found[3]
     good = {"text": "good.txt"}
     passes(**recipe(good, {"jsonl": "rows.jsonl", "field": "words"}, perplexity=good | {"length": 8}))
@@ -104,7 +104,7 @@ def test_files_that_are_not_there_come_first(both_refuse: Any) -> None:
 def test_a_length_beyond_the_models_positions(both_refuse: Any, passes: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2 w3 " * 40)
     [line] = both_refuse(data=[{"text": "text.txt", "length": 33}])
-    says = "source 'text' has sequences of 33 tokens, the model's limit is 32: give a smaller `length:`."
+    says = "source 'text' has sequences of 33 tokens, the limit is 32: lower `length:`."
     assert line == f"calibration.data[0]: {says}"
     passes(data=[{"text": "text.txt", "length": 32}])
 
@@ -131,7 +131,7 @@ def test_text_without_a_tokenizer(
     assert [line.partition(": ")[0] for line in found] == ["evaluate.perplexity[0]"]
     found = both_refuse(model=model, evaluate={"tasks": asked["tasks"]})
     assert [line.partition(": ")[0] for line in found] == ["evaluate.tasks[0]", "evaluate.tasks[1]"]
-    assert "the model has no tokenizer, and tasks are text." in found[0]
+    assert "the model has no tokenizer; add it, or measure" in found[0]
     passes(model=model, evaluate={"perplexity": [{"tokens": str(tokens)}]})
 
 
@@ -287,7 +287,7 @@ def test_work_of_a_run_before(both_refuse: Any, cli: Cli, recipe: WriteRecipe, t
     journal.mkdir(parents=True)
     (journal / "evaluation before.json").write_text("{}")
     [line] = both_refuse()
-    assert line.startswith(f"output: {tmp_path / 'out'}: a run that was interrupted has left its work in ")
+    assert line.startswith(f"output: {tmp_path / 'out'}: an interrupted run's work is in ")
     for option in ("--resume", "--overwrite"):
         assert cli("check", "--quiet", recipe(), option).status == 0
     assert (journal / "evaluation before.json").exists()
@@ -296,7 +296,7 @@ def test_work_of_a_run_before(both_refuse: Any, cli: Cli, recipe: WriteRecipe, t
 def test_an_output_that_another_run_writes(both_refuse: Any, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out"):
         [line] = both_refuse()
-    assert line.startswith(f"output: {tmp_path / 'out'}: another run is writing this output (process {os.getpid()}). ")
+    assert line.startswith(f"output: {tmp_path / 'out'}: another run (process {os.getpid()}) is writing this output; ")
 
 
 # The model ------------------------------------------------------------------------------------------------------

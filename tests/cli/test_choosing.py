@@ -345,7 +345,7 @@ def test_progressive_figures_answer_nothing_else(
 ) -> None:
     output = run(cli, recipe, tmp_path, passes=[{"expert_pruning": {"keep": 6, "progressive": True}}])
     file = output / "compressor" / "statistics.safetensors"
-    says = "its figures were gathered progressively: each layer saw the layers before it as they were pruned then"
+    says = "its figures were gathered progressively, so answer nothing else; observe without `progressive`."
     refused("decide", file, "--keep", "4", "--criterion", "ean", "--output", "d.json", says=says)
 
 
@@ -432,7 +432,7 @@ def test_a_task_without_training_documents(recipe: WriteRecipe, refused: Refused
         "run",
         "--quiet",
         recipe(passes=passes),
-        says="task 'words' has no training documents: it has only test (test), which",
+        says="task 'words' has no training documents, only test (test), which",
     )
 
 

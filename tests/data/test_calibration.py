@@ -120,7 +120,7 @@ def test_vocabulary() -> None:
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is text, but the model's folder has no tokenizer"):
+    with pytest.raises(CalibrationError, match="is text, but there is no tokenizer"):
         load_sequences(source(text=tmp_path / "text.txt"), None, seed=0)
 
 

@@ -70,7 +70,7 @@ def test_text_comes_before_messages(tmp_path: Path) -> None:
         ({"messages": [{"content": "hello"}]}, ":1: the chat under 'messages' is no list of messages such as "),
         ({"messages": [{"role": "user"}]}, ":1: the chat under 'messages' is no list of messages such as "),
         ({"messages": "hello", "text": None}, "less than one sequence of 4 tokens"),
-        ({"words": "hello"}, ":1: no text under 'text'; found the keys ['words']. Say `field:` to name the one that"),
+        ({"words": "hello"}, ":1: no text under 'text'; found the keys ['words']. `field:` names the one that"),
         ({"text": 7}, ":1: the value under 'text' is 7; a text or the messages of a chat go there."),
     ],
 )
@@ -86,8 +86,7 @@ def test_chats_without_a_template(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError) as error:
         load_sequences(source(jsonl=path), tokenizer(None), seed=0)
     assert str(error.value) == (
-        "source 'chats' holds chats, but the tokenizer has no chat template to render them with. Take the tokenizer of "
-        "a chat model, or give the text itself."
+        "source 'chats' holds chats, but the tokenizer has no chat template; take a chat model's, or give text."
     )
 
 
@@ -110,7 +109,7 @@ def test_chats_that_the_template_refuses(tmp_path: Path) -> None:
 )
 def test_a_domain_without_text(tmp_path: Path, rows: list[Any], says: str) -> None:
     path = lines(tmp_path / "rows.jsonl", *rows)
-    with pytest.raises(CalibrationError, match=f"source 'rows' {says}. Give more text, or a smaller `length:`."):
+    with pytest.raises(CalibrationError, match=f"source 'rows' {says}: lower `length:`."):
         load_sequences(source(jsonl=path), tokenizer(), seed=0)
 
 

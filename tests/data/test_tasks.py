@@ -125,16 +125,16 @@ def test_never_the_documents_that_are_measured(make_task: Any, splits: dict[str,
 @pytest.mark.parametrize(
     ("splits", "says"),
     [
-        ({"test": "three"}, "has only test (three), which it is measured on"),
-        ({"validation": "two"}, "has only validation (two), which it is measured on"),
-        ({"train": "one", "test": "one"}, "has only train (one), test (one), which it is measured on"),
+        ({"test": "three"}, "only test (three), which it is measured on"),
+        ({"validation": "two"}, "only validation (two), which it is measured on"),
+        ({"train": "one", "test": "one"}, "only train (one), test (one), which it is measured on"),
     ],
 )
 def test_refused_if_there_are_no_others(make_task: Any, splits: dict[str, str], says: str) -> None:
     folder = make_task("mine", splits, CHOICE)
     with pytest.raises(CalibrationError) as error:
         training_texts("mine", task_path=folder)
-    assert f"task 'mine' has no training documents: it {says}. Take another task" in str(error.value)
+    assert f"task 'mine' has no training documents, {says}. Take another task" in str(error.value)
     measured = "test" if "test" in splits else "validation"
     assert f"say `split: {measured}`" in str(error.value)
     assert len(training_texts("mine", task_path=folder, split=measured)) == 6
@@ -186,7 +186,7 @@ def test_a_task_that_needs_a_network_when_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError) as error:
         training_texts("far", task_path=tmp_path)
     assert "calibration task 'far': task 'far': its documents cannot be read: " in str(error.value)
-    assert "without a network" in str(error.value)
+    assert "download them" in str(error.value)
 
 
 # As a source -----------------------------------------------------------------------------------------------

@@ -196,11 +196,11 @@ def test_a_dataset_whose_library_refuses_it(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_refused_by_line_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("é€🙂 a\n".encode() * 3 + b"a \xff b\n")
-    says = f"source 'text': {path} cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 2: "
-    assert refusal(text=path) == f"{says}invalid start byte, in line 4. Say `errors: replace` to have U+FFFD there."
+    says = f"source 'text': {path} is no UTF-8: 'utf-8' codec can't decode byte 0xff in position 2: "
+    assert refusal(text=path) == f"{says}invalid start byte, in line 4; `errors: replace` puts U+FFFD."
     assert read(text=path, errors="replace") == ["é€🙂 a\n" * 3 + "a \ufffd b\n"]
     path.write_bytes(b'{"text": "a b"}\n{"text": "a \xff b"}\n')
-    assert refusal(jsonl=path).endswith("in line 2. Say `errors: replace` to have U+FFFD there.")
+    assert refusal(jsonl=path).endswith("in line 2; `errors: replace` puts U+FFFD.")
     assert read(jsonl=path, errors="replace") == ["a b", "a \ufffd b"]
 
 
@@ -378,7 +378,7 @@ def test_named_templates_are_chosen(tmp_path: Path) -> None:
     assert str(error.value) == says
     with pytest.raises(CalibrationError, match=r"none of the tokenizer's chat templates is the default; it has a, b."):
         load_sequences(source(jsonl=path), Words({"a": "x", "b": "y"}), seed=0)
-    with pytest.raises(CalibrationError, match=r"has one, without a name. Leave `template` out"):
+    with pytest.raises(CalibrationError, match=r"but one without a name; leave `template` out"):
         load_sequences(source(jsonl=path, template="x"), Words(), seed=0)
 
 

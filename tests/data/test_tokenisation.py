@@ -223,5 +223,7 @@ def test_a_tokenizer_that_cuts_otherwise_with_its_special_tokens() -> None:
         def __call__(self, text: str, *, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [len(text), 1] if add_special_tokens else [2]}
 
-    with pytest.raises(CalibrationError, match=r"^source 'x': the tokenizer cuts .* Say `special_tokens: false`\.$"):
+    with pytest.raises(
+        CalibrationError, match=r"^source 'x': special tokens change how a text is cut; say `special_tokens: false`\.$"
+    ):
         Tokenisation(Odd(), "x", special_tokens=True).add(["abc"], 5)

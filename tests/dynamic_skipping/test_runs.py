@@ -310,7 +310,7 @@ def test_decided_on_a_run_of_another_method(eight, tokens, tmp_path):
     )
     with pytest.raises(RecipeError, match="the figures hold nothing to find thresholds of the rule tail_mass by"):
         compressor.decide(one, "dynamic_skipping", mean_experts=3.0)
-    with pytest.raises(RecipeError, match=r"figures of 1\.dynamic_skipping are of the model as the passes before it"):
+    with pytest.raises(RecipeError, match=r"figures of 1\.dynamic_skipping are of what the passes before it left"):
         compressor.decide(two, "dynamic_skipping", mean_experts=3.0)
     assert compressor.decide(two, "expert_pruning", keep=6)["passes"][0]["method"] == "expert_pruning"
     with pytest.raises(RecipeError, match="its figures were gathered for another method than expert_pruning"):

@@ -72,7 +72,7 @@ def test_long_answers_are_refused_by_task_and_option(folder: Path, model: Any, t
         refuse_long_answers(tasks.tasks, 2048)
     assert str(error.value) == (
         "task 'long_answers' has the model write `generation_kwargs: max_gen_toks: 2048`, but the model takes 2048 "
-        "positions, question and answer together. Give the task's file a smaller `max_gen_toks`, or leave the task out."
+        "positions, question and answer together. Give it a smaller `max_gen_toks`, or leave it out."
     )
     with pytest.raises(EvaluationError, match=r"the model takes 32 positions"):
         run_tasks(model, tokenizer, tasks)

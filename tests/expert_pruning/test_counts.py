@@ -362,14 +362,12 @@ def test_groups_keep_multiples_together(make_layer):
 
 
 def test_a_count_must_be_a_multiple(make_layer, layers):
-    said = "layers.0.mlp: 50 is not a multiple of 8 (`multiple_of`). The nearest that it can keep: 48 and 56."
+    said = "layers.0.mlp: 50 is no multiple of 8 (`multiple_of`); nearest: 48 and 56."
     assert refusal([make_layer(64, 2)], keep=50, multiple_of=8) == ("keep", said)
     option, said = refusal(layers, keep={0: 4, 1: 0.6}, multiple_of=3)
     assert option == "keep"
-    assert said.startswith(
-        "model.layers.0.mlp: 4 is not a multiple of 3 (`multiple_of`). The nearest that it can keep: 3"
-    )
-    said = "model.layers.3.mlp: 8 is not a multiple of 3 (`multiple_of`). The nearest that it can keep: 6."
+    assert said.startswith("model.layers.0.mlp: 4 is no multiple of 3 (`multiple_of`); nearest: 3")
+    said = "model.layers.3.mlp: 8 is no multiple of 3 (`multiple_of`); nearest: 6."
     assert refusal(layers, keep={0: 6, 1: 0.6}, multiple_of=3) == ("keep", said)  # all of it would stay
 
 

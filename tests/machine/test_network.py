@@ -156,7 +156,7 @@ def test_tasks(silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     )
     with pytest.raises(EvaluationError) as error:
         load_tasks(["far"], task_path=tmp_path)
-    assert f"come from the Hugging Face hub, which cannot be reached ({silent} does not " in str(error.value)
+    assert f"come from the hub, which cannot be reached ({silent} does not " in str(error.value)
 
 
 def test_local_data_need_no_hub(silent: str, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_what_accelerate_keeps_on_disk_is_refused(make_recipe: Any, tmp_path: Pa
     places = {name: ("cpu", "disk")[number] for name, number in spread(model, 2).items()}
     dispatched = dispatch_model(model, places, offload_dir=tmp_path / "offloaded")
     with pytest.raises(
-        UnsupportedModelError, match=r"layers\.1\.\S+ is on no device: .* with `weights: disk` it is read"
+        UnsupportedModelError, match=r"layers\.1\.\S+ is on no device, .* with `weights: disk` it is read"
     ):
         compressor.compress(make_recipe(), dispatched)
 
@@ -373,9 +373,7 @@ def test_several_processes_take_a_gpu_each(make_recipe: Any, gpus: Any) -> None:
     second = Processes()
     second.rank, second.size = 1, 2
     loaded = load_recipe(make_recipe(device="auto"), methods=load_plugins().methods, criteria=load_plugins().criteria)
-    with pytest.raises(
-        RecipeError, match="device: `auto` is for one process, and this is one of 2: with `device: cuda`"
-    ):
+    with pytest.raises(RecipeError, match="device: `auto` is for one process; with `device: cuda` each of 2"):
         loading.own_devices(loaded, second, check.check(loaded).devices)
 
 

@@ -11,7 +11,7 @@ from compressor.selection.activation_sums import SUMS
 from compressor.selection.criteria import Criterion
 from compressor.selection.objective import Blend
 from compressor.selection.scores import (
-    BlendError,
+    ChoiceError,
     blended_scores,
     expert_figures,
     kept_by_score,
@@ -93,7 +93,7 @@ def test_criteria_of_sets_see_the_blended_losses() -> None:
     for blend in ("mean", {"code": 1, "prose": 3}, "pooled"):
         blended_scores(criterion, figures, ["code", "prose"], blend, num_kept=1)  # type: ignore[arg-type]
     assert seen == pytest.approx([2.5, 2.75, 19.0])
-    with pytest.raises(BlendError, match=r"^the criterion sets judges sets of experts, whose losses can be averaged"):
+    with pytest.raises(ChoiceError, match=r"^the criterion sets judges sets, not experts"):
         blended_scores(criterion, figures, ["code", "prose"], "worst", num_kept=1)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compressor.observe.reductions import RULES, joined_figures
 from compressor.selection.activation_sums import ExpertSums
-from compressor.selection.choose import ChoiceError, Fixed, by_criterion
-from compressor.selection.scores import blended_scores, expert_figures
+from compressor.selection.choose import Fixed, by_criterion
+from compressor.selection.scores import ChoiceError, blended_scores, expert_figures
 from compressor_expert_pruning import CRITERIA
 
 MONE = next(criterion for criterion in CRITERIA if criterion.name == "mone")
@@ -129,6 +129,6 @@ def test_figures_of_older_versions_are_refused_by_name(gathered, make_layer):
     with pytest.raises(ChoiceError) as error:
         by_criterion(make_layer(2, 1), figures, 1, ["a"], "mean", MONE, Fixed(), 0)
     assert str(error.value) == (
-        "layers.0.mlp: the criterion mone needs `outputs`, which an older version gathered without `sums.spread`; "
-        "observe again with this criterion, or with `gather: [outputs]`"
+        "the criterion mone needs `outputs`, which an older version gathered without `sums.spread`; observe again with "
+        "`gather: [outputs]`"
     )

@@ -29,8 +29,5 @@ def model_folder() -> Path:
     folder = Path(__file__).with_name("model")
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"demo model {folder}: {', '.join(missing)} missing; install moe-compressor again, "
-            "or train the model with benchmarks/train_demo.py"
-        )
+        raise CheckpointError(f"demo model {folder}: {', '.join(missing)} missing; install moe-compressor again")
     return folder

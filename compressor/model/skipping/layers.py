@@ -204,8 +204,7 @@ def _pairs(state: LayerSkip, expert: int, rows_NH: Tensor) -> tuple[Tensor, Tens
         if torch.equal(_bits(rows_NH), _bits(batch.hidden_TH[token_N])):
             return token_N, rank_N
     raise UnsupportedModelError(
-        f"{state.path}: expert {expert} is not given the tokens that its router sent to it, so which of them are to be "
-        f"skipped cannot be told; this needs a plugin."
+        f"{state.path}: expert {expert} is not given the tokens that its router sent to it; this needs a plugin."
     )
 
 

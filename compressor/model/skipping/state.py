@@ -206,8 +206,7 @@ def skip_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
         return _run_base(self, state, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:
         raise UnsupportedModelError(
-            f"{state.path}: its experts are spread over several processes, each of which sees only its own experts' "
-            f"weights, so which are small cannot be told. Skipping does not work with expert parallelism."
+            f"{state.path}: skipping does not work with expert parallelism: a process sees only its own experts."
         )
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(
