@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_models import tiny_folder
 
 import compressor
@@ -428,6 +429,34 @@ def page_source(name: str) -> str:
     page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
     [source] = re.findall(rf"```python\n(# {name}\n.*?)```", page, re.DOTALL)
     return str(source)
+
+
+def test_the_tutorials_method_that_changes_weights(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
+    """As docs/plugins.md has it, in its recipe: the same in memory, from disk and applied; half of each output is zero."""
+    page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    [passes] = re.findall(r"```yaml\n# my_zeros.yaml\n(.*?)```", page, re.DOTALL)
+    write_distribution(tmp_path, "my-zeros", {"zeros": ""}, page_source("my_zeros.py"))
+    install_from(tmp_path)
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(json.dumps({"input_ids": list(range(i, i + 32))}) + "\n" for i in range(30))
+    )
+    recipe = {
+        "model": str(tiny_folder("mixtral")),
+        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
+        **yaml.safe_load(passes),
+    }
+    for weights in ("memory", "disk"):
+        path = tmp_path / f"{weights}.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "weights": weights, "output": str(tmp_path / weights)}))
+        answer = cli("run", "--quiet", path)
+        assert (answer.status, answer.err) == (0, "")
+    decision = tmp_path / "disk" / "compressor" / "decision.json"
+    compressor.apply(decision, str(tiny_folder("mixtral")), tmp_path / "apply")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "disk", "apply")]
+    assert files[0] == files[1] == files[2]
+    for name, tensor in load_file(tmp_path / "disk" / "model.safetensors").items():
+        if "experts." in name:
+            assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all(), name
 
 
 def test_a_criterion_with_a_statistic_of_its_own(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:

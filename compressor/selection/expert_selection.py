@@ -13,12 +13,13 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compressor.method import Decision, Method, OptionError, Plan
-from compressor.report.description import Column, Description
+from compressor.report.description import Description
+from compressor.selection.findings import shown
 from compressor.selection.layer_plan import (
     LayerPlan,
     allocated,
@@ -30,7 +31,7 @@ from compressor.selection.layer_plan import (
     total_kept,
 )
 from compressor.selection.options import SelectionOptions
-from compressor.wording import counted, did_you_mean, ids_said
+from compressor.wording import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -293,17 +294,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def describe(self, decision: Decision) -> Description:
         """What each layer loses, in each domain where there are several; who stays; what is odd."""
-        layers = decision["layers"]
-        domains = list(dict.fromkeys(name for layer in layers.values() for name in layer.get("domains", ())))
-        columns = [
-            *(Column("loss", detail=bool(domains)), Column("relative_loss", plot="relative loss")),
-            *(Column(key, detail=bool(domains)) for key in ("objective", "sets", "median_loss", "swaps")),
-            Column("score_kept"),
-            *(Column(f"domains {name}", name, plot="relative loss") for name in domains),
-            *map(Column, ("kept", "dropped")),
-            *(Column(key, detail=True) for key in ("search", "uncovered", "loss_before_swaps", *self.expert_ids[2:])),
-        ]
-        return Description(columns, list(_notes(layers)))
+        return shown(decision["layers"], self.expert_ids[2:])
 
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
         """As many experts of every layer."""
@@ -318,30 +309,3 @@ def _unchanged(layer: MoELayer) -> Choice:
 
 def _kept(decision: Decision) -> dict[str, list[int]]:
     return {path: layer["kept"] for path, layer in decision["layers"].items()}
-
-
-def _notes(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What a reader should know of some layers, one sentence for each kind of finding."""
-    if unreached := {path: layer["unreached"] for path, layer in layers.items() if layer.get("unreached")}:
-        number = sum(map(len, unreached.values()))
-        more = f"; and {counted(len(unreached) - 3, 'more layer')}" if len(unreached) > 3 else ""
-        yield (
-            f"no token of the calibration text reached {counted(number, 'expert')}, so nothing is known of "
-            f"{'it' if number == 1 else 'them'}; a criterion drops {'it' if number == 1 else 'them'} first "
-            f"({_where(dict(list(unreached.items())[:3]))}{more})"
-        )
-    if supers := {path: layer["super_experts"] for path, layer in layers.items() if layer.get("super_experts")}:
-        lost = {
-            path: [expert for expert in ids if expert in layers[path].get("dropped", ())]
-            for path, ids in supers.items()
-        }
-        fate = f"dropped of these, which can ruin a model: {_where(lost)}" if any(lost.values()) else "all of them stay"
-        yield f"super experts, whose outputs are extreme: {_where(supers)}; {fate}"
-    short = max((layer.get("uncovered", 0.0) for layer in layers.values()), default=0.0)
-    if short > 0:
-        yield f"up to {short:.2%} of a layer's tokens have fewer known ranks than they choose experts"
-
-
-def _where(ids: Mapping[str, Sequence[int]]) -> str:
-    """`PATH: 0–2, 5; PATH: 7`, of the layers that have some."""
-    return "; ".join(f"{path}: {ids_said(of_layer)}" for path, of_layer in ids.items() if of_layer)
