@@ -68,9 +68,7 @@ class VerificationError(CompressorError):
 
 
 class ProcessError(CompressorError):
-    """Another process of the same run has failed or, with `ended`, is not there any more. `told`: it has told the user
-    itself, so there is nothing to show here.
-    """
+    """Another process of the run has failed or, with `ended`, is gone; `told`: it has told the user itself."""
 
     def __init__(self, message: str, *, ended: bool = False, told: bool = False) -> None:
         super().__init__(message)

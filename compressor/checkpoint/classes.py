@@ -67,9 +67,7 @@ def _auto_names() -> list[str]:
 
 
 def _auto_classes(config: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each Auto class that knows this config, with its classes; not those that want another config (a composite's
-    text).
-    """
+    """Each Auto class that knows this config, with its classes; none for another config (a composite's text)."""
     from transformers.models.auto import modeling_auto
 
     for name in _auto_names():

@@ -21,9 +21,7 @@ from compressor.errors import CheckpointError
 
 
 class Conversion:
-    """Between a checkpoint and a model, which may be on the meta device. `quantiser` is what dequantises a quantised
-    checkpoint while it is read (`find.quantiser_of`).
-    """
+    """Between a checkpoint and a model, on the meta device or not; `quantiser` dequantises what is read."""
 
     def __init__(self, model: Any, quantiser: Any = None) -> None:
         from transformers import core_model_loading as loading
@@ -71,9 +69,7 @@ class Conversion:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def load(self, tensors: Mapping[str, Any], device: str) -> None:
-        """Give tensors on disk, which are read when they are indexed, to the model, on a device. Raises CheckpointError
-        where some cannot be converted.
-        """
+        """Give tensors on disk to the model, on a device. Raises CheckpointError where some cannot be converted."""
         info = self._load(tensors, device)
         problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
         if problems:

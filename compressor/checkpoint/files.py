@@ -43,9 +43,7 @@ def is_weights(name: str) -> bool:
 
 
 def names_of_weights(there: Collection[str], weight_map: dict[str, str] | None, where: str) -> list[str]:
-    """The files of weights that are read, of those `there`; missing shards too. CheckpointError for none, or two
-    models.
-    """
+    """The files of weights that are read, missing shards too. CheckpointError for none, or two models."""
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
         if SINGLE not in names and SINGLE in there:

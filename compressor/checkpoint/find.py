@@ -56,9 +56,7 @@ class Checkpoint:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds weights that can be read, all of them: of a hub model all others are downloaded to
-        look at it.
-        """
+        """Whether all weights are here: of a hub model all else is downloaded first, to look at it."""
         names = {*(read_index(self.folder) or {"": SINGLE}).values()}
         return all((self.folder / name).exists() for name in names)
 

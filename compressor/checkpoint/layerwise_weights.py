@@ -159,9 +159,7 @@ class StreamedWeights:
 
     @contextmanager
     def within(self, contexts: Mapping[str, Callable[[], AbstractContextManager[object]]]) -> Iterator[None]:
-        """Within the context, each layer (by its path) is in a context of its own while its weights are there: what
-        changes values, such as masks, can do so then only.
-        """
+        """Within the context each layer (by path) is in one of its own while its weights are there, as for masks."""
         before, self._contexts = self._contexts, contexts
         try:
             yield
@@ -218,9 +216,7 @@ class StreamedWeights:
         return self._stored_in(self._names_in(unit))
 
     def as_stored(self, unit: str) -> dict[str, Tensor]:
-        """The tensors of a unit that is loaded as files have them, by transformers' own way back: name on disk →
-        tensor, in the model's dtype.
-        """
+        """A loaded unit's tensors as files have them, by transformers' way back: name on disk → tensor."""
         return self._conversion.as_stored({name: tensor_at(self.model, name) for name in self._names_in(unit)})
 
     def replace(self, stored: Mapping[str, StoredTensor]) -> None:

@@ -381,9 +381,7 @@ class _EditPlan:
 
 
 def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
-    """A file's tensors as safetensors itself puts them, large numbers first, so that none starts where it would not be
-    aligned; and by name, if they are now.
-    """
+    """A file's tensors as safetensors puts them, large numbers first, so aligned; by name, if they are now."""
     if all(edit.becomes == "copied" for edit in edits):
         return tuple(edits)
     size = list(BITS).index

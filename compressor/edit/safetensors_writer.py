@@ -32,9 +32,7 @@ _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What becomes of one tensor on disk. `axis` and `rows` say what of it stays where it is `cut`: rows of stride
-    experts; `values` makes the new one where it is `rewritten`.
-    """
+    """What becomes of a tensor on disk: `axis` and `rows` that stay where `cut`; `values` where `rewritten`."""
 
     name: str
     becomes: Becomes

@@ -39,9 +39,7 @@ _FEW = 2**22
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one tensor: its name afterwards, None if it goes; and if it loses rows, of which layer and along
-    which dimension.
-    """
+    """What becomes of a tensor: its new name (None: it goes), and the layer and dimension whose rows it loses."""
 
     name: str | None
     layer: MoELayer | None = None
@@ -49,9 +47,7 @@ class Fate:
     target: str | None = None
     """The model's tensor that it is, as it is."""
     gather: Tensor | None = None
-    """Where the experts of several layers are in one tensor: the new one's shape, int64, each number's place in the old
-    one, which is seen as flat.
-    """
+    """Several layers' experts in one tensor: the new shape, and each number's place in the old one, seen flat."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +221,7 @@ def _of_list(change: _Change, target: str, sources: Mapping[str, list[str]], hit
 def _places_of_experts(
     change: _Change, target: str, sources: Mapping[str, list[str]], labels: Sequence[int], mapping: Conversion
 ) -> dict[str, list[int]]:
-    """For each tensor of the model, the place in the list that each expert's part comes from; places sent through
-    the converter instead of weights.
-    """
+    """For each tensor of the model the places in the list of each expert's part, sent through the converter."""
 
     def number(name: str, label: int) -> Tensor:
         return torch.full((2,) * len(change.shapes.get(name, (0, 0))), float(label))
@@ -363,9 +357,7 @@ def _axis_of_companion(change: _Change, name: str, shape: Shape, layer: MoELayer
 
 
 def _of_strangers(change: _Change, strangers: Sequence[str]) -> dict[str, Fate]:
-    """Names that lead nowhere in the model: in a quantised checkpoint, experts by number where the model has them
-    stacked, and anything outside of the MoE blocks.
-    """
+    """Names that lead nowhere: in a quantised checkpoint stacked experts by number, and what is outside of MoE."""
     if strangers and change.quantisation is None:
         raise CheckpointError(f"{strangers[0]} is nothing of {type(change.before.model).__name__}.")
     numbered: dict[tuple[str, str], dict[int, str]] = {}

@@ -459,9 +459,7 @@ def _from_ranges(text: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _tying_as_it_is(model: Any) -> Iterator[None]:
-    """``model.tie_weights()``, which lm-eval calls, does nothing inside: it would overwrite one of two different
-    embeddings of a checkpoint whose config ties them.
-    """
+    """``model.tie_weights()``, which lm-eval calls, does nothing inside: it may overwrite untied embeddings."""
     model.tie_weights = lambda *args, **kwargs: None
     try:
         yield

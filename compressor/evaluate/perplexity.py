@@ -99,9 +99,7 @@ def perplexity(
 
 
 def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Each sequence's summed negative log likelihood in nats: [B] float64 on the CPU. ``mask_BS``: which tokens are
-    real; positions go in chunks, of 64 MiB of float32 logits.
-    """
+    """Each sequence's summed loss in nats: [B] float64 on the CPU, in chunks of 64 MiB of float32 logits."""
     ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
     num_sequences, num_positions, vocab_size = logits_BSV.shape
     chunk = max(1, CHUNK_ELEMENTS // (num_sequences * vocab_size))

@@ -113,9 +113,7 @@ class Processes:
     @staticmethod
     @contextmanager
     def joined() -> Iterator[Processes]:
-        """The processes that torchrun has started, or one alone. An error that leaves the context ends all of them, the
-        others by a ProcessError; SIGTERM leaves it by SystemExit.
-        """
+        """The processes of torchrun, or one alone. An error that leaves the context ends all; SIGTERM: SystemExit."""
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not all(name in os.environ for name in wanted) or int(os.environ["WORLD_SIZE"]) == 1:
             yield Processes()

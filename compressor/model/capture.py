@@ -34,9 +34,7 @@ _NUM_FITTING_TOKENS = 256
 
 @dataclass
 class RealTokens:
-    """Which tokens of the running batch are no padding: `mask_T` [B·S] bool; while not `listening` nobody is told,
-    while `paused` one block is run again.
-    """
+    """Which tokens are no padding: `mask_T` [B·S] bool. Nobody is told unless `listening`; `paused`: a block reruns."""
 
     mask_T: Tensor | None = None
     listening: bool = True

@@ -297,9 +297,7 @@ def _inside(path: str, block: str) -> bool:
 def _find_integer(
     config: Any, count: ConfigLeaf, pattern: str, blocks: tuple[str, ...], base: _Snapshot, factory: ModelFactory
 ) -> tuple[ConfigLeaf, _Difference] | None:
-    """The integer beside the count whose name fits, with what hangs on it: one that changes the MoE blocks' attributes,
-    else one on which nothing hangs.
-    """
+    """The integer whose name fits: one that changes the MoE blocks' attributes, else one on which nothing hangs."""
     fitting = [leaf for leaf in _integer_leaves(config, pattern) if leaf.path == count.path and leaf != count]
     silent = []
     for leaf in fitting:
@@ -418,9 +416,7 @@ class _LayerFinder:
         )
 
     def _linears_beside(self, block: str, router: str) -> dict[str, str]:
-        """The linear maps of the decoder layer that a block is in, less the router's: name in the decoder layer → name
-        in the model.
-        """
+        """Linear maps of a block's decoder layer, less the router's: name in the layer → name in the model."""
         unit = next((unit for unit in self._units if _inside(block, unit)), block)
         start = len(unit) + 1 if unit else 0
         return {name[start:]: name for name in self._linears if _inside(name, unit) and not _inside(name, router)}

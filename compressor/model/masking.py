@@ -36,9 +36,7 @@ def selection_biases(model: nn.Module, layer: MoELayer) -> list[tuple[str, Tenso
 
 @contextmanager
 def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterator[None]:
-    """Hide experts from all but the logits, and put it back, to the bit: selection biases −inf, tables of ids
-    redirected.
-    """
+    """Hide experts from all but the logits, and put it back: selection biases −inf, tables redirected."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for name, tensor in selection_biases(model, layer):

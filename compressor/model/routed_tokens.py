@@ -141,9 +141,7 @@ class RoutedTokens:
 
 
 def gram_of(outputs_cXH: Tensor) -> Tensor:
-    """[c, X, X] float64: inner products of float32 outputs, exact in float64: of experts nearly alike float32 would
-    leave δᵀ G δ nothing but rounding.
-    """
+    """[c, X, X] float64: inner products of float32 outputs; float32 would leave δᵀ G δ nothing but rounding."""
     gram_cXX = outputs_cXH.new_empty(*outputs_cXH.shape[:2], outputs_cXH.shape[1], dtype=torch.float64)
     for start in range(0, len(outputs_cXH), _TOKENS_PER_GRAM):
         part = slice(start, start + _TOKENS_PER_GRAM)

@@ -73,9 +73,7 @@ def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Te
 def renormalises(
     layer: MoELayer, rule: RoutingRule | None, index_TK: Tensor, weights_TK: Tensor, replay: Replay
 ) -> bool:
-    """Whether the router divides chosen weights by their sum: by the closed rule; else asked for one expert less the
-    others grow; else weights differ and all sums are alike.
-    """
+    """Whether chosen weights are divided by their sum: by the rule, by asking for one less, or by equal sums."""
     if rule is not None:
         return rule.renormalise
     tolerance = _tolerance(weights_TK)

@@ -22,9 +22,7 @@ pairs           lists of (token, expert) pairs, sorted by expert, through severa
 
 @dataclass(frozen=True)
 class RouterProbe:
-    """What a router answered. `index_position` and `weights_position`: where its output tuple has ids and weights [T,
-    K], None where its block chooses; `top_k`: experts really chosen.
-    """
+    """What a router answered; positions of ids and weights [T, K] in its output are None where its block chooses."""
 
     class_name: str
     top_k: int

@@ -74,9 +74,7 @@ def _refuse_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
-    """Take all experts but `kept` out of a layer (tensors, lists, integers), which is returned; `made`: old tensor →
-    new, for layers that share.
-    """
+    """Take all experts but `kept` out of a layer, which is returned; `made`: old tensor → new, where shared."""
     in_lists = tuple(path + "." for path in layer.containers)
     for name, axis in layer.tensors.items():
         if in_lists and name.startswith(in_lists):

@@ -186,9 +186,7 @@ class Document:
     # From the command line
 
     def override(self, text: str) -> None:
-        """Apply `PATH=VALUE`; or `--key=VALUE`, the option of a command that stands for a key. What is wrong with it
-        becomes a mistake.
-        """
+        """Apply `PATH=VALUE`, or `--key=VALUE`, an option that stands for a key; what is wrong is a mistake."""
         dotted, equals, written = text.partition("=")
         is_option = dotted.startswith("--")
         mark = self._new_origin(text if is_option else f"--set {text}")
@@ -217,9 +215,7 @@ class Document:
     def _with(
         self, node: yaml.Node, keys: Sequence[str], value: yaml.Node, mark: yaml.Mark, path: KeyPath = ()
     ) -> yaml.Node:
-        """A copy of the node with another value at `keys`. Only the last of them may be new, but any in a method's
-        options: those are known to the method.
-        """
+        """A copy with another value at `keys`, of which only the last may be new, but any in a method's options."""
         key, *rest = keys
         name = self._name(path) or "the recipe"
         if isinstance(node, yaml.SequenceNode):

@@ -20,9 +20,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def validate(model: type[ModelT], document: Document, path: KeyPath) -> ModelT | None:
-    """The model made of the data at `path`, strictly: no text is taken for a number, no true for 1. None if that
-    cannot be, and every error added to the document's mistakes.
-    """
+    """The model of the data at `path`, strictly; None if that cannot be, and every error among the mistakes."""
     try:
         return model.model_validate_json(json.dumps(document.at(path) or {}, default=str), strict=True)
     except ValidationError as error:

@@ -231,9 +231,7 @@ class LoadedRecipe:
         return RecipeError(str(self.document.mistake(tuple(path), message)))
 
     def sources_of(self, resolved: ResolvedPass) -> list[BaseSource]:
-        """The text that is read for a pass: the method's own, then the recipe's. None where the method needs none,
-        unless random decisions are to be compared with its own by their loss.
-        """
+        """The text read for a pass, the method's own first; none without need, unless controls compare losses."""
         compares = self.recipe.evaluate is not None and self.recipe.evaluate.random > 0
         if not resolved.method.needs_text and not compares:
             return []
@@ -371,9 +369,7 @@ def _check_own_text(document: Document, recipe: Recipe, passes: Sequence[Resolve
 def parse_options(
     options_type: type[ModelT], method: str, given: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> ModelT:
-    """A method's options that stand in no recipe, and texts such as `keep=4` that change them. Raises RecipeError with
-    all mistakes, worded as those of a recipe.
-    """
+    """A method's options that stand in no recipe, and `overrides` such as `keep=4`. Raises RecipeError."""
     path = ("passes", 0, method)
     document = Document({"passes": [{method: given}]}, inside=path)
     for override in overrides:

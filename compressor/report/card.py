@@ -104,9 +104,7 @@ def is_hub_id(reference: str) -> bool:
 
 
 def _decided(passes: Sequence[Json], record: Json) -> Iterator[Table]:
-    """The experts that all passes together left, and what those that drop none have decided; what is to be said of it
-    below.
-    """
+    """The experts that all passes together left, and what those decided that drop none."""
     pruned = [done for done in passes if any("kept" in one for one in done["decision"].get("layers", {}).values())]
     yield _kept_table(pruned, record)
     for done in passes:

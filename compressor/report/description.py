@@ -40,9 +40,7 @@ class Description:
 
     @classmethod
     def of(cls, decision: Json) -> Description:
-        """All that a decision says of its layers, numbers and words before lists. Where it says what is kept, something
-        is dropped.
-        """
+        """All that a decision says of its layers, numbers and words before lists; with `kept` goes `dropped`."""
         layers = [flat(layer) for layer in decision.get("layers", {}).values()]
         keys = dict.fromkeys(key for one in layers for key in (*one, *(["dropped"] if "kept" in one else ())))
         lists = [key for key in keys if all(isinstance(one.get(key), list | None) for one in layers)]

@@ -317,9 +317,7 @@ def decision_notes(done: Json) -> Iterator[str]:
 
 
 def random_table(done: Json) -> Table:
-    """A pass's figures beside the median of random decisions', their range, and how many of them it beats; without rows
-    where there were none.
-    """
+    """A pass's figures beside random decisions': median, range, how many it beats; no rows without some."""
     random = done.get("random") or {}
     compared = {"loss on calibration text": random["relative_loss"]} if "relative_loss" in random else {}
     compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}

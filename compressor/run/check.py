@@ -158,9 +158,7 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: 
 def _check_weights(
     loaded: LoadedRecipe, found: Checkpoint, adapters: Sequence[Adapter], *, are_compared: bool, progress: Progress
 ) -> list[str]:
-    """Raise CheckpointError where headers tell that weights are damaged, or not those of the config, unless they
-    `are_compared` already. Returns notes.
-    """
+    """Raise CheckpointError where headers show damage, or another config, unless they `are_compared`. Returns notes."""
     if found.awaits_weights:
         return ["the model's weights are not here yet, so only its config was looked at"]
     with loaded.at("model"):
@@ -214,9 +212,7 @@ def _preview(
     *,
     live_on: Sequence[str],
 ) -> Preview:
-    """What follows from class and config, and from the headers of weights where they have to be read from disk.
-    `live_on`: the devices that hold the weights already.
-    """
+    """What follows from class, config and headers; `live_on`: the devices that hold the weights already."""
     is_live = bool(live_on)
     _check_evaluation(loaded, cls, config)
     stored = None if is_live else found

@@ -133,9 +133,7 @@ def _masks(piece: Backend, method: Method[Any], decisions: Sequence[Decision], p
 
 
 def _losses(piece: Backend, decisions: Sequence[Decision], batches: Sequence[TokenBatch]) -> list[float]:
-    """Of each decision the mean over the layers of the loss as a fraction of the layer's output; none where no text or
-    no layer can tell.
-    """
+    """Of each decision the mean relative loss of the layers; none where no text or no layer can tell."""
     statistics = {}
     for layer in piece.layers:
         sets = [decision["layers"][layer.path]["kept"] for decision in decisions]

@@ -44,9 +44,7 @@ def observe(
     original: Callable[[], Original],
     name: str | None = None,
 ) -> Gathered:
-    """The pass's figures; under a `name` the journal keeps them layer by layer. The `original` is asked for where the
-    method needs it.
-    """
+    """The pass's figures, kept by the journal under `name`; `original` is asked for where it is needed."""
     moe, method, num_idle = piece.moe, resolved.method, job.processes.size - len(batches)
     if num_idle > 0 and method.needs_text:
         job.progress.say(

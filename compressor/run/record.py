@@ -63,9 +63,7 @@ class CompressionResult:
 
 
 def original_ids_json(ids: Kept, all_ids: Kept) -> dict[str, Any]:
-    """What an entry says of the ids in its decision: what the original model calls these experts, of the layers from
-    which the passes before have taken some.
-    """
+    """What the original model calls an entry's experts, in layers that have lost some to passes before."""
     fewer = {path: list(of_layer) for path, of_layer in ids.items() if of_layer != all_ids[path]}
     return {"original_ids": fewer} if fewer else {}
 
@@ -165,9 +163,7 @@ def identity_json(
     num_processes: int,
     versions: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a run is about: two of which this is the same find the same, wherever they put it. `tokenizer` and `texts`
-    are fingerprints.
-    """
+    """What a run is about: equal where two find the same. `tokenizer` and `texts` are fingerprints."""
     recipe = loaded.to_mapping()
     # whatever the model's path: its fingerprint tells whether it is the same
     for key in (*CHANGES_NO_FIGURE, "model"):

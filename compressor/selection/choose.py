@@ -64,9 +64,7 @@ def objective_of(figures: Mapping[str, Tensor], domains: Sequence[str], blend: B
 
 
 def losses(objective: Objective, squared_B: Tensor) -> Choice:
-    """The loss in the output's units and as a fraction of its norm; with several domains each one's, and what was
-    minimised.
-    """
+    """The loss, also relative; with several domains each one's, and what was minimised."""
     loss_D = objective.losses(squared_B)
     loss, norm = float(loss_D.sum()), float(objective.norm_D.sum())
     found: Choice = {"loss": loss, "relative_loss": loss / norm if norm else 0.0}

@@ -57,9 +57,7 @@ class Found:
 
 
 class Search:
-    """Greedy removal and swaps over one layer's tokens (`states`, in parts); `protected` stay, `forbidden` go first, of
-    equal losses the lowest id, equally many of each group.
-    """
+    """Greedy removal and swaps over one layer's tokens; `forbidden` first, then the lowest id; groups stay even."""
 
     def __init__(
         self,

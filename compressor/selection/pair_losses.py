@@ -158,9 +158,7 @@ def fewest_losses(
     protected: Sequence[int] = (),
     forbidden: Sequence[int] = (),
 ) -> list[int]:
-    """The experts to keep so that Σ_{i, j dropped} M_ij is least: greedy removal, then best swaps; lowest id first,
-    equally many of each group.
-    """
+    """The experts to keep for the least Σ_{i, j dropped} M_ij: greedy, then swaps; lowest id first, even groups."""
     num_experts = len(pairs_EE)
     group_E = torch.arange(num_experts) // (num_experts // num_groups)
     to_drop = (num_experts - num_kept) // num_groups

@@ -32,9 +32,7 @@ from compressor.selection.exact import keeps_order, with_residual
 
 
 def num_ranks(layer: MoELayer, num_kept: int, top_k: int | None = None) -> int:
-    """M, the ranks looked at for `num_kept`: 2k up to a quarter dropped, 3k up to 60 %, 5k beyond; at most k + dropped,
-    with groups all of the chosen groups at least.
-    """
+    """M, the ranks looked at: 2k to a quarter dropped, 3k to 60 %, 5k beyond; k + dropped at most, whole groups."""
     smaller = layer.top_k if top_k is None else top_k
     num_dropped = layer.num_experts - num_kept
     share = num_dropped / layer.num_experts

@@ -450,9 +450,7 @@ def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
 
 
 def _middling_rule(tokens: RoutedTokens, renormalises: bool) -> SkipRule:
-    """A rule that skips about half, its threshold between two scores, far from a tie: by ratio or, of equal weights, by
-    a made-up contribution.
-    """
+    """A rule that skips about half, by ratio or else a made-up contribution; no score is near its threshold."""
     norms = tuple(1.0 + expert for expert in range(tokens.layer.num_experts))
     for rule in (
         SkipRule("ratio", renormalises, beta=1.0),

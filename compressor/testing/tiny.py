@@ -62,9 +62,7 @@ _PART_IN_CODE = re.compile(r"model_type=\"([\w-]+)\"")
 
 @functools.cache
 def candidate_types() -> tuple[str, ...]:
-    """Model types of the installed transformers that may have routed experts, sorted: whose code, or whose parts' code,
-    names experts; searched as text in a second.
-    """
+    """Model types of the installed transformers, sorted, whose code, or whose parts' code, names experts."""
     return tuple(
         sorted(name for name in CONFIG_MAPPING_NAMES if _class_names(name) and _names_experts(_module(name), ()))
     )

@@ -51,9 +51,7 @@ def task_configs() -> dict[str, dict[str, Any]]:
 
 @cache
 def build_documents(task: str, split: Split, count: int = NUM_QUESTIONS, seed: int = 0) -> list[Question]:
-    """The first ``count`` questions of a task, the same for a seed and Python; kept, so do not change them. Raises
-    EvaluationError for an unknown task, and if there are fewer.
-    """
+    """A task's first ``count`` questions, kept: do not change them. EvaluationError: unknown, or fewer."""
     if task not in _BUILDERS:
         raise EvaluationError(f"demo tasks: no task {task!r}; known: {', '.join(_BUILDERS)}")
     rng = random.Random(f"{task}/{split}/{seed}")
