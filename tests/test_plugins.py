@@ -432,7 +432,7 @@ def page_source(name: str) -> str:
 
 
 def test_the_tutorials_method_that_changes_weights(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
-    """As docs/plugins.md has it, in its recipe: the same in memory, from disk and applied; half of each output is zero."""
+    """As docs/plugins.md has it, by its recipe: in memory, from disk and applied alike; half of each output is zero."""
     page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
     [passes] = re.findall(r"```yaml\n# my_zeros.yaml\n(.*?)```", page, re.DOTALL)
     write_distribution(tmp_path, "my-zeros", {"zeros": ""}, page_source("my_zeros.py"))

@@ -61,7 +61,7 @@ class ExpertSelection(Method[OptionsT]):
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         self._check_criterion()
         self._check_text()
-        options, plans = self.options, [self._plan(layer) for layer in layers]
+        options, plans = self.options, [LayerPlan(layer, self.options) for layer in layers]
         check_top_k(layers, options.top_k)
         check_names(layers, options)
         for plan in plans:
@@ -81,9 +81,6 @@ class ExpertSelection(Method[OptionsT]):
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         return Plan([plan.after(planned[plan.path]) for plan in plans], notes)
-
-    def _plan(self, layer: MoELayer) -> LayerPlan:
-        return LayerPlan(layer, self.options)
 
     def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
         if self.options.criterion is None or not any(plan.changes for plan in plans):
@@ -145,7 +142,7 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection.exact import SubsetErrors
         from compressor.selection.pair_losses import PairLosses
 
-        plan = self._plan(layer)
+        plan = LayerPlan(layer, self.options)
         if not plan.changes:
             return None
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
@@ -164,7 +161,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
-        plan = self._plan(layer)
+        plan = LayerPlan(layer, self.options)
         if not plan.changes or plan.route != "greedy":
             return 0.0
         from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
@@ -210,7 +207,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
-        plans = [self._plan(layer) for layer in layers]
+        plans = [LayerPlan(layer, self.options) for layer in layers]
         found = {layer.path: self.best_of_counts(layer, statistics) for layer in layers}
         decision = Decision({"layers": {}})
         if self.options.budget:
@@ -237,7 +234,7 @@ class ExpertSelection(Method[OptionsT]):
         """For every count possible: what will be decided, and its cost. OptionError where the figures cannot tell."""
         from compressor.selection.scores import ChoiceError
 
-        plan = self._plan(layer)
+        plan = LayerPlan(layer, self.options)
         if not plan.changes:
             return {layer.num_experts: (_unchanged(layer), 0.0)}
         if layer.path not in statistics:
