@@ -168,7 +168,7 @@ def test_statistics(done: Path) -> None:
 def test_decision_is_the_records(done: Path) -> None:
     decision = json.loads((done / "compressor" / "decision.json").read_text())
     [done_pass] = record_of(done)["passes"]
-    keys = ("method", "version", "options", "domains", "decision")
+    keys = ("method", "version", "options", "domains", "decision", "description")
     model = record_of(done)["model"]
     assert decision == {"format": 2, "model": model, "passes": [{key: done_pass[key] for key in keys}]}
 
