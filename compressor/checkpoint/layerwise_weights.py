@@ -29,7 +29,7 @@ from compressor.checkpoint.find import Checkpoint, quantiser_of
 from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype
 from compressor.errors import DiskError, UnsupportedModelError
 from compressor.machine.memory_estimate import shares
-from compressor.model.modules import tensor_at, units_of
+from compressor.model.modules import named_tensors, tensor_at, units_of
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
@@ -281,8 +281,7 @@ def _memory(num_bytes: int) -> Tensor:
 def _names_by_tensor(model: nn.Module) -> dict[str, Tensor]:
     """Every name of every tensor that a checkpoint holds; several names may lead to one tensor."""
     computed = {name for name, _ in model.named_non_persistent_buffers()}  # type: ignore[operator]
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor for name, tensor in tensors if name not in computed}
+    return {name: tensor for name, tensor in named_tensors(model).items() if name not in computed}
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -92,17 +92,15 @@ class _Tap:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Listen to the block, the router and the experts within the context; the model is left as it was."""
-        hooks = [
+        hooks = (
             self.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
             self.router.register_forward_pre_hook(self._before_router, with_kwargs=True),
             self.router.register_forward_hook(self._after_router, always_call=True),
-        ]
+        )
         try:
-            with self._experts_installed():
+            with hooks[0], hooks[1], hooks[2], self._experts_installed():
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
             while self._modes:
                 self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -507,11 +505,8 @@ class _ListTap(_Tap):
 
     @contextmanager
     def _experts_installed(self) -> Iterator[None]:
-        hook = self.block.register_forward_hook(self._after_block, with_kwargs=True)
-        try:
+        with self.block.register_forward_hook(self._after_block, with_kwargs=True):
             yield
-        finally:
-            hook.remove()
 
     def _after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._deaf:
@@ -563,11 +558,8 @@ class _PairsTap(_Tap):
 
     @contextmanager
     def _experts_installed(self) -> Iterator[None]:
-        hook = self.router.register_forward_hook(self._after_lists)
-        try:
+        with self.router.register_forward_hook(self._after_lists):
             yield
-        finally:
-            hook.remove()
 
     def _after_lists(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._deaf:

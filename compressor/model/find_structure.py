@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.modules import units_of
+from compressor.model.modules import named_tensors, units_of
 from compressor.model.router_probe import Place, probe_router
 from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
 
@@ -180,8 +180,7 @@ class _Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Snapshot:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        tensors = named_tensors(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         return cls(
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -193,7 +192,7 @@ class _Snapshot:
             },
             children={path: tuple(module._modules) for path, module in modules.items()},
             integer_tensors=tuple(n for n, t in tensors.items() if not (t.is_floating_point() or t.is_complex())),
-            num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
+            num_parameters=sum(p.numel() for p in model.parameters()),
         )
 
 

@@ -109,13 +109,11 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
                 f"{layer.router}: saw no linear map with its weights inside its forward, so experts cannot be masked."
             )
 
-    hooks = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
+    first, second = router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)
     try:
-        with experts_hidden(model, layer, dropped):
+        with first, second, experts_hidden(model, layer, dropped):
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
         while active:
             active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 

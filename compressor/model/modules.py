@@ -17,6 +17,12 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names: what stands in two places has two."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
 def units_of(model: nn.Module) -> tuple[str, ...]:
     """Paths of the elements of the model's outermost module lists, in the order in which the model has them."""
     found: list[str] = []

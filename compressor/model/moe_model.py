@@ -17,7 +17,7 @@ from compressor.model.adapter import structure_of
 from compressor.model.capture import RealTokens, Visitor, tapped
 from compressor.model.config_entry import write_entry
 from compressor.model.masking import masked_router, relabelled, router_weights, selection_biases, top_k_set, write_top_k
-from compressor.model.modules import tensor_at
+from compressor.model.modules import named_tensors, tensor_at
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.skipping import install as skipping
 from compressor.model.skipping.rule import SkipRule
@@ -59,7 +59,7 @@ class MoEModel:
         return f"MoEModel({type(self.model).__name__}: {layers_said(self.layers)})"
 
     def _check_shapes(self) -> None:
-        live = dict(_tensors(self.model))
+        live = named_tensors(self.model)
         for name, shape in self.structure.shapes.items():
             if name not in live or tuple(live[name].shape) != shape:
                 found = tuple(live[name].shape) if name in live else "nothing"
@@ -193,7 +193,7 @@ class MoEModel:
         made = WeakTensorKeyDictionary()  # whatever no layer needs any more is gone
         layers = tuple(self._keep_in_layer(layer, checked[layer.path], made) for layer in self.layers)
         self.structure = dataclasses.replace(
-            self.structure, layers=layers, shapes={n: tuple(t.shape) for n, t in _tensors(self.model)},
+            self.structure, layers=layers, shapes={n: tuple(t.shape) for n, t in named_tensors(self.model).items()},
             num_parameters=sum(p.numel() for p in self.model.parameters()),
         )  # fmt: skip
         for layer in layers:
@@ -348,8 +348,3 @@ def refuse_quantised(config: Any) -> None:
             "tensors are not edited there; give its folder to a recipe, or prune the unquantised model, then quantise "
             "the result."
         )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.modules import tensor_at
+from compressor.model.modules import named_tensors, tensor_at
 from compressor.model.router_logits import RouterLogits
 from compressor.model.structure import Call, RouterProbe
 
@@ -167,20 +167,18 @@ def _trace_block(model: nn.Module, place: Place, hidden: Tensor) -> _Trace:
         trace.experts_args = (*args, *kwargs.values())
         raise _Reached
 
-    hooks = [router.register_forward_pre_hook(before, with_kwargs=True), router.register_forward_hook(after)]
     is_called = experts is not block and not isinstance(experts, nn.ModuleList)
     if is_called:
         experts.forward = reached
     try:
-        with torch.device("meta"):
+        first, second = router.register_forward_pre_hook(before, with_kwargs=True), router.register_forward_hook(after)
+        with first, second, torch.device("meta"):
             block.forward(hidden, **_further_arguments(block, hidden))
     except Exception:  # _Reached, or anything that cannot run on the meta device
         pass
     finally:
         if is_called:
             del experts.forward
-        for hook in hooks:
-            hook.remove()
     return trace
 
 
@@ -280,7 +278,7 @@ class _LoneRouter:
         generator = torch.Generator().manual_seed(0)
         for tensor in [*module.parameters(), *module.buffers()]:
             _fill(tensor, generator, num_experts)
-        named = {name: tensor for name, tensor in _named_tensors(model) if name in place.tensors}
+        named = {name: tensor for name, tensor in named_tensors(model).items() if name in place.tensors}
         handed = {id(tensor): name for name, tensor in named.items() if name in place.biases}
         prefix = place.router + "."
         biases = [
@@ -336,11 +334,6 @@ def _fill(tensor: Tensor, generator: torch.Generator, num_experts: int) -> None:
         )
     else:
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % max(1, num_experts))
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 # What was found --------------------------------------------------------------------------------------------

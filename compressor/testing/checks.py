@@ -14,7 +14,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.model.capture import RealTokens
+from compressor.model.modules import named_tensors
 from compressor.model.moe_model import Kept, MoEModel, count_problem
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.skipping.rule import SkipRule
@@ -543,9 +544,7 @@ def _decoder_layer(path: str) -> str:
 def _seed(moe: MoEModel, layer: MoELayer) -> int:
     """The number of the first layer that holds this layer's weights."""
     first = next(iter(layer.tensors), None)
-    tensors = dict(
-        [*moe.model.named_parameters(remove_duplicate=False), *moe.model.named_buffers(remove_duplicate=False)]
-    )
+    tensors = named_tensors(moe.model)
     for number, other in enumerate(moe.layers):
         if other is layer or (first and any(tensors[name] is tensors[first] for name in other.tensors)):
             return number
@@ -627,11 +626,7 @@ def _outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[list[Te
             (output[0] if isinstance(output, tuple) else output).detach().clone()
         )
 
-    hooks = [
-        model.get_submodule(path).register_forward_hook(take(place)) for path, place in zip(paths, found, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path, place in zip(paths, found, strict=True):
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(take(place)))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

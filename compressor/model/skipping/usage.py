@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -83,19 +83,11 @@ class Counter:
     def listening(self, model: nn.Module) -> Iterator[None]:
         """Within the context the model's forwards are counted, and those of the body behind its head."""
         bodies = {id(module): module for module in (model, getattr(model, "base_model", model))}
-        hooks = [
-            hook
-            for body in bodies.values()
-            for hook in (
-                body.register_forward_pre_hook(self._before, with_kwargs=True),
-                body.register_forward_hook(self._after, always_call=True),
-            )
-        ]
-        try:
+        with ExitStack() as hooks:
+            for body in bodies.values():
+                hooks.enter_context(body.register_forward_pre_hook(self._before, with_kwargs=True))
+                hooks.enter_context(body.register_forward_hook(self._after, always_call=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         _RUNNING.set((*_RUNNING.get(), _Forward(self, self._real_tokens(model, args, kwargs))))
