@@ -48,10 +48,7 @@ class LeftOut:
 
 
 def find_left_out(found: Checkpoint, config: Any, cls: Any) -> LeftOut | None:
-    """The extra prediction layers of a checkpoint that `cls` does not build; None where there are none.
-
-    Reads names, from the index and the shards' headers, as far as they are there; no weights.
-    """
+    """The extra prediction layers of a checkpoint that `cls` does not build, or None; by names alone, no weights."""
     shards = found.shards if found.has_weights else []
     sizes: dict[str, int | None] = dict.fromkeys(read_index(found.folder) or (), None)
     sizes |= {name: size for shard in shards for name, size in shard.sizes.items()}

@@ -50,12 +50,9 @@ def sizes_of(model: nn.Module) -> tuple[int, dict[str, int]]:
 
 
 def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
-    """Which GPU, by its number, each part of a model goes to, as `from_pretrained` takes it for a `device_map`: decoder
-    layers whole, in their order, as evenly as that goes (`memory_estimate.shares`); what is in no layer is on the first
-    one. The model may be on the meta device.
-
-    Numbers, not names: accelerate picks the device that it brings text to from a set, which has names in no order.
-    Raises UnsupportedModelError where layers on different GPUs share weights.
+    """Which GPU, by its number, each part of a model goes to, as a `device_map`: decoder layers whole, in order, evenly
+    (`memory_estimate.shares`), all else on the first. Numbers, not names: accelerate picks the text's device from a
+    set. Raises UnsupportedModelError where layers on different GPUs share weights.
     """
     outside, by_unit = sizes_of(model)
     found = dict(zip(by_unit, shares(outside, list(by_unit.values()), num_gpus)[0], strict=True))
@@ -113,11 +110,8 @@ class StoredTensor:
 
 
 class StreamedWeights:
-    """The weights of a skeleton, which come and go.
-
-    `model` is what `load.load_model(…, device="meta")` returns for the checkpoint; `device` is where weights are
-    brought to. What is stored quantised is dequantised when it is read. The model's tensors are those of the meta
-    device wherever nothing was loaded. Raises UnsupportedModelError for a format that cannot be read so.
+    """The weights of a skeleton (`load_model(…, device="meta")`), which come to `device` and go, dequantised when read;
+    elsewhere its tensors are meta. Raises UnsupportedModelError for a format that cannot be read so.
     """
 
     def __init__(self, model: Any, found: Checkpoint, *, device: str = "cpu") -> None:

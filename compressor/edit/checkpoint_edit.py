@@ -57,10 +57,8 @@ _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_co
 
 
 def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
-    """The checkpoint's model on the meta device, without weights: what is removed from it can be removed on disk.
-
-    A quantised checkpoint's is the model as it was before, unquantised. Raises UnsupportedModelError where the
-    structure cannot be understood.
+    """The checkpoint's model on the meta device, to remove from; a quantised one's as it was before. Raises
+    UnsupportedModelError where the structure cannot be understood.
     """
     config = without_quantisation(load_config(found))
     cls = model_class(found, config)
@@ -110,12 +108,10 @@ class Edit:
     def write(
         self, folder: Path, *, hard_link: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> Checkpoint:
-        """Write the smaller checkpoint into a folder, which must be there and hold no weights; returns it.
-
-        Every file appears under its name when it is whole and on the disk. With `hard_link` a file of weights that
-        does not change is not copied but linked, where the file system can; both folders then share it, so neither may
-        be written to in place. `progress` is called with bytes done and in all. Raises CheckpointError where a source
-        file is not what its header said, VerificationError where what was written is not what was planned.
+        """Write the smaller checkpoint into a folder without weights; returns it. A file appears when it is whole and
+        on the disk; with `hard_link` unchanged files are linked where that can be, so neither folder may be written in
+        place. `progress`: bytes done and in all. Raises CheckpointError where a source file is not as its header said,
+        VerificationError where what was written is not what was planned.
         """
         done = 0
         with ThreadPoolExecutor(1) as beside:  # one file goes to the disk while the next is copied
@@ -206,13 +202,10 @@ def plan_edit(
     left_out: LeftOut | None = None,
     edited: Mapping[str, StoredTensor] | None = None,
 ) -> Edit:
-    """Say what becomes of every tensor when the model `before` becomes `after`: both on the meta device, the second a
-    copy of the first that a method has edited.
-
-    Reads headers, and tables of expert ids only when written. `left_out` is what of the checkpoint transformers does
-    not build; `edited` holds tensors that get other numbers, with all of `before`'s experts. Raises CheckpointError
-    where the checkpoint does not fit its config, UnsupportedModelError, naming the tensor, where
-    experts cannot be taken out on disk.
+    """What becomes of every tensor when `before`, on the meta device, becomes `after`, its copy that a method has
+    edited; by headers alone. `left_out`: what transformers does not build; `edited`: tensors with other numbers and all
+    of `before`'s experts. Raises CheckpointError where checkpoint and config do not fit, UnsupportedModelError, naming
+    the tensor, where experts cannot be taken out on disk.
     """
     return _EditPlan(found, before, after, left_out, edited or {}).edit()
 

@@ -73,11 +73,9 @@ def fates(
     *,
     quantisation: Mapping[str, Any] | None,
 ) -> dict[str, Fate]:
-    """What becomes of every tensor on disk when `before`, on the meta device, becomes `after`: name → Fate.
-
-    `kept` are the ids that stay, as `before` counts them; `shapes` those of the tensors on disk; `quantisation` is what
-    config.json says of it. Raises CheckpointError where names or counts do not fit the model, UnsupportedModelError
-    where experts cannot be taken out.
+    """What becomes of every tensor on disk when `before`, on the meta device, becomes `after`: name → Fate. `kept` are
+    ids as `before` counts; `shapes` those on disk; `quantisation` is config.json's. Raises CheckpointError where names
+    or counts do not fit, UnsupportedModelError where experts cannot be taken out.
     """
     change = _Change(before, after, kept, shapes, quantisation)
     names = in_loading_order(shapes)

@@ -38,13 +38,9 @@ def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
 def edit_verified(
     moe: MoEModel, method: Method[Any], decision: Decision, carry_out: CarryOut, probe: TokenBatch, untouched: Tensor
 ) -> tuple[dict[str, float], Tensor]:
-    """Edit the live model (`carry_out`) and check, on one batch, that it then computes what was decided. `untouched`
-    are its logits [N, V] there.
-
-    First no expert is "removed": no logit may change by a bit. Then the edited model is compared with the untouched one
-    under the method's preview (removed experts masked, skipped ones with a weight of 0); numbers that it wrote are
-    compared with the same edit in float32. Raises VerificationError; returns (the differences, the edited model's
-    logits).
+    """Edit the live model (`carry_out`) and check it on one batch, whose logits `untouched` [N, V] are: no expert
+    "removed" changes no bit, then it equals the method's preview; numbers written equal the same edit in float32.
+    Raises VerificationError; returns (differences, logits).
     """
     if not torch.isfinite(untouched).all():
         raise CheckpointError(

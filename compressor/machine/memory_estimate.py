@@ -65,9 +65,8 @@ class Work:
     """What a run works on. Bytes of weights as numbers to compute with: `bytes_total`, `bytes_outside` of layers,
     `bytes_by_layer`; of files `bytes_stored` and `bytes_after`. `tokens` of the largest pass, `batch_tokens` of a
     batch; `hidden` a token's width, `num_experts` of the largest layer, `itemsize` bytes of a number, `per_token` kept
-    by a search; `streams` 2 in progressive mode and beside
-    an original (`has_original`); `copies` of all weights at most; `reading`: bytes to read and cut the
-    text.
+    by a search; `streams` 2 in progressive mode and beside an original (`has_original`); `copies` of all weights at
+    most; `reading`: bytes to read and cut the text.
     """
 
     bytes_total: int

@@ -252,10 +252,7 @@ class ExpertMatrices:
 
 
 def expert_matrices(model: nn.Module, layer: MoELayer, expert: int = 0) -> ExpertMatrices:
-    """How the experts of a layer use their tensors, by running one on a token of random numbers; its weights are there.
-
-    Raises UnsupportedModelError, naming the tensor, where that cannot be seen.
-    """
+    """How a layer's experts use their tensors, by running one. Raises UnsupportedModelError, naming the tensor."""
     run, owned = _runner(model, layer, expert), own_tensors(model, layer)
     order: list[tuple[str, bool]] = []
     dims: dict[str, int | None] = {}

@@ -21,10 +21,7 @@ Loaded = tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]
 
 
 def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping[str, Any]) -> None:
-    """Write the figures of all passes into one safetensors file; `about` (JSON) says where they come from.
-
-    Tensors are named `PASS/LAYER/FIGURE`, a pass being `0.expert_pruning`. The same figures give the same bytes.
-    """
+    """Write the figures of all passes, as `PASS/LAYER/FIGURE` (a pass: `0.expert_pruning`), and `about` as JSON."""
     tensors = {
         f"{name}/{layer}/{figure}": with_own_memory(tensor)
         for name, statistics in sorted(passes.items())
@@ -39,10 +36,7 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
 
 
 def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
-    """Read a file written by `save_statistics`: (pass → layer → figure → tensor, about).
-
-    Raises CheckpointError where it is none, is damaged, or is of another format.
-    """
+    """A file's (pass → layer → figure → tensor, about). Raises CheckpointError for damage, or another format."""
     passes: dict[str, dict[str, dict[str, Tensor]]] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -62,11 +56,9 @@ def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]]
 
 
 def merge_statistics(loaded: Sequence[Loaded]) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
-    """Add up figures gathered in several runs of one model on different text, as one run over all of it would have.
-
-    Domains of the same name are added, others stand side by side. Figures that cannot be added, such as the path of a
-    greedy search, are left out and named in `about["dropped_figures"]`. Raises CheckpointError where the runs were of
-    other models or tokenizers, where text would count twice, or where figures are progressive.
+    """Add up figures of several runs of one model, as one over all their text: domains of one name are added, others
+    stand side by side; what cannot be added is left out and named in `about["dropped_figures"]`. Raises CheckpointError
+    for other models or tokenizers, text counted twice, and progressive figures.
     """
     passes, about = loaded[0]
     merged = {name: {layer: dict(of) for layer, of in layers.items()} for name, layers in passes.items()}

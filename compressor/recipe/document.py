@@ -43,9 +43,8 @@ class MistakeError(Exception):
 
 
 class Document:
-    """A recipe from a YAML file or Python; `inside` is the path that names and messages are meant from, for a part of
-    one. After `read` its plain data are there, with the place of every key and value. Raises RecipeError where no
-    mapping can be had from the source.
+    """A recipe from a YAML file or Python; names and messages are meant from `inside`, for a part of one. `read` makes
+    its plain data, with all places. Raises RecipeError where no mapping can be had.
     """
 
     data: dict[str, Any]

@@ -224,9 +224,8 @@ class LoadedRecipe:
         return f"LoadedRecipe({shortened(self.recipe.model, 60)}: {shortened(passes, 120)})"
 
     def error(self, path: Sequence[str | int], message: str) -> RecipeError:
-        """An error about the value at `path`, to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`.
-
-        A value that the recipe leaves to its default is shown at the nearest mapping around it.
+        """An error to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`; a default's at the mapping around
+        it.
         """
         return RecipeError(str(self.document.mistake(tuple(path), message)))
 
@@ -261,10 +260,8 @@ class LoadedRecipe:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the effective recipe, except where the result is put and what it may take: `sha256:` and 16 hex
-        digits.
-
-        Options that the recipe leaves to their defaults count too, if the recipe was loaded with `methods`.
+        """`sha256:` and 16 hex digits of the effective recipe, but for where the result is put and what it may take;
+        with defaults of options, if loaded with `methods`.
         """
         effective = self.to_mapping()
         for key in CHANGES_NO_FIGURE:
@@ -327,12 +324,10 @@ def load_recipe(
     methods: Mapping[str, type[Method[Any]]] | None = None,
     criteria: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
-    """Read and check a recipe: a YAML file by its path, a mapping with the same keys, or a Recipe.
-
-    `overrides` are texts such as `passes.0.expert_pruning.keep=4`, applied in order; `model` and `output`
-    replace those of the recipe; `live` is what a model is called that is at hand, where the recipe names none. With
-    `methods` (by name) the passes are checked as well; `criteria` are handed to them.
-    Raises one RecipeError that lists every mistake of all of them, in the order of the file.
+    """Read and check a recipe: a YAML file's path, a mapping with the same keys, or a Recipe. `overrides`
+    (`passes.0.expert_pruning.keep=4`) are applied in order; `model` and `output` replace the recipe's, `live` names a
+    model at hand where it has none. With `methods` (by name, and `criteria`) the passes are checked as well. Raises one
+    RecipeError that lists every mistake, in the order of the file.
     """
     if not isinstance(source, str | Path | Mapping | Recipe):
         raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")

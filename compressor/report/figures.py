@@ -37,10 +37,8 @@ def summary_tables(record: Json) -> list[Table]:
 
 
 def figures(record: Json) -> list[Figure]:
-    """The rows of the table of figures, in the order in which they are read: quality, size, speed, memory.
-
-    Accuracies are in percent with one standard error; changes of accuracies in percentage points, of
-    perplexities and sizes as a ratio after / before. Tasks that came through a group are left to the record.
+    """The rows of the table of figures: quality, size, speed, memory. Accuracies in percent with one standard error,
+    changes in points; perplexities and sizes as a ratio after / before. A group's tasks are left to the record.
     """
     evaluation = record.get("evaluation") or {}
     before, after = (evaluation.get(side) or {} for side in ("before", "after"))
@@ -82,10 +80,7 @@ def alone_table(record: Json) -> Table:
 
 
 def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str, int, Json]]:
-    """Runs of consecutive layers that agree in ``keys`` and in their path but for its first number.
-
-    Yields a label (``model.layers.0–31.mlp``), the number of layers and the first of them.
-    """
+    """Runs of consecutive layers alike in ``keys`` and, but for its first number, path: label, count, first."""
 
     def alike(layer: Json) -> Any:
         return [_split_path(layer["path"])[::2], [layer.get(key) for key in keys]]
@@ -96,11 +91,7 @@ def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str,
 
 
 def sensible_counts(layers: Sequence[Json]) -> list[int]:
-    """Expert counts worth showing, largest first: all up to 16 experts, else at most 16 in even steps.
-
-    None below 2 or below top-k. From 128 experts the steps are multiples of 8, which the powers of two are
-    too.
-    """
+    """Expert counts worth showing, largest first: all up to 16 experts, else at most 16, in steps of 8 from 128 on."""
     most, least = max(layer["num_experts"] for layer in layers), max(2, *(layer["top_k"] for layer in layers))
     step = -(-most // MAX_COUNT_ROWS)
     if most >= 128:

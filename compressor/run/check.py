@@ -55,12 +55,9 @@ def check(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Preview:
-    """Whether the recipe can work, and what will be kept and dropped. Reads no weights, and writes nothing.
-
-    `folder` is the output, where this process is to write it; `model`, whose weights are `live_on` some devices, and
-    `tokenizer` replace what the recipe's `model` would load. A run begins with this, so what it refuses and config,
-    tokenizer, headers of weights or the first rows of a text can tell is refused here, with its place in the recipe.
-    Raises CompressorError, one of its kinds.
+    """Whether the recipe can work, and what will be kept and dropped: reads no weights, writes nothing; a run begins
+    with it. `folder`: the output, if this process writes it; `model` (on `live_on`) and `tokenizer` replace the
+    recipe's. Raises CompressorError, of its kinds, at the place in the recipe.
     """
     recipe, progress = loaded.recipe, progress or Progress()
     readiness.check_surroundings(loaded, folder, model)
@@ -102,10 +99,8 @@ def origin_of(recipe: Recipe, model: Any) -> Checkpoint | None:
 
 
 def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: Progress | None = None) -> Preview:
-    """How the recipe's model is measured alone: whatever transformers can load and run, known to us or not. From disk
-    where it does not fit, as long as it can be read layer by layer. Reads no weights.
-
-    Raises UnsupportedModelError, in transformers' words, for a quantised checkpoint that it cannot load here.
+    """How the recipe's model is measured alone, known to us or not; from disk where it does not fit and can be read by
+    layer. Reads no weights. Raises UnsupportedModelError for a quantised one that transformers cannot load.
     """
     recipe, progress = loaded.recipe, progress or Progress()
     readiness.check_surroundings(loaded, None, None)
@@ -337,9 +332,8 @@ def _stored(
     left_out: LeftOut | None,
     adapters: Sequence[Adapter],
 ) -> tuple[int, int] | None:
-    """Bytes of a checkpoint's files, now and afterwards, from their headers; None where they are not here.
-
-    Which experts go does not matter for it. Raises UnsupportedModelError where experts cannot be taken out.
+    """Bytes of a checkpoint's files, now and afterwards, by headers; None where they are not here. Raises
+    UnsupportedModelError where experts cannot be taken out.
     """
     if not found.has_weights:
         return None

@@ -194,12 +194,9 @@ class Search:
 
 
 class GreedySearch(RankedStatistic):
-    """Gathers each token's Gram matrix at one layer, and searches for every one of `counts` when all have been seen.
-
-    `protected` is asked when the search begins, so that it may depend on figures of the same layer. Besides the greedy
-    start, swaps begin from `num_starts` sets of the experts whose outputs are largest (weighted, and not).
-
-    In several processes each keeps the matrices of its own tokens; only losses are added up, so all go the same way.
+    """Gathers each token's Gram matrix at one layer, then searches for every one of `counts`. `protected` is asked when
+    that begins; swaps begin from the greedy set and `num_starts` sets of the largest outputs. Of several processes each
+    keeps its own tokens' matrices; only losses are added up.
     """
 
     own_rules: Mapping[str, Rule] = {

@@ -89,11 +89,9 @@ def blended_scores(
     protected: Sequence[int] = (),
     forbidden: Sequence[int] = (),
 ) -> Tensor:
-    """[E] float64: one score for each expert; NaN where no domain has figures of it.
-
-    One domain, or `pooled`: the criterion's own score of the figures added up. Otherwise each domain's scores become
-    shares of their sum, since scores of different text have different sizes; `mean` and weights average the shares,
-    and `worst` takes an expert's largest, so that what any domain needs is kept.
+    """[E] float64: one score an expert, NaN without figures. One domain, or `pooled`: the criterion's of the figures
+    added up; else each domain's scores as shares of their sum, averaged by `mean` or weights, or by `worst` the
+    largest.
     """
 
     def scored(of_domains: Sequence[int], given: Mapping[str, Tensor] = figures) -> Tensor:

@@ -338,10 +338,8 @@ class TokenState:
     # What a swap would change
 
     def swaps(self, first: int, last: int) -> Tensor:
-        """[B, N, last − first] float64: what changes if a row's expert goes and a column's (`first` …) comes back.
-
-        Exact where weights are renormalised or taken as they are. Where all tokens are rescaled, or experts chosen by
-        group, it is an estimate: of the tokens that choose one of the two, with the groups held fixed.
+        """[B, N, last − first] float64: what changes if a row's expert goes and a column's (`first` …) comes back; an
+        estimate, of tokens that choose one of the two, where all are rescaled, or experts are chosen by group.
         """
         size, num_experts = last - first, self.removal_BE.shape[1]
         table = torch.zeros(self.num_batches * num_experts * size, dtype=torch.float64, device=self.loss_T.device)
