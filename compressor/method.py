@@ -200,6 +200,11 @@ class Method(ABC, Generic[OptionsT]):
         """
         return False
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it cannot decide where no text is left to hold out: refused when the text has been read."""
+        return False
+
     def check_domains(self, domains: Sequence[str]) -> None:
         """Say whether the names of the calibration sources are what the options expect. Raises OptionError."""
 

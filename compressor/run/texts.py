@@ -52,6 +52,12 @@ def read_texts(
         by_pass.append([read[name] for name in names])
         found = [others[name] for name in names] if one.method.held_out else []
         held_out.append([sequences for sequences in found if sequences is not None])
+        if one.method.needs_held_out and not held_out[-1]:
+            raise loaded.error(
+                one.path,
+                f"{one.spec.method} judges by held-out text, and none is left: let its sources give fewer `samples` "
+                f"than they have",
+            )
     if others and not any(others.values()):
         progress.say("no text is left to hold out: what is decided is only known for the calibration text")
     perplexity = [load_sequences(source, tokenizer, seed=seed, split="held-out") for source in measured]

@@ -33,7 +33,7 @@ class OutputScale(Method[OutputScaleOptions]):
     api = 2
     options_type: ClassVar[type[Options]] = OutputScaleOptions
     needs_original = True
-    held_out = True
+    held_out = needs_held_out = True
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must let its experts be watched."""
@@ -52,8 +52,6 @@ class OutputScale(Method[OutputScaleOptions]):
         """The scales of each layer; None where the loss on held-out text does not fall."""
         from compressor_output_scale.least_squares import relative_loss, scales
 
-        if not statistics.held_out:
-            raise OptionError(None, "there is no held-out text to judge the scales by: give text that has more samples")
         decided = {}
         for layer in layers:
             figures = statistics[layer.path]

@@ -502,8 +502,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(text: Path, path: Path, model: str, *passes: str, evaluate: str = "", weights: str = "memory") -> Path:
-    data = ", ".join(f"{{tokens: {text / name}.jsonl, name: {name}}}" for name in ("a", "b"))
+def write_recipe(
+    text: Path, path: Path, model: str, *passes: str, evaluate: str = "", weights: str = "memory", more: str = ""
+) -> Path:
+    data = ", ".join(f"{{tokens: {text / name}.jsonl, name: {name}{more}}}" for name in ("a", "b"))
     model = model if model == "demo" else str(text / model)
     path.write_text(
         f"model: {model}\nweights: {weights}\ncalibration: {{batch_size: 2, data: [{data}]}}\npasses:\n"
@@ -549,6 +551,8 @@ def runs(text: Path, forked: Callable[..., Ended]) -> Path:
     progressive = f"expert_pruning: {{keep: 16, progressive: true, {greedy}}}"
     measure = f"{{perplexity: [{{tokens: {text / 'b.jsonl'}}}]}}"
     write_recipe(text, folder / "disk.yaml", "fine", progressive, skip, evaluate=measure, weights="disk")
+    edits = ("expert_pruning: {keep: 10, criterion: reap}", "output_scale: {}", "wanda: {attention: true}")
+    write_recipe(text, folder / "edits.yaml", "fine", *edits, evaluate=measure, more=", samples: 4")
     for recipe in folder.glob("*.yaml"):
         compress(recipe, output=folder / f"{recipe.stem}-one")
     ended = forked("recipes", folder)
@@ -557,7 +561,7 @@ def runs(text: Path, forked: Callable[..., Ended]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "greedy", "criterion", "progressive", "skipping", "tasks", "disk"])
+@pytest.mark.parametrize("name", ["exact", "greedy", "criterion", "progressive", "skipping", "tasks", "disk", "edits"])
 def test_a_run_in_two_processes_is_one_in_one(name: str, runs: Path) -> None:
     one, several = ((runs / f"{name}-{kind}") / "compressor" for kind in ("one", "several"))
     decisions = [json.loads((folder / "decision.json").read_text()) for folder in (several, one)]

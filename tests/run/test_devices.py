@@ -176,6 +176,7 @@ def figures_of(record: dict[str, Any]) -> dict[str, Any]:
     return {"passes": passes, "alone": alone, **measured}
 
 
+WITH_ZEROS = [{"expert_pruning": {"keep": 6}}, {"wanda": {"attention": True}}]
 GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progressive": True}}]
 
 
@@ -187,6 +188,8 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
         (2, "memory", GREEDILY, {}),
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
         (1, "disk", GREEDILY, {}),
+        (2, "memory", WITH_ZEROS, {}),
+        (1, "disk", WITH_ZEROS, {}),
     ],
 )
 def test_a_run_there_finds_what_one_on_the_cpu_finds(
@@ -211,6 +214,22 @@ def test_a_run_there_finds_what_one_on_the_cpu_finds(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("num_gpus", "weights"), [(2, "memory"), (1, "disk")])
+def test_scales_are_fitted_there_beside_the_original(
+    make_recipe: Any, gpus: Any, tmp_path: Path, num_gpus: int, weights: str
+) -> None:
+    passes = [{"expert_pruning": {"keep": 5}}, {"output_scale": {}}]
+    recipe = make_recipe(weights=weights, passes=passes, device="auto")
+    recipe["calibration"]["data"][0]["samples"] = 3
+    gpus(0)
+    expected = compressor.compress(recipe | {"output": str(tmp_path / "cpu")}).record
+    gpus(num_gpus, too_little(recipe | {"output": "none", "device": "cuda"}) if num_gpus > 1 else None)
+    with simulated_devices():
+        found = compressor.compress(recipe | {"output": str(tmp_path / "device")})
+    assert found.record["hardware"]["device"] == ", ".join(DEVICES[:num_gpus])
+    assert_alike(figures_of(found.record), figures_of(expected))
+
+
 def test_tasks_there_are_answered_as_on_the_cpu(gpus: Any) -> None:
     recipe = {
         "model": "demo",

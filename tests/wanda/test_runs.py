@@ -191,3 +191,14 @@ def test_what_cannot_be_is_refused(tokens: Path, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=says):
             compressor.compress(recipe(tokens, *passes, model=of), output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_scales_without_held_out_text_are_refused_before_the_model_is_loaded(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = recipe(tokens, *CHAIN[:2])
+    del everything["calibration"]["data"][0]["samples"]
+    monkeypatch.delattr("compressor.run.pipeline.load_moe")
+    says = r"passes\[1\]\.output_scale: output_scale judges by held-out text, and none is left"
+    with pytest.raises(RecipeError, match=says):
+        compressor.compress(everything, output=tmp_path / "out")
