@@ -202,12 +202,13 @@ def _directly(experts: nn.Module) -> Iterator[None]:
 
 
 def show_inputs(model: nn.Module, tokens: RoutedTokens, names: Sequence[str], take: Take) -> None:
-    """Run the chosen experts on their tokens once more, and hand over what their matrices are multiplied with, in the
-    model's dtype: each expert's own tokens, in any order. Costs one forward of the experts.
+    """Run the chosen experts on their tokens, and hand over what their matrices are multiplied with, in the model's
+    dtype: each expert's own tokens, in any order. Their outputs are the layer's, if nobody has asked for these before.
 
     Raises UnsupportedModelError, naming the matrix, where that cannot be seen.
     """
     layer, owned = tokens.layer, own_tensors(model, tokens.layer)
+    output_TH = torch.empty_like(tokens.hidden_TH)
     for start in range(0, tokens.num_tokens, _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         counts: dict[tuple[str, int], int] = {}
@@ -226,7 +227,8 @@ def show_inputs(model: nn.Module, tokens: RoutedTokens, names: Sequence[str], ta
                     take(name, expert, rows_PI)
 
         with torch.no_grad(), _directly(model.get_submodule(layer.experts)), ExpertProducts(owned, seen):
-            tokens.evaluate_experts(tokens.hidden_TH[part], index_cK)
+            outputs_cKH = tokens.evaluate_experts(tokens.hidden_TH[part], index_cK).float()
+        output_TH[part] = torch.bmm(tokens.weights_TK[part, None].float(), outputs_cKH)[:, 0].to(output_TH.dtype)
         chosen = torch.bincount(index_cK.flatten(), minlength=layer.num_experts)[: layer.num_experts].tolist()
         for name in names:
             found = [counts.get((name, expert), 0) for expert in range(layer.num_experts)]
@@ -235,6 +237,9 @@ def show_inputs(model: nn.Module, tokens: RoutedTokens, names: Sequence[str], ta
                     f"{layer.path}: what {name} is multiplied with cannot be seen: of {sum(chosen)} inputs of its "
                     f"experts {sum(found)} were."
                 )
+    if tokens.experts_output_TH is None:  # the block need not run its experts again
+        tokens.experts_output_TH = output_TH
+        tokens.output_TH = output_TH if tokens.lift is None else None
 
 
 # Which dimension is which ----------------------------------------------------------------------------------
