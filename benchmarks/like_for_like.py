@@ -31,8 +31,8 @@ from compressor.data.lm_eval_tasks import LoadedTasks, load_tasks
 from compressor.data.packing import load_sequences
 from compressor.data.sequences import Sequences, TokenBatch, make_batches
 from compressor.data.sources import DemoSource
-from compressor.evaluate import perplexity as perplexities
-from compressor.evaluate.lm_eval import run_tasks
+from compressor.evaluation import perplexity as perplexities
+from compressor.evaluation.lm_eval import run_tasks
 from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise

@@ -19,7 +19,7 @@ from compressor.checkpoint.find import find_checkpoint
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.data.packing import load_sequences
 from compressor.data.sequences import Sequences, make_batches
-from compressor.evaluate.perplexity import perplexity
+from compressor.evaluation.perplexity import perplexity
 from compressor.machine.environment import hardware, versions
 from compressor.machine.progress import Progress
 from compressor.observe import layerwise

@@ -1,6 +1,8 @@
 """Make Mixture-of-Experts language models smaller.
 
+    compressor.check(recipe)            what a run would do, and what it needs; inspect(model): what it is made of
     compressor.compress(recipe)         run a recipe: observe, decide, edit, evaluate, save
+    compressor.evaluate(recipe, model)  measure one model; decide, apply: as the commands of these names
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
     compressor.MoEModel(model)          a live model's MoE layers: mask, watch, remove and skip experts
 
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
     from compressor.run.apply import apply
     from compressor.run.decide_again import decide
     from compressor.run.loading import load, restore
-    from compressor.run.pipeline import compress
+    from compressor.run.pipeline import compress, evaluate
     from compressor.run.record import CompressionResult
+    from compressor.run.verbs import check, inspect
 
 _HOME = {
     "CompressionResult": "run.record",
@@ -45,8 +48,11 @@ _HOME = {
     "Processes": "machine.distributed",
     "SkipRule": "model.skipping.rule",
     "apply": "run.apply",
+    "check": "run.verbs",
     "compress": "run.pipeline",
     "decide": "run.decide_again",
+    "evaluate": "run.pipeline",
+    "inspect": "run.verbs",
     "load": "run.loading",
     "restore": "run.loading",
 }
@@ -69,8 +75,11 @@ __all__ = [
     "VerificationError",
     "__version__",
     "apply",
+    "check",
     "compress",
     "decide",
+    "evaluate",
+    "inspect",
     "load",
     "restore",
 ]

@@ -23,9 +23,9 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.verify import edit_verified, ids_left, save_verified
-from compressor.evaluate.lm_eval import TaskResult, run_tasks
-from compressor.evaluate.perplexity import Perplexity, perplexity
-from compressor.evaluate.size import RoutedSize, Size, size
+from compressor.evaluation.lm_eval import TaskResult, run_tasks
+from compressor.evaluation.perplexity import Perplexity, perplexity
+from compressor.evaluation.size import RoutedSize, Size, size
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
 from compressor.method import Decision, Method

@@ -29,10 +29,10 @@ from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.layer_edits import StoredWeights, edit_layers, finish
 from compressor.edit.verify import compare_answers, refuse_not_finite_answers
 from compressor.errors import CheckpointError
-from compressor.evaluate.lm_eval import run_tasks
-from compressor.evaluate.perplexity import Perplexity, perplexity
-from compressor.evaluate.result import Run
-from compressor.evaluate.size import RoutedSize, Size, size
+from compressor.evaluation.lm_eval import run_tasks
+from compressor.evaluation.perplexity import Perplexity, perplexity
+from compressor.evaluation.result import Run
+from compressor.evaluation.size import RoutedSize, Size, size
 from compressor.machine.progress import Update
 from compressor.method import Decision, Method
 from compressor.model.adapter import structure_of

@@ -16,7 +16,7 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch
 from compressor.errors import CheckpointError, VerificationError
-from compressor.evaluate.size import size
+from compressor.evaluation.size import size
 from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter
 from compressor.model.moe_model import Kept, MoEModel, Removal

@@ -317,6 +317,9 @@ def _check_passes(
         _check_domains(loaded, resolved)
         layers, changes_values = plan.layers, changes_values or plan.changes_values
         notes += plan.notes
+    for zeros in dict.fromkeys(layer.zeros for layer in layers if layer.zeros):
+        number = sum(layer.zeros == zeros for layer in layers)
+        notes.append(f"weights of {counted(number, 'MoE layer')} will have {zeros} zeros, stored as numbers")
     return layers, changes_values
 
 

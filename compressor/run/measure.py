@@ -12,11 +12,11 @@ from typing import Any
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences
 from compressor.edit.backend import Measurable
-from compressor.evaluate.lm_eval import TaskResult
-from compressor.evaluate.paired import paired
-from compressor.evaluate.perplexity import Perplexity
-from compressor.evaluate.size import RoutedSize, Size, bytes_on_disk
-from compressor.evaluate.speed import peak_memory, speed
+from compressor.evaluation.lm_eval import TaskResult
+from compressor.evaluation.paired import paired
+from compressor.evaluation.perplexity import Perplexity
+from compressor.evaluation.size import RoutedSize, Size, bytes_on_disk
+from compressor.evaluation.speed import peak_memory, speed
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
 from compressor.model.skipping.usage import Counter

@@ -23,7 +23,7 @@ from compressor.data.packing import check_length, load_sequences
 from compressor.data.sequences import check_vocabulary
 from compressor.data.sources import SOURCE_KINDS, BaseSource, DatasetSource, Split, TaskSource, TokensSource
 from compressor.errors import CalibrationError, EvaluationError, RecipeError
-from compressor.evaluate.lm_eval import check_requests, refuse_without_tokenizer, writes_problem
+from compressor.evaluation.lm_eval import check_requests, refuse_without_tokenizer, writes_problem
 from compressor.machine.progress import Progress
 from compressor.recipe.document import KeyPath
 from compressor.recipe.schema import Evaluation, LoadedRecipe, Refusals, ResolvedPass

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import small_mixtral
 from transformers import AutoModelForCausalLM
@@ -55,3 +56,25 @@ def test_without_a_live_model_a_name_is_needed(tokens: Path) -> None:
         compressor.RecipeError, match="recipe model: missing, expected the model to compress: a hub id, "
     ):
         compressor.compress(recipe(tokens))
+
+
+def test_what_the_commands_say_python_says(mixtral: Path, tokens: Path, tmp_path: Path) -> None:
+    """`check`, `inspect` and `evaluate`, of a checkpoint; nothing is written."""
+    before = sorted(tmp_path.rglob("*"))
+    plan = compressor.check(recipe(tokens), model_reference=str(mixtral), output=tmp_path / "out").plan
+    assert [layer["kept"] for layer in plan["layers"]] == [6] * len(plan["layers"])
+    assert compressor.inspect(str(mixtral))["layers"][0]["num_experts"] == 8
+    with pytest.raises(compressor.RecipeError, match=r"passes\[0\]\.expert_pruning\.keep: .*cannot keep 9"):
+        compressor.check(recipe(tokens, passes=[{"expert_pruning": {"keep": 9}}]), model_reference=str(mixtral))
+    measured = recipe(tokens, evaluate={"perplexity": [{"tokens": str(tokens), "samples": 2, "name": "text"}]})
+    found = compressor.evaluate(measured, str(mixtral))["evaluation"]["after"]["perplexity"]["text"]
+    assert found["perplexity"] > 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_of_a_live_model_leaves_it_as_it_is(tokens: Path) -> None:
+    model = small_mixtral(max_position_embeddings=32)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    preview = compressor.check(recipe(tokens), model)
+    assert preview.plan["needs"]["weights"] == "memory"
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in before.items())

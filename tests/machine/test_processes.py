@@ -21,7 +21,7 @@ from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, w
 
 from compressor import MoEModel, PluginError, ProcessError, Processes, RecipeError, compress
 from compressor.data.sequences import Sequences, TokenBatch, make_batches
-from compressor.evaluate.perplexity import perplexity
+from compressor.evaluation.perplexity import perplexity
 from compressor.machine.distributed import SeveralProcesses, _ends_when_told
 from compressor.machine.progress import Progress
 from compressor.model.find_structure import find_structure

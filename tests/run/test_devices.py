@@ -20,7 +20,7 @@ from compressor import MoEModel, RecipeError, UnsupportedModelError
 from compressor.checkpoint.layerwise_weights import spread
 from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.data.sequences import TokenBatch
-from compressor.evaluate.speed import speed
+from compressor.evaluation.speed import speed
 from compressor.machine.distributed import Processes
 from compressor.machine.memory_estimate import shares
 from compressor.model.modules import units_of

@@ -19,7 +19,7 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 import compressor
 from compressor import MoELayer, MoEModel, RecipeError
 from compressor.data.sequences import Sequences
-from compressor.evaluate.perplexity import perplexity
+from compressor.evaluation.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
 from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic, fewer_experts, kept_at_random

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.files import names_of_weights, read_index
-from compressor.evaluate.result import Result
+from compressor.evaluation.result import Result
 
 
 @dataclass(frozen=True)

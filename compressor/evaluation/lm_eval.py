@@ -28,7 +28,7 @@ from torch import Tensor
 from compressor.data.lm_eval_tasks import LoadedTasks, members, quietly, refuse_long_answers, seeded
 from compressor.data.sequences import TokenBatch
 from compressor.errors import CompressorError, EvaluationError
-from compressor.evaluate.result import Json, Progress, Result, Run
+from compressor.evaluation.result import Json, Progress, Result, Run
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
 from compressor.wording import digest, runs

@@ -18,7 +18,7 @@ from compressor.checkpoint.find import Checkpoint
 from compressor.data.lm_eval_tasks import load_tasks, refuse_long_answers
 from compressor.edit.on_disk import OnDisk
 from compressor.errors import EvaluationError
-from compressor.evaluate.lm_eval import TaskResult, run_tasks
+from compressor.evaluation.lm_eval import TaskResult, run_tasks
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
 from compressor.report.terminal import print_summary

@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.checkpoint.classes import max_positions
 from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.errors import EvaluationError
-from compressor.evaluate.result import Progress, Result, Run
+from compressor.evaluation.result import Progress, Result, Run
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
 from compressor.observe import forward

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.errors import EvaluationError
-from compressor.evaluate.lm_eval import TaskResult
-from compressor.evaluate.result import Result
+from compressor.evaluation.lm_eval import TaskResult
+from compressor.evaluation.result import Result
 
 
 @dataclass(frozen=True)

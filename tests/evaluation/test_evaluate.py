@@ -26,14 +26,14 @@ from compressor.data import lm_eval_tasks
 from compressor.data.sequences import Sequences, fingerprint
 from compressor.edit.on_disk import OnDisk
 from compressor.errors import CalibrationError, CheckpointError, EvaluationError
-from compressor.evaluate import perplexity as perplexities
-from compressor.evaluate import size as sizes
-from compressor.evaluate import speed as speeds
-from compressor.evaluate.lm_eval import Metric, TaskResult, run_tasks
-from compressor.evaluate.paired import Flips, mcnemar, paired
-from compressor.evaluate.perplexity import next_token_losses, perplexity
-from compressor.evaluate.size import RoutedSize, bytes_on_disk
-from compressor.evaluate.speed import peak_memory
+from compressor.evaluation import perplexity as perplexities
+from compressor.evaluation import size as sizes
+from compressor.evaluation import speed as speeds
+from compressor.evaluation.lm_eval import Metric, TaskResult, run_tasks
+from compressor.evaluation.paired import Flips, mcnemar, paired
+from compressor.evaluation.perplexity import next_token_losses, perplexity
+from compressor.evaluation.size import RoutedSize, bytes_on_disk
+from compressor.evaluation.speed import peak_memory
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
 from compressor.testing import tiny

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.classes import max_positions
-from compressor.evaluate.result import Json, Result
-from compressor.evaluate.size import size
+from compressor.evaluation.result import Json, Result
+from compressor.evaluation.size import size
 from compressor.model.modules import evaluating
 from compressor.observe import forward
 

@@ -1,0 +1,56 @@
+"""`check` and `inspect` as Python has them: what a recipe will do, and what a model is made of. No weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint.output import OutputFolder
+from compressor.machine.progress import Progress
+from compressor.plugins import load_plugins
+from compressor.recipe.schema import Recipe, load_recipe
+from compressor.run import check as checking
+from compressor.run.loading import devices_of
+from compressor.run.preview import Preview
+
+
+def check(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    overrides: Sequence[str] = (),
+    model_reference: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    without: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Preview:
+    """What `compress` with the same arguments would do, and what it needs: `.plan` as JSON, its layers and notes.
+
+    Raises CompressorError, one of its kinds, where it could not work.
+    """
+    plugins = load_plugins(without)
+    live = None if model is None else model.config._name_or_path or f"live {type(model).__name__}"
+    about: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria, "live": live}
+    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, output=output, **about)
+    target = loaded.recipe.output
+    return checking.check(
+        loaded,
+        plugins.adapters,
+        folder=None if target is None else OutputFolder(target, overwrite=overwrite),
+        model=model,
+        live_on=devices_of(model) if model is not None else (),
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+
+
+def inspect(model_reference: str, *, trust_remote_code: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
+    """A model's MoE layers, sizes and notes, as JSON, from its config alone. Raises UnsupportedModelError where its
+    structure is not understood.
+    """
+    return checking.inspect(
+        model_reference, trust_remote_code=trust_remote_code, adapters=load_plugins(without).adapters
+    )
