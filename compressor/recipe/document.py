@@ -246,6 +246,9 @@ class Document:
                 data = stream.read(MAX_BYTES + 1).removeprefix(codecs.BOM_UTF8)
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read, expected a recipe (YAML): {error.strerror}") from error
+        except ValueError as error:
+            name = in_yaml(str(file))
+            raise RecipeError(f"{name}: no file can have this name, expected that of a recipe (YAML)") from error
         if len(data) > MAX_BYTES:
             raise RecipeError(f"{file}: larger than {MAX_BYTES // 1024} KiB, expected a recipe (YAML)")
         try:

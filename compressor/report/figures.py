@@ -76,7 +76,8 @@ def alone_table(record: Json) -> Table:
         for number, one in enumerate(alone, start=1):
             texts[number] = NOTHING if "problem" in one else texts[number]
         rows.append((name, *(re.split(" [±[]", text)[0] for text in texts)))
-    return Table("Each pass alone", ("figure", ">none", *headings, ">all"), rows if alone else [])
+    below = [f"{one['method']} alone cannot be measured: {one['problem']}" for one in alone if "problem" in one]
+    return Table("Each pass alone", ("figure", ">none", *headings, ">all"), rows if alone else [], below)
 
 
 def collapse(layers: Sequence[Json], keys: Sequence[str]) -> Iterator[tuple[str, int, Json]]:

@@ -67,6 +67,6 @@ def scales(figures: Mapping[str, Tensor], ridge: float, *, per_layer: bool = Fal
 
 
 def relative_loss(figures: Mapping[str, Tensor], scale_E: Tensor) -> float:
-    """The loss on held-out text with these scales, as a share of the original's output."""
+    """The loss on held-out text with these scales, as a share of the original's output; 0 where that is nothing."""
     loss = figures["held_out.y"] - 2 * figures["held_out.b"] @ scale_E + scale_E @ figures["held_out.A"] @ scale_E
-    return float(loss / figures["held_out.y"])
+    return float(loss / figures["held_out.y"]) if figures["held_out.y"] else 0.0

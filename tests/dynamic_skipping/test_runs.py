@@ -422,6 +422,7 @@ def test_a_pass_that_cannot_work_alone(tokens, tmp_path, monkeypatch):
     assert tuple(table.headings[1:]) == ("none", "1. expert_pruning", "dynamic_skipping", "3. expert_pruning", "all")
     none, pruned, skipped, more, both = rows["perplexity tokens"]
     assert skipped == "–"
+    assert table.below == [f"dynamic_skipping alone cannot be measured: {skip['problem']}"]
     assert len({none, pruned, more, both}) == 4
     sizes = [one["after"]["size"]["parameters"] for one in (first, last)]
     assert sizes[0] > sizes[1] == result.record["evaluation"]["after"]["size"]["parameters"]

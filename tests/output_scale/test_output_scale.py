@@ -47,6 +47,14 @@ def test_by_hand() -> None:
     assert relative_loss(figures, scales(figures, 0.0)) == pytest.approx(2 / 12)
 
 
+def test_a_layer_that_puts_out_nothing_keeps_its_scales() -> None:
+    """As layers do that were added to a model to be trained later."""
+    one = ([[0], [1]], [[0.5], [1.0]], [[[0.0, 0.0]], [[0.0, 0.0]]], [[0.0, 0.0], [0.0, 0.0]])
+    figures = figures_of(one, one, num_experts=3)
+    assert scales(figures, 0.01).tolist() == [1, 1, 1]
+    assert relative_loss(figures, torch.ones(3).double()) == 0
+
+
 def test_against_least_squares_on_whole_outputs() -> None:
     generator = torch.Generator().manual_seed(0)
     num_experts, num_tokens, hidden = 5, 40, 8

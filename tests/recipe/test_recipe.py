@@ -282,6 +282,12 @@ def test_missing_file() -> None:
         load_recipe("none.yaml")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"^'.*': no file can have this name, expected that of a recipe \(YAML\)$"):
+        load_recipe(name)
+
+
 def test_folder() -> None:
     Path("runs").mkdir()
     with pytest.raises(RecipeError, match=r"^runs: cannot be read, expected a recipe \(YAML\): Is a directory"):
