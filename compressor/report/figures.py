@@ -301,11 +301,12 @@ def experts_of(record: Json) -> dict[str, int]:
 
 def decision_notes(done: Json) -> Iterator[str]:
     """What a reader of a decision should know of it, one sentence for each kind of finding."""
-    if done.get("original_ids"):
+    described = _described(done)
+    if done.get("original_ids") and any(column["key"] in described["ids"] for column in described["columns"]):
         yield "experts have the original model's ids here; the decision itself has those that this pass saw"
     if problem := (done.get("random") or {}).get("problem"):
         yield f"no random experts to compare with: {problem}"
-    yield from _described(done)["notes"]
+    yield from described["notes"]
 
 
 def random_table(done: Json) -> Table:

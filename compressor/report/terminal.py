@@ -188,7 +188,10 @@ def _print_decision(done: Json, record: Json | None, console: Console) -> None:
     table = decision_table(done, record, room=console.width // 2)
     pattern, labels = short_labels([row[0] for row in table.rows])
     rows = [(labels[row[0]], *row[1:]) for row in table.rows]
-    Table(f"{table.title}: {pattern}", table.columns, rows).show(console)
+    if rows:
+        Table(f"{table.title}: {pattern}", table.columns, rows).show(console)
+    else:
+        console.print(Text(f"\n{table.title}", style="bold"))
     _print_notes(decision_notes(done), console)
     random_table(done).show(console)
 

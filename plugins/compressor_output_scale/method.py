@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.plugin import Decision, Method, OptionError, Options, Plan
+from compressor.plugin import Column, Decision, Description, Method, OptionError, Options, Plan
 
 if TYPE_CHECKING:
     from compressor.plugin import Gathered, LayerWeights, MoELayer, Statistic
@@ -52,16 +52,27 @@ class OutputScale(Method[OutputScaleOptions]):
         """The scales of each layer; None where the loss on held-out text does not fall."""
         from compressor_output_scale.least_squares import relative_loss, scales
 
-        decided = {}
+        decided: dict[str, dict[str, Any]] = {}
         for layer in layers:
             figures = statistics[layer.path]
             scale_E = scales(figures, self.options.ridge, per_layer=self.options.per == "layer")
             before, after = (relative_loss(figures, one_E) for one_E in (scale_E.new_ones(len(scale_E)), scale_E))
-            kept = scale_E.tolist() if before - after > _ROUNDING else None
-            decided[layer.path] = {"loss": before, "scaled": after, "scales": kept}
+            decided[layer.path] = {"loss": before, "scaled": after, "scales": None}
+            if before - after > _ROUNDING:
+                found = scale_E.tolist()
+                decided[layer.path] |= {"smallest": min(found), "largest": max(found), "scales": found}
         if not any(one["scales"] for one in decided.values()):
             raise OptionError(None, "in no layer does the loss on held-out text fall: leave this pass out")
         return {"layers": decided}
+
+    def describe(self, decision: Decision) -> Description:
+        """The losses on held-out text, and the scales where they fell."""
+        layers = decision["layers"]
+        titles = {"loss": "held-out loss", "scaled": "with scales", "smallest": "smallest scale", "largest": "largest"}
+        columns = [*(Column(key, title) for key, title in titles.items()), Column("scales", detail=True)]
+        left = sum(layer["scales"] is None for layer in layers.values())
+        left_alone = f"in {left} of {len(layers)} layers the loss does not fall, and nothing changes"
+        return Description(columns, [left_alone] if left else [])
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Fold each expert's scale into its last matrix, and what is added to it."""

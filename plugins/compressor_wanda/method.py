@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.plugin import Decision, Method, OptionError, Options, Plan
+from compressor.plugin import Column, Decision, Description, Method, OptionError, Options, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,13 @@ class Wanda(Method[WandaOptions]):
             of_experts = [one_E for name in names if (one_E := figures[f"inputs.{name}.tokens"]).ndim]
             decided[layer.path] = {"without_tokens": torch.where(of_experts[0] == 0)[0].tolist()}
         return Decision({"layers": decided}, tensors)
+
+    def describe(self, decision: Decision) -> Description:
+        """Which zeros, and the experts that the text has not reached."""
+        is_unseen = any(layer["without_tokens"] for layer in decision["layers"].values())
+        which = f"{self.options.sparsity:.0%}" if self.options.pattern == "unstructured" else self.options.pattern
+        columns = [Column("without_tokens", "experts without tokens")] if is_unseen else []
+        return Description(columns, [f"{which} of each output's weights are zero, as numbers: no bytes are saved"])
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Zeros in every expert's matrices, and in the linear maps beside them that were observed."""

@@ -116,12 +116,17 @@ def test_merging() -> None:
 
 
 def test_sparse_and_scaled_layers() -> None:
-    layer = {"matrices": ["down_proj", "up_proj"], "without_tokens": [0, 2]}
-    done = with_description(entry(layer, method="wanda", original_ids={"l.0": [1, 3, 5]}))
-    assert decision_table(done).rows == [("l.0", "down_proj; up_proj", "1, 5")]
-    scaled = {"loss": 0.5, "scaled": 0.25, "scales": [1.25, 0.5]}
-    done = with_description(entry(scaled, scaled | {"scales": None}, method="output_scale"))
-    assert decision_table(done).rows == [("l.0", "0.5", "0.25", "1.25; 0.5"), ("l.1", "0.5", "0.25", "–")]
+    done = with_description(entry({"without_tokens": [0, 2]}, method="wanda", original_ids={"l.0": [1, 3, 5]}))
+    assert decision_table(done).rows == [("l.0", "1, 5")]
+    everywhere = with_description(entry({"without_tokens": []}, method="wanda", original_ids={"l.0": [1, 3, 5]}))
+    assert decision_table(everywhere).rows == []
+    assert list(decision_notes(everywhere)) == ["2:4 of each output's weights are zero, as numbers: no bytes are saved"]
+    scaled = {"loss": 0.5, "scaled": 0.25, "smallest": 0.5, "largest": 1.25, "scales": [1.25, 0.5]}
+    left = {"loss": 0.5, "scaled": 0.5, "scales": None}
+    done = with_description(entry(scaled, left, method="output_scale"))
+    assert decision_table(done).rows == [("l.0", "0.5", "0.25", "0.5", "1.25"), ("l.1", "0.5", "0.5", "–", "–")]
+    assert decision_table(done, details=True).rows[0][-1] == "1.25; 0.5"
+    assert list(decision_notes(done)) == ["in 1 of 2 layers the loss does not fall, and nothing changes"]
 
 
 @pytest.mark.parametrize(
