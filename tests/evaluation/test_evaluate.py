@@ -459,7 +459,7 @@ def test_tasks_that_cannot_be_used(tmp_path: Path, model: Any, choice: Any, monk
         lm_eval_tasks.load_tasks(["demo_code"], local_tasks=lambda: unsafe)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lm_evals_own_index(monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import config
 

@@ -429,7 +429,7 @@ def test_a_journal_of_which_nobody_knows_what_it_is_about_is_kept(
     "piece",
     [
         pytest.param("journal/edited 0.expert_pruning.json", marks=pytest.mark.nightly),
-        "journal/edited 1.expert_pruning.json",
+        pytest.param("journal/edited 1.expert_pruning.json", marks=pytest.mark.nightly),
         f"stages/1.expert_pruning/{WEIGHTS}",
     ],
 )
@@ -569,8 +569,8 @@ def test_notes(tmp_path: Path) -> None:
         Journal(tmp_path / "journal", {"model": "a", "versions": {"torch": "2", "numpy": 1}}).go_on()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.nightly), "disk"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("weights", ["memory", "disk"])
 def test_files_that_may_not_grow(weights: str, recipe: Recipe, tmp_path: Path) -> None:
     """At whatever write the disk is full, one error says so, nothing appears, and the run goes on with more room."""
     script = (

@@ -120,6 +120,7 @@ def test_every_expert_is_used(outputs):
     assert shares.amax(dim=0).min() > 0.02
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_tasks_are_answered_above_chance(model, tokenizer):
     from lm_eval import evaluator
