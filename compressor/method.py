@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -230,12 +231,18 @@ class Method(ABC, Generic[OptionsT]):
         figures, same decision. Raises OptionError where the figures cannot tell what the options ask for.
         """
 
-    @abstractmethod
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
-        """Apply the decision to one layer: write its experts' numbers, and say what to keep or skip.
+        """Apply the decision to one layer: write its experts' numbers, and say what to keep or skip. Every method
+        defines it, or `external`.
 
         Asked once a layer, and once more on copies in float32 where it asks for weights, so it must be a pure function
         of decision and layer. Weights are read only if it asks for them, one decoder layer at a time.
+        """
+
+    def external(self, source: Path, target: Path, decision: Decision) -> None:
+        """Write into the empty folder `target` what is to become of the checkpoint in `source`, which is only read. A
+        method that defines it is the last pass of a recipe, and edits no layer. What it leaves is loaded again: it
+        has the same experts and vocabulary. Asked in the first process alone.
         """
 
     def config_changes(self, decision: Decision) -> Mapping[str, Any]:
@@ -263,3 +270,13 @@ class Method(ABC, Generic[OptionsT]):
         follows the method's name. `layers` are as the pass saw them. The same seed makes the same decision.
         """
         return "draws nothing at random"
+
+
+BESIDE_NO_EXTERNAL = ("edit", "preview", "control", "config_changes", "progressive")
+"""What is never asked of a method that defines `external`."""
+
+
+def is_external(method: Method[Any] | type[Method[Any]]) -> bool:
+    """Whether a method turns a checkpoint's folder into another one, by `Method.external`."""
+    kind = method if isinstance(method, type) else type(method)
+    return kind.external is not Method.external

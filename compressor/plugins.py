@@ -173,7 +173,7 @@ def _verify_criterion(criterion: Any, who: str) -> None:
 
 
 def _verify_method(method: Any, who: str) -> None:
-    from compressor.method import Method, Options
+    from compressor.method import BESIDE_NO_EXTERNAL, Method, Options, is_external
 
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise PluginError(f"{who}: {method!r} is not a subclass of compressor.plugin.Method.")
@@ -188,9 +188,17 @@ def _verify_method(method: Any, who: str) -> None:
         )
     if not (isinstance(getattr(method, "options_type", None), type) and issubclass(method.options_type, Options)):
         raise PluginError(f"{who}: {method.__name__}.options_type is not a subclass of compressor.plugin.Options.")
-    abstract = sorted(getattr(method, "__abstractmethods__", ()))
+    abstract = {*getattr(method, "__abstractmethods__", ())}
+    if method.edit is Method.edit and not is_external(method):
+        abstract.add("edit")
     if abstract:
-        raise PluginError(f"{who}: {method.__name__} does not implement {', '.join(abstract)}.")
+        raise PluginError(f"{who}: {method.__name__} does not implement {', '.join(sorted(abstract))}.")
+    never = [name for name in BESIDE_NO_EXTERNAL if getattr(method, name) is not getattr(Method, name)]
+    if is_external(method) and never:
+        raise PluginError(
+            f"{who}: {method.__name__} defines `external`, and then {', '.join(never)} would never be asked: leave one "
+            f"of them out."
+        )
     _refuse_other_names(method, who)
 
 

@@ -232,6 +232,11 @@ WHOLE = NO_STEPS + "    def statistic(self, layer): ...\n    def decide(self, la
         (offer("[3]"), "3 is not a subclass of compressor.plugin.Method."),
         (offer("[Options]"), "<class 'compressor.method.Options'> is not a subclass of compressor.plugin.Method."),
         (offer("[Half]", NO_STEPS), "Half does not implement decide."),
+        (offer("[Half]", WHOLE.replace("def edit", "def _edit")), "Half does not implement edit."),
+        (
+            offer("[Half]", WHOLE + "    def external(self, source, target, decision): ...\n"),
+            "Half defines `external`, and then edit would never be asked: leave one of them out.",
+        ),
         (offer("[Half]", WHOLE.replace('name = "half"', "")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('"half"', "3")), "Half has no `name`."),
         (offer("[Half]", WHOLE.replace('version = "1"', "")), "Half has no `version`."),

@@ -205,6 +205,11 @@ class OutputFolder:
                 f"{self.target}: {who} needs {human_bytes(num_bytes)} of disk, {human_bytes(free)} are free."
             )
 
+    def take(self, checkpoint: Path) -> None:
+        """Move a checkpoint's files into it. Its config goes first: without it the rest counts as gone."""
+        for path in sorted(checkpoint.iterdir(), key=lambda path: path.name != "config.json"):
+            path.rename(self.path / path.name)
+
     def finish(self) -> None:
         """Give the folder its name. Stopped anywhere in here, the journal is whole or `complete` does the rest."""
         mask = os.umask(0)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +118,10 @@ class Backend(ABC):
         """The model's logits [N, V] at a batch's N real tokens."""
 
     @abstractmethod
+    def stored(self, folder: OutputFolder, probe: TokenBatch, stage: Path) -> Checkpoint:
+        """The model as files: those that it is read from, or else written into `stage`, in the output's work folder."""
+
+    @abstractmethod
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         """Write the checkpoint into the output's folder."""
 
@@ -160,19 +165,29 @@ class InMemory(Backend):
                 return logits_NV
         return self.logits(batch)
 
-    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+    def stored(self, folder: OutputFolder, probe: TokenBatch, stage: Path) -> Checkpoint:
         self.progress.say("saving, and loading again to compare")
-        save_verified(self.moe, self.source, folder, probe, self.left_out, self.adapters, self.answers(probe))
+        how = (probe, self.left_out, self.adapters, self.answers(probe))
+        return save_verified(self.moe, self.source, folder, *how, into=stage)
+
+    def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
+        self.stored(folder, probe, folder.path)
 
 
 class AsLoaded:
     """A model as transformers loads it, to be measured alone. `layers` are the MoE layers that are known."""
+
+    weights = None
+    """They are all there."""
 
     def __init__(self, model: Any, layers: Sequence[MoELayer], source: Checkpoint, processes: Processes) -> None:
         self.model, self.layers, self.source, self.processes = model, layers, source, processes
 
     def counted(self) -> AbstractContextManager[Counter]:
         return nullcontext(Counter())
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        return forward.logits(self.model, batch)
 
     def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
         return perplexity(self.model, sequences, batch_size, update, self.processes)

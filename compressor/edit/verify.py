@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,20 +95,22 @@ def save_verified(
     left_out: LeftOut | None = None,
     adapters: Sequence[Adapter] = (),
     answers: Tensor | None = None,
-) -> None:
-    """Write the checkpoint and load it again: every tensor and logit must be the live model's (`answers` [N, V], if
-    known), by the bit. Raises VerificationError where not, CheckpointError if a tensor is missing or unexpected.
+    *,
+    into: Path | None = None,
+) -> Checkpoint:
+    """Write the checkpoint (`into` another folder than the output's path) and load it again: every tensor and logit
+    must be the live model's (`answers` [N, V], if known), by the bit. Raises VerificationError where not,
+    CheckpointError if a tensor is missing or unexpected.
     """
+    into = into or folder.path
     folder.require_space(size(moe.model).bytes)
     leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
     counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
-    save_checkpoint(moe.model, found.folder if found else None, folder.path, counts, left_out, moe.config_changes)
-    verify_files(folder.path)
-    trust = found.trust_remote_code if found else False
+    save_checkpoint(moe.model, found.folder if found else None, into, counts, left_out, moe.config_changes)
+    verify_files(into)
+    written = Checkpoint(str(folder.target), into, found.trust_remote_code if found else False)
     where = getattr(moe.model, "hf_device_map", None) or str(next(moe.model.parameters()).device)
-    again = load_model(
-        Checkpoint(str(folder.target), folder.path, trust), device=where, like=moe.model, adapters=adapters
-    )
+    again = load_model(written, device=where, like=moe.model, adapters=adapters)
     live, loaded = moe.model.state_dict(), again.state_dict()
     different = [name for name in live if name not in loaded or not torch.equal(live[name], loaded[name])]
     if different or len(live) != len(loaded):
@@ -121,6 +124,7 @@ def save_verified(
         raise VerificationError(
             f"{folder.target}: loaded again, it does not answer as the live model (a logit by {difference:.3g})."
         )
+    return written
 
 
 def random_batch(model: Any) -> TokenBatch:

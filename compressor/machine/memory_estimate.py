@@ -89,6 +89,8 @@ class Work:
     is_quantised: bool = False
     reading: int = 0
     has_original: bool = False
+    is_turned: bool = False
+    """Whether an external step turns the checkpoint, written first where the weights are in memory, into another."""
     changes_values: bool = False
     """Whether a pass edits numbers: one decoder layer's are there in float32 too, and from disk as they are stored."""
 
@@ -147,8 +149,11 @@ class Work:
         return self.bytes_outside + 2 * largest + packed
 
     def disk(self, place: Placement) -> int:
-        """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files."""
-        stages = 2 if place.weights == "disk" and self.num_passes > 1 else 1
+        """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files. What an
+        external step writes is taken to be as large as what it is given.
+        """
+        has_stage = self.num_passes > 1 if place.weights == "disk" else self.is_turned
+        stages = 2 if has_stage else 1
         states = self.hidden_states(place.weights)
         waiting = states if place.states == "file" else 0
         return stages * self.bytes_after + states // 2 + waiting

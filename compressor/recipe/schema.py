@@ -205,6 +205,11 @@ class ResolvedPass:
     method: Method[Any]
 
     @property
+    def name(self) -> str:
+        """What tells its figures and files from those of other passes: `0.expert_pruning`."""
+        return f"{self.index}.{self.spec.method}"
+
+    @property
     def path(self) -> KeyPath:
         """Where the pass stands in its recipe: `("passes", 0, "expert_pruning")`."""
         return ("passes", self.index, self.spec.method)

@@ -23,7 +23,7 @@ from compressor.edit.layer_edits import LiveWeights, NotOnDiskError, StoredWeigh
 from compressor.edit.verify import ids_left, random_batch, save_verified
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.machine.progress import Progress
-from compressor.method import Decision, Method, OptionError
+from compressor.method import Decision, Method, OptionError, is_external
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
@@ -235,6 +235,11 @@ class _Decided:
         if done["method"] not in self.methods:
             raise RecipeError(f"{self.name}: no installed plugin offers the method {done['method']!r}.")
         method = self.methods[done["method"]]
+        if is_external(method):
+            raise RecipeError(
+                f"{self.name}: {method.name} turns a checkpoint into another one, which only a run does: run its "
+                f"recipe, or apply the passes before it alone."
+            )
         try:
             return method(parse_options(method.options_type, done["method"], done["options"]))
         except RecipeError as error:

@@ -32,7 +32,7 @@ from compressor.errors import PluginError, UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
-from compressor.method import Method, OptionError, Plan, check_skipping
+from compressor.method import Method, OptionError, Plan, check_skipping, is_external
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import refuse_quantised
 from compressor.model.skipping.install import fitting_rules
@@ -169,6 +169,27 @@ _MANY_TENSORS = 10_000
 """More take longer than a moment."""
 
 
+def _check_external(loaded: LoadedRecipe, notes: list[str]) -> None:
+    """Raise RecipeError where a checkpoint cannot be turned into another one, which the notes say of the last pass."""
+    evaluation = loaded.recipe.evaluate
+    for resolved in (one for one in loaded.passes if is_external(one.method)):
+        name = resolved.method.name
+        if resolved is not loaded.passes[-1]:
+            raise loaded.error(
+                resolved.path,
+                f"{name} turns the checkpoint into another one, which no pass goes on with: put it last",
+            )
+        if loaded.recipe.output is None:
+            raise loaded.error(
+                resolved.path, f"{name} turns a checkpoint into another one, in files, so it needs an `output`"
+            )
+        if evaluation and evaluation.each_pass:
+            raise loaded.error(
+                ("evaluate", "each_pass"), f"{name} turns a checkpoint into another one, which is not measured alone"
+            )
+        notes.append(f"{name} turns the checkpoint into another one at the end; what that takes only {name} knows")
+
+
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
     """Raise RecipeError for what cannot be measured: how a model continues text that does not, one pass of one."""
     evaluation = loaded.recipe.evaluate
@@ -218,6 +239,7 @@ def _preview(
     notes = ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules)
     given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
     layers, changes_values = _check_passes(loaded, given, notes, is_quantised=is_quantised)
+    _check_external(loaded, notes)
     _check_random(loaded, structure.layers, layers)
     with loaded.at("model"):
         dtype = _dtype(loaded.recipe.dtype, config, stored)

@@ -12,6 +12,7 @@ from compressor.checkpoint.layerwise_weights import sizes_of
 from compressor.data.sources import BaseSource, TaskSource
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
+from compressor.method import is_external
 from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe
 from compressor.wording import human_bytes
@@ -60,6 +61,7 @@ def work_of(
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
         has_original=any(one.method.needs_original for one in loaded.passes),
+        is_turned=any(is_external(one.method) for one in loaded.passes),
         reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),
     )
 

@@ -34,14 +34,14 @@ from compressor.errors import CompressorError, RecipeError
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import hardware
 from compressor.machine.progress import Progress
-from compressor.method import Decision
+from compressor.method import Decision, is_external
 from compressor.model.config_entry import read_entry
 from compressor.model.moe_model import MoEModel
 from compressor.observe.activation_offload import Parking
 from compressor.observe.layerwise import Original
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import Recipe, ResolvedPass, load_recipe
-from compressor.run import check, controls, passes, readiness
+from compressor.run import check, controls, external, passes, readiness
 from compressor.run.job import Job, open_journal
 from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices
 from compressor.run.measure import Measured, Yardstick, compared, compared_speed, measure
@@ -170,15 +170,18 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         piece = _workpiece(job, subject)
     with job.timed("evaluate before"):
         before = measure(job, piece, yardstick, "before", subject.devices)
-    done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about), _original(job, subject))
+    smaller, done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about), _original(job, subject))
     with job.timed("evaluate after"):
-        after = measure(job, piece, yardstick, "after", subject.devices)
+        after = measure(job, smaller, yardstick, "after", subject.devices, name=_name_after(job) if yardstick else None)
     if after:
         ours = {name: found.perplexity for name, found in after.perplexity.items()}
         done[-1] = controls.with_ours(done[-1], ours)
     if folder:
         with job.timed("save"):
-            piece.save(folder, probe_of(_batches(job, texts.by_pass[0]), piece.model))
+            if smaller is piece:
+                piece.save(folder, probe_of(_batches(job, texts.by_pass[0]), piece.model))
+            else:
+                folder.take(_turned_folder(job))
     record = run_json(job.loaded, job.fingerprint, about, subject.preview, done)
     if beside and beside.left:
         record["left_behind"] = list(beside.left)
@@ -187,7 +190,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
             before = before.with_bytes_of(subject.checkpoint.folder)
         if folder:
             after = after.with_bytes_of(folder.path)
-        record["evaluation"] = _evaluation(job, subject, piece.model, texts, yardstick, before, after)
+        record["evaluation"] = _evaluation(job, subject, smaller.model, texts, yardstick, before, after)
         if yardstick.evaluation.each_pass:
             with job.timed("each pass alone"):
                 record["evaluation"]["alone"] = _alone(job, subject, texts, yardstick, done, before)
@@ -195,7 +198,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     if folder:
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
-    model = piece.model if piece.weights is None else None
+    model = smaller.model if smaller.weights is None else None
     return CompressionResult(record, None, model, subject.preview.tokenizer)
 
 
@@ -221,12 +224,15 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
 
 def _apply_passes(
     job: Job, piece: Backend, texts: Texts, files: passes.PassFiles, original: Callable[[], Original]
-) -> list[dict[str, Any]]:
-    """Observe, decide and edit for every pass, each step leaving its file; what the record says of them."""
+) -> tuple[Measurable, list[dict[str, Any]]]:
+    """Observe, decide and edit for every pass, each step leaving its file: what has become of the model, and what the
+    record says of the passes.
+    """
+    smaller: Measurable = piece
     all_ids = piece.original_ids
     done: list[dict[str, Any]] = []
     for resolved, sequences, held_out in zip(job.loaded.passes, texts.by_pass, texts.held_out, strict=True):
-        started, name = time.perf_counter(), f"{resolved.index}.{resolved.spec.method}"
+        started, name = time.perf_counter(), resolved.name
         batches = _batches(job, sequences)
         with job.timed("observe"):
             shown = [*batches, *_batches(job, held_out, held_out=True)]
@@ -240,10 +246,60 @@ def _apply_passes(
         probe = probe_of(batches, piece.model)
         random = controls.beside(job, piece, resolved, decision, batches, texts.perplexity, probe, name)
         with random as found, job.timed("edit"):
-            entry["checks"] = passes.edit(job, piece, resolved, decision, probe, name)
+            if is_external(resolved.method):
+                smaller, entry["checks"] = _turned(job, piece, resolved, decision, probe, files.folder)
+            else:
+                entry["checks"] = passes.edit(job, piece, resolved, decision, probe, name)
         entry |= found
         entry["seconds"] = round(time.perf_counter() - started, 3)
-    return done
+    return smaller, done
+
+
+# A checkpoint that becomes another one ---------------------------------------------------------------------
+
+
+def _turned(
+    job: Job,
+    piece: Backend,
+    resolved: ResolvedPass,
+    decision: Decision,
+    probe: TokenBatch,
+    folder: OutputFolder | None,
+) -> tuple[Measurable, dict[str, float]]:
+    """What an external step has made of the model, to be measured, and how its logits on `probe` differ."""
+    given = piece.logits(probe)
+    if folder is not None:
+        with job.loaded.at(*resolved.path):
+            external.carry_out(job, piece, resolved.method, decision, probe, folder, _turned_folder(job))
+    job.processes.wait()
+    torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
+    with job.loaded.at(*resolved.path), external.refused_by_name():
+        smaller = _as_served(job, _turned_folder(job))
+        checks = external.difference(given, smaller.logits(probe))
+    job.processes.wait()  # its files are moved next
+    return smaller, checks
+
+
+def _turned_folder(job: Job) -> Path:
+    """Where the last pass leaves the checkpoint that it turns another one into."""
+    assert job.recipe.output is not None
+    return stages_folder(job.recipe.output) / job.loaded.passes[-1].name
+
+
+def _as_served(job: Job, folder: Path) -> Measurable:
+    """A checkpoint of the run's own, loaded as `evaluate` loads it."""
+    as_it_is = {"weights": "auto", "hidden_states": "auto", "dtype": "auto", "evaluate": None, "output": None}
+    recipe = job.recipe.model_copy(update={"model": str(folder), **as_it_is})
+    job = dataclasses.replace(job, loaded=load_recipe(recipe), journal=None)
+    return _piece_to_measure(job, _in_checkpoint(job, check.measuring(job.loaded, job.plugins.adapters, job.progress)))
+
+
+def _name_after(job: Job) -> str:
+    """What the journal calls the last figures: those of a checkpoint that an external step has written are its own."""
+    if not is_external(job.loaded.passes[-1].method):
+        return "after"
+    folder = _turned_folder(job)
+    return f"after {headers.fingerprint(folder, headers.verify_files(folder)).rpartition(':')[2]}"
 
 
 # What it begins with ---------------------------------------------------------------------------------------

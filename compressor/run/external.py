@@ -1,0 +1,147 @@
+"""The last pass of a recipe may turn the checkpoint into another one, by code of its own (`Method.external`).
+
+The checkpoint is handed over as a folder, which must stay as it is; what is left in another one is compared with it
+here, and loaded by the run, as it would be served. Refused is what anybody would stumble over: files that do not
+belong together, other experts, another vocabulary, other text for the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import headers
+from compressor.checkpoint.files import files_beside
+from compressor.checkpoint.find import Checkpoint, load_config
+from compressor.checkpoint.load import load_tokenizer, unquantised_skeleton
+from compressor.checkpoint.output import OutputFolder
+from compressor.data.sequences import TokenBatch, tokenizer_fingerprint
+from compressor.edit.backend import Backend
+from compressor.errors import CheckpointError, CompressorError, PluginError
+from compressor.method import Decision, Method
+from compressor.model.config_entry import read_entry
+from compressor.model.structure import Structure
+from compressor.run.job import Job
+
+
+def carry_out(
+    job: Job,
+    piece: Backend,
+    method: Method[Any],
+    decision: Decision,
+    probe: TokenBatch,
+    folder: OutputFolder,
+    target: Path,
+) -> None:
+    """Have the method write another checkpoint into `target`, unless a run before has left it there, whole. Raises
+    PluginError where it fails, touches what it was given, or leaves what cannot be compared.
+    """
+    name = f"turned {target.name}"
+    noted = job.journal.noted(name) if job.journal is not None else None
+    if noted is not None and _is_there(target, noted["fingerprint"]):
+        return
+    stage = target.with_name(f"{target.name}.source")
+    for left in (stage, target):  # by a run that was stopped
+        shutil.rmtree(left, ignore_errors=True)
+    source = piece.stored(folder, probe, stage)
+    target.mkdir(parents=True)
+    job.progress.say(f"{method.name}: turning the checkpoint into another one")
+    with _left_alone(source, target.parent):
+        try:
+            method.external(source.folder, target, decision)
+        except Exception as error:  # whatever it calls may fail in any way; the run stops, naming it
+            raise PluginError(f"its external step failed: {type(error).__name__}: {error}") from error
+    turned = Checkpoint(str(target), target, source.trust_remote_code)
+    with refused_by_name():
+        compare(source, turned, piece.moe.structure)
+    shutil.rmtree(stage, ignore_errors=True)
+    if job.journal is not None:
+        job.journal.note(name, {"fingerprint": headers.fingerprint(target, turned.shards)})
+
+
+def _is_there(target: Path, fingerprint: str) -> bool:
+    try:
+        return headers.fingerprint(target, headers.verify_files(target)) == fingerprint
+    except (OSError, CheckpointError):  # it was stopped while it wrote, or while the output was put together
+        return False
+
+
+@contextmanager
+def _left_alone(source: Checkpoint, work: Path) -> Iterator[None]:
+    """Raise PluginError where a file of the checkpoint is another one afterwards; one of ours in `work` is removed
+    then, so that no run goes on with it.
+    """
+    files, fingerprint = _files(source), headers.fingerprint(source.folder, source.shards)
+    is_changed = False
+    try:
+        yield
+    finally:
+        is_changed = _files(source) != files or headers.fingerprint(source.folder, source.shards) != fingerprint
+        if is_changed and source.folder.is_relative_to(work):
+            shutil.rmtree(source.folder)
+    if is_changed:
+        raise PluginError(f"its external step has changed {source.folder}, which it was given to read.")
+
+
+def _files(source: Checkpoint) -> list[tuple[Path, int, int]]:
+    """Every file's path, size and time of its last change."""
+    files = sorted(path for path in source.folder.rglob("*") if path.is_file())
+    return [(path, (found := path.stat()).st_size, found.st_mtime_ns) for path in files]
+
+
+@contextmanager
+def refused_by_name() -> Iterator[None]:
+    """What is wrong with the checkpoint that the external step has left is the plugin's fault."""
+    try:
+        yield
+    except CompressorError as error:
+        raise PluginError(f"what its external step has left is refused: {error}") from error
+
+
+def compare(source: Checkpoint, turned: Checkpoint, structure: Structure) -> None:
+    """Raise CheckpointError unless the checkpoint is whole, with the experts and vocabulary of its source. Where it has
+    no tokenizer it gets the source's, with what else lies beside the weights.
+    """
+    folder = turned.folder
+    if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink()):
+        raise CheckpointError(f"{folder}: {links[0]} is a link; files are to be there themselves.")
+    shutil.rmtree(folder / "compressor", ignore_errors=True)  # copied: it tells of another model
+    config, given = load_config(turned), load_config(source)
+    _ = turned.shards
+    if config.model_type != given.model_type:
+        raise CheckpointError(f"{folder}: its model_type is {config.model_type!r}; expected {given.model_type!r}.")
+    for leaf in filter(None, (structure.num_experts_leaf, structure.top_k_leaf)):
+        if leaf.get(config) != leaf.get(given):
+            raise CheckpointError(f"{folder}: its config has {leaf} = {leaf.get(config)}; expected {leaf.get(given)}.")
+    if read_entry(config) != read_entry(given):
+        raise CheckpointError(
+            f"{folder}: its config has lost, or changed, `compressor`, which says what layers have or skip."
+        )
+    if turned.quantisation is not None and "skipping" in read_entry(config):
+        raise CheckpointError(f"{folder}: it is quantised, and nothing reads a quantised one that skips experts.")
+    rows = [unquantised_skeleton(one).get_input_embeddings().weight.shape[0] for one in (turned, source)]
+    if rows[0] != rows[1]:
+        raise CheckpointError(f"{folder}: its vocabulary has {rows[0]} entries; expected {rows[1]}.")
+    if not turned.has_tokenizer:
+        beside = files_beside(source.folder)
+        lacking = tuple(name for name in beside.carried if not (folder / name).exists())
+        dataclasses.replace(beside, carried=lacking).copy(folder)
+    if tokenizer_fingerprint(load_tokenizer(turned)) != tokenizer_fingerprint(load_tokenizer(source)):
+        raise CheckpointError(f"{folder}: its tokenizer is another one; leave that of {source.folder}, or none.")
+
+
+def difference(given_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
+    """How far the logits are from those of the model that was handed over, relative to their norm. Raises
+    CheckpointError where they are not finite.
+    """
+    given, found = given_NV.cpu().double(), found_NV.cpu().double()
+    if not torch.isfinite(found).all():
+        raise CheckpointError("it answers NaN or infinity to calibration text.")
+    return {"external_difference": float((found - given).norm() / given.norm().clamp_min(1e-30))}
