@@ -90,8 +90,9 @@ def load_model(
 def unquantised_skeleton(checkpoint: Checkpoint) -> Any:
     """The checkpoint's model on the meta device as its config alone has it, unquantised; nothing of it is checked."""
     config = without_quantisation(load_config(checkpoint))
+    cls = _class_to_load(checkpoint, config, ())
     with torch.device("meta"), quiet_transformers():
-        return model_class(checkpoint, config)(config)
+        return cls(config)
 
 
 def _tensors_on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

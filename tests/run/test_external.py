@@ -226,12 +226,16 @@ def quantise(source: Path, target: Path) -> None:
 def test_a_quantised_one(recipe: Recipe, tmp_path: Path, does: Callable[..., None]) -> None:
     """It is measured as `compressor evaluate` measures it."""
     does(quantise)
+    recipe["passes"][0]["expert_pruning"]["keep"] = {"0": 6, "1": 4, "2": 8}
     record = compressor.compress(recipe).record
     assert 0 < record["passes"][1]["checks"]["external_difference"] < 0.2
     alone = pipeline.evaluate({**recipe, "output": None}, str(tmp_path / "out"))
     assert figures(alone) == figures(record)
     assert not (tmp_path / "out" / WEIGHTS).exists()
-    assert record["evaluation"]["after"]["size"]["bytes"] < record["evaluation"]["before"]["size"]["bytes"] / 2
+    sizes = [record["evaluation"][when]["size"] for when in ("before", "after")]
+    assert sizes[1]["parameters"] == sizes[0]["parameters"] - 6 * (3 * 24 * 32 + 32)  # with their rows of the router
+    assert sizes[1]["active_parameters"] == sizes[0]["active_parameters"]
+    assert sizes[1]["bytes"] < sizes[0]["bytes"] / 2
 
 
 # What is refused -------------------------------------------------------------------------------------------
