@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -53,8 +53,7 @@ class Wanda(Method[WandaOptions]):
         """Norms of what a matrix is given, of those that the options ask for."""
         from compressor_wanda.scores import Norms
 
-        wanted = {"expert": True, "block": self.options.shared_experts, "layer": self.options.attention}
-        return Norms(site.layer.num_experts) if wanted[site.place] else None
+        return Norms(site.layer.num_experts, site.place) if site.place in self._places else None
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """The norms, which with the weights say everything; an expert without tokens goes by its weights alone."""
@@ -62,13 +61,22 @@ class Wanda(Method[WandaOptions]):
 
         decided = {}
         tensors: dict[str, Mapping[str, Tensor]] = {}
+        if self.options.attention and not any(dict(_of_place(one, "layer")) for one in statistics.values()):
+            raise OptionError("attention", "the figures have none of linear maps outside the MoE blocks")
         for layer in layers:
-            figures = statistics[layer.path]
-            names = sorted(name[len("inputs.") : -len(".squares")] for name in figures if name.endswith(".squares"))
-            tensors[layer.path] = {name: figures[f"inputs.{name}.squares"].sqrt().float() for name in names}
-            of_experts = [one_E for name in names if (one_E := figures[f"inputs.{name}.tokens"]).ndim]
-            decided[layer.path] = {"without_tokens": torch.where(of_experts[0] == 0)[0].tolist()}
+            found = {place: dict(_of_place(statistics[layer.path], place)) for place in self._places}
+            if not found["expert"]:
+                raise KeyError("inputs of experts")
+            tensors[layer.path] = {name: one.sqrt().float() for of in found.values() for name, one in of.items()}
+            tokens_E = statistics[layer.path][f"inputs.{next(iter(found['expert']))}.tokens"]
+            decided[layer.path] = {"without_tokens": torch.where(tokens_E == 0)[0].tolist()}
         return Decision({"layers": decided}, tensors)
+
+    @property
+    def _places(self) -> Sequence[str]:
+        """Where the options ask for zeros, as `LinearSite.place` has it."""
+        asked = {"expert": True, "block": self.options.shared_experts, "layer": self.options.attention}
+        return [place for place, is_asked in asked.items() if is_asked]
 
     def describe(self, decision: Decision) -> Description:
         """Which zeros, and the experts that the text has not reached."""
@@ -78,7 +86,7 @@ class Wanda(Method[WandaOptions]):
         return Description(columns, [f"{which} of each output's weights are zero, as numbers: no bytes are saved"])
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
-        """Zeros in every expert's matrices, and in the linear maps beside them that were observed."""
+        """Zeros in every expert's matrices, and in the linear maps beside them that the decision has norms of."""
         from compressor_wanda.scores import sparse
 
         norms = decision.tensors[layer.path]
@@ -87,3 +95,10 @@ class Wanda(Method[WandaOptions]):
                 own.matrices[name] = sparse(weight_OI, norms[name][expert], self.options.pattern, self.options.sparsity)
         for name in norms.keys() & layer.linears.keys():
             layer.linears[name] = sparse(layer.linears[name], norms[name], self.options.pattern, self.options.sparsity)
+
+
+def _of_place(figures: Mapping[str, Tensor], place: str) -> Iterator[tuple[str, Tensor]]:
+    """The sums of squares of the linear maps there, by name."""
+    for key in sorted(figures):
+        if key.startswith("inputs.") and key.endswith(f".squares.{place}"):
+            yield key.removeprefix("inputs.").removesuffix(f".squares.{place}"), figures[key]

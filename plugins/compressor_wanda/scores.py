@@ -11,8 +11,9 @@ from compressor.plugin import InputStatistic
 class Norms(InputStatistic):
     """Σ x² of each input over the tokens: [E, I] of a matrix that every expert has, [I] of another."""
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+    def __init__(self, num_experts: int, place: str) -> None:
+        """`place` is where the linear map is, as `LinearSite` has it."""
+        self._num_experts, self._place = num_experts, place
         self._squares: Tensor | None = None
         self._tokens: Tensor | None = None
 
@@ -27,10 +28,10 @@ class Norms(InputStatistic):
         self._tokens[at] += len(inputs_TI)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`squares` [E, I] or [I], and `tokens` [E] or []."""
+        """`squares.PLACE` [E, I] or [I], and `tokens` [E] or []."""
         if self._squares is None or self._tokens is None:
             return {}
-        return {"squares": self._squares.cpu(), "tokens": self._tokens.cpu()}
+        return {f"squares.{self._place}": self._squares.cpu(), "tokens": self._tokens.cpu()}
 
 
 def sparse(weight_OI: Tensor, norm_I: Tensor, pattern: str, sparsity: float = 0.5) -> Tensor:

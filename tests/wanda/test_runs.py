@@ -172,14 +172,30 @@ def test_interrupted_after_an_edit_ends_with_the_same_bytes(
 def test_decided_again(tokens: Path, tmp_path: Path) -> None:
     compressor.compress(recipe(tokens, {"wanda": {"attention": True}}), output=tmp_path / "out")
     statistics = tmp_path / "out" / "compressor" / "statistics.safetensors"
-    decided = compressor.decide(
-        statistics, "wanda", output=tmp_path / "other.json", pattern="unstructured", sparsity=0.25
-    )
-    apply(tmp_path / "other.json", str(tiny_folder("mixtral")), tmp_path / "applied")
     options = {"pattern": "unstructured", "sparsity": 0.25, "attention": True}
+    decided = compressor.decide(statistics, "wanda", output=tmp_path / "other.json", **options)
+    apply(tmp_path / "other.json", str(tiny_folder("mixtral")), tmp_path / "applied")
     whole = compressor.compress(recipe(tokens, {"wanda": options}), output=tmp_path / "whole")
     assert whole.record["passes"][0]["decision"] == decided["passes"][0]["decision"]
     assert (tmp_path / "applied" / "model.safetensors").read_bytes() == files(tmp_path / "whole")["model.safetensors"]
+
+
+def test_decided_again_of_other_places(tokens: Path, tmp_path: Path) -> None:
+    """Zeros come where the options of the decision ask for them, not where those of the run did."""
+    folder = tiny_folder("qwen2_moe")
+    both = {"attention": True, "shared_experts": True}
+    for name, options in (("all", both), ("experts", {}), ("merged", None)):
+        passes = {"wanda": options} if options is not None else {"expert_merging": {"keep": 6}}
+        compressor.compress(recipe(tokens, passes, model=folder), output=tmp_path / name)
+    files_of = {one: tmp_path / one / "compressor" / "statistics.safetensors" for one in ("all", "experts", "merged")}
+    decided = compressor.decide(files_of["all"], "wanda", output=tmp_path / "some.json", shared_experts=True)
+    shapes = next(iter(decided["passes"][0]["tensors"].values()))
+    assert any("shared_expert." in name for name in shapes)
+    assert not any("self_attn" in name for name in shapes)
+    with pytest.raises(RecipeError, match=r"wanda\.attention: the figures have none of linear maps outside"):
+        compressor.decide(files_of["experts"], "wanda", attention=True)
+    with pytest.raises(RecipeError, match=r"another method than wanda: 0\.expert_merging has no 'inputs of experts'"):
+        compressor.decide(files_of["merged"], "wanda")
 
 
 def test_what_cannot_be_is_refused(tokens: Path, tmp_path: Path) -> None:

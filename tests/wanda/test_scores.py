@@ -54,13 +54,13 @@ def test_widths_that_do_not_divide() -> None:
 
 
 def test_norms_by_hand() -> None:
-    of_experts, of_one = Norms(3), Norms(3)
+    of_experts, of_one = Norms(3, "expert"), Norms(3, "layer")
     of_experts.update(torch.tensor([[1.0, 2], [3, 0]]), 1)
     of_experts.update(torch.tensor([[1.0, 1]]), 0)
     of_experts.update(torch.tensor([[2.0, 2]]), 1)
     of_one.update(torch.tensor([[1.0, 2], [3, 0]]), None)
-    assert of_experts.tensors()["squares"].tolist() == [[1, 1], [14, 8], [0, 0]]
+    assert of_experts.tensors()["squares.expert"].tolist() == [[1, 1], [14, 8], [0, 0]]
     assert of_experts.tensors()["tokens"].tolist() == [1, 3, 0]
-    assert of_one.tensors()["squares"].tolist() == [10, 4]
+    assert of_one.tensors()["squares.layer"].tolist() == [10, 4]
     assert of_one.tensors()["tokens"].tolist() == 2
-    assert of_one.tensors()["squares"].dtype == torch.float64
+    assert of_one.tensors()["squares.layer"].dtype == torch.float64
