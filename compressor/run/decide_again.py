@@ -122,5 +122,7 @@ def _decide_on_first(
             return Decision.of(made), domains
         except KeyError as error:
             lacking[name] = error
+    if lost := [str(error) for error in lacking.values() if error.args[0] in about.get("dropped_figures", ())]:
+        raise RecipeError(f"{named}: {', '.join(lost)} of several files cannot be added up; decide by one of them.")
     lacks = "; ".join(f"{name} has no {error}" for name, error in lacking.items())
     raise RecipeError(f"{named}: its figures were gathered for another method than {method.name}: {lacks}.")

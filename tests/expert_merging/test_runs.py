@@ -109,6 +109,18 @@ def test_decided_again_and_applied(tokens: Path, tmp_path: Path) -> None:
         assert found == (tmp_path / "six" / "model.safetensors").read_bytes()
 
 
+def test_figures_of_several_texts_are_not_added_up(tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 2):
+        text = write_token_file(tmp_path / f"{seed}.jsonl", token_ids(8, 16, seed=seed).tolist())
+        given = recipe(text, {"expert_merging": {"keep": 6}})
+        given["calibration"]["data"] = [{"tokens": str(text)}]
+        compressor.compress(given, output=tmp_path / f"out-{seed}")
+        found.append(tmp_path / f"out-{seed}" / "compressor" / "statistics.safetensors")
+    with pytest.raises(RecipeError, match=r"'chosen' of several files cannot be added up; decide by one of them\."):
+        compressor.decide(found, "expert_merging", keep=6)
+
+
 def _missing(path: Path) -> None:
     path.unlink()
 
