@@ -160,7 +160,12 @@ def own_tensors(model: nn.Module, layer: MoELayer) -> list[OwnTensor]:
     """The tensors of a layer's experts, without the router's."""
     start = len(layer.path) + 1 if layer.path else 0
     others = {*layer.router_weights, *layer.selection_biases, *layer.id_tensors}
-    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    everything = dict(
+        [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+    )
     lists = tuple(f"{path}." for path in layer.containers)
     found = [
         OwnTensor(name[start:], everything[name].detach(), axis, None)

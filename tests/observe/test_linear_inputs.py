@@ -328,3 +328,11 @@ class Outputs(Statistic):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"same.seen": torch.tensor(len(self.outputs))}
+
+
+def test_layers_that_share_their_experts_each_have_all_of_them() -> None:
+    model = tiny_models.tiny_model("mixtral")
+    first, second = (model.model.layers[number].mlp.experts for number in (1, 2))
+    second.gate_up_proj = first.gate_up_proj
+    names = [[own.name for own in own_tensors(model, layer)] for layer in MoEModel(model).layers]
+    assert names[0] == names[1] == names[2]
