@@ -204,9 +204,11 @@ def test_what_cannot_be_is_refused(tokens: Path, tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
     (model / "config.json").write_text(json.dumps(config))
     jetmoe = write_checkpoint(tiny_model("jetmoe"), tmp_path / "jetmoe")
+    nemotron = write_checkpoint(tiny_model("nemotron_h"), tmp_path / "nemotron")
     for passes, of, says in (
         ([{"wanda": {}}], model, r"passes\[0\]\.wanda: .* the checkpoint is quantised"),
         ([{"wanda": {}}], jetmoe, r"passes\[0\]\.wanda: model\.layers\.0\.mlp: its experts cannot be observed"),
+        ([{"wanda": {"attention": True}}], nemotron, r"passes\[0\]\.wanda\.attention: .* has no linear map outside"),
         ([{"wanda": {"sparsity": 0.3}}], None, r"passes\[0\]\.wanda\.sparsity: 2:4 is half of the weights"),
         ([{"wanda": {}}, {"expert_merging": {"keep": 6}}], None, r"passes\[1\]\.expert_merging: .*zeros"),
         ([{"output_scale": {}}], None, r"passes\[0\]\.output_scale: in no layer does the loss on held-out text fall"),
