@@ -69,7 +69,7 @@ def test_the_numbers_are_the_clusters_averages(tokens: Path, tmp_path: Path) -> 
     ("weights", "stopped_at"),
     [
         ("memory", "perplexity after"),
-        ("disk", "edited 1.expert_merging"),
+        pytest.param("disk", "edited 1.expert_merging", marks=pytest.mark.nightly),
         pytest.param("disk", "edited 0.expert_pruning", marks=pytest.mark.nightly),
     ],
 )

@@ -119,8 +119,8 @@ def test_goes_on_and_ends_with_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wanted", [8, pytest.param(30, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("wanted", [8, 30])
 def test_killed_at_many_moments(recipe: Recipe, tmp_path: Path, wanted: int) -> None:
     recipe["passes"][1] = {"expert_pruning": {"keep": 4, "progressive": True}}
     recipe["calibration"]["data"][0]["samples"] = 12

@@ -194,11 +194,8 @@ def test_passes_every_check(model_type, dtype):
         passes_every_check(model_type, dtype)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("mixtral4", "float32"), pytest.param("deepseek4", "bfloat16", marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "dtype"), [("mixtral4", "float32"), ("deepseek4", "bfloat16")])
 def test_remote_code_with_experts_in_a_list(name, dtype):
     model = tiny_models.tiny_model(name, dtype)
     inputs = {"input_ids": tiny_models.token_ids(2, 12)}

@@ -50,7 +50,7 @@ def has_two_of_four(weight_OI: torch.Tensor) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.nightly), "qwen2_moe"])
 def test_in_memory_from_disk_and_applied_are_the_same_bytes(name: str, tokens: Path, tmp_path: Path) -> None:
     model = tiny_folder(name)
     memory = compressor.compress(recipe(tokens, *CHAIN, weights="memory", model=model), output=tmp_path / "memory")
@@ -69,7 +69,9 @@ def test_in_memory_from_disk_and_applied_are_the_same_bytes(name: str, tokens: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gpt_oss", "dbrx", "llama4_text", "switch_transformers"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt_oss", "dbrx", "llama4_text", pytest.param("switch_transformers", marks=pytest.mark.nightly)]
+)
 def test_zeros_lie_among_the_inputs_whatever_the_layout(model_type: str, tokens: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model(model_type), tmp_path / "model")
     results = [
@@ -123,9 +125,11 @@ def test_norms_are_those_of_an_experts_own_tokens(tokens: Path, tmp_path: Path) 
     ("weights", "number"),
     [
         ("memory", 5),
-        ("disk", 4),
         ("disk", 7),
-        *(pytest.param(*one, marks=pytest.mark.nightly) for one in [("memory", 7), ("disk", 2), ("disk", 5)]),
+        *(
+            pytest.param(*one, marks=pytest.mark.nightly)
+            for one in [("memory", 7), ("disk", 2), ("disk", 4), ("disk", 5)]
+        ),
     ],
 )
 def test_interrupted_between_layers_ends_with_the_same_bytes(
@@ -150,6 +154,7 @@ def test_interrupted_between_layers_ends_with_the_same_bytes(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.nightly
 def test_interrupted_after_an_edit_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
