@@ -174,7 +174,7 @@ def fuzz(number: int, seed: int, folder: Path) -> Iterator[tuple[Any, list[str],
 
 
 @pytest.mark.slow  # it reads lm-eval's index of tasks
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 def test_recipes_changed_at_random(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
 
