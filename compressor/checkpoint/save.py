@@ -34,9 +34,11 @@ def save_checkpoint(
     """Write a live model into `folder` for the source's readers: `source`'s config.json with `counts`, its other files
     byte by byte; without one transformers' own. `left_out` is announced no more; `changes`: see `write_beside_weights`.
     """
+    named = model.config.dtype  # a tower may stay in float32, and the model's own word is its first parameter's
+    is_there = any(one.dtype == named for one in model.parameters())
+    dtype = str(named if is_there else model.dtype).removeprefix("torch.")
     with quiet_transformers():
-        model.save_pretrained(folder)
-    dtype = str(model.dtype).removeprefix("torch.")
+        model.save_pretrained(folder)  # which sets the config's
     write_beside_weights(source, folder, model.config, dtype, counts, left_out, changes)
 
 
@@ -98,7 +100,10 @@ def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:
 
 
 def _patch_dtype(raw: dict[str, Any], dtype: str | None) -> None:
-    """Write the dtype by both of its names, in config.json and in each part that names one; None leaves them."""
+    """Write the dtype by both of its names, in config.json and in each part that names one; None leaves them, and so
+    does the dtype that it has: a part may have another.
+    """
+    dtype = None if dtype == (raw.get("dtype") or raw.get("torch_dtype")) else dtype
     for part in (raw, *_parts(raw)):
         named = part.get("dtype") or part.get("torch_dtype")  # null names none
         own = dtype or named
