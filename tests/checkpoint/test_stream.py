@@ -438,6 +438,7 @@ def test_interrupted_between_two_passes(recipe: Recipe, tmp_path: Path, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.nightly
 def test_interrupted_when_all_passes_are_done(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last checkpoint is there, and nothing is written or read again."""
     recipe |= {"passes": PASSES["twice, top-1"], "weights": "disk"}

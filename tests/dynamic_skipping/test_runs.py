@@ -148,6 +148,7 @@ def test_prune_then_skip(eight, tokens, tmp_path):
     close(logits(compressor.load(tmp_path / "applied")[0]), logits(both.model))
 
 
+@pytest.mark.nightly
 def test_a_further_pass_over_a_model_that_skips(eight, tokens, tmp_path):
     """Skip, save, prune what was saved: it still skips, by what is left of its rules, and is measured skipping."""
     skip = {"dynamic_skipping": {"mean_experts": 3.0, "rule": "contribution", "precision": 1.0}}
@@ -299,6 +300,7 @@ def test_a_decision_that_skips_nothing_is_not_applied(eight, tokens, tmp_path):
     assert not (tmp_path / "applied").exists()
 
 
+@pytest.mark.nightly
 def test_decided_on_a_run_of_another_method(eight, tokens, tmp_path):
     """Figures gathered for pruning tell nothing of thresholds, and those of a pruned model nothing of the original."""
     prune, skip = {"expert_pruning": {"keep": 6}}, {"dynamic_skipping": {"mean_experts": 3.0, "precision": 1.0}}
@@ -372,7 +374,7 @@ def test_layers_that_text_does_not_reach_are_left_as_they_are(tmp_path):
     assert {layer["rule"] for path, layer in layers.items() if "text_moe" in path} == {"ratio"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_pass_alone(tokens, tmp_path):
     """None, each, both: measured on fresh copies, and the table that shows it."""
     evaluate = {"each_pass": True, "perplexity": [{"tokens": str(tokens), "samples": 4}], "speed": True}

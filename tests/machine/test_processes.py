@@ -531,8 +531,8 @@ def assert_near(found: Any, expected: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(text: Path, forked: Callable[..., Ended]) -> Path:
-    """Every recipe in one process and, all with one start, in two: folders NAME-one and NAME-several."""
+def runs(text: Path, forked: Callable[..., Ended], request: pytest.FixtureRequest) -> Path:
+    """Every recipe asked for in one process and, all with one start, in two: folders NAME-one and NAME-several."""
     folder = text / "runs"
     folder.mkdir()
     greedy = "search: greedy, ranks: 5, starts: 2"
@@ -553,6 +553,10 @@ def runs(text: Path, forked: Callable[..., Ended]) -> Path:
     write_recipe(text, folder / "disk.yaml", "fine", progressive, skip, evaluate=measure, weights="disk")
     edits = ("expert_pruning: {keep: 10, criterion: reap}", "output_scale: {}", "wanda: {attention: true}")
     write_recipe(text, folder / "edits.yaml", "fine", *edits, evaluate=measure, more=", samples: 4")
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    for recipe in folder.glob("*.yaml"):
+        if recipe.stem not in wanted:
+            recipe.unlink()
     for recipe in folder.glob("*.yaml"):
         compress(recipe, output=folder / f"{recipe.stem}-one")
     ended = forked("recipes", folder)
@@ -561,7 +565,14 @@ def runs(text: Path, forked: Callable[..., Ended]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "greedy", "criterion", "progressive", "skipping", "tasks", "disk", "edits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("exact", "disk", "edits"),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("greedy", "criterion", "skipping", "tasks")),
+        pytest.param("progressive", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_run_in_two_processes_is_one_in_one(name: str, runs: Path) -> None:
     one, several = ((runs / f"{name}-{kind}") / "compressor" for kind in ("one", "several"))
     decisions = [json.loads((folder / "decision.json").read_text()) for folder in (several, one)]
@@ -591,7 +602,7 @@ def assert_nothing_left(folder: Path, name: str = "out") -> None:
     assert [path.name for path in folder.iterdir() if path.name.strip(".").startswith(name)] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_in_two_processes(recipe: Path) -> None:
     """One writes and speaks."""
     answer = torchrun("-m", "compressor", "run", recipe, "--output", recipe.parent / "out")

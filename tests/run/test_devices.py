@@ -184,10 +184,10 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
     ("num_gpus", "weights", "passes", "evaluate"),
     [
         (1, "memory", PRUNE_AND_SKIP, {}),
-        (2, "memory", PRUNE_AND_SKIP, {"each_pass": True, "random": 1}),
+        pytest.param(2, "memory", PRUNE_AND_SKIP, {"each_pass": True, "random": 1}, marks=pytest.mark.nightly),
         (2, "memory", GREEDILY, {}),
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
-        (1, "disk", GREEDILY, {}),
+        pytest.param(1, "disk", GREEDILY, {}, marks=pytest.mark.nightly),
         (2, "memory", WITH_ZEROS, {}),
         (1, "disk", WITH_ZEROS, {}),
     ],

@@ -444,7 +444,7 @@ def interrupt(source: Path, target: Path) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.nightly), "disk"])
 def test_stopped_within_it(weights: str, recipe: Recipe, tmp_path: Path, does: Callable[..., None]) -> None:
     """It runs again, into an empty folder, and the output is that of a run that nothing has stopped."""
     recipe["weights"] = weights
@@ -461,8 +461,15 @@ def test_stopped_within_it(weights: str, recipe: Recipe, tmp_path: Path, does: C
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
-@pytest.mark.parametrize(("where", "times"), [("measure", 1), ("write_record", 2)])
+@pytest.mark.parametrize(
+    ("weights", "where", "times"),
+    [
+        ("disk", "measure", 1),
+        ("memory", "write_record", 2),
+        pytest.param("memory", "measure", 1, marks=pytest.mark.nightly),
+        pytest.param("disk", "write_record", 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_stopped_behind_it(
     where: str, times: int, weights: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
