@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder, token_ids, write_token_file
+from weight_runs import files, recipe, stopped_and_whole
 
 import compressor
 from compressor import RecipeError
@@ -23,17 +24,6 @@ PASSES = ({"expert_pruning": {"keep": 7}}, {"expert_merging": {"keep": 5}}, {"dy
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return write_token_file(tmp_path / "tokens.jsonl", token_ids(30, 24).tolist())
-
-
-def recipe(tokens: Path, *passes: dict[str, Any], model: Path | None = None, **others: Any) -> dict[str, Any]:
-    data = [{"tokens": str(tokens), "samples": 24}]
-    model = model or tiny_folder("mixtral")
-    return {"model": str(model), "calibration": {"batch_size": 8, "data": data}, "passes": list(passes), **others}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    names = ("model.safetensors", "config.json", "compressor/decision.json", "compressor/decision.safetensors")
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 def test_in_memory_from_disk_and_applied_are_the_same_bytes(tokens: Path, tmp_path: Path) -> None:
@@ -77,20 +67,13 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, stopped_at: str
 ) -> None:
     settings = {"weights": weights, "evaluate": {"perplexity": [{"tokens": str(tokens), "samples": 8}]}}
-    compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "whole")
-    note = Journal.note
 
-    def stop(self: Journal, name: str, value: Any) -> None:
-        note(self, name, value)
-        if name == stopped_at or weights == "memory":
-            raise KeyboardInterrupt
+    def is_last(name: str) -> bool:
+        return name == stopped_at or weights == "memory"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "note", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "out")
-    compressor.compress(recipe(tokens, *PASSES, **settings), output=tmp_path / "out", resume=True)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    run = recipe(tokens, *PASSES, **settings)
+    found, whole = stopped_and_whole(run, tmp_path, monkeypatch, (Journal, "note"), is_last)
+    assert found == whole
 
 
 def test_decided_again_and_applied(tokens: Path, tmp_path: Path) -> None:

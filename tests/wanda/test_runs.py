@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_folder, token_ids, write_checkpoint, write_token_file
 from torch import nn
+from weight_runs import files, recipe, stopped_and_whole
 
 import compressor
 from compressor import MoEModel, RecipeError
@@ -32,17 +32,6 @@ CHAIN = (
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return write_token_file(tmp_path / "tokens.jsonl", token_ids(40, 24).tolist())
-
-
-def recipe(tokens: Path, *passes: dict[str, Any], model: Path | None = None, **others: Any) -> dict[str, Any]:
-    data = [{"tokens": str(tokens), "samples": 24}]
-    model = model or tiny_folder("mixtral")
-    return {"model": str(model), "calibration": {"batch_size": 8, "data": data}, "passes": list(passes), **others}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    names = ("model.safetensors", "config.json", "compressor/decision.json", "compressor/decision.safetensors")
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 def has_two_of_four(weight_OI: torch.Tensor) -> bool:
@@ -136,42 +125,25 @@ def test_interrupted_between_layers_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, number: int
 ) -> None:
     """The figures of layer 2 of pruning, 1 and 2 of scaling beside the original, and 1 of the norms are the last."""
-    passes, settings = CHAIN[:3], {"weights": weights}
-    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "whole")
-    put, counts = ObservationJournal.put, []
+    names: list[str] = []
 
-    def stop(self: ObservationJournal, path: str, figures: Any) -> None:
-        put(self, path, figures)
-        counts.append(path)
-        if len(counts) == number:
-            raise KeyboardInterrupt
+    def is_last(name: str) -> bool:
+        names.append(name)
+        return len(names) == number
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ObservationJournal, "put", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out")
-    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out", resume=True)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    run = recipe(tokens, *CHAIN[:3], weights=weights)
+    found, whole = stopped_and_whole(run, tmp_path, monkeypatch, (ObservationJournal, "put"), is_last)
+    assert found == whole
 
 
 @pytest.mark.nightly
 def test_interrupted_after_an_edit_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes, settings, note = CHAIN[:3], {"weights": "disk"}, Journal.note
-    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "whole")
-
-    def stop(self: Journal, name: str, value: Any) -> None:
-        note(self, name, value)
-        if name == "edited 1.output_scale":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "note", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out")
-    compressor.compress(recipe(tokens, *passes, **settings), output=tmp_path / "out", resume=True)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    run = recipe(tokens, *CHAIN[:3], weights="disk")
+    kept_by = (Journal, "note")
+    found, whole = stopped_and_whole(run, tmp_path, monkeypatch, kept_by, lambda name: name == "edited 1.output_scale")
+    assert found == whole
 
 
 def test_decided_again(tokens: Path, tmp_path: Path) -> None:
