@@ -40,6 +40,11 @@ class RealTokens:
     listening: bool = True
     paused: bool = False
 
+    @property
+    def deaf(self) -> bool:
+        """Whether nobody is told of what runs."""
+        return self.paused or not self.listening
+
 
 @contextmanager
 def tapped(model: nn.Module, structure: Structure, visitors: Mapping[str, Visitor], real: RealTokens) -> Iterator[None]:
@@ -74,7 +79,6 @@ class _Tap:
     real: RealTokens
     rule: RoutingRule | None = None
     fitted: bool = False
-    _paused: bool = False
     _modes: list[RouterLogits] = field(default_factory=list)
     _router_call: tuple[Any, Any] = ((), {})
     _router_output: Any = None
@@ -110,22 +114,18 @@ class _Tap:
     @contextmanager
     def _pause(self) -> Iterator[None]:
         """Within the context the layer may be run again, and nobody listens."""
-        self._paused = self.real.paused = True
+        self.real.paused = True
         try:
             yield
         finally:
-            self._paused = self.real.paused = False
-
-    @property
-    def _deaf(self) -> bool:
-        return self._paused or not self.real.listening
+            self.real.paused = False
 
     def _before_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._deaf:
+        if not self.real.deaf:
             self._block_call = (args, kwargs)
 
     def _before_router(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._deaf:
+        if self.real.deaf:
             return
         self._router_call = (args, kwargs)
         mode = RouterLogits(router_weights(self.model, self.layer))
@@ -133,7 +133,7 @@ class _Tap:
         self._modes.append(mode)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._deaf or not self._modes:
+        if self.real.deaf or not self._modes:
             return
         mode = self._modes.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -256,7 +256,7 @@ class _CalledTap(_Tap):
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if self._stand_in is not None:
                 return self._stand_in(*args, **kwargs)
-            if self._deaf:
+            if self.real.deaf:
                 return self._original(*args, **kwargs)
             return self._watch(*args, **kwargs)
 
@@ -509,7 +509,7 @@ class _ListTap(_Tap):
             yield
 
     def _after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._deaf:
+        if self.real.deaf:
             return
         hidden = args[0] if args else next(iter(kwargs.values()))
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -562,7 +562,7 @@ class _PairsTap(_Tap):
             yield
 
     def _after_lists(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._deaf:
+        if self.real.deaf:
             return
         index, weights = PairLists.of(
             output, self.layer.path, args[0].reshape(-1, args[0].shape[-1]).shape[0]

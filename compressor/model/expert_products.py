@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.errors import UnsupportedModelError
 from compressor.model.expert_outputs import evaluate_stacked
+from compressor.model.modules import named_tensors
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.structure import ExpertAxis, MoELayer
 
@@ -52,13 +53,14 @@ class OwnTensor:
     axis: ExpertAxis | None
     expert: int | None
 
+    def of(self, expert: int) -> Tensor:
+        """The part that is an expert's, a view."""
+        return self.tensor if self.axis is None else self.axis.of_expert(self.tensor, expert)
+
     @property
     def single(self) -> Tensor:
-        """One expert's."""
-        if self.axis is None:
-            return self.tensor
-        own = self.tensor.narrow(self.axis.dim, 0, self.axis.stride)
-        return own.squeeze(self.axis.dim) if self.axis.stride == 1 else own
+        """One expert's, whichever."""
+        return self.of(0)
 
     def expert_at(self, view: Tensor) -> int:
         """The expert, or the first one, that a view is of."""
@@ -157,18 +159,19 @@ _VIEWS = {"aten::t", "aten::transpose", "aten::select", "aten::slice", "aten::vi
 
 
 def own_tensors(model: nn.Module, layer: MoELayer) -> list[OwnTensor]:
-    """The tensors of a layer's experts, without the router's."""
+    """The tensors of a layer's experts in a model, without the router's."""
+    start = f"{layer.path}." if layer.path else ""
+    block = named_tensors(model.get_submodule(layer.path))
+    return tensors_of_experts({f"{start}{name}": tensor for name, tensor in block.items()}, layer)
+
+
+def tensors_of_experts(tensors: Mapping[str, Tensor], layer: MoELayer) -> list[OwnTensor]:
+    """Those of a layer's experts among tensors by their names in the model."""
     start = len(layer.path) + 1 if layer.path else 0
     others = {*layer.router_weights, *layer.selection_biases, *layer.id_tensors}
-    everything = dict(
-        [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-    )
     lists = tuple(f"{path}." for path in layer.containers)
     found = [
-        OwnTensor(name[start:], everything[name].detach(), axis, None)
+        OwnTensor(name[start:], tensors[name].detach(), axis, None)
         for name, axis in layer.tensors.items()
         if name not in others and not (lists and name.startswith(lists))
     ]
@@ -177,7 +180,7 @@ def own_tensors(model: nn.Module, layer: MoELayer) -> list[OwnTensor]:
             module = f"{path}.{child}."
             found += [
                 OwnTensor(f"{path[start:]}.*.{name.removeprefix(module)}", tensor.detach(), None, expert)
-                for name, tensor in everything.items()
+                for name, tensor in tensors.items()
                 if name.startswith(module)
             ]
     return found
@@ -263,7 +266,8 @@ class ExpertMatrices:
 
 def expert_matrices(model: nn.Module, layer: MoELayer, expert: int = 0) -> ExpertMatrices:
     """How a layer's experts use their tensors, by running one. Raises UnsupportedModelError, naming the tensor."""
-    run, owned = _runner(model, layer, expert), own_tensors(model, layer)
+    owned = own_tensors(model, layer)
+    run = _runner(model, layer, expert, next(own.tensor for own in owned if own.tensor.is_floating_point()))
     order: list[tuple[str, bool]] = []
     dims: dict[str, int | None] = {}
 
@@ -299,10 +303,9 @@ def _output(
     return ()
 
 
-def _runner(model: nn.Module, layer: MoELayer, expert: int) -> Callable[[], Tensor]:
-    """What runs one expert on one token: its output, as float32."""
+def _runner(model: nn.Module, layer: MoELayer, expert: int, like: Tensor) -> Callable[[], Tensor]:
+    """What runs one expert on one token, in the dtype and on the device of `like`: its output, as float32."""
     experts, probe = model.get_submodule(layer.experts), layer.router_probe
-    like = next(tensor for own in own_tensors(model, layer) if (tensor := own.tensor).is_floating_point())
     width = probe.experts_width or model.get_parameter(layer.router_weights[0]).shape[-1]
     hidden = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 

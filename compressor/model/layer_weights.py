@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.expert_products import ExpertMatrices
+from compressor.model.expert_products import ExpertMatrices, tensors_of_experts
+from compressor.model.modules import named_tensors
 from compressor.model.skipping.rule import SkipRule
-from compressor.model.structure import ExpertAxis, MoELayer
+from compressor.model.structure import MoELayer
 
 _NUMBERS_AT_ONCE = 2**22
 Tensors = Mapping[str, Tensor]
@@ -129,16 +130,29 @@ class LayerWeights:
     @cached_property
     def experts(self) -> Sequence[Expert]:
         """Each expert's tensors by name: all that are indexed by expert, but the router's."""
+        owned = tensors_of_experts(self._all, self._layer)
         return [
-            Expert(f"{self.path}: expert {new}", views, self._used)
-            for new, views in enumerate(self._views(is_router=False))
+            Expert(
+                f"{self.path}: expert {new}",
+                {own.name: own.of(old) for own in owned if own.expert in (None, old)},
+                self._used,
+            )
+            for new, old in enumerate(self._ids)
         ]
 
     @cached_property
     def router(self) -> Sequence[ExpertTensors]:
         """Each expert's rows of the router's weights and of the biases that choose."""
-        rows = enumerate(self._views(is_router=True))
-        return [ExpertTensors(f"{self.path}: router row {new}", views) for new, views in rows]
+        names = [*self._layer.router_weights, *self._layer.selection_biases]
+        rows = {name: axis for name, axis in self._layer.tensors.items() if name in names}
+        start = len(self.path) + 1 if self.path else 0
+        return [
+            ExpertTensors(
+                f"{self.path}: router row {new}",
+                {name[start:]: axis.of_expert(self._all[name], old) for name, axis in rows.items()},
+            )
+            for new, old in enumerate(self._ids)
+        ]
 
     @cached_property
     def linears(self) -> ExpertTensors:
@@ -166,39 +180,17 @@ class LayerWeights:
             self._tensors = self._read()
         return self._tensors
 
-    def _views(self, *, is_router: bool) -> Sequence[Tensors]:
-        names = {name: axis for name, axis in self._layer.tensors.items() if self._is_router(name) == is_router}
-        return [dict(self._of_expert(expert, names)) for expert in self._ids]
-
-    def _is_router(self, name: str) -> bool:
-        return name in self._layer.router_weights or name in self._layer.selection_biases
-
-    def _of_expert(self, expert: int, names: Mapping[str, ExpertAxis]) -> Iterator[tuple[str, Tensor]]:
-        start = len(self.path) + 1 if self.path else 0
-        lists = {path: f"{path}.{children[expert]}." for path, children in self._layer.containers.items()}
-        in_lists = tuple(f"{path}." for path in lists)
-        for name, axis in names.items():
-            if not (in_lists and name.startswith(in_lists)):
-                own = self._all[name].narrow(axis.dim, axis.stride * expert, axis.stride)
-                yield name[start:], own.squeeze(axis.dim) if axis.stride == 1 else own
-        if any(self._is_router(name) for name in names):
-            return
-        for path, module in lists.items():
-            for name, tensor in self._all.items():
-                if name.startswith(module):
-                    yield f"{path[start:]}.*.{name.removeprefix(module)}", tensor
-
 
 def live_tensors(model: nn.Module, layer: MoELayer) -> Tensors:
     """A live model's own tensors of a layer and of the linear maps beside it, to be read and written in place. Raises
     UnsupportedModelError where the layer shares one with another, which an edit of this one would change too.
     """
     lists = tuple(f"{path}." for path in layer.containers)
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    everything = named_tensors(model).items()
     found = {name: one for name, one in everything if name in layer.tensors or (lists and name.startswith(lists))}
-    own, under = {id(one) for one in found.values()}, f"{layer.path}." if layer.path else ""
+    own = {id(one) for one in found.values()}
     for name, tensor in everything:
-        if id(tensor) in own and not name.startswith(under) and name not in found:
+        if id(tensor) in own and not layer.holds(name) and name not in found:
             raise UnsupportedModelError(f"{layer.path}: its weights cannot be edited alone: {name} is one of them too.")
     found |= {name: one for name, one in everything if name in layer.linears.values()}
     return {name: one.detach() for name, one in found.items()}

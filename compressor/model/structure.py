@@ -58,6 +58,11 @@ class ExpertAxis:
         own = (first + torch.arange(self.stride)).reshape(-1)
         return torch.cat([own, torch.arange(num_experts * self.stride, num_experts * self.stride + self.extra)])
 
+    def of_expert(self, tensor: torch.Tensor, expert: int) -> torch.Tensor:
+        """One expert's part, a view; without the dimension where it would have one row."""
+        own = tensor.narrow(self.dim, self.stride * expert, self.stride)
+        return own.squeeze(self.dim) if self.stride == 1 else own
+
     def size(self, num_experts: int) -> int:
         """The dimension's size with that many experts."""
         return self.stride * num_experts + self.extra
@@ -144,6 +149,10 @@ class MoELayer:
     def number(self) -> str | None:
         """The decoder layer's number: the first integer in the block's path; `model.layers.3.mlp` → "3"."""
         return next((part for part in self.path.split(".") if part.isdecimal()), None)
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor or module is inside the block."""
+        return not self.path or name.startswith(f"{self.path}.")
 
     @property
     def names(self) -> list[str]:

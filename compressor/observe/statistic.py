@@ -92,10 +92,9 @@ class LinearSite:
 
 def linear_sites(model: Any, layer: MoELayer) -> list[LinearSite]:
     """The linear maps of a MoE layer and of the decoder layer around it. The model may be without weights."""
-    inside = f"{layer.path}."
     return [
         *(LinearSite(layer, name, "expert") for name in matrix_names(model, layer)),
-        *(LinearSite(layer, name, "block" if at.startswith(inside) else "layer") for name, at in layer.linears.items()),
+        *(LinearSite(layer, name, "block" if layer.holds(at) else "layer") for name, at in layer.linears.items()),
     ]
 
 

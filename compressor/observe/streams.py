@@ -163,7 +163,7 @@ class Streams:
         """Hand over the inputs [T, I] of a linear map of the model that is observed, until the stack ends."""
 
         def show(module: Any, args: Any, kwargs: Any) -> None:
-            if self.running is None or not self.real.listening or self.real.paused:
+            if self.running is None or self.real.deaf:
                 return
             given = args[0] if args else kwargs["input"]
             mask_T = self.real.mask_T

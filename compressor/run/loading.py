@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from compressor.checkpoint.find import Checkpoint, find_checkpoint
 from compressor.checkpoint.headers import refuse_not_finite, verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights, spread
 from compressor.checkpoint.load import load_model, load_tokenizer, unquantised_skeleton
-from compressor.errors import UnsupportedModelError
+from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import gpus
 from compressor.machine.progress import Progress
@@ -22,8 +22,8 @@ from compressor.model.adapter import Adapter, structure_of
 from compressor.model.moe_model import MoEModel
 from compressor.observe import forward
 from compressor.observe.layerwise import Original
-from compressor.plugins import load_plugins
-from compressor.recipe.schema import LoadedRecipe, Recipe
+from compressor.plugins import Plugins, load_plugins
+from compressor.recipe.schema import LoadedRecipe, Recipe, load_recipe
 from compressor.run.preview import Preview
 from compressor.run.record import model_json
 from compressor.wording import counted
@@ -56,6 +56,31 @@ def restore(model: Any, *, without: Iterable[str] = ()) -> Any:
     """
     MoEModel(model, structure_of(type(model), model.config, load_plugins(without).adapters)).restore_skipping()
     return model
+
+
+def _refuse_names(model: Any, tokenizer: Any) -> None:
+    """Raise RecipeError for what is no live model, or no tokenizer."""
+    if isinstance(model, str | Path):
+        raise RecipeError(
+            f"model: found the name {str(model)!r}, expected a live model; a hub id or folder is a model_reference."
+        )
+    if model is not None and not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        raise RecipeError(f"model: found an object of type {type(model).__name__}, expected a live transformers model.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise RecipeError(
+            f"tokenizer: found an object of type {type(tokenizer).__name__}, expected a live transformers tokenizer."
+        )
+
+
+def recipe_for(
+    live: Any, tokenizer: Any, plugins: Plugins, recipe: str | Path | Mapping[str, Any] | Recipe, **how: Any
+) -> LoadedRecipe:
+    """The recipe of a live model, which is called by its name or class, or of a checkpoint where that is None; `how`:
+    see `load_recipe`. Raises RecipeError, also for what is no live model, or no tokenizer.
+    """
+    _refuse_names(live, tokenizer)
+    name = None if live is None else live.config._name_or_path or f"live {type(live).__name__}"
+    return load_recipe(recipe, live=name, methods=plugins.methods, criteria=plugins.criteria, **how)
 
 
 # The model of a run ----------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from compressor.plugins import load_plugins
 from compressor.recipe.schema import Recipe, ResolvedPass, load_recipe
 from compressor.run import check, controls, external, passes, readiness
 from compressor.run.job import Job, open_journal
-from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices
+from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices, recipe_for
 from compressor.run.measure import Measured, Yardstick, compared, compared_speed, measure
 from compressor.run.preview import Preview
 from compressor.run.record import (
@@ -90,17 +90,8 @@ def compress(
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
     output's name then. What was observed until then is kept in a hidden folder beside it.
     """
-    _refuse_names(model, tokenizer)
     plugins = load_plugins(without)
-    loaded = load_recipe(
-        recipe,
-        overrides=overrides,
-        model=model_reference,
-        output=output,
-        live=None if model is None else model.config._name_or_path or f"live {type(model).__name__}",
-        methods=plugins.methods,
-        criteria=plugins.criteria,
-    )
+    loaded = recipe_for(model, tokenizer, plugins, recipe, overrides=overrides, model=model_reference, output=output)
     job = Job.of(loaded, plugins, progress, processes)
     if resume and (model is not None or job.recipe.output is None):
         raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
@@ -303,20 +294,6 @@ def _name_after(job: Job) -> str:
 
 
 # What it begins with ---------------------------------------------------------------------------------------
-
-
-def _refuse_names(model: Any, tokenizer: Any) -> None:
-    """Raise RecipeError for what is no live model, or no tokenizer."""
-    if isinstance(model, str | Path):
-        raise RecipeError(
-            f"model: found the name {str(model)!r}, expected a live model; a hub id or folder is a model_reference."
-        )
-    if model is not None and not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
-        raise RecipeError(f"model: found an object of type {type(model).__name__}, expected a live transformers model.")
-    if tokenizer is not None and not callable(tokenizer):
-        raise RecipeError(
-            f"tokenizer: found an object of type {type(tokenizer).__name__}, expected a live transformers tokenizer."
-        )
 
 
 def _record_before(job: Job) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ from typing import Any
 from compressor.checkpoint.output import OutputFolder
 from compressor.machine.progress import Progress
 from compressor.plugins import load_plugins
-from compressor.recipe.schema import Recipe, load_recipe
+from compressor.recipe.schema import Recipe
 from compressor.run import check as checking
-from compressor.run.loading import devices_of
+from compressor.run.loading import devices_of, recipe_for
 from compressor.run.preview import Preview
 
 
@@ -32,9 +32,7 @@ def check(
     Raises CompressorError, one of its kinds, where it could not work.
     """
     plugins = load_plugins(without)
-    live = None if model is None else model.config._name_or_path or f"live {type(model).__name__}"
-    about: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria, "live": live}
-    loaded = load_recipe(recipe, overrides=overrides, model=model_reference, output=output, **about)
+    loaded = recipe_for(model, tokenizer, plugins, recipe, overrides=overrides, model=model_reference, output=output)
     target = loaded.recipe.output
     return checking.check(
         loaded,

@@ -47,7 +47,7 @@ class Wanda(Method[WandaOptions]):
         for layer in layers:
             if layer.watch_problem:
                 raise OptionError(None, f"{layer.path}: its experts cannot be observed: {layer.watch_problem}")
-            outside = [at for at in layer.linears.values() if not at.startswith(f"{layer.path}.")]
+            outside = [at for at in layer.linears.values() if not layer.holds(at)]
             if self.options.attention and layer.linears and not outside:
                 raise OptionError("attention", f"{layer.path}: its decoder layer has no linear map outside the block")
         return Plan([replace(layer, zeros=self.options.pattern) for layer in layers], changes_values=True)
