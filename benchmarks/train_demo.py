@@ -3,11 +3,12 @@
     python benchmarks/train_demo.py prepare
     python benchmarks/train_demo.py train --minutes 30 --threads 1 --output compressor/data/demo/model
     python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --output fine-grained
+    python benchmarks/train_demo.py train --model-type olmoe --experts 64 --top-k 8 --expert-width 64 --output olmoe
 
 ``prepare`` trains the tokenizer on the train split and writes it, with the token ids of both splits, to the
-cache folder. ``train`` makes a Mixtral from random weights. It ran on CPU, CUDA is untried; the learning rate
-follows the clock, so that a run of ``--minutes`` ends annealed on any machine (its figures depend on the
-speed).
+cache folder. ``train`` makes a Mixtral from random weights, or an OLMoE, whose router does not renormalise. It
+ran on CPU, CUDA is untried; the learning rate follows the clock, so that a run of ``--minutes`` ends annealed on
+any machine (its figures depend on the speed).
 
 The matrices inside the layers are trained with Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon:
 momentum, then the nearest orthogonal matrix by five Newton-Schulz steps; every expert is a matrix of its
@@ -28,7 +29,14 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from compressor.data.demo import corpus
 
@@ -139,7 +147,7 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
-def muon_parameters(model: MixtralForCausalLM) -> list[torch.nn.Parameter]:
+def muon_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """The layers' matrices, without the router's."""
     return [
         p for name, p in model.named_parameters() if ".layers." in name and p.ndim > 1 and ".gate.weight" not in name
@@ -172,28 +180,31 @@ def learning_rate_factor(progress: float) -> float:
 # --------------------------------------------------------------------------------------------- training
 
 
-def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        intermediate_size=args.expert_width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        router_aux_loss_coef=args.router_aux_loss_coef / args.top_k,  # transformers' loss is top_k when even, ours 1
-        output_router_logits=False,
-        use_cache=True,
-        sliding_window=None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden,
+        "intermediate_size": args.expert_width,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": args.top_k,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": args.router_aux_loss_coef / args.top_k,  # transformers' loss is top_k when even, ours 1
+        "output_router_logits": False,
+        "use_cache": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = (
+        OlmoeConfig(**shape, num_experts=args.experts, norm_topk_prob=False)
+        if args.model_type == "olmoe"
+        else MixtralConfig(**shape, num_local_experts=args.experts, sliding_window=None)
     )
-    model = MixtralForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -258,7 +269,7 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def held_out_losses(
-    model: MixtralForCausalLM, streams: dict[str, np.ndarray], context: int, windows: int
+    model: PreTrainedModel, streams: dict[str, np.ndarray], context: int, windows: int
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per token of evenly spaced held-out windows, for each domain."""
     model.eval()
@@ -276,7 +287,7 @@ def held_out_losses(
 
 
 def save(
-    model: MixtralForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     args: argparse.Namespace,
     *,
@@ -286,7 +297,7 @@ def save(
 ) -> None:
     """Write the checkpoint in bfloat16, the tokenizer, and ``training.json``: how the model came about."""
     args.output.mkdir(parents=True, exist_ok=True)
-    copy = MixtralForCausalLM(model.config).to(torch.bfloat16)
+    copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict({name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()})
     copy.generation_config = model.generation_config
     copy.save_pretrained(args.output)
@@ -334,6 +345,7 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="auto")
     training.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    training.add_argument("--model-type", choices=("mixtral", "olmoe"), default="mixtral")
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--hidden", type=int, default=128)
     training.add_argument("--expert-width", type=int, default=256)

@@ -69,12 +69,12 @@ def _spread(figures: Mapping[str, Tensor], domains: list[int]) -> Tensor:
     return joined_spread(*(figures[f"sums.{name}"][domains] for name in ("spread", "tokens", "output")))
 
 
-def _blended_pairs(figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Tensor:
-    """[E, E]: each domain's losses as fractions of its squared output, averaged."""
+def _blended(figure_DX: Tensor, figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Tensor:
+    """[D, …]: each domain's own as fractions of its squared output, times its weight: added up, they are blended."""
     squared_D = torch.zeros(len(domains), dtype=torch.float64)
     squared_D.index_add_(0, figures["batch.domain"], figures["batch.squared_output"].double())
     weights_D = blend_weights(blend, domains) / squared_D.clamp_min(1e-300)
-    return torch.einsum("d,dij->ij", weights_D, figures["pairs.loss"])
+    return torch.einsum("d,d...->d...", weights_D, figure_DX)
 
 
 def blended_scores(
@@ -115,8 +115,10 @@ def blended_scores(
             raise ChoiceError(
                 f"the criterion {criterion.name} judges sets, not experts; give `blend: mean`, weights or `pooled`"
             )
-        blended_EE = _blended_pairs(figures, domains, blend)
-        return scored(everything, {**figures, "pairs.loss": blended_EE[None].expand(len(domains), -1, -1)})
+        summed = ("pairs.loss", criterion.own_figures)
+        of_sets = {name: figure for name, figure in figures.items() if name.startswith(summed)}
+        blended = {name: _blended(figure, figures, domains, blend) for name, figure in of_sets.items()}
+        return scored(everything, {**figures, **blended})
     shares_DE = torch.stack([_shares(scored([domain])) for domain in range(len(domains))])
     absent_E = shares_DE.isnan().all(0)
     known_DE = shares_DE.nan_to_num(0.0)

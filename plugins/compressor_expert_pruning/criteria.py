@@ -6,12 +6,15 @@ over the N tokens that chose the expert. An expert that no token chose has no me
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from compressor.plugin import Criterion, ExpertFigures
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from compressor.plugin import MoELayer, Statistic
 
 
 def frequency(figures: ExpertFigures) -> Tensor:
@@ -108,14 +111,46 @@ def single_removal(figures: ExpertFigures) -> Tensor:
 def quad_mix(figures: ExpertFigures) -> Tensor:
     """1 for the experts that stay when Σ over pairs of dropped experts of what they lose together is least, else 0."""
     assert figures.pairs is not None
+    return _least_together(figures.pairs, figures)
+
+
+def hope(figures: ExpertFigures) -> Tensor:
+    """1 for the experts that stay when pᵀFp is least, else 0; p is 1 for those that go, F_ij = mean a_i a_j over the
+    tokens that chose both, a = g‖f‖, and 0 where no token did.
+
+    These are the means of the paper's practice; those of its theory are over all tokens (`hope_sums`). So a pair weighs
+    as much however seldom it is chosen. The diagonal is mean a², about REAP's score squared. Searched by greedy removal
+    and best swaps. Of several domains, sums and numbers of tokens weigh by the size of the layer's output, as in the
+    search.
+    """
+    return _least_together(figures.own["products"] / figures.own["together"].clamp_min(1e-300), figures)
+
+
+def hope_sums(figures: ExpertFigures) -> Tensor:
+    """The same with F_ij = Σ a_i a_j: HOPE's theory, up to the number of tokens. What `quad_mix` has in ⟨f_i, f_j⟩ is
+    bounded by norms here, and no next expert steps in.
+    """
+    return _least_together(figures.own["products"], figures)
+
+
+def _least_together(losses_EE: Tensor, figures: ExpertFigures) -> Tensor:
     import torch
 
     from compressor.plugin import fewest_losses
 
     kept = fewest_losses(
-        figures.pairs, figures.num_kept, figures.num_groups, protected=figures.protected, forbidden=figures.forbidden
+        losses_EE, figures.num_kept, figures.num_groups, protected=figures.protected, forbidden=figures.forbidden
     )
     return torch.zeros_like(figures.tokens).index_fill(0, torch.tensor(kept), 1.0)
+
+
+def _pair_sizes(name: str) -> Callable[[MoELayer], Statistic]:
+    def statistic(layer: MoELayer) -> Statistic:
+        from compressor_expert_pruning.pair_sizes import PairSizes
+
+        return PairSizes(layer, name)
+
+    return statistic
 
 
 def random(figures: ExpertFigures) -> Tensor:
@@ -146,5 +181,13 @@ CRITERIA = (
         "single_removal", single_removal, "the objective of arXiv 2402.14800 for one expert", frozenset({"pairs"})
     ),
     Criterion("quad_mix", quad_mix, "quadratic form of the same objective; ours", frozenset({"pairs"}), of_sets=True),
+    Criterion("hope", hope, "HOPE, arXiv 2609.18916", of_sets=True, statistic=_pair_sizes("hope")),
+    Criterion(
+        "hope_sums",
+        hope_sums,
+        "HOPE, arXiv 2609.18916, over all tokens",
+        of_sets=True,
+        statistic=_pair_sizes("hope_sums"),
+    ),
     Criterion("random", random, "chance, by `seed`", needs_text=False),
 )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from compressor.selection.activation_sums import SUMS
+from compressor.selection.activation_sums import SUMS, ExpertSums
 from compressor.selection.criteria import Criterion
 from compressor.selection.objective import Blend
 from compressor.selection.scores import (
@@ -76,23 +76,26 @@ def test_largest_of_domains_is_a_maximum() -> None:
     assert expert_figures(figures, [0, 1], num_kept=1).largest.tolist() == [3.0]
 
 
-def test_criteria_of_sets_see_the_blended_losses() -> None:
-    """Each domain's losses are fractions of its squared output: 8 / 4 and 30 / 10 are 2 and 3."""
+def test_criteria_of_sets_see_blended_losses_of_pairs_or_figures_of_their_own() -> None:
+    """Each domain's are fractions of its squared output: 8 / 4 and 30 / 10 are 2 and 3."""
+    losses = torch.tensor([[[8.0]], [[30.0]]], dtype=torch.float64)
     figures = made([[1.0], [1.0]]) | {
-        "pairs.loss": torch.tensor([[[8.0]], [[30.0]]], dtype=torch.float64),
+        "pairs.loss": losses,
+        "sums.sets.own": losses,
         "batch.domain": torch.tensor([0, 1, 0]),
         "batch.squared_output": torch.tensor([1.0, 10.0, 3.0]),
     }
     seen: list[float] = []
 
     def score(given):  # type: ignore[no-untyped-def]
-        seen.append(float(given.pairs[0, 0]) / 2)  # of two domains
+        assert torch.equal(given.pairs, given.own["own"])
+        seen.append(float(given.pairs[0, 0]))
         return given.tokens
 
-    criterion = Criterion("sets", score, "test", of_sets=True)
+    criterion = Criterion("sets", score, "test", of_sets=True, statistic=ExpertSums)
     for blend in ("mean", {"code": 1, "prose": 3}, "pooled"):
         blended_scores(criterion, figures, ["code", "prose"], blend, num_kept=1)  # type: ignore[arg-type]
-    assert seen == pytest.approx([2.5, 2.75, 19.0])
+    assert seen == pytest.approx([2.5, 2.75, 38.0])
     with pytest.raises(ChoiceError, match=r"^the criterion sets judges sets, not experts"):
         blended_scores(criterion, figures, ["code", "prose"], "worst", num_kept=1)
 
