@@ -23,7 +23,8 @@ def model_class(checkpoint: Checkpoint, config: Any) -> Any:
     """The class to build: the checkpoint's own code if it may run, else what `architectures` names, else the first Auto
     class that knows the config, language models first. Raises UnsupportedModelError without one, or a forward.
     """
-    cls = _remote_class(checkpoint, config) or _named_class(config) or _first_class(config)
+    _, first = first_class(config) or (None, None)
+    cls = _remote_class(checkpoint, config) or _named_class(config) or first
     if cls is None:
         raise UnsupportedModelError(
             f"{checkpoint.reference}: model type {config.model_type!r} has no model class in transformers."
@@ -41,6 +42,11 @@ def auto_class(cls: Any, config: Any) -> str:
     known = [name for name in _auto_names() if cls.__name__ == str(remote.get(name, "")).rpartition(".")[2]]
     known += [name for name, classes in _auto_classes(config) if any(cls.__name__ == one.__name__ for one in classes)]
     return known[0] if known else "AutoModel"
+
+
+def first_class(config: Any) -> tuple[str, Any] | None:
+    """The first Auto class that knows a config, and what it makes of it, language models first; None without one."""
+    return next(((name, classes[0]) for name, classes in _auto_classes(config)), None)
 
 
 def next_token_problem(cls: Any, config: Any) -> str | None:
@@ -67,16 +73,22 @@ def _auto_names() -> list[str]:
 
 
 def _auto_classes(config: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each Auto class that knows this config, with its classes; none for another config (a composite's text)."""
+    """Each Auto class that knows this config, with its classes; none that is of a part of it (a composite's text)."""
     from transformers.models.auto import modeling_auto
+
+    parts = [type(getattr(config, name, None)) for name in getattr(config, "sub_configs", ())]
+
+    def is_of_it(cls: Any) -> bool:
+        kind = getattr(cls, "config_class", None)  # of a model that another one's class builds, that other one's
+        return isinstance(config, kind or object) or (is_of_transformers and kind not in parts)
 
     for name in _auto_names():
         mapping = getattr(modeling_auto, name)._model_mapping
         if type(config) in mapping:
             found = mapping[type(config)]
             classes = found if isinstance(found, tuple | list) else (found,)
-            own = [one for one in classes if isinstance(config, getattr(one, "config_class", None) or object)]
-            if own:
+            is_of_transformers = config.model_type in mapping._model_mapping
+            if own := [one for one in classes if is_of_it(one)]:
                 yield name, own
 
 
@@ -96,17 +108,13 @@ def _named_class(config: Any) -> Any:
     return next((one for _, classes in _auto_classes(config) for one in classes if one.__name__ == wanted), None)
 
 
-def _first_class(config: Any) -> Any:
-    return next((classes[0] for _, classes in _auto_classes(config)), None)
-
-
 def _runnable_parts(config: Any) -> str:
     """A sentence that names the sub-models that can be run, where there are any."""
-    parts = {name.removesuffix("_config"): _first_class(getattr(config, name, None)) for name in config.sub_configs}
+    parts = {name.removesuffix("_config"): first_class(getattr(config, name, None)) for name in config.sub_configs}
     runnable = [
-        f"its `{name}` (load it with {cls.__name__}, save it with `save_pretrained`)"
-        for name, cls in parts.items()
-        if cls is not None and cls.forward is not torch.nn.Module.forward and cls.can_generate()
+        f"its `{name}` (load it with {found[1].__name__}, save it with `save_pretrained`)"
+        for name, found in parts.items()
+        if found and found[1].forward is not torch.nn.Module.forward and found[1].can_generate()
     ]
     return f" What can be compressed is {' or '.join(runnable)}." if runnable else ""
 

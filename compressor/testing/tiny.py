@@ -23,15 +23,16 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from compressor.checkpoint.classes import first_class
+from compressor.checkpoint.quiet import quiet_transformers
 
 VOCAB_SIZE = 128
 LARGEST_TEXT_ID = 99  # the ids above it are left to placeholders for images and the like
@@ -45,85 +46,39 @@ _LEFT_ALONE = object()
 
 # --- Which types, and their classes -----------------------------------------------------------------------------------
 
-# Asked for a type's class in this order.
-_AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMultimodalLM",
-    "AutoModelForTokenClassification",
-    "AutoModel",
-)
-_MODELS = Path(transformers.__file__).parent / "models"
-_EXPERTS_IN_CODE = re.compile(r"^class \w*(?:experts?|moe)\w*|\.\w*expert\w*", re.IGNORECASE | re.MULTILINE)
-_IMPORT_IN_CODE = re.compile(r"^from \.\.(\w+)\.modeling_\w+ import", re.MULTILINE)
-_PART_IN_CODE = re.compile(r"model_type=\"([\w-]+)\"")
-
 
 @functools.cache
 def candidate_types() -> tuple[str, ...]:
-    """Model types of the installed transformers, sorted, whose code, or whose parts' code, names experts."""
-    return tuple(
-        sorted(name for name in CONFIG_MAPPING_NAMES if _class_names(name) and _names_experts(_module(name), ()))
-    )
+    """Model types of the installed transformers, sorted, whose default config counts experts, itself or in a part."""
+    return tuple(sorted(name for name in CONFIG_MAPPING_NAMES if _may_have_experts(name)))
+
+
+def _may_have_experts(model_type: str) -> bool:
+    try:
+        with quiet_transformers():
+            config = CONFIG_MAPPING[model_type]()
+    except Exception:  # of some the default is none that the class takes
+        return False
+    return any(_counts_experts(part) for _, part in _parts(config)) and first_class(config) is not None
 
 
 def auto_class(model_type: str) -> Any:
-    """The Auto class for a checkpoint of this type: the first of `_AUTO_CLASSES` whose class takes the whole config,
-    else the first at all. Raises ValueError where transformers has no such type, or no class for it.
+    """The Auto class for a checkpoint of this type. Raises ValueError where transformers has no such type, or no class
+    for it.
     """
-    return _auto_and_model_class(model_type)[0]
+    return getattr(transformers, _classes(model_type)[0])
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
     """The class that `auto_class` makes of this type's config. Raises ValueError as it does."""
-    return _auto_and_model_class(model_type)[1]
+    return _classes(model_type)[1]
 
 
-def _auto_and_model_class(model_type: str) -> tuple[Any, type[PreTrainedModel]]:
-    found = [
-        (getattr(transformers, auto_name), getattr(transformers, class_name))
-        for auto_name, class_name in _class_names(model_type).items()
-    ]
-    if not found:
+def _classes(model_type: str) -> tuple[str, type[PreTrainedModel]]:
+    found = first_class(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING_NAMES else None
+    if found is None:
         raise ValueError(f"transformers {transformers.__version__} has no model class for the type {model_type!r}.")
-    whole = CONFIG_MAPPING[model_type]
-    # AutoModelForCausalLM makes of some composites, such as llama4, the text model alone, out of a part of the config.
-    return next((pair for pair in found if pair[1].config_class is whole), found[0])
-
-
-def _class_names(model_type: str) -> dict[str, str]:
-    """Auto class → model class, by name."""
-    found = {}
-    for auto_name in _AUTO_CLASSES:
-        names = getattr(modeling_auto, auto_name)._model_mapping._model_mapping.get(model_type)
-        if names is not None:
-            found[auto_name] = names if isinstance(names, str) else names[0]
     return found
-
-
-def _module(model_type: str) -> str:
-    name: str = model_type_to_module_name(model_type)
-    return name
-
-
-def _names_experts(module: str, asking: tuple[str, ...]) -> bool:
-    """Whether a folder of models names experts in code, or one does that it is put together from."""
-    if module in asking:  # they import from each other
-        return False
-    modeling = _code(module, "modeling")
-    if _EXPERTS_IN_CODE.search(modeling):
-        return True
-    parts = set(_IMPORT_IN_CODE.findall(modeling))
-    if "AutoModel" in modeling:  # builds its parts from their configs: the default types of these count
-        parts |= {_module(name) for name in _PART_IN_CODE.findall(_code(module, "configuration"))}
-    return any(_names_experts(part, (*asking, module)) for part in sorted(parts))
-
-
-@functools.cache
-def _code(module: str, kind: str) -> str:
-    files = sorted((_MODELS / module.replace(".", "/")).glob(f"{kind}_*.py"))
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 # --- Configs ----------------------------------------------------------------------------------------------------------

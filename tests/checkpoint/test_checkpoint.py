@@ -111,6 +111,7 @@ def class_of(config: Any) -> Any:
          "is an encoder-decoder"),
         ("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification", "AutoModelForTokenClassification",
          "has no language-model head"),
+        ("sarvam_moe", "Glm4MoeForCausalLM", "AutoModelForCausalLM", None),
         ("muse_spark_text", "MuseSparkTextModel", "AutoModel", "has no language-model head"),
         ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "AutoModelForImageTextToText",
          "refines a whole block of tokens at a time"),

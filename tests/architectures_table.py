@@ -1,4 +1,4 @@
-"""The table of architectures in docs/architectures.md, made from a run: `python -m compressor.testing.architectures`.
+"""The table of architectures in docs/architectures.md, made from a run: `python tests/architectures_table.py`.
 
 One row per model type of the installed transformers that has routed experts, from a tiny random model of it: what was
 found, and what the checks of `check_model` said. Takes a minute or two on one core.
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.headers import verify_files
 from compressor.errors import UnsupportedModelError
 from compressor.model.moe_model import MoEModel
 from compressor.model.structure import MoELayer, Structure
@@ -37,7 +38,7 @@ INTRODUCTION = """# Architectures
 
 Every model type of transformers {version} with routed experts: what the adapter finds by itself, and what the checks of
 `compressor.testing.check_model` say of a tiny random model (float32, 8 experts). Made by
-`python -m compressor.testing.architectures docs/architectures.md`; the tests compare every row with a run.
+`python tests/architectures_table.py docs/architectures.md`; the tests compare every row with a run.
 
 * **expert count**, **experts per token**: the integers of config.json, dots leading into sub-configs; *fixed* means
   that the class chooses a fixed number whatever the config says.
@@ -58,25 +59,18 @@ Every model type of transformers {version} with routed experts: what the adapter
 def row(model_type: str, report: Report | None = None, model: Any = None) -> tuple[str, ...]:
     """One row of the table; `report` and `model` are those of a tiny float32 model, made here if not given."""
     if model is None:
+        refused = [model_type, *[""] * 5, "refused", *[""] * 4]
         try:
             model = tiny_model(model_type)
             MoEModel(model)
         except UnsupportedModelError as error:
-            return (model_type, *[""] * 5, "refused", "", "", "", "", _reason(model_type, error))
+            return (*refused, _reason(model_type, error))
         try:
             load = auto_class(model_type).from_pretrained
             report = check_model(model, tiny_inputs(model), load=load, statistics=False)
         except Exception as error:  # a class that does not run as it is
-            return (
-                model_type,
-                *[""] * 5,
-                "**fails**",
-                "",
-                "",
-                "",
-                "",
-                f"its forward fails: {type(error).__name__}: {error}",
-            )
+            refused[6] = "**fails**"
+            return (*refused, f"its forward fails: {type(error).__name__}: {error}")
     assert report is not None
     structure = MoEModel(model).structure
     return (
@@ -133,8 +127,6 @@ def _routers(layers: tuple[MoELayer, ...]) -> str:
 def _on_disk(model: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        from compressor.checkpoint.headers import verify_files
-
         names = [name for shard in verify_files(Path(folder)) for name in shard.tensors]
     per_expert = any(re.search(r"experts\.(expert_)?\d+\.", name) for name in names)
     return "per expert" if per_expert else "stacked"
