@@ -40,6 +40,11 @@ def stages_folder(target: Path) -> Path:
     return journal_folder(target).with_name("stages")
 
 
+def answers_folder(target: Path) -> Path:
+    """Where a run on this output keeps what the original answers to measured text."""
+    return journal_folder(target).with_name("answers")
+
+
 def waiting_folder(target: Path) -> Path:
     """Where hidden states wait that a run on this output does not keep in memory."""
     return journal_folder(target).with_name("waiting")
@@ -167,7 +172,8 @@ class OutputFolder:
             self._lock.release()
             raise
         self.resume = self.resume and self.journal.has_work
-        gone_on_from = (self.journal.folder, stages_folder(self.target), self._may_replace)
+        folders = (self.journal.folder, stages_folder(self.target), answers_folder(self.target))
+        gone_on_from = (*folders, self._may_replace)
         for path in self.hidden.iterdir():
             if path == self._lock.path or (self.resume and path in gone_on_from):
                 continue

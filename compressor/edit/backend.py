@@ -25,7 +25,7 @@ from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.verify import edit_verified, ids_left, save_verified
 from compressor.evaluation.lm_eval import TaskResult, run_tasks
-from compressor.evaluation.perplexity import Perplexity, perplexity
+from compressor.evaluation.perplexity import Perplexity, Watch, perplexity
 from compressor.evaluation.size import RoutedSize, Size, size
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
@@ -75,8 +75,10 @@ class Backend(ABC):
         return self.moe.counted()
 
     @abstractmethod
-    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        """How well the model predicts a text."""
+    def perplexity(
+        self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
+    ) -> Perplexity:
+        """How well the model predicts a text; `watch` is shown its answers, see `fidelity`."""
 
     @abstractmethod
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
@@ -134,8 +136,10 @@ class InMemory(Backend):
     source: Checkpoint | None
     _answered: tuple[TokenBatch, Tensor] | None = field(init=False, default=None)
 
-    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        return perplexity(self.model, sequences, batch_size, update, self.processes)
+    def perplexity(
+        self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
+    ) -> Perplexity:
+        return perplexity(self.model, sequences, batch_size, update, self.processes, watch=watch)
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
         return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
@@ -189,8 +193,10 @@ class AsLoaded:
     def logits(self, batch: TokenBatch) -> Tensor:
         return forward.logits(self.model, batch)
 
-    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        return perplexity(self.model, sequences, batch_size, update, self.processes)
+    def perplexity(
+        self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
+    ) -> Perplexity:
+        return perplexity(self.model, sequences, batch_size, update, self.processes, watch=watch)
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
         return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)

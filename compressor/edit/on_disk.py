@@ -30,7 +30,7 @@ from compressor.edit.layer_edits import StoredWeights, edit_layers, finish
 from compressor.edit.verify import compare_answers, refuse_not_finite_answers
 from compressor.errors import CheckpointError
 from compressor.evaluation.lm_eval import run_tasks
-from compressor.evaluation.perplexity import Perplexity, perplexity
+from compressor.evaluation.perplexity import Perplexity, Watch, perplexity
 from compressor.evaluation.result import Run
 from compressor.evaluation.size import RoutedSize, Size, size
 from compressor.machine.progress import Update
@@ -67,8 +67,11 @@ class OnDisk(Backend):
         self.source, self.moe = found, MoEModel(model, structure_of(type(model), model.config, self.adapters))
         self.weights = StreamedWeights(model, found, device=self.device)
 
-    def perplexity(self, sequences: Sequences, batch_size: int, update: Update | None = None) -> Perplexity:
-        return perplexity(self.moe.model, sequences, batch_size, None, self.processes, run=self._run_with(update))
+    def perplexity(
+        self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
+    ) -> Perplexity:
+        run = self._run_with(update)
+        return perplexity(self.moe.model, sequences, batch_size, None, self.processes, run=run, watch=watch)
 
     def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
         """Every layer as long as it is there."""

@@ -9,7 +9,7 @@ Dimensions: B sequences of a batch, S positions, C positions of a chunk, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,14 @@ from torch import Tensor
 from compressor.checkpoint.classes import max_positions
 from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.errors import EvaluationError
-from compressor.evaluation.result import Progress, Result, Run
+from compressor.evaluation.result import Progress, Result, Run, ratio_standard_error
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
 from compressor.observe import forward
 
 CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
+Watch = Callable[[int, TokenBatch, Tensor, Tensor], None]
+"""(a batch's number, the batch, its logits [B, S, V], the losses of its next tokens [B, S − 1])"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def perplexity(
     processes: Processes | None = None,
     *,
     run: Run | None = None,
+    watch: Watch | None = None,
 ) -> Perplexity:
     """Next-token perplexity of ``model`` on one source.
 
@@ -56,12 +59,12 @@ def perplexity(
     Padding counts nowhere. The mean is over all predicted tokens of all sequences, whatever the batches;
     logits are in the model's dtype, log-softmax in float32 and sums in float64.
 
-    The standard error takes the sequences, not the tokens, as independent draws. With the loss l_s and
-    predicted tokens n_s of each of R sequences, mean L = Σl_s / Σn_s, it is √( R/(R−1) · Σ(l_s − L·n_s)² ) /
-    Σn_s; for sequences of one length that is the standard deviation of the sequences' means over √R.
+    The standard error takes the sequences, not the tokens, as independent draws (`ratio_standard_error`); for
+    sequences of one length it is the standard deviation of the sequences' means over √R.
 
     ``progress(done, total)`` is called with numbers of sequences. ``run`` feeds the batches to a model that cannot
-    simply be called, in order; the figures are the same to the bit. Raises EvaluationError when a loss is not
+    simply be called, in order; the figures are the same to the bit. ``watch`` is shown every batch of this
+    process in turn. Raises EvaluationError when a loss is not
     finite, a sequence is longer than the model's positions or nothing is to be predicted, CalibrationError
     when an id has no embedding.
     """
@@ -73,8 +76,11 @@ def perplexity(
 
     def take(batch: TokenBatch, output: Any) -> None:
         number = own[len(found)]
-        losses_B = next_token_losses(output.logits, batch.input_ids, batch.attention_mask).tolist()
+        losses_BS = next_token_losses(output.logits, batch.input_ids, batch.attention_mask)
+        losses_B = losses_BS.sum(1).tolist()
         _refuse_not_finite(losses_B, sequences.name, first=number * batch_size)
+        if watch is not None:
+            watch(number, batch, output.logits, losses_BS)
         found.append(list(zip(losses_B, batch.attention_mask[:, 1:].sum(1).tolist(), strict=True)))
         if progress is not None:
             progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
@@ -92,26 +98,27 @@ def perplexity(
         name=sequences.name,
         perplexity=_exponential(mean_loss, sequences.name),
         mean_loss=mean_loss,
-        standard_error=_ratio_standard_error(losses, counts),
+        standard_error=ratio_standard_error(losses, counts),
         tokens=tokens,
         fingerprint=sequences.fingerprint,
     )
 
 
 def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Each sequence's summed loss in nats: [B] float64 on the CPU, in chunks of 64 MiB of float32 logits."""
+    """The loss of each next token in nats, 0 for padding: [B, S − 1] float64 on the CPU, in chunks of 64 MiB of
+    float32 logits.
+    """
     ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
     num_sequences, num_positions, vocab_size = logits_BSV.shape
     chunk = max(1, CHUNK_ELEMENTS // (num_sequences * vocab_size))
-    loss_B = torch.zeros(num_sequences, dtype=torch.float64)
+    losses_BS = torch.zeros(num_sequences, num_positions - 1, dtype=torch.float64)
     for start in range(0, num_positions - 1, chunk):
         stop = min(start + chunk, num_positions - 1)
         targets_BC = ids_BS[:, start + 1 : stop + 1]
         log_probabilities_BCV = torch.log_softmax(logits_BSV[:, start:stop].float(), dim=-1)
         loss_BC = -log_probabilities_BCV.gather(-1, targets_BC[..., None])[..., 0]
-        loss_BC = loss_BC.masked_fill(~mask_BS[:, start + 1 : stop + 1], 0.0)
-        loss_B += loss_BC.cpu().double().sum(1)
-    return loss_B
+        losses_BS[:, start:stop] = loss_BC.masked_fill(~mask_BS[:, start + 1 : stop + 1], 0.0)
+    return losses_BS
 
 
 def _check_sequences(model: Any, sequences: Sequences) -> None:
@@ -140,13 +147,3 @@ def _exponential(mean_loss: float, name: str) -> float:
         raise EvaluationError(
             f"source {name!r}: a mean loss of {mean_loss:.0f} nats per token has no finite perplexity."
         ) from None
-
-
-def _ratio_standard_error(totals: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of Σtotals / Σcounts over independent (total, count) pairs; see ``perplexity``."""
-    num_pairs = len(totals)
-    if num_pairs < 2:
-        return None
-    mean = math.fsum(totals) / sum(counts)
-    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
-    return math.sqrt(num_pairs / (num_pairs - 1) * squares) / sum(counts)

@@ -86,6 +86,9 @@ class Work:
     copies: int
     has_tasks: bool
     measures_text: bool
+    answers: int = 0
+    """Bytes of the original's answers to measured text, in files beside the output, or `in_memory` without one."""
+    in_memory: bool = False
     is_quantised: bool = False
     reading: int = 0
     has_original: bool = False
@@ -118,7 +121,7 @@ class Work:
 
     def memory(self, place: Placement, *, device: str = "cpu") -> int:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
-        others = PROCESS + (TASKS if self.has_tasks else 0)
+        others = PROCESS + (TASKS if self.has_tasks else 0) + (self.answers if self.in_memory else 0)
         if device == "cpu":
             return others + max(self.reading, self._at_peak(place))
         largest = max(self.bytes_by_layer.values(), default=0)
@@ -149,14 +152,14 @@ class Work:
         return self.bytes_outside + 2 * largest + packed
 
     def disk(self, place: Placement) -> int:
-        """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files. What an
-        external step writes is taken to be as large as what it is given.
+        """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files, the
+        original's answers. What an external step writes is taken to be as large as what it is given.
         """
         has_stage = self.num_passes > 1 if place.weights == "disk" else self.is_turned
         stages = 2 if has_stage else 1
         states = self.hidden_states(place.weights)
         waiting = states if place.states == "file" else 0
-        return stages * self.bytes_after + states // 2 + waiting
+        return stages * self.bytes_after + states // 2 + waiting + (0 if self.in_memory else self.answers)
 
     def readings(self, place: Placement) -> int:
         """How often all weights are read: in memory once, and the result to compare it; from disk for each pass to

@@ -49,7 +49,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _with_different_titles(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+def _with_different_titles(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     try:
         titles = [source.title for source in sources]
     except CalibrationError as error:  # a task's file that does not tell its name
@@ -85,7 +85,10 @@ class Evaluation(_Settings):
         default=None, ge=0, description="examples before each question; default as the task says"
     )
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
-    perplexity: Sources = Field(default=(), description="sources of text to measure perplexity on")
+    perplexity: Sources = Field(
+        default=(), description="sources of text to measure perplexity on, and beside an original fidelity to it"
+    )
+    fidelity: Sources = Field(default=(), description="more of them: both are found by one forward, of either")
     speed: bool = Field(default=False, description="measure tokens per second and memory")
     each_pass: bool = Field(
         default=False, description="measure every pass alone, too: what each of them does, and what they do together"
@@ -97,8 +100,19 @@ class Evaluation(_Settings):
         "the calibration text, and by `perplexity`",
     )
 
+    @property
+    def texts(self) -> dict[tuple[str, int], BaseSource]:
+        """Every source that is measured, once, by its key and its place there."""
+        places: dict[tuple[str, int], BaseSource] = {}
+        for key in ("perplexity", "fidelity"):
+            for number, source in enumerate(getattr(self, key)):
+                if source not in places.values():
+                    places[key, number] = source
+        return places
+
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Evaluation:
+        _with_different_titles(tuple(self.texts.values()))
         idle = [name for name in ("task_path", "limit", "num_fewshot") if getattr(self, name) is not None]
         if idle and not self.tasks:
             raise ValueError(f"{said_together(idle)} would have no effect without `tasks`; give tasks or leave it out")

@@ -198,7 +198,7 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
             ("evaluate", "each_pass"), "the recipe has one pass, so this would have no effect; leave it out"
         )
     without_text = [one for one in loaded.passes if not loaded.sources_of(one)]
-    if evaluation and evaluation.random and not evaluation.perplexity and without_text:
+    if evaluation and evaluation.random and not evaluation.texts and without_text:
         raise loaded.error(
             ("evaluate", "random"),
             f"{without_text[0].method.name} reads no text, so there is nothing to compare random decisions on: give "
@@ -208,7 +208,7 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
     if not problem:
         return
     cannot = f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured"
-    for key in ("perplexity", "tasks"):
+    for key in ("perplexity", "fidelity", "tasks"):
         if evaluation and getattr(evaluation, key):
             raise loaded.error(
                 ("evaluate", key),

@@ -52,10 +52,10 @@ class Job:
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
-    def noted(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the journal has under a name, else what is made now, which it then has."""
+    def noted(self, name: str, make: Callable[[], dict[str, Any]], *, anew: bool = False) -> dict[str, Any]:
+        """What the journal has under a name, else (or `anew`) what is made now, which it then has."""
         found = self.processes.exchange(self.journal.noted(name) if self.journal is not None else None)[0]
-        if found is None:
+        if found is None or anew:
             found = make()
             if self.journal is not None and self.processes.is_first:
                 self.journal.note(name, found)

@@ -12,6 +12,7 @@ from typing import Any
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences
 from compressor.edit.backend import Measurable
+from compressor.evaluation.fidelity import Answers, Fidelity, beside_original
 from compressor.evaluation.lm_eval import TaskResult
 from compressor.evaluation.paired import paired
 from compressor.evaluation.perplexity import Perplexity
@@ -36,10 +37,18 @@ class Yardstick:
 
     evaluation: Evaluation
     texts: Sequence[Sequences]
-    """For perplexity."""
+    """For perplexity and fidelity."""
     tasks: LoadedTasks | None
     tokenizer: Any | None
     seed: int
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+    """What the original answers to each text, by name; empty where there is no original."""
+
+    def has_answers(self, processes: Processes) -> bool:
+        """Whether all of them are there, of a run before."""
+        size = self.evaluation.batch_size
+        own = {text.name: processes.own(-(-len(text.ids) // size)) for text in self.texts}
+        return processes.all(all(self.answers[name].has(numbers) for name, numbers in own.items()))
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Measured:
     experts_per_token: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By text, then by layer; empty where no layer is known of."""
     bytes_on_disk: int | None = None
+    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
+    """To the original, by text."""
 
     def to_json(self) -> dict[str, Any]:
         """What the record says of it."""
@@ -63,6 +74,7 @@ class Measured:
             "size": self.size.to_json(),
             "peak_memory": self.peak_memory,
             **({"bytes_on_disk": self.bytes_on_disk} if self.bytes_on_disk is not None else {}),
+            **({"fidelity": {name: one.to_json() for name, one in self.fidelity.items()}} if self.fidelity else {}),
         }
 
     def with_bytes_of(self, folder: Path) -> Measured:
@@ -76,6 +88,7 @@ class Measured:
             "perplexity": {name: Perplexity(**value) for name, value in data["perplexity"].items()},
             "tasks": {name: TaskResult.from_json(value) for name, value in data["tasks"].items()},
             "size": Size(**data["size"]),
+            "fidelity": {name: Fidelity(**value) for name, value in data.get("fidelity", {}).items()},
         }
         return cls(**{**data, **objects})
 
@@ -88,32 +101,43 @@ def measure(
     devices: Sequence[str],
     *,
     name: str | None = None,
+    is_original: bool = False,
 ) -> Measured | None:
-    """Quality and size of a model; None without a yardstick. The journal keeps them by `name`, or else by `when`."""
+    """Quality and size of a model; None without a yardstick. The journal keeps them by `name`, or else by `when`. What
+    the original answers is kept, and others are compared with it.
+    """
     if yardstick is None:
         return None
     progress = job.progress
 
     def found() -> dict[str, Any]:
-        perplexity, used = _perplexity(piece, yardstick, when, progress)
+        perplexity, fidelity, used = _on_texts(piece, yardstick, when, progress, is_original=is_original)
         tasks, used_by_tasks = _tasks(piece, yardstick, when, progress)
         used = used or used_by_tasks
         sizes = piece.size(_routed(piece.layers, used))
         experts_per_token = used if any(used.values()) else {}
-        return Measured(perplexity, tasks, sizes, peak_memory(*devices), experts_per_token).to_json()
+        peak = peak_memory(*devices)
+        return Measured(perplexity, tasks, sizes, peak, experts_per_token, fidelity=fidelity).to_json()
 
-    return Measured.from_json(job.noted(f"evaluation {name or when}", found))
+    anew = is_original and not yardstick.has_answers(job.processes)
+    return Measured.from_json(job.noted(f"evaluation {name or when}", found, anew=anew))
 
 
-def _perplexity(
-    piece: Measurable, yardstick: Yardstick, when: str, progress: Progress
-) -> tuple[dict[str, Perplexity], _ExpertsUsed]:
-    found, used = {}, {}
+def _on_texts(
+    piece: Measurable, yardstick: Yardstick, when: str, progress: Progress, *, is_original: bool
+) -> tuple[dict[str, Perplexity], dict[str, Fidelity], _ExpertsUsed]:
+    found, fidelity, used = dict[str, Perplexity](), dict[str, Fidelity](), {}
+    batch_size = yardstick.evaluation.batch_size
     for text in yardstick.texts:
-        with progress.task(f"{when}: perplexity {text.name}") as update, piece.counted() as counter:
-            found[text.name] = piece.perplexity(text, yardstick.evaluation.batch_size, update)
-        used[text.name] = _used(piece.layers, counter, piece.processes)
-    return found, used
+        name, answers = text.name, yardstick.answers.get(text.name)
+        with progress.task(f"{when}: perplexity {name}") as update, piece.counted() as counter:
+            if answers is None or is_original:
+                watch = answers.keep if answers is not None else None
+                found[name] = piece.perplexity(text, batch_size, update, watch)
+            else:
+                found[name], fidelity[name] = beside_original(piece, text, batch_size, answers, update)
+        used[name] = _used(piece.layers, counter, piece.processes)
+    return found, fidelity, used
 
 
 def _tasks(
@@ -157,11 +181,14 @@ def _routed(layers: Sequence[MoELayer], used: _ExpertsUsed) -> list[RoutedSize]:
 
 
 def compared(before: Measured, after: Measured, texts: Sequence[Sequences]) -> dict[str, Any]:
-    """The record's `evaluation`: figures before and after, and answers flipped."""
+    """The record's `evaluation`: figures before and after, how far answers are apart, and which are flipped."""
+    found = after.to_json()
+    fidelity = found.pop("fidelity", None)
     return {
         "text": [sequences.to_json() for sequences in texts],
         "before": before.to_json(),
-        "after": after.to_json(),
+        "after": found,
+        **({"fidelity": fidelity} if fidelity else {}),
         "paired": {
             task: {metric: flips.to_json() for metric, flips in by_metric.items()}
             for task, by_metric in paired(before.tasks, after.tasks).items()

@@ -10,6 +10,7 @@ import torch
 
 from compressor.checkpoint.layerwise_weights import sizes_of
 from compressor.data.sources import BaseSource, TaskSource
+from compressor.evaluation.fidelity import bytes_per_token
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
 from compressor.method import is_external
@@ -30,18 +31,24 @@ def work_of(
     layers: Sequence[MoELayer],
     dtype: torch.dtype,
     stored: tuple[int, int],
+    *,
+    is_compared: bool = False,
 ) -> Work:
-    """What the recipe works on, in numbers; `model` is on the meta device, `stored` bytes of files before and after."""
+    """What the recipe works on, in numbers; `model` is on the meta device, `stored` bytes of files before and after;
+    `is_compared`: with an original, without a pass.
+    """
     recipe, text = loaded.recipe, config.get_text_config()
     outside, by_layer = sizes_of(model)
     calibration = [loaded.sources_of(one) for one in loaded.passes]
     evaluation = recipe.evaluate
-    measured = evaluation.perplexity if evaluation else ()
+    measured = list(evaluation.texts.values()) if evaluation else []
     own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
     by_pass = [batch_sizes(sources, recipe.calibration.batch_size) for sources in calibration]
     batches = [size for sizes in by_pass for size in sizes] or [0]
     batches += batch_sizes(measured, evaluation.batch_size) if evaluation else []
     batches += [evaluation.batch_size * _TASK_LENGTH] if evaluation and evaluation.tasks else []
+    vocabulary = getattr(text, "vocab_size", 0)
+    tokens = sum(batch_sizes(measured, 1)) if is_compared or loaded.passes else 0
     return Work(
         bytes_total=outside + sum(by_layer.values()),
         bytes_outside=outside,
@@ -52,7 +59,7 @@ def work_of(
         batch_tokens=max(batches),
         hidden=getattr(text, "hidden_size", 0),
         num_experts=max((layer.num_experts for layer in layers), default=0),
-        vocabulary=getattr(text, "vocab_size", 0),
+        vocabulary=vocabulary,
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
         streams=2 if any(one.method.progressive or one.method.needs_original for one in loaded.passes) else 1,
@@ -60,6 +67,8 @@ def work_of(
         copies=3 if evaluation and evaluation.each_pass else 2 if loaded.passes else 1,
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
+        answers=tokens * bytes_per_token(vocabulary),
+        in_memory=recipe.output is None,
         has_original=any(one.method.needs_original for one in loaded.passes),
         is_turned=any(is_external(one.method) for one in loaded.passes),
         reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),

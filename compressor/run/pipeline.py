@@ -25,12 +25,19 @@ import torch
 from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
-from compressor.checkpoint.output import OutputFolder, disk_errors_named, stages_folder, waiting_folder
+from compressor.checkpoint.output import (
+    OutputFolder,
+    answers_folder,
+    disk_errors_named,
+    stages_folder,
+    waiting_folder,
+)
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
 from compressor.errors import CompressorError, RecipeError
+from compressor.evaluation.fidelity import Answers
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import hardware
 from compressor.machine.progress import Progress
@@ -134,7 +141,8 @@ def evaluate(
     assert subject.checkpoint is not None
     texts = _read_texts(job, subject)
     piece = _piece_to_measure(job, subject)
-    figures = measure(job, piece, _yardstick(job, subject, texts), "measuring", subject.devices)
+    yardstick = _yardstick(job, subject, texts, has_original=False)
+    figures = measure(job, piece, yardstick, "measuring", subject.devices)
     assert figures is not None
     figures = figures.with_bytes_of(subject.checkpoint.folder)
     about = {"reference": only.model, **subject.about()}
@@ -154,13 +162,13 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         job.progress.say(beside.note)
     with job.timed("read text"):
         texts = _read_texts(job, subject)
-    yardstick = _yardstick(job, subject, texts)
     about = _about(job, subject, texts)
     job = _with_journal(job, subject, texts, folder)
+    yardstick = _yardstick(job, subject, texts, has_original=True)
     with job.timed("load"):
         piece = _workpiece(job, subject)
     with job.timed("evaluate before"):
-        before = measure(job, piece, yardstick, "before", subject.devices)
+        before = measure(job, piece, yardstick, "before", subject.devices, is_original=True)
     smaller, done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about), _original(job, subject))
     with job.timed("evaluate after"):
         after = measure(job, smaller, yardstick, "after", subject.devices, name=_name_after(job) if yardstick else None)
@@ -337,7 +345,7 @@ def _in_checkpoint(job: Job, preview: Preview) -> Subject:
 
 def _read_texts(job: Job, subject: Subject) -> Texts:
     evaluation, preview = readiness.evaluation_of(job.loaded), subject.preview
-    measured = evaluation.perplexity if evaluation else ()
+    measured = evaluation.texts.values() if evaluation else ()
     return read_texts(job.loaded, measured, preview.tokenizer, preview.limits.num_embeddings, job.progress)
 
 
@@ -345,12 +353,17 @@ def _batches(job: Job, texts: Sequence[Sequences], *, held_out: bool = False) ->
     return batches_of(texts, job.recipe.calibration.batch_size, held_out=held_out)
 
 
-def _yardstick(job: Job, subject: Subject, texts: Texts) -> Yardstick | None:
-    """What is measured; None if nothing is."""
+def _yardstick(job: Job, subject: Subject, texts: Texts, *, has_original: bool) -> Yardstick | None:
+    """What is measured; None if nothing is. What the original answers is kept beside the output, if there is one."""
     evaluation, preview = readiness.evaluation_of(job.loaded), subject.preview
     if evaluation is None:
         return None
-    return Yardstick(evaluation, texts.perplexity, preview.tasks, preview.tokenizer, job.recipe.seed)
+    folder = answers_folder(job.recipe.output) if job.recipe.output else None
+    answers = {
+        text.name: Answers(folder and folder / str(number), job.fingerprint or "")
+        for number, text in enumerate(texts.perplexity if has_original else ())
+    }
+    return Yardstick(evaluation, texts.perplexity, preview.tasks, preview.tokenizer, job.recipe.seed, answers)
 
 
 def _workpiece(job: Job, subject: Subject) -> Backend:

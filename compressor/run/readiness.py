@@ -56,11 +56,11 @@ def _of_recipe(loaded: LoadedRecipe) -> list[tuple[KeyPath, BaseSource, Split]]:
     """Every source that a run reads, with its place, and the split that it is read for."""
     reading = [one for one in loaded.passes if loaded.sources_of(one)]
     shared = loaded.recipe.calibration.data if reading else ()
-    measured = loaded.recipe.evaluate.perplexity if loaded.recipe.evaluate else ()
+    measured = loaded.recipe.evaluate.texts if loaded.recipe.evaluate else {}
     return [
         *((("calibration", "data", n), one, "train") for n, one in enumerate(shared)),
         *((place, one, "train") for place, one in _of_methods(reading)),
-        *((("evaluate", "perplexity", n), one, "held-out") for n, one in enumerate(measured)),
+        *((("evaluate", *place), one, "held-out") for place, one in measured.items()),
     ]
 
 

@@ -1,0 +1,213 @@
+"""How far a model's answers are from the original's on the same tokens: divergence, first choices, losses.
+
+The original's answers are kept while it is measured: all logits where the vocabulary is small, else the largest ones of
+every token, and one for all other ids together, float32. Merged ids can only lower a divergence (the data-processing
+inequality), so what is found by them is a lower bound of that of the whole vocabulary.
+
+Dimensions: B sequences of a batch, S positions, N predicted tokens, V vocabulary, K ids that are told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.data.sequences import Sequences, TokenBatch
+from compressor.errors import EvaluationError
+from compressor.evaluation.perplexity import CHUNK_ELEMENTS, Perplexity, Watch
+from compressor.evaluation.result import Progress, Result, ratio_standard_error
+from compressor.machine.distributed import Processes
+from compressor.observe.divergence import kl_divergences
+
+MOST_WHOLE = 2048
+"""Ids of a vocabulary that is kept whole."""
+NUM_KEPT = 1024
+"""Ids that are kept of a larger one."""
+
+
+@dataclass(frozen=True)
+class Fidelity(Result):
+    """How a model's answers to a text differ from the original's, a mean over ``tokens``: ``kl`` is KL(original ‖
+    model) in nats, ``agreement`` the share of tokens whose likeliest id is the same, ``delta_nll`` by how many nats the
+    text became less likely; each with its standard error over sequences, None for one. ``vocabulary``: the number of
+    ids that were told apart, or `top 1024 and the rest`, and then ``kl`` is a lower bound.
+    """
+
+    name: str
+    kl: float
+    kl_error: float | None
+    agreement: float
+    agreement_error: float | None
+    delta_nll: float
+    delta_nll_error: float | None
+    tokens: int
+    vocabulary: int | str
+    fingerprint: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``kl`` is that of the whole vocabulary."""
+        return isinstance(self.vocabulary, int)
+
+
+def bytes_per_token(vocabulary: int) -> int:
+    """What is kept of the original's answer to a token."""
+    return 4 * (vocabulary if vocabulary <= MOST_WHOLE else 2 * NUM_KEPT + 1) + 8
+
+
+@dataclass
+class Answers:
+    """What the original answers to one text, by batch: in memory, or in a folder's files, which say what `run` they are
+    of. ``keep`` watches `perplexity`.
+    """
+
+    folder: Path | None = None
+    run: str = ""
+    _held: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def keep(self, number: int, batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> None:
+        """The original's answer to a batch."""
+        parts: list[dict[str, Tensor]] = []
+        for logits_NV, losses_N in _by_chunk(batch, logits_BSV, losses_BS):
+            known = {"losses_N": losses_N.float(), "first_N": logits_NV.argmax(-1).int().cpu()}
+            if logits_NV.shape[1] <= MOST_WHOLE:
+                parts.append({**known, "logits_NK": logits_NV.float().cpu()})
+            else:
+                ids_NK = logits_NV.float().topk(NUM_KEPT).indices
+                parts.append({**known, "ids_NK": ids_NK.int().cpu(), "logits_NK": _merged(logits_NV, ids_NK).cpu()})
+        found = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        found["vocabulary"] = torch.tensor(logits_BSV.shape[-1])
+        if self.folder is None:
+            self._held[number] = found
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{number}.partial"
+        save_file(found, temporary, {"run": self.run})
+        temporary.replace(self._file(number))
+
+    def _file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{number}.safetensors"
+
+    def of(self, number: int) -> Mapping[str, Tensor]:
+        """What was kept of a batch."""
+        return self._held[number] if self.folder is None else load_file(self._file(number))
+
+    def has(self, numbers: Iterable[int]) -> bool:
+        """Whether these batches of this run are there, whole."""
+        if self.folder is None:
+            return all(number in self._held for number in numbers)
+        return all(_run_of(self._file(number)) == self.run for number in numbers)
+
+
+def _run_of(path: Path) -> str | None:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("run")
+    except (OSError, safetensors.SafetensorError):  # it was never written, or not to its end
+        return None
+
+
+class Predicts(Protocol):
+    """A model that can be measured: see `edit.backend`."""
+
+    processes: Processes
+
+    def perplexity(
+        self, sequences: Sequences, batch_size: int, update: Progress | None = None, watch: Watch | None = None
+    ) -> Perplexity: ...
+
+
+def beside_original(
+    model: Predicts, sequences: Sequences, batch_size: int, original: Answers, update: Progress | None = None
+) -> tuple[Perplexity, Fidelity]:
+    """A model's perplexity on a text, and its fidelity to the original's answers in the same batches: one forward.
+    Raises EvaluationError as `perplexity` does, where the vocabulary is another one, and where a divergence is not
+    finite.
+    """
+    found: list[tuple[list[list[float]], int]] = []
+
+    def watch(number: int, batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> None:
+        kept = original.of(number)
+        vocabulary = int(kept["vocabulary"])
+        if logits_BSV.shape[-1] != vocabulary:
+            raise EvaluationError(
+                f"source {sequences.name!r}: the model tells {logits_BSV.shape[-1]} ids apart, the original "
+                f"{vocabulary}: only models of one vocabulary can be compared."
+            )
+        found.append((_compared(kept, batch, logits_BSV, losses_BS), vocabulary))
+
+    perplexity = model.perplexity(sequences, batch_size, update, watch)
+    by_batch = model.processes.in_order(found)
+    return perplexity, _fidelity(sequences, [one for rows, _ in by_batch for one in rows], by_batch[0][1])
+
+
+def _compared(
+    kept: Mapping[str, Tensor], batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor
+) -> list[list[float]]:
+    """Of each sequence of a batch the divergence, tokens with the same first choice, loss added: sums; and tokens."""
+    kl, same, added = ([torch.zeros(0, dtype=torch.float64)] for _ in range(3))
+    start = 0
+    for logits_NV, losses_N in _by_chunk(batch, logits_BSV, losses_BS):
+        part = slice(start, start := start + len(losses_N))
+        others_NK = logits_NV if "ids_NK" not in kept else _merged(logits_NV, kept["ids_NK"][part])
+        kl.append(kl_divergences(kept["logits_NK"][part].to(logits_NV.device), others_NK))
+        same.append(logits_NV.argmax(-1).cpu() == kept["first_N"][part])
+        added.append(losses_N - kept["losses_N"][part])
+    counts = _predicted(batch)
+    sums = [[float(one.sum()) for one in torch.split(torch.cat(parts), counts)] for parts in (kl, same, added)]
+    return [[*values, count] for *values, count in zip(*sums, counts, strict=True)]
+
+
+def _fidelity(sequences: Sequences, by_sequence: list[list[float]], vocabulary: int) -> Fidelity:
+    kl, same, added, counts = ([row[column] for row in by_sequence] for column in range(4))
+    bad = next((number for number, value in enumerate(kl) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise EvaluationError(
+            f"source {sequences.name!r}: the divergence from the original on sequence {bad} is {kl[bad]}: the model "
+            f"excludes ids that the original does not."
+        )
+    tokens = int(sum(counts))
+    means = [math.fsum(totals) / tokens for totals in (kl, same, added)]
+    errors = [ratio_standard_error(totals, [int(count) for count in counts]) for totals in (kl, same, added)]
+    return Fidelity(
+        name=sequences.name,
+        kl=means[0],
+        kl_error=errors[0],
+        agreement=means[1],
+        agreement_error=errors[1],
+        delta_nll=means[2],
+        delta_nll_error=errors[2],
+        tokens=tokens,
+        vocabulary=vocabulary if vocabulary <= MOST_WHOLE else f"top {NUM_KEPT} and the rest",
+        fingerprint=sequences.fingerprint,
+    )
+
+
+def _predicted(batch: TokenBatch) -> list[int]:
+    """Predicted tokens of each sequence of a batch, which is padded on the right."""
+    return [int(number) for number in batch.attention_mask[:, 1:].sum(1)]
+
+
+def _by_chunk(batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [N, V] and losses [N] of the predicted tokens, one sequence after another, some at a time."""
+    chunk = max(1, CHUNK_ELEMENTS // logits_BSV.shape[-1])
+    for row, count in enumerate(_predicted(batch)):
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            yield logits_BSV[row, part], losses_BS[row, part]
+
+
+def _merged(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """The logits of these ids, and one of all others together, whose exponential is the sum of theirs: [N, K + 1]."""
+    logits_NV, ids_NK = logits_NV.float(), ids_NK.to(logits_NV.device, torch.int64)
+    others_N1 = logits_NV.scatter(1, ids_NK, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logits_NV.gather(1, ids_NK), others_N1], 1)
