@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,45 +198,37 @@ class _Tap:
         return replay
 
     @torch.no_grad()
-    def _fit(self, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Replay) -> None:
-        """Look for a closed rule on the first tokens seen."""
+    def _rule_for(self, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Replay) -> RoutingRule | None:
+        """The closed rule, looked for on the first tokens seen, if it explains this batch too; None, so that the router
+        itself is asked, if it does not, or has rows behind its experts that it does not choose from, but that may shift
+        weights.
+        """
         few = slice(0, _NUM_FITTING_TOKENS)
 
         def replay_few(kept: Any, top_k: int | None = None) -> tuple[Tensor, Tensor]:
             index, weights = replay(kept, top_k)
             return index[few], weights[few]
 
-        if not self._rows_unexplained:
+        assert self._logits is not None
+        if not self.fitted and self._logits.shape[-1] == self.layer.num_choices:
             biases = [tensor for _, tensor in selection_biases(self.model, self.layer)]
             self.rule = fit_rule(self.layer, logits_TE[few], index_TK[few], weights_TK[few], biases, replay_few)
         self.fitted = True
-
-    @property
-    def _rows_unexplained(self) -> bool:
-        """Whether the router has rows behind its experts that it does not choose from, but that may shift weights."""
-        assert self._logits is not None
-        return self._logits.shape[-1] != self.layer.num_choices
-
-    @torch.no_grad()
-    def _rule_for(self, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Replay) -> RoutingRule | None:
-        """The closed rule if it explains this batch too; None, so that the router itself is asked, if it does not."""
-        if not self.fitted:
-            self._fit(logits_TE, index_TK, weights_TK, replay)
         if self.rule is None or not explains(self.rule, self.layer, logits_TE, index_TK, weights_TK):
             return None
         return self.rule
 
-    def _routed(
+    def _visit(
         self, hidden_TH: Tensor, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, replay: Replay, **others: Any
     ) -> RoutedTokens:
-        """One batch's real tokens, with the closed rule, if it explains them."""
-        rule = self._rule_for(logits_TE, index_TK, weights_TK, replay)
-        return RoutedTokens(self.layer, hidden_TH, logits_TE, index_TK, weights_TK, rule, replay, **others)
-
-    def _visit(self, tokens: RoutedTokens) -> None:
+        """Show one batch's real tokens, with the closed rule, if it explains them and no `rule` is given."""
+        if "rule" not in others:
+            others["rule"] = self._rule_for(logits_TE, index_TK, weights_TK, replay)
+        tokens = RoutedTokens(self.layer, hidden_TH, logits_TE, index_TK, weights_TK, replay=replay, **others)
         self.visitor(tokens)
         if tokens.output_TH is not None:
             refuse_not_finite(self.layer, tokens.output_TH)
+        return tokens
 
 
 class _CalledTap(_Tap):
@@ -352,8 +345,15 @@ class _ChoicesTap(_CalledTap):
         hidden = given.reshape(-1, given.shape[-1])
         index, weights = index.reshape(len(hidden), -1), weights.reshape(len(hidden), -1)
         mask_T = self._mask(hidden)
-        tokens = self._tokens(hidden, index, weights, mask_T)
-        self._visit(tokens)
+        logits_TE = self._logits_TE(mask_T, hidden.dtype)
+        index_TK, weights_TK = index[mask_T], weights[mask_T]
+        replay = self._replay(mask_T, index_TK, weights_TK)
+        tokens = self._visit(
+            hidden[mask_T], logits_TE, index_TK, weights_TK, replay,
+            evaluate_experts=lambda x, e: evaluate_stacked(self._call_original, x, e, weights.dtype),
+            lift=self._known_lift(hidden),
+            at_block=self._at_block,
+        )  # fmt: skip
         if tokens.experts_output_TH is None:
             return self._original(*args, **kwargs)
         if mask_T.all():
@@ -380,17 +380,6 @@ class _ChoicesTap(_CalledTap):
         places = self._order
         values = {places[0]: hidden, places[1]: index, places[2]: weights}
         return self._original(*(values[i] for i in range(3)))
-
-    def _tokens(self, hidden: Tensor, index: Tensor, weights: Tensor, mask_T: Tensor) -> RoutedTokens:
-        logits_TE = self._logits_TE(mask_T, hidden.dtype)
-        index_TK, weights_TK = index[mask_T], weights[mask_T]
-        replay = self._replay(mask_T, index_TK, weights_TK)
-        return self._routed(
-            hidden[mask_T], logits_TE, index_TK, weights_TK, replay,
-            evaluate_experts=lambda x, e: evaluate_stacked(self._call_original, x, e, weights.dtype),
-            lift=self._known_lift(hidden),
-            at_block=self._at_block,
-        )  # fmt: skip
 
     def _replay(self, mask_T: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Replay:
         """By the router alone where the experts are given what it returns, by the whole block otherwise."""
@@ -426,17 +415,11 @@ class _MasksTap(_CalledTap):
             return self._choice(mask, weights, mask_T)
 
         self._visit(
-            self._routed(
-                hidden[mask_T],
-                logits_TE,
-                index_TK,
-                weights_TK,
-                replay,
-                evaluate_experts=lambda x, e: evaluate_list([module for module in modules if module], x, e),
-                lift=self._known_lift(hidden),
-                at_block=self._at_block,
-            )
-        )
+            hidden[mask_T], logits_TE, index_TK, weights_TK, replay,
+            evaluate_experts=partial(evaluate_list, [module for module in modules if module]),
+            lift=self._known_lift(hidden),
+            at_block=self._at_block,
+        )  # fmt: skip
         return self._original(*args, **kwargs)
 
     def _choice(self, mask: Tensor, weights: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,11 +447,7 @@ class _ScaledInputsTap(_CalledTap):
             with self._as_if_kept(kept, top_k, mask_T.device):
                 return self._choice(self.router.forward(*args, **kwargs), mask_T, top_k)
 
-        self._visit(
-            self._routed(
-                hidden[mask_T], logits_TE, index_TK, weights_TK, replay, evaluate_experts=self._evaluate, lift=None
-            )
-        )
+        self._visit(hidden[mask_T], logits_TE, index_TK, weights_TK, replay, evaluate_experts=self._evaluate)
         return self._original(given)
 
     def _choice(self, output: Any, mask_T: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
@@ -538,19 +517,8 @@ class _ListTap(_Tap):
                 masked_TE = logits_TE.index_fill(-1, dropped, float("-inf"))
                 return known.choose(masked_TE, top_k or self.layer.top_k)
 
-        self._visit(
-            RoutedTokens(
-                layer=self.layer,
-                hidden_TH=flat[mask_T],
-                logits_TE=logits_TE,
-                index_TK=index,
-                weights_TK=weights,
-                rule=rule,
-                replay=replay,
-                evaluate_experts=lambda x, e: evaluate_list(modules, x, e),
-                lift=None,
-            )
-        )
+        evaluate = partial(evaluate_list, modules)
+        self._visit(flat[mask_T], logits_TE, index, weights, replay, rule=rule, evaluate_experts=evaluate)
 
 
 class _PairsTap(_Tap):
@@ -564,24 +532,12 @@ class _PairsTap(_Tap):
     def _after_lists(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.real.deaf:
             return
-        index, weights = PairLists.of(
-            output, self.layer.path, args[0].reshape(-1, args[0].shape[-1]).shape[0]
-        ).choices()
+        hidden = args[0].reshape(-1, args[0].shape[-1])
+        index, weights = PairLists.of(output, self.layer.path, len(hidden)).choices()
         mask_T = self._mask(index)
-        hidden = args[0].reshape(len(index), -1)
 
         def refused(*_: Any, **__: Any) -> Any:
             raise UnsupportedModelError(f"{self.layer.watch_problem}.")
 
-        self._visit(
-            RoutedTokens(
-                layer=self.layer,
-                hidden_TH=hidden[mask_T],
-                logits_TE=self._logits_TE(mask_T, hidden.dtype),
-                index_TK=index[mask_T],
-                weights_TK=weights[mask_T],
-                rule=None,
-                replay=refused,
-                evaluate_experts=refused,
-            )
-        )
+        logits_TE, chosen = self._logits_TE(mask_T, hidden.dtype), (index[mask_T], weights[mask_T])
+        self._visit(hidden[mask_T], logits_TE, *chosen, refused, rule=None, evaluate_experts=refused)

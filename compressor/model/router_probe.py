@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ def probe_router(
         num_extra_choices=ask.num_extra_choices() if ask else 0,
         reads_config=ask is not None and ask.reads(count_leaf),
         block_runs=trace.experts_args is not None,
-        watch_problem=_watch_problem(call, place),
+        watch_problem=_UNWATCHED.format(place.block) if call == "pairs" else None,
         padding_problem=_padding_problem(router, ask, found.top_k),
         experts_order=places_of_choices(trace.experts_args or ()) if call == "choices" else None,
         experts_width=next((value.shape[-1] for value in trace.experts_args or () if _is_hidden(value)), None),
@@ -423,23 +423,16 @@ class _Questions:
         """Whether the router reads its group counts, asked with counts that divide nothing: with all groups chosen they
         limit nothing, and it still cuts its experts into equal ones.
         """
-        return self._changes(_attributes(self.router.module, "group"), 10**6)
+        modules = self.router.module.modules()
+        places = [(one, k) for one in modules for k, v in one.__dict__.items() if type(v) is int and "group" in k]
+        return self._changes(places, 10**6)
 
     def reads(self, leaf: ConfigLeaf) -> bool:
         """Whether the router looks at the config's expert count, asked by making it equal to an id that is chosen."""
-        holders = [
-            value for module in self.router.module.modules() for value in module.__dict__.values()
-            if leaf.key in getattr(value, "__dict__", {}) and not isinstance(value, nn.Module)
-        ]  # fmt: skip
-        usual, outputs = self.num_experts, self.router.run()
-        chosen = int(outputs[self.found.index_position or 0].flatten()[0])
-        for holder in holders:
-            setattr(holder, leaf.key, chosen)
-        try:
-            return _differ(outputs, self.router.run)
-        finally:
-            for holder in holders:
-                setattr(holder, leaf.key, usual)
+        held = [value for module in self.router.module.modules() for value in module.__dict__.values()]
+        configs = [one for one in held if leaf.key in getattr(one, "__dict__", {}) and not isinstance(one, nn.Module)]
+        chosen = int(self.router.run()[self.found.index_position or 0].flatten()[0])
+        return self._changes([(config, leaf.key) for config in configs], chosen)
 
     def bias_switches_off(self) -> bool:
         """Whether a very low bias leaves a router that behaves as if the experts were not there."""
@@ -449,45 +442,27 @@ class _Questions:
         masked, off = self._weights(self.router.run(dropped)), self._weights(self.router.run(dropped, off=SWITCHED_OFF))
         return torch.allclose(masked, off, rtol=1e-5, atol=1e-6)
 
-    def _changes(self, places: Sequence[tuple[nn.Module, str]], value: int) -> bool:
+    def _changes(self, places: Sequence[tuple[Any, str]], value: int) -> bool:
+        """Whether the router answers otherwise, or no longer, with another number in these attributes."""
         outputs = self.router.run()
-        saved = [(module, key, module.__dict__[key]) for module, key in places]
-        for module, key in places:
-            setattr(module, key, value)
+        saved = [(holder, key, holder.__dict__[key]) for holder, key in places]
+        for holder, key in places:
+            setattr(holder, key, value)
         try:
-            return _differ(outputs, self.router.run)
+            again = self.router.run()
+        except Exception:  # it reads what was changed, and cannot work with it
+            return True
         finally:
-            for module, key, old in saved:
-                setattr(module, key, old)
+            for holder, key, old in saved:
+                setattr(holder, key, old)
+        pairs = zip(outputs, again, strict=False)
+        return any(not torch.equal(old, new) for old, new in pairs if isinstance(old, Tensor))
 
 
-def _attributes(module: nn.Module, word: str) -> list[tuple[nn.Module, str]]:
-    return [
-        (child, key)
-        for child in module.modules()
-        for key, value in child.__dict__.items()
-        if type(value) is int and word in key
-    ]
-
-
-def _differ(outputs: tuple[Any, ...], run: Callable[[], tuple[Any, ...]]) -> bool:
-    """Whether a router now answers otherwise, or no longer answers."""
-    try:
-        again = run()
-    except Exception:  # it reads what was changed, and cannot work with it
-        return True
-    pairs = zip(outputs, again, strict=False)
-    return any(not torch.equal(old, new) for old, new in pairs if isinstance(old, Tensor))
-
-
-def _watch_problem(call: Call, place: Place) -> str | None:
-    if call == "pairs":
-        return (
-            f"{place.block}: its block sorts (token, expert) pairs through several modules, so what one expert answers "
-            f"to a token cannot be asked; its experts can be masked, removed and skipped, but not judged without a "
-            f"plugin's adapter"
-        )
-    return None
+_UNWATCHED = (
+    "{}: its block sorts (token, expert) pairs through several modules, so what one expert answers to a token cannot "
+    "be asked; its experts can be masked, removed and skipped, but not judged without a plugin's adapter"
+)
 
 
 def _padding_problem(router: _LoneRouter, ask: _Questions | None, top_k: int) -> str | None:

@@ -29,7 +29,7 @@ def fit_rule(
     if layer.id_tensors or (layer.num_groups > 1 and layer.num_extra_choices):
         return None
     tolerance = _tolerance(weights_TK)
-    given_TE = _scatter(index_TK, weights_TK, layer.num_choices)
+    given_TE = weights_by_id(index_TK, weights_TK, layer.num_choices)
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
         # a small bias may have decided nothing yet, on so few tokens
         for bias, renormalise, groups in itertools.product((*biases, None), (True, False), _group_rules(layer)):
@@ -66,7 +66,7 @@ def _is_ambiguous(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay:
 
 def explains(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> bool:
     """Whether the rule gives what the router answered on these tokens, ties within rounding aside."""
-    given_TE = _scatter(index_TK, weights_TK, layer.num_choices)
+    given_TE = weights_by_id(index_TK, weights_TK, layer.num_choices)
     return _agrees(rule, layer, logits_TE, given_TE, _tolerance(weights_TK))
 
 
@@ -81,8 +81,8 @@ def renormalises(
         sums_T = weights_TK.double().sum(-1)
         differ = bool(weights_TK.max() - weights_TK.min() > tolerance * weights_TK.max())
         return differ and bool((sums_T.max() - sums_T.min()) <= tolerance * sums_T.abs().max())
-    fewer_TN = _scatter(*replay(range(layer.num_experts), top_k=layer.top_k - 1), layer.num_choices)
-    given_TN = _scatter(index_TK, weights_TK, layer.num_choices)
+    fewer_TN = weights_by_id(*replay(range(layer.num_experts), top_k=layer.top_k - 1), layer.num_choices)
+    given_TN = weights_by_id(index_TK, weights_TK, layer.num_choices)
     both_TN = (fewer_TN != 0) & (given_TN != 0)
     return bool((fewer_TN - given_TN)[both_TN].abs().max() > tolerance * given_TN.abs().max())
 
@@ -98,15 +98,16 @@ def _scale(given_TK: Tensor, unscaled_TK: Tensor) -> float:
     return rounded if abs(scale - rounded) < 1e-3 * abs(scale) else scale
 
 
-def _scatter(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
-    empty = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
-    return empty.scatter_(1, index_TK, weights_TK.double())
+def weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
+    """[T, N] float64: every expert's weight by its id, 0 if not chosen."""
+    empty_TN = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
+    return empty_TN.scatter_add_(1, index_TK, weights_TK.double())
 
 
 def _agrees(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, given_TE: Tensor, tolerance: float) -> bool:
     """Whether the rule gives these weights to all tokens but those whose choice is a tie within rounding."""
     index, weights = rule.choose(logits_TE, layer.top_k)
-    difference_T = (_scatter(index, weights, layer.num_choices) - given_TE).abs().amax(-1)
+    difference_T = (weights_by_id(index, weights, layer.num_choices) - given_TE).abs().amax(-1)
     ranking = rule.ranking(rule.affinity(logits_TE)).masked_fill(logits_TE == float("-inf"), float("-inf"))
     if rule.groups is not None:  # what stands in for other groups' rankings is the same for all, and no tie
         ranking = dataclasses.replace(rule.groups, elsewhere=float("-inf")).within(ranking)
@@ -129,6 +130,6 @@ def _agrees_masked(rule: RoutingRule, layer: MoELayer, logits_TE: Tensor, replay
         kept = sorted(set(range(layer.num_experts)) - set(dropped.tolist()))
         index, weights = replay(kept)
         masked = logits_TE.index_fill(-1, dropped.to(logits_TE.device), float("-inf"))
-        if not _agrees(rule, layer, masked, _scatter(index, weights, layer.num_choices), tolerance):
+        if not _agrees(rule, layer, masked, weights_by_id(index, weights, layer.num_choices), tolerance):
             return False
     return True

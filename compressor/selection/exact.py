@@ -34,6 +34,7 @@ from torch.nn import functional
 
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens, gram_of
 from compressor.model.routing_rule import RoutingRule
+from compressor.model.rule_fitting import weights_by_id
 from compressor.model.structure import MoELayer
 from compressor.observe.statistic import RankedStatistic
 
@@ -242,7 +243,7 @@ def chunk_errors(tokens: RoutedTokens, tables: SubsetTables, chunk: RankedChunk)
         affinity_cN = rule.affinity(tokens.logits_TE[chunk.start : chunk.stop][part])
         order_cM, gram_cXX = chunk.order_cM[part], gram_of(outputs_cXH[part])
         if tables.top_k is not None:
-            order_cM, gram_cXX = _sorted_choice(rule, affinity_cN, order_cM, gram_cXX, tokens.layer.top_k)
+            order_cM, gram_cXX = sorted_choice(rule, affinity_cN, order_cM, gram_cXX, tokens.layer.top_k)
         total_S += _part_errors(rule, tables, order_cM, gram_cXX, affinity_cN, tokens.layer.top_k)
     return total_S
 
@@ -272,17 +273,19 @@ def keeps_order(rule: RoutingRule) -> bool:
 def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
     """Whether the fitted rule also holds with a lower `top_k`, where some renormalise otherwise; a tenth may tie."""
     num_choices = tokens.layer.num_choices
-    given_TN = _weights_by_id(*tokens.replay(range(tokens.layer.num_experts), top_k=top_k), num_choices)
-    found_TN = _weights_by_id(*rule.choose(tokens.logits_TE, top_k), num_choices)
+    given_TN = weights_by_id(*tokens.replay(range(tokens.layer.num_experts), top_k=top_k), num_choices)
+    found_TN = weights_by_id(*rule.choose(tokens.logits_TE, top_k), num_choices)
     tolerance = 1e-4 if tokens.weights_TK.dtype == torch.float32 else 2e-2
     differs_T = (given_TN - found_TN).abs().amax(1) > tolerance * given_TN.abs().amax(1)
     return int(differs_T.sum()) <= 0.1 * tokens.num_tokens
 
 
-def _sorted_choice(
+def sorted_choice(
     rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cXX: Tensor, num_chosen: int
 ) -> tuple[Tensor, Tensor]:
-    """`order_cM` and `gram_cXX` with chosen experts by descending rank: a lower k takes the first of them."""
+    """`order_cM` and `gram_cXX` with chosen experts by descending rank, which not every router gives: a lower k takes
+    the first of them.
+    """
     ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])
     place_cX = torch.arange(gram_cXX.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
     place_cX[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)
@@ -335,21 +338,15 @@ def _errors_by_replay(tokens: RoutedTokens, tables: SubsetTables, gram_TXX: Tens
     """[S]: the same where ranks do not tell the choice: the router runs again for every set, on all N outputs."""
     num_choices = tokens.layer.num_choices
     has_residual = gram_TXX.shape[1] > num_choices
-    full_TX = _weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)
+    full_TX = weights_by_id(tokens.index_TK, tokens.weights_TK, num_choices)
     if has_residual:
         full_TX = functional.pad(full_TX, (0, 1), value=1.0)
     totals = []
     for dropped in tables.dropped:
         kept = [expert for expert in range(tokens.layer.num_experts) if expert not in dropped]
-        weights_TN = _weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices)
+        weights_TN = weights_by_id(*tokens.replay(kept, top_k=tables.top_k), num_choices)
         delta_TX = functional.pad(weights_TN, (0, int(has_residual))) - full_TX
         changed = delta_TX.abs().amax(1) > 0
         delta_cX = delta_TX[changed]
         totals.append((torch.bmm(gram_TXX[changed], delta_cX[..., None])[..., 0] * delta_cX).sum())
     return torch.stack(totals)
-
-
-def _weights_by_id(index_TK: Tensor, weights_TK: Tensor, num_choices: int) -> Tensor:
-    """[T, N] float64: every expert's weight by its id, 0 if not chosen."""
-    empty_TN = torch.zeros(len(index_TK), num_choices, dtype=torch.float64, device=index_TK.device)
-    return empty_TN.scatter_add_(1, index_TK, weights_TK.double())

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens
 from compressor.model.routing_rule import RoutingRule
+from compressor.model.rule_fitting import weights_by_id
 from compressor.model.structure import MoELayer
 from compressor.observe.statistic import RankedStatistic
 from compressor.selection.exact import keeps_order
@@ -134,16 +135,11 @@ def add_single(
 def single_by_replay(tokens: RoutedTokens, gram_TNN: Tensor) -> Tensor:
     """[N]: the same where only the router knows who steps in: all N outputs (N / K forwards), T·N² Grams, float64."""
     num_experts, size = tokens.layer.num_experts, tokens.layer.num_choices
-
-    def by_id(index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        empty_TN = torch.zeros(len(index_TK), size, dtype=torch.float64, device=index_TK.device)
-        return empty_TN.scatter_add_(1, index_TK, weights_TK.double())
-
-    full_TN = by_id(tokens.index_TK, tokens.weights_TK)
+    full_TN = weights_by_id(tokens.index_TK, tokens.weights_TK, size)
     single_N = full_TN.new_zeros(size)
     for expert in range(num_experts):
         kept = [other for other in range(num_experts) if other != expert]
-        delta_TN = by_id(*tokens.replay(kept)) - full_TN
+        delta_TN = weights_by_id(*tokens.replay(kept), size) - full_TN
         for changed_t in torch.split((delta_TN != 0).any(1).nonzero()[:, 0], _TOKENS_AT_ONCE):
             delta_tN = delta_TN[changed_t]
             single_N[expert] += torch.einsum("tm,tmn,tn->", delta_tN, gram_TNN[changed_t], delta_tN)

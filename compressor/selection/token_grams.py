@@ -28,7 +28,7 @@ from compressor.errors import UnsupportedModelError
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens, gram_of
 from compressor.model.routing_rule import RoutingRule
 from compressor.model.structure import MoELayer
-from compressor.selection.exact import keeps_order, with_residual
+from compressor.selection.exact import keeps_order, sorted_choice, with_residual
 
 
 def num_ranks(layer: MoELayer, num_kept: int, top_k: int | None = None) -> int:
@@ -114,21 +114,14 @@ def token_grams(tokens: RoutedTokens, chunk: RankedChunk, batch: int) -> TokenGr
     """Some tokens of a batch."""
     rule, num_chosen = search_rule(tokens.layer, tokens.rule), tokens.weights_TK.shape[1]
     affinity_cN = rule.affinity(tokens.logits_TE[chunk.start : chunk.stop])
-    order_cM = chunk.order_cM.clone()
-    outputs_cXH = with_residual(tokens, chunk)
-    place_cX = torch.arange(outputs_cXH.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
-    ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])  # routers need not give them in order
-    place_cX[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)
-    order_cM = order_cM.gather(1, place_cX[:, : order_cM.shape[1]])
-    gram_cXX = gram_of(outputs_cXH)
-    rows_cXX = gram_cXX.gather(1, place_cX[:, :, None].expand(gram_cXX.shape))
-    gram_cXX = rows_cXX.gather(2, place_cX[:, None, :].expand(gram_cXX.shape)).float()
+    gram_cXX = gram_of(with_residual(tokens, chunk))
+    order_cM, gram_cXX = sorted_choice(rule, affinity_cN, chunk.order_cM, gram_cXX, num_chosen)
     needs_scores = rule.rescales_all or rule.groups is not None
     scores = affinity_cN if needs_scores else affinity_cN[:, :0]
     return TokenGrams(
         order_cM.to(torch.int16),
         affinity_cN.gather(1, order_cM).float(),
-        gram_cXX,
+        gram_cXX.float(),
         torch.full((len(order_cM),), batch, dtype=torch.int32, device=order_cM.device),
         scores.float(),
     )

@@ -33,6 +33,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.model.capture import RealTokens
+from compressor.model.expert_products import own_tensors
 from compressor.model.modules import named_tensors
 from compressor.model.moe_model import Kept, MoEModel, count_problem
 from compressor.model.routed_tokens import RoutedTokens
@@ -474,17 +475,8 @@ def _evaluated(layer: MoELayer, chosen: Counter) -> float:
 
 def expert_matrix_size(model: nn.Module, layer: MoELayer) -> int:
     """Numbers in one expert's matrices: a token costs two FLOPs for each."""
-    prefix, in_lists = layer.experts + ".", tuple(path + "." for path in layer.containers)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    size = 0
-    for name, axis in layer.tensors.items():
-        if name.startswith(prefix) and name in parameters and not (in_lists and name.startswith(in_lists)):
-            shape = parameters[name].shape
-            if len(shape) - 1 + (axis.stride > 1) >= 2:
-                size += parameters[name].numel() // shape[axis.dim] * axis.stride
-    for path, names in layer.containers.items():
-        size += sum(p.numel() for p in model.get_submodule(f"{path}.{names[0]}").parameters() if p.dim() >= 2)
-    return size
+    owned = [own for own in own_tensors(model, layer) if own.expert in (None, 0)]
+    return sum(own.single.numel() for own in owned if own.single.ndim >= 2)
 
 
 # Which experts, and comparing -------------------------------------------------------------------------------
