@@ -18,6 +18,9 @@ from torch import Tensor
 from compressor.checkpoint.headers import TORCH
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.errors import CheckpointError
+from compressor.model.constants import VALUE, constant_experts
+from compressor.model.modules import tensor_at
+from compressor.model.structure import MoELayer
 
 
 class Conversion:
@@ -103,6 +106,41 @@ class Conversion:
 
         with quiet_transformers():
             return dict(revert_weight_conversion(self._model, tensors))
+
+
+def is_by_expert(model: Any, layer: MoELayer) -> bool:
+    """Whether files hold each expert of a layer in tensors of its own, beside which a constant can stand."""
+    prefix, conversion = stored_prefix(model, layer.experts), Conversion(model)
+    names = conversion.as_stored({name: tensor_at(model, name) for name in layer.experts_tensors})
+    return all(name.startswith(prefix) and name[len(prefix) :].partition(".")[0].isdecimal() for name in names)
+
+
+def stored_prefix(model: Any, experts: str) -> str:
+    """What the names of a module's experts begin with in files, up to their numbers."""
+    [name] = Conversion(model).as_stored({f"{experts}.0.{VALUE}": torch.empty(0)})
+    return name.removesuffix(f"0.{VALUE}")
+
+
+def tensors_to_save(model: Any) -> dict[str, Tensor]:
+    """All tensors of a model as its files have them, what is tied once; for `save_pretrained` without conversion. An
+    expert keeps its number where others answer constants.
+    """
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = model._keys_to_ignore_on_save or ()
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    found = Conversion(model).as_stored(remove_tied_weights_from_state_dict(held, model))
+    for path, ours in constant_experts(model).items():
+        prefix = stored_prefix(model, path)
+        places = {f"{prefix}{place}": f"{prefix}{expert}" for place, expert in enumerate(ours.kept)}
+
+        def renamed(name: str) -> str:
+            head, _, leaf = name.removeprefix(prefix).partition(".")  # noqa: B023 - called within the loop
+            is_own = name.startswith(prefix) and leaf != VALUE  # noqa: B023
+            return f"{places[prefix + head]}.{leaf}" if is_own else name  # noqa: B023
+
+        found = {renamed(name): tensor for name, tensor in found.items()}
+    return found
 
 
 def loading_info(model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, set[Any]]:

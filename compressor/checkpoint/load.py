@@ -20,7 +20,7 @@ from compressor.errors import CheckpointError
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
 from compressor.model.skipping.install import restore
-from compressor.model.uneven import settle, uneven_class, uneven_counts
+from compressor.model.uneven import is_uneven, settle, uneven_class
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -71,7 +71,7 @@ def load_model(
         if quantisation is not None and as_numbers and why is error:
             raise refusal(quantisation, checkpoint.reference, "transformers fails to dequantise them") from error
         raise CheckpointError(f"{checkpoint.reference}: transformers cannot load it: {why}") from error
-    if uneven_counts(config):
+    if is_uneven(config):
         settle(model)
     refuse_bad_keys(checkpoint, info)
     if device == "meta":
@@ -118,9 +118,9 @@ def _implementations(config: Any, name: str) -> dict[str, Any]:
 
 
 def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapter]) -> Any:
-    """The model's class, or for layers with different numbers of experts one that builds them so."""
+    """The model's class, or one that builds layers as the config has them beyond it."""
     cls = model_class(checkpoint, config)
-    if not uneven_counts(config):
+    if not is_uneven(config):
         return cls
     return uneven_class(cls, config, structure_of(cls, config, adapters, plain=True))
 

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.conversion import tensors_to_save
 from compressor.checkpoint.extra_layers import LeftOut, holder_of, spellings
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import read_config
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.model.config_entry import KEY, read_entry
+from compressor.model.constants import KEY as CONSTANTS
+from compressor.model.constants import replaced_experts
 from compressor.model.structure import ConfigLeaf
 
 _PLAIN_ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
@@ -38,7 +41,10 @@ def save_checkpoint(
     is_there = any(one.dtype == named for one in model.parameters())
     dtype = str(named if is_there else model.dtype).removeprefix("torch.")
     with quiet_transformers():
-        model.save_pretrained(folder)  # which sets the config's
+        if replaced_experts(model.config):  # experts have other names than transformers would give them
+            model.save_pretrained(folder, state_dict=tensors_to_save(model), save_original_format=False)
+        else:
+            model.save_pretrained(folder)  # which sets the config's
     write_beside_weights(source, folder, model.config, dtype, counts, left_out, changes)
 
 
@@ -58,6 +64,8 @@ def write_beside_weights(
     for leaf, value in counts.items():
         _patch_count(raw, leaf, config, value)
     raw.pop(KEY, None)
+    if replaced := replaced_experts(config):
+        holder_of(raw, (*next(iter(counts)).path, CONSTANTS))[CONSTANTS] = replaced
     if left_out:
         left_out.patch(raw)
     _patch_rope(raw, config.to_dict())

@@ -47,11 +47,12 @@ from compressor.edit.tensor_map import Fate, fates
 from compressor.errors import CheckpointError, UnsupportedModelError, VerificationError
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
+from compressor.model.constants import VALUE
 from compressor.model.masking import relabelled
 from compressor.model.moe_model import MoEModel
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.structure import ExpertAxis, MoELayer
-from compressor.model.uneven import settle, uneven_class, uneven_counts
+from compressor.model.uneven import is_uneven, settle, uneven_class
 
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
@@ -63,10 +64,10 @@ def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
     config = without_quantisation(load_config(found))
     cls = model_class(found, config)
     structure = structure_of(cls, config, adapters, plain=True)
-    build = uneven_class(cls, config, structure) if uneven_counts(config) else cls
+    build = uneven_class(cls, config, structure) if is_uneven(config) else cls
     with torch.device("meta"):
         model = build(copy.deepcopy(config))
-    if uneven_counts(config):
+    if is_uneven(config):
         settle(model)
     moe = MoEModel(model.eval(), structure)
     if "skipping" in read_entry(config):
@@ -365,6 +366,10 @@ class _EditPlan:
                     raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
         if values is None and name in self.edited:
             values = partial(self._cut, name, axis, rows)
+        if fate.constant is not None and fate.layer is not None:
+            constant = self.after.constants[fate.layer.path][fate.constant].detach().cpu()
+            held = self.after.model.state_dict()[f"{fate.layer.experts}.{fate.constant}.{VALUE}"].dtype
+            values, new_shape = lambda: constant.to(held).to(TORCH[dtype]), tuple(constant.shape)
         if fate.gather is not None:
             gather = fate.gather
             values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)

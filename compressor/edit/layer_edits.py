@@ -12,16 +12,18 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 
+from compressor.checkpoint.conversion import is_by_expert
 from compressor.checkpoint.extra_layers import spellings
 from compressor.checkpoint.headers import read_header, torch_dtype
 from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeights, stored_tensors
 from compressor.errors import UnsupportedModelError
 from compressor.method import Decision, Method, OptionError
 from compressor.model.config_entry import KEY
+from compressor.model.constants import problem, problem_of_all
 from compressor.model.expert_products import expert_matrices
 from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
 from compressor.model.moe_model import Kept, MoEModel
-from compressor.model.structure import MoELayer
+from compressor.model.structure import MoELayer, Structure
 
 Endings = Mapping[str, Ending]
 """Layer path → what its edit has asked for."""
@@ -187,19 +189,35 @@ def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endi
     """
     kept = {path: list(one.kept) for path, one in endings.items() if one.kept is not None}
     rules = {path: one.rule for path, one in endings.items() if one.rule is not None}
+    constants = {path: one.constants for path, one in endings.items() if one.constants}
     how = {(one.top_k, one.padded) for one in endings.values() if one.kept is not None}
     try:
         if len(how) > 1:
             raise ValueError("keep() was given other `top_k` or `padded` in other layers")
+        if constants and kept:
+            raise ValueError("keep() and replace() were both asked for, so ids would mean two things")
         for top_k, padded in how:
             moe.keep(kept, top_k=top_k, padded=padded)
+        if constants:
+            refuse_constants(moe.model, moe.structure, list(constants))
+            moe.replace(constants)
         if rules:
             moe.skip(rules)
         _change_config(moe, method.config_changes(decision))
-        if not kept and not rules and not any(one.wrote for one in endings.values()):
+        if not kept and not rules and not constants and not any(one.wrote for one in endings.values()):
             raise ValueError("the decision says of every layer that nothing changes, so there is nothing to carry out")
     except ValueError as error:
         raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
+def refuse_constants(model: Any, structure: Structure, paths: Sequence[str]) -> None:
+    """Raise UnsupportedModelError where experts of these layers cannot answer constants, or no file could say so."""
+    for layer in (layer for layer in structure.layers if layer.path in paths):
+        why = problem_of_all(structure, model.config) or problem(layer)
+        if why is None and not is_by_expert(model, layer):
+            why = "its files hold all experts in one tensor, where constants have no place"
+        if why is not None:
+            raise UnsupportedModelError(f"{layer.path}: {why}.")
 
 
 def _change_config(moe: MoEModel, changes: Mapping[str, Any]) -> None:

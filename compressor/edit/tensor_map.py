@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compressor.checkpoint.conversion import Conversion, in_loading_order
 from compressor.errors import CheckpointError, UnsupportedModelError
+from compressor.model.constants import VALUE
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import ExpertAxis, MoELayer
 
@@ -48,6 +49,8 @@ class Fate:
     """The model's tensor that it is, as it is."""
     gather: Tensor | None = None
     """Several layers' experts in one tensor: the new shape, and each number's place in the old one, seen flat."""
+    constant: int | None = None
+    """The expert, by its new id, whose constant stands in the place of this tensor of its own."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class _Change:
     ) -> None:
         self.before, self.kept, self.shapes, self.quantisation = before, kept, shapes, quantisation
         self.mapping, self.smaller = Conversion(before.model), Conversion(after.model)
+        self.constants = {layer.path: layer.constants for layer in after.layers}
         self.stacked: dict[str, tuple[MoELayer, ExpertAxis]] = {}
         self.children: dict[str, tuple[MoELayer, str, int]] = {}
         for layer in before.layers:
@@ -131,6 +135,19 @@ class _Change:
             if target in self.mapping.tensors:
                 return owner, target, pattern
         return None
+
+    def ids_with_weights(self, layer: MoELayer) -> list[int]:
+        """New ids of the experts that stay and answer no constant. A layer that had some has no tensors to look at."""
+        gone = () if layer.constants else self.constants[layer.path]
+        return [new for new in range(len(self.kept[layer.path])) if new not in gone]
+
+    def refuse_constants(self, target: str) -> None:
+        """Raise UnsupportedModelError where a tensor that holds all experts would have to be taken apart."""
+        layer = self.stacked[target][0]
+        if self.constants[layer.path] and not layer.constants and layer.in_experts(target):
+            raise UnsupportedModelError(
+                f"{target}: its experts are in one tensor on disk, and experts that answer constants need one for each"
+            )
 
     def child(self, target: str) -> tuple[MoELayer, str, int, str] | None:
         """(layer, list, expert, rest of the name) of a tensor of a module that is one expert."""
@@ -151,6 +168,7 @@ def _of_group(change: _Change, groups: _Groups, target: str) -> dict[str, Fate]:
         layer_axis = change.stacked.get(target)
         if layer_axis is None:
             return {name: Fate(name, target=target) for name in by_pattern[None]}
+        change.refuse_constants(target)
         return {name: Fate(name, *layer_axis, target) for name in by_pattern[None]}
     pattern = next(iter(by_pattern))
     assert pattern is not None
@@ -202,7 +220,8 @@ def _of_list(change: _Change, target: str, sources: Mapping[str, list[str]], hit
                 f"{layer.path}: by its config it has {layer.num_experts} experts, the checkpoint holds "
                 f"{len(found) - axis.extra} ({first[0]} to {first[-1]})."
             )
-        wanted[name] = [found[row] for row in axis.rows(change.kept[layer.path], layer.num_experts)]
+        ids = [change.kept[layer.path][new] for new in change.ids_with_weights(layer)]
+        wanted[name] = [found[row] for row in axis.rows(ids, layer.num_experts)]
     stay = sorted({place for found in [*wanted.values(), *others.values()] for place in found})
     if _places_of_experts(change, target, sources, stay, change.smaller) != wanted | others:
         layers = " and ".join(dict.fromkeys(change.stacked[name][0].path for name in hit))
@@ -210,9 +229,17 @@ def _of_list(change: _Change, target: str, sources: Mapping[str, list[str]], hit
             f"{layers}: their experts are one list on disk ({first[0]} …), so they must keep equally many."
         )
     result: dict[str, Fate] = {}
+    layer = change.stacked[hit[0]][0]
+    ids = change.ids_with_weights(layer) if change.constants[layer.path] else [*range(len(stay))]
     for names in sources.values():
         result |= {name: Fate(None) for name in names}
-        result |= {names[place]: Fate(new, change.stacked[hit[0]][0]) for place, new in zip(stay, names, strict=False)}
+        result |= {names[place]: Fate(names[new], layer) for place, new in zip(stay, ids, strict=True)}
+    if hit[0] == next(iter(layer.experts_tensors), None):
+        for new in change.constants[layer.path]:
+            name = next(iter(sources.values()))[new]
+            module = name[: name.rindex(f".{new}.")]
+            place = first[change.kept[layer.path][new]]
+            result[place] = Fate(f"{module}.{new}.{VALUE}", layer, constant=new)
     return result
 
 
@@ -242,6 +269,7 @@ def _places_of_experts(
 def _of_converted(change: _Change, target: str, sources: Mapping[str, str], hit: Sequence[str]) -> dict[str, Fate]:
     """All experts in one tensor whose shape, order or name a converter changes."""
     layer, axis = change.stacked[hit[0]]
+    change.refuse_constants(hit[0])
     if any(change.stacked[name][0] is not layer for name in hit):
         return _of_several_layers(change, target, sources, hit)
     if axis.stride != 1 or axis.extra:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from compressor.errors import UnsupportedModelError
 from compressor.model.find_structure import ModelFactory, find_structure
 from compressor.model.structure import Structure
-from compressor.model.uneven import uneven_counts
+from compressor.model.uneven import as_stored
 
 
 class Adapter(ABC):
@@ -43,8 +43,8 @@ class Adapter(ABC):
 def structure_of(
     factory: ModelFactory, config: Any, adapters: Sequence[Adapter] = (), *, plain: bool = False
 ) -> Structure:
-    """The structure, by the adapter that explains this config or found by itself; with counts of `config.compressor`
-    unless `plain`. Raises UnsupportedModelError, also where two adapters claim the config.
+    """The structure, by the adapter that explains this config or found by itself; with what the config says beyond its
+    class unless `plain`. Raises UnsupportedModelError, also where two adapters claim the config.
     """
     claiming = [adapter for adapter in adapters if adapter.explains(config)]
     if len(claiming) > 1:
@@ -53,4 +53,4 @@ def structure_of(
             f"{config.model_type}: several adapters explain it: {names}. Run with --without one of their plugins."
         )
     structure = claiming[0].structure(factory, config) if claiming else find_structure(factory, config)
-    return structure if plain else structure.with_counts(uneven_counts(config))
+    return structure if plain else as_stored(structure, config)

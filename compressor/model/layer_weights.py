@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.model.constants import Constants
 from compressor.model.expert_products import ExpertMatrices, tensors_of_experts
 from compressor.model.modules import named_tensors
 from compressor.model.skipping.rule import SkipRule
@@ -89,16 +90,21 @@ class Ending:
     rule: SkipRule | None = None
     wrote: bool = False
     """Whether the edit asked for weights, which it may have changed."""
+    constants: Constants | None = None
+    """What experts answer from then on, by id."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "rule": self.rule.to_json() if self.rule else None}
+        """Of constants it says how large they are."""
+        sizes = {expert: len(one) for expert, one in (self.constants or {}).items()} or None
+        return {**self.__dict__, "rule": self.rule.to_json() if self.rule else None, "constants": sizes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ending:
-        """The inverse of `to_json`."""
-        kept, rule = data["kept"], data["rule"]
+        """The inverse of `to_json`, but for the constants' numbers, which are on the meta device."""
+        kept, rule, sizes = data["kept"], data["rule"], data["constants"] or {}
         return cls(**{
-            **data, "kept": None if kept is None else tuple(kept), "rule": SkipRule.of(rule) if rule else None
+            **data, "kept": None if kept is None else tuple(kept), "rule": SkipRule.of(rule) if rule else None,
+            "constants": {int(expert): torch.empty(size, device="meta") for expert, size in sizes.items()} or None,
         })  # fmt: skip
 
 
@@ -123,6 +129,7 @@ class LayerWeights:
         self._top_k: int | None = None
         self._padded = False
         self._rule: SkipRule | None = None
+        self._constants: Constants | None = None
 
     def __repr__(self) -> str:
         return f"LayerWeights({self.path}: {self.num_experts} experts)"
@@ -169,13 +176,25 @@ class LayerWeights:
         """Skip experts by this rule from now on."""
         self._rule = rule
 
+    def replace(self, constants: Constants) -> None:
+        """Have these experts, by id, answer a constant [hidden] each, whatever they are given, and remove their
+        weights. The router stays as it is, and so do all ids; see `model.constants`.
+        """
+        self._constants = dict(constants)
+
     @property
     def ending(self) -> Ending:
         """What the edit has asked for."""
-        return Ending(self._kept, self._top_k, self._padded, self._rule, self._tensors is not None)
+        wrote = self._tensors is not None
+        return Ending(self._kept, self._top_k, self._padded, self._rule, wrote, self._constants)
 
     @property
     def _all(self) -> Tensors:
+        if self._layer.constants:
+            raise UnsupportedModelError(
+                f"{self.path}: some of its experts answer constants, and weights are not edited after that; edit them "
+                f"before."
+            )
         if self._tensors is None:
             self._tensors = self._read()
         return self._tensors

@@ -16,14 +16,16 @@ from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import structure_of
 from compressor.model.capture import RealTokens, Visitor, tapped
 from compressor.model.config_entry import write_entry
+from compressor.model.constants import Constants, previewed, problem, problem_of_all, replace_in_layer, write_replaced
 from compressor.model.masking import masked_router, relabelled, router_weights, selection_biases, top_k_set, write_top_k
 from compressor.model.modules import named_tensors, tensor_at
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.skipping import install as skipping
 from compressor.model.skipping.rule import SkipRule
+from compressor.model.skipping.state import LayerSkip
 from compressor.model.skipping.usage import Counter
 from compressor.model.structure import MoELayer, Structure, layers_said
-from compressor.model.uneven import slice_layer, uneven_counts, write_counts
+from compressor.model.uneven import as_stored, slice_layer, write_counts
 
 Kept = Mapping[str, Sequence[int]]
 """Layer path → ids of the experts that stay, ascending."""
@@ -51,7 +53,9 @@ class MoEModel:
         """Keys of config.json that methods have set."""
         refuse_quantised(self.config)
         self.structure = structure or structure_of(type(model), self.config)
-        self.structure = self.structure.with_counts(uneven_counts(self.config))
+        self.structure = as_stored(self.structure, self.config)
+        self.constants: dict[str, Constants] = {}
+        """What `replace` was given, by layer path: on the meta device the model cannot hold it."""
         self._check_shapes()
         self._check_ids()
 
@@ -154,8 +158,7 @@ class MoEModel:
         try:
             yield
         finally:
-            wanted = {path: (state.rule, state.zeroed) for path, state in before.items()}
-            skipping.reinstate(self.model, self.structure, wanted, before | skipping.states(self.model))
+            self._skip_again(before)
 
     @contextmanager
     def counted(self) -> Iterator[Counter]:
@@ -211,6 +214,61 @@ class MoEModel:
             wanted = {path: (rule, False) for path, rule in rules.items()}
             skipping.reinstate(self.model, self.structure, wanted, skipped)
         self.removals.append(Removal(checked, switched_off))
+
+    def replace(self, constants: Mapping[str, Constants]) -> None:
+        """Let experts answer a constant [hidden] each, in place, by layer path and id: their weights go, the router
+        and all ids stay. The config says so too (`constants.KEY`), and `compressor.load` reads it. Raises ValueError or
+        UnsupportedModelError before anything is changed.
+        """
+        self._check_constants(constants)
+        before = skipping.states(self.model)
+        skipping.remove(self.model)
+        layers = [
+            replace_in_layer(self.model, layer, constants[layer.path]) if constants.get(layer.path) else layer
+            for layer in self.layers
+        ]
+        self.structure = self.structure.with_constants({layer.path: layer.constants for layer in layers})
+        write_replaced(self.config, layers)
+        self.constants |= constants
+        self._skip_again(before)
+
+    @contextmanager
+    def replaced(self, constants: Mapping[str, Constants]) -> Iterator[None]:
+        """Within the context these experts answer constants, as after `replace`; no weight goes."""
+        self._check_constants(constants)
+        before = skipping.states(self.model)
+        with ExitStack() as stack:
+            stack.callback(self._skip_again, before)
+            skipping.remove(self.model)
+            for path, of_layer in constants.items():
+                stack.enter_context(previewed(self.model, self.layer(path), of_layer))
+            stack.callback(skipping.remove, self.model)
+            self._skip_again(before)
+            yield
+
+    def _skip_again(self, before: dict[str, LayerSkip]) -> None:
+        """Switch skipping on as it was; `before` are what layers knew."""
+        wanted = {path: (state.rule, state.zeroed) for path, state in before.items()}
+        skipping.reinstate(self.model, self.structure, wanted, before | skipping.states(self.model))
+
+    def _check_constants(self, constants: Mapping[str, Constants]) -> None:
+        """Raise ValueError or UnsupportedModelError where these experts cannot answer these constants."""
+        for path, of_layer in constants.items():
+            layer, width = self.layer(path), self.structure.width_at(self.layer(path))
+            if why := problem(layer, list(of_layer)):
+                raise ValueError(f"{path}: constants cannot be put in the place of experts {list(of_layer)}: {why}")
+            for expert, value in of_layer.items():
+                if value.shape != (width,):
+                    raise ValueError(f"{path}: expert {expert} should answer [{width}], found {list(value.shape)}")
+        if why := problem_of_all(self.structure, self.config):
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {why}.")
+        owners: dict[int, str] = {}
+        for layer in self.layers:
+            for name in layer.experts_tensors:
+                if layer.path != (other := owners.setdefault(id(tensor_at(self.model, name)), layer.path)) and (
+                    {layer.path, other} & constants.keys()
+                ):
+                    raise UnsupportedModelError(f"{layer.path} and {other} share their experts ({name}).")
 
     def _rules_after(self, kept: Kept, top_k: int | None) -> dict[str, SkipRule]:
         """The rules by which the layers will skip when they have fewer experts. Raises where they could not."""
@@ -311,6 +369,8 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
         return f"it has {layer.num_experts} experts and cannot keep {num_kept}"
     if num_kept == layer.num_experts:
         return None
+    if layer.constants:
+        return "some of its experts answer constants, so the others have to stay; prune before that"
     possible = [count for count in range(2, layer.num_experts + 1) if _count_works(layer, count)]
     if num_kept in possible:
         return None

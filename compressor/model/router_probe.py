@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.model.expert_outputs import places_of_choices
 from compressor.model.modules import named_tensors, tensor_at
 from compressor.model.router_logits import RouterLogits
 from compressor.model.structure import Call, RouterProbe
@@ -234,19 +235,6 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
             f"one token for each of {num_experts} experts, it called {sorted({child for child, _ in called})}; no "
             "choice can be judged."
         )
-
-
-def places_of_choices(given: Sequence[Any]) -> tuple[int, int, int] | None:
-    """Where among an experts module's arguments hidden states, ids and weights are; None if they are not these."""
-    if len(given) != 3 or not all(isinstance(value, Tensor) for value in given):
-        return None
-    ids = [i for i, value in enumerate(given) if not value.is_floating_point()]
-    if len(ids) != 1:
-        return None
-    weights = [i for i, value in enumerate(given) if i not in ids and value.shape == given[ids[0]].shape]
-    if not weights:
-        return None
-    return ({0, 1, 2} - {ids[0], weights[-1]}).pop(), ids[0], weights[-1]
 
 
 def expert_children(experts: nn.Module) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -111,6 +112,10 @@ class MoELayer:
     """Why surplus experts cannot be switched off by a bias of the router, in words, or None."""
     wider_problem: str | None = None
     """Why the router cannot be asked for more experts per token than the model takes, in words, or None."""
+    constants: tuple[int, ...] = ()
+    """Ids of its experts that answer a constant: they count among `num_experts`, and have no weights. In a method's
+    `check` only their number is known.
+    """
     skip_rule: Any = None
     """The SkipRule by which the layer will skip; None but in a method's `check`, as `zeros` and `bits`. What it asks
     of the layer is known there (`top_k`, `normalise_over`); of a threshold that will be found any will do.
@@ -131,6 +136,7 @@ class MoELayer:
     def described(cls, description: Mapping[str, Any]) -> MoELayer:
         """A layer to decide on, whose model is not at hand: it has no tensors and cannot be watched or edited."""
         known = {name: description[name] for name in _DESCRIBED if name in description}
+        known["constants"] = tuple(known.get("constants", ()))
         nothing: dict[str, Any] = {"router_probe": None, "tensors": {}, "integers": {}, "containers": {}}
         return cls(router="", experts="", id_tensors=(), **nothing, **known)
 
@@ -139,6 +145,31 @@ class MoELayer:
         containers = {path: names[:num_experts] for path, names in self.containers.items()}
         rule = self.skip_rule.of_experts(range(num_experts)) if self.skip_rule else None
         return dataclasses.replace(self, num_experts=num_experts, containers=containers, skip_rule=rule)
+
+    def in_experts(self, name: str) -> bool:
+        """Whether a module is the experts' own, or a tensor or module in it."""
+        return f"{name}.".startswith(f"{self.experts}.")
+
+    @property
+    def experts_tensors(self) -> Mapping[str, ExpertAxis]:
+        """Tensors of the experts' own module that are indexed by expert."""
+        return {name: axis for name, axis in self.tensors.items() if self.in_experts(name)}
+
+    @property
+    def num_with_weights(self) -> int:
+        """How many of its experts are run: the others answer constants."""
+        return self.num_experts - len(self.constants)
+
+    def with_constants(self, ids: Sequence[int]) -> MoELayer:
+        """The same layer where these experts answer constants: nothing in its experts' module is indexed by its ids."""
+        if not ids:
+            return self
+        return dataclasses.replace(
+            self,
+            constants=tuple(ids),
+            tensors={name: axis for name, axis in self.tensors.items() if not self.in_experts(name)},
+            integers={place: value for place, value in self.integers.items() if not self.in_experts(place[0])},
+        )
 
     @property
     def num_choices(self) -> int:
@@ -178,6 +209,7 @@ _DESCRIBED = (
     "num_groups",
     "num_chosen_groups",
     "num_extra_choices",
+    "constants",
     "parameters_per_expert",
     "top_k_fixed",
     "watch_problem",
@@ -246,6 +278,25 @@ class Structure:
                 shape[axis.dim] = axis.size(count)
                 shapes[name] = tuple(shape)
             layers.append(layer.with_count(count))
+        return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
+
+    def width_at(self, layer: MoELayer) -> int:
+        """The size of what a layer's experts are given, and answer."""
+        return layer.router_probe.experts_width or self.shapes[layer.router_weights[0]][-1]
+
+    def with_constants(self, replaced: Mapping[str, Sequence[int]]) -> Structure:
+        """The structure of the same model where these experts of some layers, by layer path, answer constants."""
+        layers, shapes, num_parameters = [], dict(self.shapes), self.num_parameters
+        for layer in self.layers:
+            ids = [] if layer.constants else list(replaced.get(layer.path, ()))
+            for name, axis in layer.experts_tensors.items() if ids else ():
+                old, width = shapes[name], axis.size(layer.num_experts - len(ids))
+                shapes[name] = (*old[: axis.dim], width, *old[axis.dim + 1 :])
+                num_parameters += prod(shapes[name]) - prod(old)
+            for expert in ids:
+                shapes[f"{layer.experts}.{expert}.approx_value"] = (self.width_at(layer),)
+                num_parameters += self.width_at(layer)
+            layers.append(layer.with_constants(ids))
         return dataclasses.replace(self, layers=tuple(layers), shapes=shapes, num_parameters=num_parameters)
 
 

@@ -1,11 +1,12 @@
-"""Numbers of experts that differ from layer to layer, which no class of transformers builds.
+"""Models that no class of transformers builds: other numbers of experts in other layers, constants in experts' places.
 
 The standard key of the config keeps the count that the class is built with; `config.compressor` says which layer has
-how many. A model is loaded by building its class, on the meta device, and taking experts out of the layers before any
-weight is read: transformers' own loader does the rest. Without this library such a checkpoint is refused, since its
-tensors do not have the shapes that the config speaks of.
+how many, `approximate_experts` (see `constants`) whose experts answer constants. A model is loaded by building its
+class, on the meta device, and taking experts out of the layers before any weight is read: transformers' own loader does
+the rest. Without this library such a checkpoint is refused, since its tensors do not have the shapes that the config
+speaks of.
 
-Two more things differ in such a model: modules that look at the config while they run are given a config of their own,
+Where counts differ, two more things do: modules that look at the config while they run are given a config of their own,
 and the load-balancing loss, which needs router logits of one width, is refused.
 """
 
@@ -16,11 +17,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.config_entry import KEY, read_entry, write_entry
+from compressor.model.constants import replace_in_layer, replaced_experts, with_constants
 from compressor.model.structure import MoELayer, Structure
 
 
@@ -105,9 +108,19 @@ def slice_layer(model: nn.Module, layer: MoELayer, kept: Sequence[int], made: We
     return dataclasses.replace(layer, num_experts=len(kept), containers=containers)
 
 
+def is_uneven(config: Any) -> bool:
+    """Whether the config speaks of layers that the model's class does not build. Raises CheckpointError."""
+    return bool(uneven_counts(config) or replaced_experts(config))
+
+
+def as_stored(structure: Structure, config: Any) -> Structure:
+    """The structure of the model that the config speaks of, from the plain class's. Raises CheckpointError."""
+    return with_constants(structure.with_counts(uneven_counts(config)), config)
+
+
 def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> type[Any]:
-    """A class that builds what `config.compressor` says, for `from_pretrained`, then `settle`; `structure` is the plain
-    class's. Raises CheckpointError where the class cannot have such layers or counts.
+    """A class that builds what the config says beyond its class, for `from_pretrained`, then `settle`; `structure` is
+    the plain class's. Raises CheckpointError where the class cannot have such layers or counts.
     """
     counts = uneven_counts(config)
     known = {layer.path: layer for layer in structure.layers}
@@ -117,6 +130,8 @@ def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> t
                 f"config.json: `{KEY}` gives {path} {count} experts; {model_class.__name__} has "
                 f"{known[path].num_experts if path in known else 'no such layer'}."
             )
+
+    after = as_stored(structure, config)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         model_class.__init__(self, *args, **kwargs)
@@ -129,6 +144,10 @@ def uneven_class(model_class: type[Any], config: Any, structure: Structure) -> t
                 for module in self.get_submodule(layer.path).modules():
                     module._is_hf_initialized = True
         write_counts(self, dataclasses.replace(structure, layers=tuple(layers)))
+        for layer, wanted in zip(layers, after.layers, strict=True):
+            if wanted.constants:
+                empty = torch.empty(structure.width_at(layer), device="meta")
+                replace_in_layer(self, layer, dict.fromkeys(wanted.constants, empty))
 
     return type(
         model_class.__name__,

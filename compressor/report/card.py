@@ -73,6 +73,15 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
             f"reads it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the "
             "pass the checkpoint would load anywhere, where the router allows that, at the price of memory." + skips
         )
+    if "constants" in record:
+        number = sum(map(len, record["constants"].values()))
+        skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
+        return (
+            f"{counted(number, 'expert')} of {counted(len(record['constants']), 'layer')} answer a constant, whatever "
+            f"they are given; the router is untouched. `compressor.load` reads that, and vLLM from 0.33 on "
+            f"(`approximate_experts` in `config.json`, unquantised, one device or tensor parallel); "
+            f"`{auto_class}.from_pretrained` refuses it, since weights of these experts are missing." + skips
+        )
     if "skipping" in record:
         return (
             f"Tokens skip experts in {counted(len(record['skipping']), 'layer')}, by rules in `config.json` "

@@ -28,6 +28,7 @@ from compressor.checkpoint.quantization import (
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.layer_edits import refuse_constants
 from compressor.errors import PluginError, UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
@@ -236,7 +237,9 @@ def _preview(
     with loaded.at("model"):
         structure = structure_of(cls, config, adapters)
         rules = fitting_rules(structure, config)
-    notes = ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules)
+    notes = (
+        ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules) + _constants_notes(structure.layers)
+    )
     given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
     layers, changes_values = _check_passes(loaded, given, notes, is_quantised=is_quantised)
     _check_external(loaded, notes)
@@ -245,6 +248,9 @@ def _preview(
         dtype = _dtype(loaded.recipe.dtype, config, stored)
     plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
     model = _on_meta(cls, config, dtype)
+    with loaded.at("passes"):
+        pairs = zip(structure.layers, layers, strict=True)
+        refuse_constants(model, structure, [old.path for old, new in pairs if new.constants and not old.constants])
     work = work_of(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
     work = dataclasses.replace(work, changes_values=changes_values)
     problems = {
@@ -274,23 +280,24 @@ def _preview(
 def _about(config: Any, structure: Structure, after: Sequence[MoELayer], dtype: torch.dtype) -> dict[str, Any]:
     """What a plan says of a model, whose layers will be those of `after`, all in one dtype."""
     pairs = list(zip(structure.layers, after, strict=True))
-    removed = sum((old.num_experts - new.num_experts) * old.parameters_per_expert for old, new in pairs)
-    sizes = {"before": structure.num_parameters, "after": structure.num_parameters - removed}
+    smaller = structure.with_counts({new.path: new.num_experts for new in after})
+    smaller = smaller.with_constants({new.path: new.constants for new in after})
+    sizes = {"before": structure.num_parameters, "after": smaller.num_parameters}
     return {
         "architecture": architecture(config),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": [
             {
                 "path": old.path,
-                "num_experts": old.num_experts,
+                "num_experts": old.num_with_weights,
                 "top_k": new.top_k,
-                "kept": new.num_experts,
-                "dropped": old.num_experts - new.num_experts,
+                "kept": new.num_with_weights,
+                "dropped": old.num_with_weights - new.num_with_weights,
             }
             for old, new in pairs
         ],
         "parameters": sizes,
-        "expert_parameters": sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers),
+        "expert_parameters": sum(layer.num_with_weights * layer.parameters_per_expert for layer in structure.layers),
         "bytes": {when: number * dtype.itemsize for when, number in sizes.items()},
     }
 
@@ -329,6 +336,10 @@ def _check_passes(
         ):
             raise loaded.error(
                 resolved.path, "the checkpoint is quantised, and nothing reads a quantised one that skips experts"
+            )
+        if is_quantised and any(len(a.constants) < len(b.constants) for a, b in zip(layers, plan.layers, strict=True)):
+            raise loaded.error(
+                resolved.path, "the checkpoint is quantised, and no reader puts constants beside quantised experts"
             )
         if plan.changes_values and is_quantised:
             raise loaded.error(
@@ -369,6 +380,10 @@ def _stored(
         size, per_group = layer.num_experts // layer.num_groups, left.num_experts // layer.num_groups
         kept[layer.path] = [expert for expert in range(layer.num_experts) if expert % size < per_group]
     after.keep(kept)
+    after.replace({
+        layer.path: {expert: torch.empty(structure.width_at(layer), device="meta") for expert in left.constants}
+        for layer, left in zip(structure.layers, smaller, strict=True) if left.constants and not layer.constants
+    })  # fmt: skip
     edit = plan_edit(found, before, after, left_out)
     return edit.bytes_before, edit.bytes_after
 
@@ -389,6 +404,16 @@ def _skipping_notes(rules: Mapping[str, SkipRule]) -> list[str]:
         if rules
         else []
     )
+
+
+def _constants_notes(layers: Sequence[MoELayer]) -> list[str]:
+    """That experts of these layers answer constants, if some do."""
+    there = [layer for layer in layers if layer.constants]
+    number = sum(len(layer.constants) for layer in there)
+    said = (
+        f"{counted(number, 'expert')} of {counted(len(there), 'MoE layer')} answer constants, by `approximate_experts`"
+    )
+    return [said] if there else []
 
 
 def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, reference: str, *, is_estimate: bool) -> str:
@@ -469,6 +494,13 @@ def _check_order(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
             f"there are {' and '.join(sorted(set(filled)))} zeros in {counted(len(filled), 'layer')} by then, and "
             f"{name} would fill them: put it before the pass that makes them",
         )
+    fixed = [old.path for old in layers if old.constants]
+    if plan.changes_values and fixed:
+        raise OptionError(
+            None,
+            f"{fixed[0]}: some of its experts answer constants by then, and {name} would edit weights: put it "
+            f"before the pass that replaces experts",
+        )
     stored = {f"{old.bits:g}" for old, new in pairs if old.bits and (plan.changes_values or new.bits != old.bits)}
     if stored:
         raise OptionError(
@@ -503,7 +535,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     structure = structure_of(cls, config, adapters)
     left_out = find_left_out(found, config, cls)
     dtype = _dtype("auto", config, found)
-    experts = sum(layer.num_experts * layer.parameters_per_expert for layer in structure.layers)
+    experts = sum(layer.num_with_weights * layer.parameters_per_expert for layer in structure.layers)
     notes = [f"the expert count is `{structure.num_experts_leaf}` in config.json"]
     if not structure.top_k_leaf:
         notes.append("the number of experts per token is fixed by the model's code")
@@ -512,7 +544,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         notes.append(f"experts counted by {others} (other parts of the model) are left as they are")
     if left_out:
         notes.append(left_out_note(left_out))
-    notes += _skipping_notes(fitting_rules(structure, config))
+    notes += _skipping_notes(fitting_rules(structure, config)) + _constants_notes(structure.layers)
     if quantisation is not None:
         notes.append(_quantised_note(quantisation, dtype, reference, is_estimate=True))
     return {
@@ -522,7 +554,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         "layers": [
             {
                 "path": layer.path,
-                "num_experts": layer.num_experts,
+                "num_experts": layer.num_with_weights,
                 "top_k": layer.top_k,
                 "router": layer.router_kind,
                 "parameters_per_expert": layer.parameters_per_expert,

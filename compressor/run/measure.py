@@ -172,8 +172,8 @@ def _used(layers: Sequence[MoELayer], counter: Counter, processes: Processes) ->
 def _routed(layers: Sequence[MoELayer], used: _ExpertsUsed) -> list[RoutedSize]:
     return [
         RoutedSize(
-            layer.num_experts,
-            statistics.mean([by_layer[layer.path] for by_layer in used.values()] or [layer.top_k]),
+            layer.num_with_weights,
+            min(layer.num_with_weights, statistics.mean([by[layer.path] for by in used.values()] or [layer.top_k])),
             layer.parameters_per_expert,
         )
         for layer in layers

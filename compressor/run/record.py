@@ -23,6 +23,7 @@ from compressor.errors import CheckpointError, shortened
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
 from compressor.method import Decision, Method
+from compressor.model.constants import replaced_experts
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
@@ -139,10 +140,14 @@ def layers_json(layers: Sequence[MoELayer]) -> list[dict[str, Any]]:
 
 
 def counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
-    """What a reader of the checkpoint has to know: layers of different counts, and experts that are skipped."""
+    """What a reader of the checkpoint has to know: layers of different counts, experts that answer constants, by their
+    decoder layers' numbers, and rules by which some are skipped.
+    """
     counts, rules = uneven_counts(moe.config), moe.skip_rules
     skipping = {path: rule.to_json() for path, rule in rules.items()}
-    return ({"uneven": counts} if counts else {}) | ({"skipping": skipping} if rules else {})
+    constants = replaced_experts(moe.config)
+    found = {"uneven": counts, "constants": constants, "skipping": skipping}
+    return {name: part for name, part in found.items() if part}
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.router_probe import places_of_choices
+from compressor.model.expert_outputs import places_of_choices
 from compressor.model.skipping.state import (
     IMPLEMENTATION,
     LayerSkip,

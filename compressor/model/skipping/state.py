@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
+from compressor.model.expert_outputs import CONSTANTS, evaluate_pairs
 from compressor.model.routing_rule import RoutingRule
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.skipping.usage import Counter
@@ -184,11 +185,10 @@ class Stack:
         return one
 
 
-_PAIRS_ON_CPU = 1024
-
-
 def is_decorated(module: nn.Module) -> bool:
-    """Whether an experts module asks transformers' registry how it is to run."""
+    """Whether an experts module asks transformers' registry how it is to run, and nothing of ours stands before."""
+    if CONSTANTS in module.__dict__:
+        return False
     return "_is_expert_parallel" in module.__dict__ and hasattr(type(module).forward, "__wrapped__")
 
 
@@ -237,46 +237,15 @@ def evaluate_kept(
     weights: Tensor,
     call: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The experts' output from the pairs that stay, each given to `call` as a token with one expert."""
+    """The experts' output from the pairs that stay by the layer's rule."""
     index_TK, weights_TK = (value.reshape(-1, index.shape[-1]) for value in (index, weights))
     if not len(index_TK):
         return call(hidden, index, weights)
-    hidden_TH = hidden.reshape(len(index_TK), -1)
     kept_TK = state.kept(index_TK, weights_TK)
     if bool(kept_TK.all()) and state.rule.top_k is None:
         return call(hidden, index, weights)
     weights_TK = state.rule.reweighted(weights_TK, kept_TK)
     if state.zeroed:
         return call(hidden, index, weights_TK.view(weights.shape))
-    if len(kept_TK) == 1 or (state.rule.top_k is not None and not state.has_identity):  # as many of each token
-        shape = (*index.shape[:-1], -1)
-        return call(hidden, index_TK[kept_TK].view(shape), weights_TK[kept_TK].view(shape))
-    token_P, rank_P = kept_TK.nonzero(as_tuple=True)
-    index_P1, weights_P1 = index_TK[token_P, rank_P][:, None], weights_TK[token_P, rank_P][:, None]
-    if hidden.device.type == "cpu":
-        return _by_parts(hidden_TH, token_P, index_P1, weights_P1, call).view(*hidden.shape[:-1], -1)
-    outputs_PH = call(hidden_TH[token_P], index_P1, weights_P1).reshape(len(token_P), -1)
-    padded_NH = outputs_PH.new_zeros(kept_TK.numel(), outputs_PH.shape[-1])
-    padded_NH[kept_TK.reshape(-1)] = outputs_PH  # index_add_ would add in no fixed order
-    return padded_NH.view(*kept_TK.shape, -1).sum(1).view(*hidden.shape[:-1], -1)
-
-
-def _by_parts(
-    hidden_TH: Tensor,
-    token_P: Tensor,
-    index_P1: Tensor,
-    weights_P1: Tensor,
-    call: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """[T, H]: each token's outputs added up in float32, pairs taken in the order of their experts, some at a time, so
-    that what lies between an expert's matrices stays near the processor.
-    """
-    order_P = index_P1[:, 0].argsort(stable=True)
-    total_TH: Tensor | None = None
-    for part_p in torch.split(order_P, _PAIRS_ON_CPU):
-        outputs_pH = call(hidden_TH[token_P[part_p]], index_P1[part_p], weights_P1[part_p]).reshape(len(part_p), -1)
-        if total_TH is None:
-            total_TH = outputs_pH.new_zeros(len(hidden_TH), outputs_pH.shape[-1], dtype=torch.float32)
-        total_TH.index_add_(0, token_P[part_p], outputs_pH.float())
-    assert total_TH is not None
-    return total_TH.to(hidden_TH.dtype)
+    is_even = state.rule.top_k is not None and not state.has_identity
+    return evaluate_pairs(hidden, index, weights_TK, kept_TK, call, is_even=is_even)
