@@ -90,6 +90,20 @@ class Plan:
         return f"Plan({counted(num_experts, 'expert')} in {counted(len(self.layers), 'layer')}{skips})"
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How much of a method's candidates is measured: on so many `tokens` of the calibration text, at most so many
+    `candidates` for each layer.
+    """
+
+    tokens: int
+    candidates: int
+
+    def forwards(self, num_layers: int) -> float:
+        """What it costs, in forwards of that text."""
+        return self.candidates * (num_layers + 1) / 2
+
+
 class OptionError(ValueError):
     """An option cannot be met by this model. `option` names it, None the pass as a whole; the recipe's place is added
     by the core.
@@ -222,6 +236,17 @@ class Method(ABC, Generic[OptionsT]):
         None if that is not needed. Not in progressive mode.
         """
         return None
+
+    def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
+        """Whether, and on how much text, `candidates` are to be measured; None by default. Not in progressive mode."""
+        return None
+
+    def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> Sequence[Decision]:
+        """What might be decided of one of the layers, each a decision of it alone, by its figures. The core runs the
+        model under the `preview` of each, and `measuring.measured_of` has then, from the layer's figures, what its
+        answers lose, in nats a token, domain by domain. A pure function; none by default.
+        """
+        return ()
 
     @abstractmethod
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Mapping[str, Any]:

@@ -42,6 +42,7 @@ from compressor.model.moe_model import MoEModel
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.weight_norms import expert_weight_norms
 from compressor.observe.activation_offload import Parking
+from compressor.observe.measuring import Measured, Measuring
 from compressor.observe.reductions import RULES, joined_figures
 from compressor.observe.resuming import Resuming
 from compressor.observe.statistic import InputStatistic, Statistic
@@ -68,6 +69,7 @@ def observe(
     parking: Parking | None = None,
     linears: Mapping[str, InputStatistic] | None = None,
     original: Original | None = None,
+    measured: Measured | None = None,
 ) -> Figures:
     """Feed every batch to every statistic, in order, and return their figures. The model is not changed.
 
@@ -81,7 +83,8 @@ def observe(
     Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
     the same figures. With `parking` hidden states wait there while other batches are at work. `linears` (path of a
     linear map → statistic) are shown what these maps are given. With an `original` every layer is observed with its
-    output there, on its own activations, as `RoutedTokens.target_TH`.
+    output there, on its own activations, as `RoutedTokens.target_TH`. With `measured` a layer's figures say too what
+    its candidates do to the answers (`measuring.measured_of`).
 
     Raises CheckpointError, naming the layer, where activations are not finite; CalibrationError where a layer sees no
     token, unless its statistic is optional: then it has no figures; UnsupportedModelError where batches do not come to
@@ -97,7 +100,8 @@ def observe(
     with evaluating(model), moe.unskipped(), progress.task(title) as update:
         streams = Streams(model, body, update, len(statistics), parking)
         resuming, others = Resuming(journal, processes), (statistics, linears or {}, edited, original)
-        return _Walk(model, streams, update, processes, resuming, weights, moe, *others).run(batches)
+        measuring = Measuring(measured, streams, processes, is_streamed=weights is not None) if measured else None
+        return _Walk(model, streams, update, processes, resuming, weights, moe, *others, measuring).run(batches)
 
 
 @torch.no_grad()
@@ -186,6 +190,7 @@ class _Walk:
     linears: Mapping[str, InputStatistic] = field(default_factory=dict)
     edited: Edited | None = None
     original: Original | None = None
+    measuring: Measuring | None = None
     figures: Figures = field(default_factory=dict)
     observed: set[str] = field(default_factory=set)
     """Layers that all batches have come through."""
@@ -197,17 +202,17 @@ class _Walk:
         domains = [batch.domain for batch in batches]
         for statistic in self.statistics.values():
             statistic.share(self.processes)
-        has_journal = self.resuming.journal is not None
+        keeps_outputs = self.resuming.journal is not None or self.measuring is not None
         with ExitStack() as stack:
             if self.weights is not None:
-                stack.enter_context(self.weights.around(self.streams.body))
+                stack.enter_context(self.weights.around(self.model if self.measuring else self.streams.body))
             if self.original is not None:
                 self._begin_beside(self.original, stack)
-            units = units_of(self.model) if self._streamed or has_journal else ()
+            units = units_of(self.model) if self._streamed or keeps_outputs else ()
             stops = [*(Stop(unit, is_unit=True) for unit in units), *map(Stop, self.statistics)]
             for place in stops:  # before the taps' own hooks, which a stop must not cut
                 self.streams.stop_before(place, stack)
-            for unit in units if has_journal else ():
+            for unit in units if keeps_outputs else ():
                 self.streams.keep_output_of(unit, stack)
             for path, inputs in self.linears.items():
                 self.streams.show_inputs_of(path, partial(inputs.update, expert=None), stack)
@@ -219,6 +224,11 @@ class _Walk:
                     self._enter(stop.path)
                 else:
                     self._observe_layer(stop.path, domains)
+            if self.measuring is not None and self.unit is not None:
+                found = self.measuring.finish(self._layers_of(self.unit), self.figures, domains)
+                for path, figures in found.items():
+                    self.figures[path] |= figures
+                    self.resuming.put_figures(path, self.figures[path])
         self._refuse_unseen()
         self.resuming.close(list(self.figures))
         return {path: self.figures[path] for path in self.statistics if path in self.figures}
@@ -228,6 +238,10 @@ class _Walk:
         """Weights that are read layer by layer."""
         both = self.weights, self.original.weights if self.original else None
         return [one for one in both if one is not None]
+
+    def _layers_of(self, *units: str) -> list[str]:
+        """The observed layers in some decoder layers."""
+        return [path for unit in units for path in self.statistics if f"{path}.".startswith(f"{unit}.")]
 
     def _begin_beside(self, original: Original, stack: ExitStack) -> None:
         """Have the first streams go through the original."""
@@ -241,17 +255,29 @@ class _Walk:
     def _start(self, batches: Sequence[TokenBatch], consume: Consume | None, stack: ExitStack) -> None:
         """All streams, at their first stop, or where the journal says that they stood."""
         own, snapshot = self.processes.own(len(batches)), self.resuming.common_snapshot(bool(batches))
-        streams, twice = self.streams, self.edited is not None or self.original is not None
-        streams.begin(batches, own, consume, stack, twice=twice)
+        streams = self.streams
+        self._begin(batches, own, consume, stack)
         if snapshot is not None:
+            self._take_over_figures(snapshot)
+            if self.measuring is not None:
+                self.measuring.take_up(self._layers_of(*snapshot.passed), self.figures)
             if self.processes.all(self.resuming.set_on_their_way(streams, snapshot)):
-                self._take_over_figures(snapshot)
                 return
-            for stream in streams.all:
+            for stream in [*streams.all, *streams.measured]:
                 stream.leave()
-            streams.begin(batches, own, consume, stack, twice=twice)
-        for stream in streams.all:
+            self.observed.clear()
+            self.figures.clear()
+            self._begin(batches, own, consume, stack)
+        for stream in [*streams.all, *streams.measured]:
             streams.go_on(stream)
+
+    def _begin(
+        self, batches: Sequence[TokenBatch], own: Sequence[int], consume: Consume | None, stack: ExitStack
+    ) -> None:
+        twice = self.edited is not None or self.original is not None
+        self.streams.begin(batches, own, consume, stack, twice=twice)
+        if self.measuring is not None:
+            self.measuring.begin(stack, len(self.statistics))
 
     def _take_over_figures(self, snapshot: Snapshot) -> None:
         """Those of the layers that were passed."""
@@ -265,7 +291,9 @@ class _Walk:
     def _enter(self, unit: str) -> None:
         """All streams stand before a decoder layer: let go of the one before it, read this one, go on."""
         if self.unit is not None:
-            self.resuming.put_streams(unit, self.streams.all, list(self.figures))
+            if self.measuring is not None:
+                self.measuring.pass_unit(self._layers_of(self.unit), self.figures)
+            self.resuming.put_streams(unit, [*self.streams.all, *self.streams.measured], list(self.figures))
         for weights in self._streamed:
             if self.unit is not None:
                 weights.free(self.unit)

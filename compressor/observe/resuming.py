@@ -77,33 +77,46 @@ class Resuming:
         what it was about to be given; if not, they are to be left.
         """
         assert self.journal is not None
-        if len(streams.all) != snapshot.num_batches:
+        everyone = [*streams.all, *streams.measured]
+        if len(everyone) != snapshot.num_batches:
             return False
-        with ExitStack() as stack:
-            for unit in dict.fromkeys(snapshot.passed):
-                stack.enter_context(_answering_from_record(streams, unit))
-            streams.answering = frozenset(snapshot.passed)
-            stack.callback(setattr, streams, "answering", frozenset())
-            for number, stream in enumerate(streams.all):
-                stream.recorded = standing = self.journal.standing(snapshot.unit, number)
-                if standing is None:
-                    return False
-                try:
-                    streams.go_on(stream)
-                except Exception:  # whatever the model's own code says of answers that do not fit
-                    return False
-                stream.recorded = None
-                if stream.stop != Stop(snapshot.unit, is_unit=True) or digest(stream.call) != standing.digest:
+        with answering_from_record(streams, snapshot.passed):
+            for number, stream in enumerate(everyone):
+                standing = self.journal.standing(snapshot.unit, number)
+                if standing is None or not comes_to_stand(streams, stream, snapshot.unit, standing):
                     return False
         return True
 
 
 @contextmanager
-def _answering_from_record(streams: Streams, unit: str) -> Iterator[None]:
+def answering_from_record(streams: Streams, passed: Sequence[str]) -> Iterator[None]:
+    """Within the context these decoder layers, before which nobody stops, answer what the stream's record says."""
+    with ExitStack() as stack:
+        for unit in dict.fromkeys(passed):
+            stack.enter_context(_answering(streams, unit))
+        streams.answering = frozenset(passed)
+        stack.callback(setattr, streams, "answering", frozenset())
+        yield
+
+
+def comes_to_stand(streams: Streams, stream: Stream, unit: str, standing: Standing) -> bool:
+    """Whether a stream that has not started is then about to be given, before a decoder layer, what another one was."""
+    stream.recorded = standing
+    try:
+        streams.go_on(stream)
+    except Exception:  # whatever the model's own code says of answers that do not fit
+        return False
+    stream.recorded = None
+    return stream.stop == Stop(unit, is_unit=True) and digest(stream.call) == standing.digest
+
+
+@contextmanager
+def _answering(streams: Streams, unit: str) -> Iterator[None]:
     def answer(*_: Any, **__: Any) -> Any:
         assert streams.running is not None
         assert streams.running.recorded is not None
-        return unflatten(*streams.running.recorded.outputs[list_of(unit)])
+        tree, tensors = streams.running.recorded.outputs[list_of(unit)]
+        return unflatten(tree, [tensor.clone() for tensor in tensors])  # a layer may write into what it is given
 
     with ExitStack() as stack:
         for module in streams.modules(unit):
@@ -114,6 +127,10 @@ def _answering_from_record(streams: Streams, unit: str) -> Iterator[None]:
 def _standings(streams: Sequence[Stream]) -> Iterator[Standing]:
     """Where streams stand, to be written down one by one. Raises NotPlainError where a layer's output cannot be."""
     for stream in streams:
-        outputs = {path: flatten(output) for path, output in stream.outputs.items()}
-        yield Standing(outputs, digest(stream.call))
+        yield standing_of(stream)
         stream.parked.let_go()
+
+
+def standing_of(stream: Stream) -> Standing:
+    """Where a stream stands. Raises NotPlainError where a layer's output cannot be written down."""
+    return Standing({path: flatten(output) for path, output in stream.outputs.items()}, digest(stream.call))

@@ -47,8 +47,10 @@ class Stop:
 class Stream:
     """One batch on its way through the model."""
 
-    def __init__(self, body: Any, batch: TokenBatch, number: int, consume: Consume | None = None) -> None:
-        self.batch, self.number = batch, number
+    def __init__(
+        self, body: Any, batch: TokenBatch, number: int, consume: Consume | None = None, *, is_observed: bool = True
+    ) -> None:
+        self.batch, self.number, self.is_observed = batch, number, is_observed
         self.mask_T = batch.attention_mask.flatten().to(device_of(body))
         self.stop: Stop | None = None
         """What it stands before; None before the first step and at the end."""
@@ -110,6 +112,10 @@ class Streams:
         """The original and its body."""
         self.answering: frozenset[str] = frozenset()
         """Decoder layers that answer from the journal, and before which nobody stops."""
+        self.measured: list[Stream] = []
+        """Streams that nobody observes, which stop before decoder layers alone; see `measuring`."""
+        self.more_steps = 0
+        """Decoder layers that these will have passed in all, as far as is known."""
         self.running: Stream | None = None
         self._take: Take | None = None
         self._update, self._num_blocks, self._num_steps = update, num_blocks, 0
@@ -142,8 +148,9 @@ class Streams:
 
         def stand(module: Any, args: Any, kwargs: Any) -> None:
             is_passed = stop.is_unit and stop.path in self.answering
-            if self.running is not None and getcurrent().parent is not None and not is_passed:
-                self.running.stand(stop, args, kwargs)
+            stream = self.running if self.running and (self.running.is_observed or stop.is_unit) else None
+            if stream is not None and getcurrent().parent is not None and not is_passed:
+                stream.stand(stop, args, kwargs)
 
         for module in self.modules(stop.path):
             stack.callback(module.register_forward_pre_hook(stand, with_kwargs=True).remove)
@@ -192,18 +199,20 @@ class Streams:
 
     def go_on(self, stream: Stream, take: Take | None = None) -> None:
         """Let a stream run through the block that it stands before, and up to the next one."""
-        has_passed = stream.stop is not None and not stream.stop.is_unit
+        has_passed = stream.stop is not None and stream.stop.is_unit != stream.is_observed
         self.running, self._take, self.real.mask_T = stream, take, stream.mask_T
+        is_listening, self.real.listening = self.real.listening, self.real.listening and stream.is_observed
         stream.parked.fetch()
         try:
             stream.go_on()
         finally:
             self.running = self._take = None
+            self.real.listening = is_listening
         if self.parking is not None and stream.stop is not None:
             stream.park(self.parking)
         if has_passed:
             self._num_steps += 1
-            self._update(self._num_steps, len(self.all) * self._num_blocks)
+            self._update(self._num_steps, len(self.all) * self._num_blocks + self.more_steps)
 
     def run_again(self, path: str, stream: Stream, call: Any, take: Take) -> None:
         """Run one block alone on what a stream has brought it; the output is dropped."""

@@ -18,6 +18,7 @@ from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.observe.layerwise import Original
+from compressor.observe.measuring import Candidate, Measured
 from compressor.observe.statistic import (
     ExpertInputs,
     Gathered,
@@ -30,6 +31,7 @@ from compressor.observe.statistics_file import save_statistics
 from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
 from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decided_json, original_ids_json, write_decision
+from compressor.run.texts import slice_of
 from compressor.wording import counted
 
 _DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors", "description")
@@ -72,8 +74,38 @@ def observe(
         journal=journal,
         linears=linears,
         original=original() if method.needs_original else None,
+        measured=_measured(job, moe, resolved, batches, domains),
     )
     return Gathered(figures, domains, held_out)
+
+
+def _measured(
+    job: Job, moe: MoEModel, resolved: ResolvedPass, batches: Sequence[TokenBatch], domains: Sequence[str]
+) -> Measured | None:
+    """What is to be measured of the method's candidates, if they are. Raises PluginError where that cannot be."""
+    method, wanted = resolved.method, resolved.method.measuring(moe.layers)
+    if wanted is None:
+        return None
+    if method.progressive or method.needs_original:
+        raise PluginError(
+            f"{method.name}: candidates are measured neither in progressive mode nor beside the original."
+        )
+
+    def candidates(path: str, figures: Mapping[str, Tensor]) -> list[Candidate]:
+        with job.loaded.at_pass(resolved):
+            offered = method.candidates(moe.layers, moe.layer(path), Gathered({path: figures}, domains))
+        return [_candidate(method, moe, path, agreed(Decision.of(one), job.processes)) for one in offered]
+
+    return Measured(slice_of(batches, wanted.tokens), candidates, wanted.candidates)
+
+
+def _candidate(method: Method[Any], moe: MoEModel, path: str, decision: Decision) -> Candidate:
+    def context() -> AbstractContextManager[object]:
+        found = method.preview(moe, decision)
+        assert found is not None, f"{method.name} has candidates and no preview"
+        return found
+
+    return Candidate(decision["layers"][path], context)
 
 
 def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statistic], dict[str, InputStatistic]]:

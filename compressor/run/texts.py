@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from compressor.data.packing import load_sequences, load_with_held_out, missing_sequences
 from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
@@ -14,6 +17,8 @@ from compressor.machine.progress import Progress
 from compressor.recipe.schema import LoadedRecipe
 
 _PROBE_SEQUENCES, _PROBE_TOKENS = 4, 256
+_SLICE_LENGTH = 256
+"""Tokens of a sequence that candidates are measured on: many short ones tell more than a few long ones."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,21 @@ def _read_calibration(
 def batches_of(texts: Iterable[Sequences], batch_size: int, *, held_out: bool = False) -> list[TokenBatch]:
     """The batches of several texts, one text after another."""
     return [batch for one in texts for batch in make_batches(one.ids, batch_size, one.name, held_out=held_out)]
+
+
+def slice_of(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
+    """About so many tokens of calibration text: beginnings of sequences, of every domain as many as of the others."""
+    by_domain: dict[str, list[Tensor]] = {}
+    for batch in (one for one in batches if not one.held_out):
+        rows = zip(batch.input_ids, batch.attention_mask.sum(1).tolist(), strict=True)
+        by_domain.setdefault(batch.domain, []).extend(ids[: min(length, _SLICE_LENGTH)] for ids, length in rows)
+    found: dict[str, list[Tensor]] = {name: [] for name in by_domain}
+    turns = itertools.zip_longest(*([(name, ids) for ids in of] for name, of in by_domain.items()))
+    for name, ids in (one for turn in turns for one in turn if one is not None):
+        if sum(len(other) for of in found.values() for other in of) < tokens:
+            found[name].append(ids)
+    size = max(len(batch.input_ids) for batch in batches)
+    return [batch for name, of in found.items() for batch in make_batches(of, size, name)]
 
 
 def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:

@@ -13,11 +13,11 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from compressor.method import Decision, Method, OptionError, Plan
+from compressor.method import Decision, Measuring, Method, OptionError, Plan
 from compressor.report.description import Description
 from compressor.selection.findings import shown
 from compressor.selection.layer_plan import (
@@ -25,6 +25,8 @@ from compressor.selection.layer_plan import (
     allocated,
     check_names,
     check_top_k,
+    measured_amount,
+    measured_counts,
     padding_note,
     planned_counts,
     rounding_notes,
@@ -70,10 +72,7 @@ class ExpertSelection(Method[OptionsT]):
         notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
         notes += rounding_notes(plans, options)
         if options.budget:
-            notes.append(
-                f"{sum(planned.values()):,} experts stay in {len(layers)} layers; how many in which is found on the "
-                f"calibration text, an even split is shown"
-            )
+            notes.append(self._sharing_note(layers, sum(planned.values())))
         if options.padded:
             notes.append(padding_note(layers, planned, options))
         if options.progressive:
@@ -81,6 +80,18 @@ class ExpertSelection(Method[OptionsT]):
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         return Plan([plan.after(planned[plan.path]) for plan in plans], notes)
+
+    def _sharing_note(self, layers: Sequence[MoELayer], num_kept: int) -> str:
+        stay = f"{num_kept:,} experts stay in {len(layers)} layers"
+        if self.options.share == "even":
+            return f"{stay}, shared out evenly"
+        found = "found on the calibration text, an even split is shown"
+        if (wanted := self.measuring(layers)) is None:
+            return f"{stay}; how many in which is {found}"
+        return (
+            f"{stay}; how many in which is {found}: {wanted.candidates} counts of each layer are measured on "
+            f"{wanted.tokens:,} tokens, as much work as a run over {wanted.forwards(len(layers)) * wanted.tokens:,.0f}"
+        )
 
     def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
         if self.options.criterion is None or not any(plan.changes for plan in plans):
@@ -132,8 +143,8 @@ class ExpertSelection(Method[OptionsT]):
     @property
     def needs_text(self) -> bool:
         """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
-        criterion = self.criteria.get(self.options.criterion or "")
-        return criterion is None or criterion.needs_text or bool(self.options.gather)
+        criterion, options = self.criteria.get(self.options.criterion or ""), self.options
+        return criterion is None or criterion.needs_text or bool(options.gather) or options.is_measured
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
@@ -205,47 +216,104 @@ class ExpertSelection(Method[OptionsT]):
             protect_supers=self.options.protect_super_experts,
         )
 
+    def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
+        """Counts of every layer, where a mean is shared out by them."""
+        return Measuring(*measured_amount(self.options, len(layers))) if self.options.is_measured else None
+
+    def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
+        """What would be decided for each count that is measured."""
+        plan, top_k = LayerPlan(layer, self.options), self.options.top_k
+        found = [self._chosen(plan, statistics, count)[0] for count in measured_counts(plan, len(layers))]
+        whole = {} if top_k is None else {"top_k": top_k}
+        return [Decision({"layers": {layer.path: one}, **whole}) for one in found]
+
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
         plans = [LayerPlan(layer, self.options) for layer in layers]
-        found = {layer.path: self.best_of_counts(layer, statistics) for layer in layers}
         decision = Decision({"layers": {}})
         if self.options.budget:
-            total = total_kept(plans, self.options)
-            costs = {path: {count: cost**2 for count, (_, cost) in of.items()} for path, of in found.items()}
-            num_kept = allocated(costs, total)
-            decision["budget"] = {
-                "asked_mean": self.options.budget.mean,
-                "mean": total / len(layers),
-                "num_kept": total,
-                "num_experts": sum(layer.num_experts for layer in layers),
-                "summed_squared_loss": sum(costs[path][count] for path, count in num_kept.items()),
-            }
+            decision["budget"], num_kept = self._shared(plans, statistics)
         else:
             num_kept = {plan.path: plan.counts[0] for plan in plans}
-        decision["layers"] = {path: found[path][count][0] for path, count in num_kept.items()}
+        decision["layers"] = {plan.path: self._chosen(plan, statistics, num_kept[plan.path])[0] for plan in plans}
         if self.options.top_k is not None:
             decision["top_k"] = self.options.top_k
         if self.options.padded:
             decision["padded"] = True
         return decision
 
-    def best_of_counts(self, layer: MoELayer, statistics: Gathered) -> dict[int, tuple[Choice, float]]:
-        """For every count possible: what will be decided, and its cost. OptionError where the figures cannot tell."""
+    def _shared(self, plans: Sequence[LayerPlan], statistics: Gathered) -> tuple[dict[str, Any], dict[str, int]]:
+        """(what is said of how a mean is shared out, layer path → count)."""
+        from compressor.selection import sharing
+
+        options, budget, total = self.options, self.options.budget, total_kept(plans, self.options)
+        assert budget is not None
+        said: dict[str, Any] = {
+            "asked_mean": budget.amount,
+            "share": options.share or "measured",
+            "mean": total / len(plans),
+            "num_kept": total,
+            "num_experts": sum(plan.layer.num_experts for plan in plans),
+        }
+        if options.share == "even":
+            return said, planned_counts(plans, options)
+        if options.share == "loss":
+            costs = {
+                plan.path: {
+                    count: self._chosen(plan, statistics, count)[1] ** 2
+                    for count in plan.counts
+                    if plan.has_room(count)
+                }
+                for plan in plans
+            }
+        else:
+            tables = {}
+            for plan in (one for one in plans if one.changes):
+                with self._refused(plan):
+                    tables[plan.path] = sharing.measured_table(statistics, plan.path)
+            costs = {plan.path: self._measured_costs(plan, tables.get(plan.path, {}), statistics) for plan in plans}
+            said["measured"] = tables
+        try:
+            num_kept = allocated(costs, total)
+        except ValueError as error:
+            raise OptionError("keep", f"{error}, as far as counts were measured.") from error
+        cost = sum(costs[path][count] for path, count in num_kept.items())
+        return {**said, "summed_squared_loss" if options.share == "loss" else "summed_kl": cost}, num_kept
+
+    def _measured_costs(
+        self, plan: LayerPlan, table: Mapping[int, Mapping[str, Any]], statistics: Gathered
+    ) -> dict[int, float]:
+        from compressor.selection.sharing import blended, costs_between
+
+        domains = statistics.domains
+        known = {
+            count: blended([one["kl"][name] for name in domains], domains, self.options.blend)
+            for count, one in table.items()
+        }
+        if self.options.top_k is None:
+            known[plan.layer.num_experts] = 0.0
+        return costs_between(known, [count for count in plan.counts if plan.has_room(count)])
+
+    def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
+        """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
+        if not plan.changes:
+            return _unchanged(plan.layer), 0.0
+        if plan.path not in statistics:
+            raise OptionError(
+                self.options.count_option, f"{plan.path}: nothing was gathered at this layer; observe again."
+            )
+        with self._refused(plan):
+            return self._best(plan, statistics, num_kept)
+
+    @contextmanager
+    def _refused(self, plan: LayerPlan) -> Iterator[None]:
+        """What figures cannot tell is refused at the option that says how many experts stay."""
         from compressor.selection.scores import ChoiceError
 
-        plan = LayerPlan(layer, self.options)
-        if not plan.changes:
-            return {layer.num_experts: (_unchanged(layer), 0.0)}
-        if layer.path not in statistics:
-            raise OptionError(
-                self.options.count_option, f"{layer.path}: nothing was gathered at this layer; observe again."
-            )
-        counts = [count for count in plan.counts if plan.has_room(count)]
         try:
-            return {count: self._best(plan, statistics, count) for count in counts}
+            yield
         except ChoiceError as error:
-            raise OptionError(self.options.count_option, f"{layer.path}: {error}.") from error
+            raise OptionError(self.options.count_option, f"{plan.path}: {error}.") from error
 
     def _best(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         from compressor.selection import choose

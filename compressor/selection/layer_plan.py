@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compressor.model.structure import MoELayer
 
 _MAX_RANKS = 20
+_PAPER_TOKENS = 128 * 2048
+_TOKENS, _COUNTS = 3840, 8
 
 Route = Literal["criterion", "exact", "greedy"]
 
@@ -41,8 +43,9 @@ class LayerPlan:
         from compressor.model.moe_model import count_problem
 
         multiple = self.options.multiple_of or 1
-        counts = range(multiple, self.layer.num_experts + 1, multiple)
-        return [count for count in counts if count_problem(self._smaller, count) is None]
+        budget, counts = self.options.budget, range(multiple, self.layer.num_experts + 1, multiple)
+        allowed = [count for count in counts if budget is None or budget.allows(count)]
+        return [count for count in allowed if count_problem(self._smaller, count) is None]
 
     @cached_property
     def counts(self) -> list[int]:
@@ -242,11 +245,34 @@ def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
     nearest = min(possible, key=lambda one: (abs(one - total), one))
     raise OptionError(
         options.count_option,
-        f"a mean of {options.budget.mean} is {total} experts in {len(plans)} layers, which cannot be: what the layers "
-        f"can keep adds up to {possible[0]} at least and {possible[-1]} at most"
+        f"a mean of {options.budget.amount} is {total} experts in {len(plans)} layers, which cannot be: what the "
+        f"layers can keep adds up to {possible[0]} at least and {possible[-1]} at most"
         f"{'' if len(possible) > possible[-1] - possible[0] else ', in steps'}. "
         f"The nearest possible mean is {nearest / len(plans):.6g}.",
     )
+
+
+def measured_counts(plan: LayerPlan, num_layers: int) -> list[int]:
+    """The counts of a layer that are measured, ascending: an eighth of its experts apart, those nearest the mean if
+    there are more than may be paid for.
+    """
+    num_experts, most = plan.layer.num_experts, measured_amount(plan.options, num_layers)[1]
+    mean = plan.options.budget.total([num_experts]) if plan.options.budget else num_experts
+    possible = [count for count in plan.counts if plan.has_room(count)]
+    if plan.options.top_k is None:
+        possible = [count for count in possible if count < num_experts]
+    steps = [num_experts * (8 - step) / 8 for step in range(9)]
+    near = {min(possible, key=lambda count: (abs(count - step), count)) for step in steps if possible}
+    return sorted(sorted(near, key=lambda count: (abs(count - mean), count))[:most])
+
+
+def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, int]:
+    """(tokens, counts of a layer) that are measured: of C counts in L layers, C·(L + 1)/2 forwards of these tokens are
+    no more than one run over the paper's calibration text, where fewer than 3 counts would not be needed for that.
+    """
+    forwards = (num_layers + 1) / 2
+    tokens = options.measured_tokens or max(256, min(_TOKENS, int(_PAPER_TOKENS / 3 / forwards) // 256 * 256))
+    return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

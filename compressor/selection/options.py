@@ -50,7 +50,7 @@ def _as_text(key: Any) -> Any:
 
 
 def _kind(keep: Any) -> str:
-    if isinstance(keep, Budget) or (isinstance(keep, Mapping) and "mean" in keep):
+    if isinstance(keep, Budget) or (isinstance(keep, Mapping) and {"mean", "fraction"} & set(keep)):
         return "budget"
     return "layers" if isinstance(keep, Mapping) else "amount"
 
@@ -67,16 +67,39 @@ CountsOfLayers = Annotated[dict[LayerName, Amount], AfterValidator(_not_empty)]
 
 
 class Budget(Options):
-    """A number of experts to share out among the layers."""
+    """A number of experts to share out among the layers: so many on average, or a fraction of all."""
 
-    mean: Annotated[Number, AfterValidator(_possible_mean)] = Field(
-        description="experts that a layer keeps on average: a number (6, 5.5), or a fraction between 0 and 1 (0.75)"
+    mean: Annotated[Number, AfterValidator(_possible_mean)] | None = Field(
+        default=None,
+        description="experts that a layer keeps on average: a number (6, 5.5), or a fraction between 0 and 1 (0.75)",
     )
+    fraction: StrictFloat | None = Field(default=None, gt=0, lt=1, description="the same as a fraction of all: 0.75")
+    min: StrictInt | None = Field(default=None, ge=1, description="experts that every layer keeps at least")
+    max: StrictInt | None = Field(default=None, ge=1, description="experts that every layer keeps at most")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Budget:
+        if (self.mean is None) == (self.fraction is None):
+            raise ValueError("say how many stay with one of `mean` and `fraction`, such as {mean: 6}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"found `min` {self.min} above `max` {self.max}")
+        return self
+
+    @property
+    def amount(self) -> int | float:
+        """What was asked for: experts of a layer, or below 1 a fraction of all."""
+        amount = self.mean if self.mean is not None else self.fraction
+        assert amount is not None
+        return amount
 
     def total(self, layers: list[int]) -> int:
         """Experts to keep in all, given each layer's number of experts; to the nearest one, halves upwards."""
-        is_fraction = isinstance(self.mean, float) and self.mean < 1
-        return int(self.mean * (sum(layers) if is_fraction else len(layers)) + 0.5)
+        is_fraction = isinstance(self.amount, float) and self.amount < 1
+        return int(self.amount * (sum(layers) if is_fraction else len(layers)) + 0.5)
+
+    def allows(self, count: int) -> bool:
+        """Whether a layer may keep so many."""
+        return (self.min or 1) <= count and (self.max is None or count <= self.max)
 
 
 Keep = Annotated[
@@ -117,9 +140,23 @@ class SelectionOptions(Options):
         default=None,
         description="experts to keep: a count (6) or a fraction (0.75) for every layer; counts by layer "
         "({0: 8, 3: 4}: number or path of the layer, those not named keep all); or a mean "
-        "({mean: 6}: shared out among the layers so that their squared losses add up to least)",
+        "({mean: 6}, or {fraction: 0.75}, with `min` and `max`: shared out among the layers, see `share`)",
     )
     drop: StrictInt | None = Field(default=None, ge=1, description="experts to drop from every layer: a count")
+    share: Literal["measured", "loss", "even"] | None = Field(
+        default=None,
+        description="how a mean is shared out: measured (by what the model's answers lose, in nats, when one layer "
+        "alone keeps fewer; the default), loss (by the layers' squared losses), even (as many everywhere as can be)",
+    )
+    measured_counts: StrictInt | None = Field(
+        default=None,
+        ge=2,
+        description="counts of each layer that are measured; default at most 7, and few enough that it costs no more "
+        "than one run over 128 × 2048 tokens",
+    )
+    measured_tokens: StrictInt | None = Field(
+        default=None, ge=256, description="tokens of the calibration text that they are measured on; default 3840"
+    )
     multiple_of: StrictInt | None = Field(
         default=None,
         ge=2,
@@ -201,9 +238,10 @@ class SelectionOptions(Options):
             idle = [name for name in names if getattr(self, name) != fields[name].default]
             if idle:
                 raise ValueError(f"`{idle[0]}` would have no effect beside `criterion`: leave one of them out")
-            if self.budget is not None:
+            if self.budget is not None and self.share == "loss":
                 raise ValueError(
-                    "a criterion compares experts of one layer, so it cannot share out a mean; give a count"
+                    "a criterion compares experts of one layer and knows no loss: share a mean out by `measured` or "
+                    "`even`"
                 )
         elif self.seed is not None:
             raise ValueError("`seed` would have no effect: the search draws nothing at random; leave it out")
@@ -213,7 +251,16 @@ class SelectionOptions(Options):
             raise ValueError(
                 "`progressive` decides a layer before it sees the next, so it cannot share out a mean; give counts"
             )
+        idle = [name for name in ("measured_counts", "measured_tokens") if getattr(self, name) and not self.is_measured]
+        idle += ["share"] if self.share and not self.budget else []
+        if idle:
+            raise ValueError(f"`{idle[0]}` would have no effect: it is for a mean that is shared out; leave it out")
         return self
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether counts are shared out by what the model's answers lose."""
+        return self.budget is not None and self.share in (None, "measured")
 
     @property
     def count_option(self) -> str:

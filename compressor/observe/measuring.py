@@ -1,0 +1,217 @@
+"""What the model's answers lose by each of several candidates for a layer, measured while the layers are observed.
+
+    plain        ──layer 0──►──layer 1──►──layer 2──► … ──► p        A small text goes along with the walk. When a layer
+    layer 0, a   ──~~~~~~~──►──layer 1──►──layer 2──► … ──► q        has its figures, its candidates are known: each
+    layer 0, b   ──~~~~~~~──►──layer 1──►──layer 2──► … ──► q        sets out from where the plain text stands, through
+    layer 1, a               ──~~~~~~~──►──layer 2──► … ──► q        the layer under the candidate's context (~), and
+                                                                     on through the layers behind as they are.
+
+At the end every token has the Kullback–Leibler divergence of q from p, in nats. The weights are read no second time,
+and C candidates for each of L layers cost C·(L + 1)/2 forwards of the small text.
+
+A stream that sets out runs the model's own forward, the layers passed answering what they answered the plain text. A
+model that carries more from layer to layer than their outputs is run from its beginning instead, where it is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.resume_state import NotPlainError
+from compressor.data.sequences import TokenBatch
+from compressor.errors import CalibrationError, UnsupportedModelError
+from compressor.machine.distributed import Processes
+from compressor.observe.divergence import kl_divergences
+from compressor.observe.forward import answers_at
+from compressor.observe.resuming import answering_from_record, comes_to_stand, standing_of
+from compressor.observe.streams import Stream, Streams
+
+KL, TOKENS, DOMAIN, CANDIDATES = "measured.kl", "measured.tokens", "measured.domain", "measured.candidates"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may become of one layer: as JSON, and a context in which the model computes it."""
+
+    decided: Any
+    context: Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured: on which text, and (a layer's path, its figures) → its candidates. `most`: of one layer."""
+
+    batches: Sequence[TokenBatch]
+    candidates: Callable[[str, Mapping[str, Tensor]], Sequence[Candidate]]
+    most: int
+
+
+@dataclass
+class _Running:
+    """A candidate on its way: one stream for each of this process's batches."""
+
+    path: str
+    candidate: Candidate
+    streams: list[Stream]
+    kl: list[list[float]] = field(default_factory=list)
+    """By batch, by sequence: summed over its tokens."""
+
+
+class Measuring:
+    """The small text and all candidates so far, beside the streams that are observed."""
+
+    def __init__(self, wanted: Measured, streams: Streams, processes: Processes, *, is_streamed: bool) -> None:
+        self._wanted, self._streams, self._processes, self._is_streamed = wanted, streams, processes, is_streamed
+        self._own = [(number, wanted.batches[number]) for number in processes.own(len(wanted.batches))]
+        self._plain: list[Stream] = []
+        self._running: list[_Running] = []
+        self._output: Tensor | None = None
+        self._stack = ExitStack()
+
+    def begin(self, stack: ExitStack, num_layers: int) -> None:
+        """The plain streams, none of which has started; they are left when the stack ends."""
+        self._stack, self._running = stack, []
+        self._plain = self._new()
+        self._streams.measured = list(self._plain)
+        of_candidates = self._wanted.most * num_layers * (num_layers + 1) // 2
+        self._streams.more_steps = len(self._own) * (of_candidates + num_layers)
+
+    def take_up(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The streams of these layers' candidates, which a run before has set out; none of them has started."""
+        for path in paths:
+            for candidate in self._wanted.candidates(path, figures[path]) if path in figures else ():
+                self._add(path, candidate, self._new())
+
+    def pass_unit(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """All stand before a decoder layer, of which the MoE layers at `paths` have figures now: let them pass."""
+        new = self._set_out(paths, figures)
+        for running in self._running:
+            with running.candidate.context() if running in new else nullcontext():
+                for stream in running.streams:
+                    self._streams.go_on(stream)
+        for stream in self._plain:
+            self._streams.go_on(stream)
+
+    def finish(
+        self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]], domains: Sequence[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The same for the last decoder layer, and up to the answers: layer path → figures, see `measured_of`."""
+        new = self._set_out(paths, figures)
+        for number, plain in enumerate(self._plain):
+            answers = self._answers(plain)
+            for running in self._running:
+                with running.candidate.context() if running in new else nullcontext():
+                    others = self._answers(running.streams[number])
+                running.kl.append(_by_sequence(kl_divergences(answers, others), plain.batch))
+        found: dict[str, list[tuple[Any, list[float]]]] = {}
+        for running in self._running:
+            kl = [one for of_batch in self._processes.in_order(running.kl) for one in of_batch]
+            if not all(map(math.isfinite, kl)):
+                raise CalibrationError(f"{running.path}: what its answers lose without some experts is not finite.")
+            found.setdefault(running.path, []).append((running.candidate.decided, kl))
+        return {path: self._figures(of_layer, domains) for path, of_layer in found.items()}
+
+    def _figures(self, found: Sequence[tuple[Any, list[float]]], domains: Sequence[str]) -> dict[str, Tensor]:
+        batches = self._wanted.batches
+        names = list(dict.fromkeys(domains))
+        decided = json.dumps([one for one, _ in found]).encode()
+        return {
+            KL: torch.tensor([kl for _, kl in found], dtype=torch.float64),
+            TOKENS: torch.cat([batch.attention_mask.sum(1) for batch in batches]),
+            DOMAIN: torch.tensor([names.index(one.domain) for one in batches for _ in one.input_ids]),
+            CANDIDATES: torch.frombuffer(bytearray(decided), dtype=torch.uint8),
+        }
+
+    def _new(self) -> list[Stream]:
+        return [self._new_stream(number, batch) for number, batch in self._own]
+
+    def _new_stream(self, number: int, batch: TokenBatch) -> Stream:
+        stream = Stream(self._streams.model, batch, number, self._take_output, is_observed=False)
+        self._stack.callback(stream.leave)
+        return stream
+
+    def _add(self, path: str, candidate: Candidate, streams: list[Stream]) -> _Running:
+        self._running.append(_Running(path, candidate, streams))
+        self._streams.measured += streams
+        return self._running[-1]
+
+    def _take_output(self, batch: TokenBatch, output: Any) -> None:
+        self._output = answers_at(batch, output)
+
+    def _answers(self, stream: Stream) -> Tensor:
+        """Logits [N, V] at the batch's real tokens, behind the last layer."""
+        self._streams.go_on(stream)
+        answers, self._output = self._output, None
+        if answers is None:
+            raise UnsupportedModelError(f"{type(self._streams.model).__name__}: its layers run in no one order.")
+        return answers
+
+    def _set_out(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> list[_Running]:
+        """The candidates of a decoder layer's MoE layers, standing before it like the plain text."""
+        new: list[_Running] = []
+        for path in paths:
+            for candidate in self._wanted.candidates(path, figures[path]) if path in figures else ():
+                streams = [self._beside(plain) for plain in self._plain]
+                new.append(self._add(path, candidate, streams))
+        return new
+
+    def _beside(self, plain: Stream) -> Stream:
+        """Another stream that stands before a decoder layer as the plain one does."""
+        assert plain.stop is not None
+        plain.parked.fetch()
+        stream = self._new_stream(plain.number, plain.batch)
+        try:
+            standing = standing_of(plain)
+            with answering_from_record(self._streams, plain.passed):
+                if comes_to_stand(self._streams, stream, plain.stop.path, standing):
+                    return stream
+        except NotPlainError:
+            pass
+        stream.leave()
+        if self._is_streamed:
+            raise UnsupportedModelError(
+                f"{plain.stop.path}: the model carries more from layer to layer than their outputs, so from disk it "
+                f"cannot be measured what a layer's experts are worth. Share the counts out otherwise (`share: "
+                f"even`), or run it in memory."
+            )
+        stream = self._new_stream(plain.number, plain.batch)
+        self._streams.go_on(stream)
+        while stream.stop not in (None, plain.stop):
+            self._streams.go_on(stream)
+        return stream
+
+
+def _by_sequence(kl_N: Tensor, batch: TokenBatch) -> list[float]:
+    kl_BS = torch.zeros(batch.attention_mask.shape, dtype=torch.float64)
+    kl_BS[batch.attention_mask] = kl_N
+    return kl_BS.sum(1).tolist()
+
+
+def measured_of(figures: Mapping[str, Tensor], num_domains: int) -> list[tuple[Any, Tensor, Tensor]]:
+    """(what was decided of the layer, KL in nats a token, its standard error over sequences) of every candidate that
+    was measured; [D] float64 each, NaN for a domain of which no text was measured.
+    """
+    decided = json.loads(bytes(figures[CANDIDATES].tolist()))
+    tokens_S, domain_S = figures[TOKENS].double(), figures[DOMAIN]
+    return [
+        (one, *_by_domain(kl_S, tokens_S, domain_S, num_domains))
+        for one, kl_S in zip(decided, figures[KL], strict=True)
+    ]
+
+
+def _by_domain(kl_S: Tensor, tokens_S: Tensor, domain_S: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
+    """Σ kl / Σ tokens of each domain, and √(R/(R−1) · Σ(kl − mean·tokens)²) / Σ tokens over its R sequences."""
+    empty_D = torch.zeros(num_domains, dtype=torch.float64)
+    total_D = empty_D.index_add(0, domain_S, tokens_S)
+    number_D = empty_D.index_add(0, domain_S, torch.ones_like(tokens_S))
+    mean_D = empty_D.index_add(0, domain_S, kl_S) / total_D
+    squares_D = empty_D.index_add(0, domain_S, (kl_S - mean_D[domain_S] * tokens_S).square())
+    return mean_D, (number_D / (number_D - 1) * squares_D).sqrt() / total_D
