@@ -65,8 +65,8 @@ class Work:
     """What a run works on. Bytes of weights as numbers to compute with: `bytes_total`, `bytes_outside` of layers,
     `bytes_by_layer`; of files `bytes_stored` and `bytes_after`. `tokens` of the largest pass, `batch_tokens` of a
     batch; `hidden` a token's width, `num_experts` of the largest layer, `itemsize` bytes of a number, `per_token` kept
-    by a search; `streams` 2 in progressive mode and beside an original (`has_original`); `copies` of all weights at
-    most; `reading`: bytes to read and cut the text.
+    by a search; `measured_tokens` of all candidates together; `streams` 2 in progressive mode and beside an original
+    (`has_original`); `copies` of all weights at most; `reading`: bytes to read and cut the text.
     """
 
     bytes_total: int
@@ -82,6 +82,7 @@ class Work:
     itemsize: int
     per_token: float
     streams: int
+    measured_tokens: int
     num_passes: int
     copies: int
     has_tasks: bool
@@ -105,7 +106,7 @@ class Work:
     def hidden_states(self, weights: Weights) -> int:
         """Bytes of hidden states: four vectors a token (input, residual, decoder layer's input, embedding)."""
         tokens = self.tokens_at_once if weights == "disk" else self.tokens * self.streams
-        return 4 * tokens * self.hidden * self.itemsize
+        return 4 * (tokens + self.measured_tokens) * self.hidden * self.itemsize
 
     def text(self, place: Placement) -> int:
         """Bytes of memory for the text."""
@@ -115,7 +116,8 @@ class Work:
     @property
     def batch(self) -> int:
         """Bytes that the work on one batch takes."""
-        logits = self.vocabulary * (self.itemsize + 4) if self.measures_text or self.has_tasks else 0
+        has_logits = self.measures_text or self.has_tasks or self.measured_tokens
+        logits = self.vocabulary * (self.itemsize + 4) if has_logits else 0
         outputs = min(_EXPERT_OUTPUTS, self.batch_tokens * self.num_experts * 4 * self.hidden)
         return outputs + self.batch_tokens * (4 * _COPIES_PER_TOKEN * self.hidden + logits)
 

@@ -13,7 +13,7 @@ from compressor.data.sources import BaseSource, TaskSource
 from compressor.evaluation.fidelity import bytes_per_token
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
-from compressor.method import is_external
+from compressor.method import Method, is_external
 from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe
 from compressor.wording import human_bytes
@@ -62,6 +62,7 @@ def work_of(
         vocabulary=vocabulary,
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
+        measured_tokens=max(_measured_tokens(one.method, layers) for one in loaded.passes) if loaded.passes else 0,
         streams=2 if any(one.method.progressive or one.method.needs_original for one in loaded.passes) else 1,
         num_passes=max(1, len(loaded.passes)),
         copies=3 if evaluation and evaluation.each_pass else 2 if loaded.passes else 1,
@@ -83,6 +84,12 @@ def batch_sizes(sources: Sequence[BaseSource], batch_size: int) -> list[int]:
         parts = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
         found += [len(part) * max(part) for part in parts]
     return found
+
+
+def _measured_tokens(method: Method[Any], layers: Sequence[MoELayer]) -> int:
+    """Tokens of a pass's candidates, all of which are on their way at the end, and of what they are compared with."""
+    wanted = method.measuring(layers)
+    return wanted.tokens * (1 + wanted.candidates * len(layers)) if wanted else 0
 
 
 def disk_problem(

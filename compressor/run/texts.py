@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +103,12 @@ def slice_of(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
     for batch in (one for one in batches if not one.held_out):
         rows = zip(batch.input_ids, batch.attention_mask.sum(1).tolist(), strict=True)
         by_domain.setdefault(batch.domain, []).extend(ids[: min(length, _SLICE_LENGTH)] for ids, length in rows)
-    found: dict[str, list[Tensor]] = {name: [] for name in by_domain}
-    turns = itertools.zip_longest(*([(name, ids) for ids in of] for name, of in by_domain.items()))
-    for name, ids in (one for turn in turns for one in turn if one is not None):
-        if sum(len(other) for of in found.values() for other in of) < tokens:
-            found[name].append(ids)
+    taken, num_tokens = 0, 0
+    while num_tokens < tokens and any(len(of) > taken for of in by_domain.values()):
+        num_tokens += sum(len(of[taken]) for of in by_domain.values() if len(of) > taken)
+        taken += 1
     size = max(len(batch.input_ids) for batch in batches)
-    return [batch for name, of in found.items() for batch in make_batches(of, size, name)]
+    return [batch for name, of in by_domain.items() for batch in make_batches(of[:taken], size, name)]
 
 
 def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:

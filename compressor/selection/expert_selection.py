@@ -13,6 +13,7 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,7 +91,7 @@ class ExpertSelection(Method[OptionsT]):
             return f"{stay}; how many in which is {found}"
         return (
             f"{stay}; how many in which is {found}: {wanted.candidates} counts of each layer are measured on "
-            f"{wanted.tokens:,} tokens, as much work as a run over {wanted.forwards(len(layers)) * wanted.tokens:,.0f}"
+            f"{wanted.tokens:,} tokens, as much work as {wanted.forwards(len(layers)) * wanted.tokens:,.0f} tokens more"
         )
 
     def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
@@ -218,7 +219,10 @@ class ExpertSelection(Method[OptionsT]):
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
         """Counts of every layer, where a mean is shared out by them."""
-        return Measuring(*measured_amount(self.options, len(layers))) if self.options.is_measured else None
+        if not self.options.is_measured:
+            return None
+        counts = [len(measured_counts(LayerPlan(layer, self.options), len(layers))) for layer in layers]
+        return Measuring(measured_amount(self.options, len(layers))[0], max(counts))
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured."""
@@ -232,18 +236,23 @@ class ExpertSelection(Method[OptionsT]):
         plans = [LayerPlan(layer, self.options) for layer in layers]
         decision = Decision({"layers": {}})
         if self.options.budget:
-            decision["budget"], num_kept = self._shared(plans, statistics)
+            decision["budget"], num_kept, costs = self._shared(plans, statistics)
         else:
+            costs = {}
             num_kept = {plan.path: plan.counts[0] for plan in plans}
         decision["layers"] = {plan.path: self._chosen(plan, statistics, num_kept[plan.path])[0] for plan in plans}
+        for path, cost in costs.items():
+            decision["layers"][path]["kl"] = cost
         if self.options.top_k is not None:
             decision["top_k"] = self.options.top_k
         if self.options.padded:
             decision["padded"] = True
         return decision
 
-    def _shared(self, plans: Sequence[LayerPlan], statistics: Gathered) -> tuple[dict[str, Any], dict[str, int]]:
-        """(what is said of how a mean is shared out, layer path → count)."""
+    def _shared(
+        self, plans: Sequence[LayerPlan], statistics: Gathered
+    ) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
+        """(what is said of how a mean is shared out, layer path → count, → what that costs in nats if measured)."""
         from compressor.selection import sharing
 
         options, budget, total = self.options, self.options.budget, total_kept(plans, self.options)
@@ -256,7 +265,7 @@ class ExpertSelection(Method[OptionsT]):
             "num_experts": sum(plan.layer.num_experts for plan in plans),
         }
         if options.share == "even":
-            return said, planned_counts(plans, options)
+            return said, planned_counts(plans, options), {}
         if options.share == "loss":
             costs = {
                 plan.path: {
@@ -271,23 +280,22 @@ class ExpertSelection(Method[OptionsT]):
             for plan in (one for one in plans if one.changes):
                 with self._refused(plan):
                     tables[plan.path] = sharing.measured_table(statistics, plan.path)
-            costs = {plan.path: self._measured_costs(plan, tables.get(plan.path, {}), statistics) for plan in plans}
+            costs = {plan.path: self._measured_costs(plan, tables.get(plan.path, {})) for plan in plans}
             said["measured"] = tables
         try:
             num_kept = allocated(costs, total)
         except ValueError as error:
             raise OptionError("keep", f"{error}, as far as counts were measured.") from error
-        cost = sum(costs[path][count] for path, count in num_kept.items())
-        return {**said, "summed_squared_loss" if options.share == "loss" else "summed_kl": cost}, num_kept
+        chosen = {path: costs[path][count] for path, count in num_kept.items()}
+        if options.share == "loss":
+            return {**said, "summed_squared_loss": math.fsum(chosen.values())}, num_kept, {}
+        return {**said, "summed_kl": math.fsum(chosen.values())}, num_kept, chosen
 
-    def _measured_costs(
-        self, plan: LayerPlan, table: Mapping[int, Mapping[str, Any]], statistics: Gathered
-    ) -> dict[int, float]:
+    def _measured_costs(self, plan: LayerPlan, table: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
         from compressor.selection.sharing import blended, costs_between
 
-        domains = statistics.domains
         known = {
-            count: blended([one["kl"][name] for name in domains], domains, self.options.blend)
+            count: blended(list(one["kl"].values()), list(one["kl"]), self.options.blend)
             for count, one in table.items()
         }
         if self.options.top_k is None:

@@ -16,6 +16,7 @@ def shown(layers: Layers, id_lists: Sequence[str]) -> Description:
     """What each layer loses, by domain where there are several; who stays; what is odd, some of it in `id_lists`."""
     domains = list(dict.fromkeys(name for layer in layers.values() for name in layer.get("domains", ())))
     columns = [
+        Column("kl"),
         *(Column("loss", detail=bool(domains)), Column("relative_loss", plot="relative loss")),
         *(Column(key, detail=bool(domains)) for key in ("objective", "sets", "median_loss", "swaps")),
         Column("score_kept"),

@@ -261,7 +261,7 @@ def measured_counts(plan: LayerPlan, num_layers: int) -> list[int]:
     possible = [count for count in plan.counts if plan.has_room(count)]
     if plan.options.top_k is None:
         possible = [count for count in possible if count < num_experts]
-    steps = [num_experts * (8 - step) / 8 for step in range(9)]
+    steps = [num_experts * step / 8 for step in range(9 if num_experts in possible else 8)]
     near = {min(possible, key=lambda count: (abs(count - step), count)) for step in steps if possible}
     return sorted(sorted(near, key=lambda count: (abs(count - mean), count))[:most])
 

@@ -20,6 +20,7 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     Tag,
+    model_serializer,
     model_validator,
 )
 
@@ -84,6 +85,10 @@ class Budget(Options):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"found `min` {self.min} above `max` {self.max}")
         return self
+
+    @model_serializer
+    def _as_written(self) -> dict[str, int | float]:
+        return {name: value for name, value in self if value is not None}
 
     @property
     def amount(self) -> int | float:

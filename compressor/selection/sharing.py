@@ -33,18 +33,20 @@ def blended(kl: Sequence[float], domains: Sequence[str], blend: Blend) -> float:
 
 
 def measured_table(statistics: Gathered, path: str) -> dict[int, dict[str, Any]]:
-    """Count → {domain: nats, …} and standard errors, of the counts of a layer that were measured. Raises ChoiceError
-    where none were.
+    """Count → nats by domain, of which some text was measured, and standard errors (None for one sequence). Raises
+    ChoiceError where no count of the layer was measured.
     """
     if KL not in statistics.get(path, {}):
-        raise ChoiceError(
-            f"it was not measured what its counts cost; share the mean out by `loss` or `even`, or {AGAIN}"
-        )
+        raise ChoiceError(f"what its counts cost was not measured; share the mean out by `loss` or `even`, or {AGAIN}")
     names = statistics.domains
     return {
         len(decided["kept"]): {
-            "kl": dict(zip(names, kl_D.tolist(), strict=True)),
-            "standard_error": dict(zip(names, error_D.tolist(), strict=True)),
+            "kl": {name: kl for name, kl in zip(names, kl_D.tolist(), strict=True) if not math.isnan(kl)},
+            "standard_error": {
+                name: None if math.isnan(error) else error
+                for name, kl, error in zip(names, kl_D.tolist(), error_D.tolist(), strict=True)
+                if not math.isnan(kl)
+            },
         }
         for decided, kl_D, error_D in measured_of(statistics[path], len(names))
     }

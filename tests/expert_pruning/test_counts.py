@@ -13,6 +13,8 @@ from compressor.errors import RecipeError
 from compressor.plugin import Gathered, OptionError
 from compressor.recipe.schema import load_recipe
 from compressor.selection.exact import dropped_subsets, num_subsets
+from compressor.selection.layer_plan import LayerPlan, measured_amount, measured_counts
+from compressor.selection.sharing import costs_between
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 
 
@@ -215,7 +217,8 @@ def test_a_mean_is_planned_evenly(layers):
     assert counts(plan) == [6, 6, 6]
     assert list(plan.notes) == [
         "247 sets of 2 to 8 experts per layer, all of them looked at",
-        "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown",
+        "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown: 6 "
+        "counts of each layer are measured on 3,840 tokens, as much work as 46,080 tokens more",
     ]
     assert planned(layers, keep={"mean": 5.5}) == [5, 6, 6]  # 16.5 experts: halves upwards
     assert planned(layers, keep={"mean": 0.75}) == [6, 6, 6]
@@ -284,12 +287,13 @@ def test_a_mean_is_shared_out_by_squared_losses(make_layer):
         "layers.0.mlp": figures(layers[0], counts, {2: 3.0, 3: 2.0, 4: 0.0}.get),
         "layers.1.mlp": figures(layers[1], counts, {2: 6.0, 3: 1.0, 4: 0.0}.get),
     }
-    five = method(keep={"mean": 2.5})
+    five = method(keep={"mean": 2.5}, share="loss")
     decision = five.decide(layers, Gathered(found))
     assert decision == json.loads(json.dumps(decision))
     assert [layer["kept"] for layer in decision["layers"].values()] == [[2, 3], [1, 2, 3]]
     assert decision["budget"] == {
         "asked_mean": 2.5,
+        "share": "loss",
         "mean": 2.5,
         "num_kept": 5,
         "num_experts": 8,
@@ -299,7 +303,7 @@ def test_a_mean_is_shared_out_by_squared_losses(make_layer):
     assert first.keys() == {"kept", "dropped", "loss", "relative_loss", "search", "median_loss", "sets"}
     assert (first["dropped"], first["sets"]) == ([0, 1], 6)
     assert (first["loss"], first["relative_loss"]) == (pytest.approx(3.0), pytest.approx(0.03))
-    six = method(keep={"mean": 3}).decide(layers, Gathered(found))  # 9 + 0, 4 + 1, 0 + 36
+    six = method(keep={"mean": 3}, share="loss").decide(layers, Gathered(found))  # 9 + 0, 4 + 1, 0 + 36
     assert [len(layer["kept"]) for layer in six["layers"].values()] == [3, 3]
 
 
@@ -307,7 +311,7 @@ def test_deciding_again_changes_nothing(make_layer):
     layers = [make_layer(4, 2, path=f"layers.{number}.mlp") for number in (0, 1)]
     found = {layer.path: figures(layer, [2, 3, 4], {2: 2.0, 3: 1.0, 4: 0.0}.get) for layer in layers}
     copies = {path: {name: tensor.clone() for name, tensor in one.items()} for path, one in found.items()}
-    shared = method(keep={"mean": 3})
+    shared = method(keep={"mean": 3}, share="loss")
     assert shared.decide(layers, Gathered(found)) == shared.decide(layers, Gathered(found))
     assert all(torch.equal(copies[path][name], found[path][name]) for path in found for name in found[path])
 
@@ -387,7 +391,7 @@ def test_a_mean_is_shared_out_among_multiples(make_layer):
         "layers.0.mlp": figures(layers[0], [2, 4], {2: 3.0, 4: 0.0}.get),
         "layers.1.mlp": figures(layers[1], [2, 4], {2: 6.0, 4: 0.0}.get),
     }
-    shared = method(keep={"mean": 2.5}, multiple_of=2)
+    shared = method(keep={"mean": 2.5}, multiple_of=2, share="loss")
     plan = shared.check(layers)
     assert counts(plan) == [2, 4]
     assert "multiple_of 2: 6 experts stay in all instead of 5" in plan.notes
@@ -501,3 +505,104 @@ def test_layers_that_cannot_be_watched(make_layer):
         assert refusal(layers, **options) == ("keep", "it hides.")
     assert refusal(layers, drop=2) == ("drop", "it hides.")
     assert planned(layers, keep={0: 6}) == [6, 8]
+
+
+# Shared out by what the answers lose -----------------------------------------------------------------------
+
+
+def measured_figures(layer, counts, kl):
+    """`kl`: count → nats a token, in each of two domains of 10 tokens."""
+    found = figures(layer, [2, 3, 4], lambda count: 4.0 - count)
+    kept = [{"kept": list(range(count))} for count in counts]
+    return found | {
+        "measured.kl": torch.tensor([kl[count] for count in counts], dtype=torch.float64) * 10,
+        "measured.tokens": torch.tensor([10, 10]),
+        "measured.domain": torch.tensor([0, 1]),
+        "measured.candidates": torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8),
+    }
+
+
+@pytest.fixture
+def measured(make_layer):
+    layers = [make_layer(4, 2, path=f"layers.{number}.mlp") for number in (0, 1)]
+    found = {
+        "layers.0.mlp": measured_figures(layers[0], [2, 3], {2: (0.4, 0.0), 3: (0.1, 0.0)}),
+        "layers.1.mlp": measured_figures(layers[1], [2, 3], {2: (0.1, 0.5), 3: (0.0, 0.4)}),
+    }
+    return layers, Gathered(found, ("one", "two"))
+
+
+def test_a_mean_is_shared_out_by_measured_nats(measured):
+    layers, found = measured
+    # means 0.2, 0.05, 0 and 0.3, 0.2, 0: five experts stay as 2 + 3 for 0.4 or 3 + 2 for 0.35, six as 2 + 4 for 0.2,
+    # 3 + 3 for 0.25 or 4 + 2 for 0.3
+    five = method(keep={"mean": 2.5}).decide(layers, found)
+    assert [len(layer["kept"]) for layer in five["layers"].values()] == [3, 2]
+    assert [layer["kl"] for layer in five["layers"].values()] == [pytest.approx(0.05), pytest.approx(0.3)]
+    assert (five["budget"]["share"], five["budget"]["summed_kl"]) == ("measured", pytest.approx(0.35))
+    assert five["budget"]["measured"]["layers.1.mlp"][2]["kl"] == {"one": pytest.approx(0.1), "two": pytest.approx(0.5)}
+    six = method(keep={"fraction": 0.75}).decide(layers, found)
+    assert [len(layer["kept"]) for layer in six["layers"].values()] == [2, 4]
+    assert six["budget"]["summed_kl"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"blend": "worst"}, [2, 4]),  # 0.4 + 0, 0.1 + 0.4, 0 + 0.5
+        ({"blend": {"one": 1}}, [3, 3]),  # 0.4 + 0, 0.1 + 0, 0 + 0.1: a tie, in which the first layer keeps fewer
+        ({"keep": {"mean": 3, "min": 3}}, [3, 3]),
+        ({"keep": {"mean": 3, "max": 3}}, [3, 3]),
+        ({"share": "even"}, [3, 3]),
+        ({"share": "loss"}, [3, 3]),  # squares 4 + 0, 1 + 1, 0 + 4
+    ],
+)
+def test_how_nats_are_blended_and_counts_bounded(measured, options, expected):
+    layers, found = measured
+    decision = method(**({"keep": {"mean": 3}} | options)).decide(layers, found)
+    assert [len(layer["kept"]) for layer in decision["layers"].values()] == expected
+
+
+def test_counts_between_those_measured_cost_in_between():
+    assert costs_between({2: 1.0, 4: 0.4, 8: 0.0}, [1, 2, 3, 4, 6, 7, 8]) == {
+        2: 1.0, 3: pytest.approx(0.7), 4: 0.4, 6: pytest.approx(0.2), 7: pytest.approx(0.1), 8: 0.0,
+    }  # fmt: skip
+
+
+def test_which_counts_are_measured(make_layer):
+    def counts_of(num_experts, chosen, num_layers=4, **options):
+        return measured_counts(LayerPlan(make_layer(num_experts, chosen), method(**options).options), num_layers)
+
+    assert counts_of(8, 2, keep={"mean": 4}) == [2, 3, 4, 5, 6, 7]
+    assert counts_of(64, 8, keep={"fraction": 0.5}) == [8, 16, 24, 32, 40, 48, 56]
+    assert counts_of(64, 8, 32, keep={"fraction": 0.5}) == [16, 24, 32, 40]  # 4 · 33 / 2 · 3840 tokens
+    assert counts_of(64, 8, 32, keep={"fraction": 0.75}, measured_counts=2) == [40, 48]
+    assert counts_of(8, 2, keep={"mean": 4, "min": 4}) == [4, 5, 6, 7]
+    assert counts_of(8, 2, keep={"mean": 4}, top_k=1)[-1] == 8  # then all experts are something else too
+    assert measured_amount(method(keep={"mean": 4}).options, 32) == (3840, 4)
+    assert measured_amount(method(keep={"mean": 4}).options, 61) == (2816, 3)
+    for num_layers in (2, 8, 32, 61, 94):
+        tokens, counts = measured_amount(method(keep={"mean": 4}).options, num_layers)
+        assert tokens * counts * (num_layers + 1) / 2 <= 128 * 2048
+
+
+def test_what_was_not_measured_is_not_shared_out(make_layer):
+    layers = [make_layer(4, 2, path=f"layers.{number}.mlp") for number in (0, 1)]
+    found = {layer.path: figures(layer, [2, 3, 4], lambda count: 4.0 - count) for layer in layers}
+    with pytest.raises(OptionError, match=r"layers.0.mlp: what its counts cost was not measured; share the mean"):
+        method(keep={"mean": 3}).decide(layers, Gathered(found))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"keep": {"mean": 3, "fraction": 0.5}}, "one of `mean` and `fraction`"),
+        ({"keep": {"mean": 3, "min": 4, "max": 2}}, "`min` 4 above `max` 2"),
+        ({"keep": 3, "share": "even"}, "`share` would have no effect"),
+        ({"keep": {"mean": 3}, "share": "loss", "measured_tokens": 512}, "`measured_tokens` would have no effect"),
+        ({"keep": {"mean": 3}, "share": "loss", "criterion": "reap"}, "knows no loss"),
+    ],
+)
+def test_options_of_sharing_that_cannot_be(options, says):
+    with pytest.raises(ValueError, match=says):
+        method(**options)

@@ -10,19 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from in_threads import Threads, together
 from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, write_token_file
 
 from compressor import MoEModel, PluginError, ProcessError, Processes, RecipeError, compress
 from compressor.data.sequences import Sequences, TokenBatch, make_batches
 from compressor.evaluation.perplexity import perplexity
-from compressor.machine.distributed import SeveralProcesses, _ends_when_told
+from compressor.machine.distributed import _ends_when_told
 from compressor.machine.progress import Progress
 from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
@@ -41,37 +41,6 @@ from compressor.selection.reference import SetLosses
 from compressor_dynamic_skipping.curves import SkipCurves, median
 
 SCRIPT = Path(__file__).parents[1] / "processes_script.py"
-
-# Processes as threads --------------------------------------------------------------------------------------
-
-
-class Threads(SeveralProcesses):
-    """Processes that are threads of this one."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[bytes]) -> None:
-        super().__init__(rank, size)
-        self.barrier, self.slots = barrier, slots
-
-    def _all(self, payload: bytes, largest: int) -> list[bytes]:
-        self.slots[self.rank] = payload.ljust(largest, b"\0")
-        self.barrier.wait()
-        found = list(self.slots)
-        self.barrier.wait()
-        return found
-
-
-def together(size: int, work: Callable[[Processes], Any]) -> list[Any]:
-    """What the work gives in each of so many processes, or the error that it ends with."""
-    barrier, slots = threading.Barrier(size, timeout=60), [b""] * size
-
-    def one(rank: int) -> Any:
-        try:
-            return work(Threads(rank, size, barrier, slots))
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))
 
 
 def alike(work: Callable[[Processes], Any], size: int = 3) -> Any:

@@ -41,6 +41,7 @@ WORK = Work(
     itemsize=2,
     per_token=3000.0,
     streams=1,
+    measured_tokens=0,
     num_passes=1,
     copies=2,
     has_tasks=False,
