@@ -23,7 +23,16 @@ from compressor.plugins import PLUGIN_API, hookimpl
 if TYPE_CHECKING:
     from compressor.data.sources import FileName, FilePath, TaskSource
     from compressor.machine.distributed import Processes
-    from compressor.method import Decision, Method, OptionError, Options, Plan, check_layer_names, fewer_experts
+    from compressor.method import (
+        Decision,
+        Measuring,
+        Method,
+        OptionError,
+        Options,
+        Plan,
+        check_layer_names,
+        fewer_experts,
+    )
     from compressor.model.adapter import Adapter
     from compressor.model.find_structure import find_structure
     from compressor.model.layer_weights import LayerWeights
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from compressor.model.routing_rule import RoutingRule
     from compressor.model.skipping.rule import SkipRule
     from compressor.model.structure import ConfigLeaf, MoELayer, Structure
+    from compressor.observe.measuring import measured_of
     from compressor.observe.reductions import Rule
     from compressor.observe.statistic import (
         Gathered,
@@ -52,7 +62,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "data.sources": "FileName FilePath TaskSource",
     "machine.distributed": "Processes",
-    "method": "Decision Method OptionError Options Plan check_layer_names fewer_experts",
+    "method": "Decision Measuring Method OptionError Options Plan check_layer_names fewer_experts",
     "model.adapter": "Adapter",
     "model.find_structure": "find_structure",
     "model.layer_weights": "LayerWeights",
@@ -61,6 +71,7 @@ _NAMES = {
     "model.routing_rule": "RoutingRule",
     "model.skipping.rule": "SkipRule",
     "model.structure": "ConfigLeaf MoELayer Structure",
+    "observe.measuring": "measured_of",
     "observe.reductions": "Rule",
     "observe.statistic": "Gathered InputStatistic JoinedStatistic LinearSite RankedStatistic Statistic",
     "report.description": "Column Description",
@@ -94,6 +105,7 @@ __all__ = [
     "JoinedStatistic",
     "LayerWeights",
     "LinearSite",
+    "Measuring",
     "Method",
     "MoELayer",
     "MoEModel",
@@ -122,6 +134,7 @@ __all__ = [
     "find_structure",
     "hookimpl",
     "kept_at_random",
+    "measured_of",
 ]
 
 
