@@ -99,6 +99,7 @@ FOR_PLUGINS = [
     "JoinedStatistic",
     "LayerWeights",
     "LinearSite",
+    "Measuring",
     "Method",
     "MoELayer",
     "MoEModel",
@@ -127,6 +128,7 @@ FOR_PLUGINS = [
     "find_structure",
     "hookimpl",
     "kept_at_random",
+    "measured_of",
 ]
 
 

@@ -21,7 +21,7 @@ from compressor.model.block_rule import NUM_TOKENS_THROUGH_BLOCK, first_output, 
 from compressor.model.expert_outputs import evaluate_list, evaluate_stacked, places_of_choices
 from compressor.model.masking import dropped_experts, experts_hidden, router_weights, selection_biases, top_k_set
 from compressor.model.modules import forward_replaced
-from compressor.model.routed_tokens import Lift, RoutedTokens
+from compressor.model.routed_tokens import Lift, RealTokens, RoutedTokens
 from compressor.model.router_logits import RouterLogits
 from compressor.model.routing_rule import Replay, RoutingRule
 from compressor.model.rule_fitting import explains, fit_rule
@@ -30,20 +30,6 @@ from compressor.model.token_pairs import PairLists
 
 Visitor = Callable[[RoutedTokens], None]
 _NUM_FITTING_TOKENS = 256
-
-
-@dataclass
-class RealTokens:
-    """Which tokens are no padding: `mask_T` [B·S] bool. Nobody is told unless `listening`; `paused`: a block reruns."""
-
-    mask_T: Tensor | None = None
-    listening: bool = True
-    paused: bool = False
-
-    @property
-    def deaf(self) -> bool:
-        """Whether nobody is told of what runs."""
-        return self.paused or not self.listening
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import structure_of
-from compressor.model.capture import RealTokens, Visitor, tapped
+from compressor.model.capture import Visitor, tapped
 from compressor.model.config_entry import write_entry
 from compressor.model.constants import Constants, previewed, problem, problem_of_all, replace_in_layer, write_replaced
 from compressor.model.masking import masked_router, relabelled, router_weights, selection_biases, top_k_set, write_top_k
 from compressor.model.modules import named_tensors, tensor_at
+from compressor.model.routed_tokens import RealTokens
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.skipping import install as skipping
 from compressor.model.skipping.rule import SkipRule

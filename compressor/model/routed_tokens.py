@@ -27,6 +27,20 @@ Lift = Callable[[Tensor], Tensor]
 """Outputs of the experts module [N, H'] → what they add to the block's own output [N, H]; linear."""
 
 
+@dataclass
+class RealTokens:
+    """Which tokens are no padding: `mask_T` [B·S] bool. Nobody is told unless `listening`; `paused`: a block reruns."""
+
+    mask_T: Tensor | None = None
+    listening: bool = True
+    paused: bool = False
+
+    @property
+    def deaf(self) -> bool:
+        """Whether nobody is told of what runs."""
+        return self.paused or not self.listening
+
+
 @dataclass(frozen=True)
 class RankedChunk:
     """Some tokens, from `start` to `stop`, with outputs of their best ranks: `order_cM` expert ids, the K chosen first,

@@ -20,8 +20,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.errors import UnsupportedModelError
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Update
-from compressor.model.capture import RealTokens
-from compressor.model.routed_tokens import RoutedTokens
+from compressor.model.routed_tokens import RealTokens, RoutedTokens
 from compressor.observe.activation_offload import Parked, Parking
 from compressor.observe.forward import device_of, model_inputs
 

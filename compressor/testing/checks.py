@@ -32,11 +32,10 @@ from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
-from compressor.model.capture import RealTokens
 from compressor.model.expert_products import own_tensors
 from compressor.model.modules import named_tensors
 from compressor.model.moe_model import Kept, MoEModel, count_problem
-from compressor.model.routed_tokens import RoutedTokens
+from compressor.model.routed_tokens import RealTokens, RoutedTokens
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.skipping.state import is_decorated
 from compressor.model.skipping.usage import Counter

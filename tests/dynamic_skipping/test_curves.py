@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor import CheckpointError, MoEModel, SkipRule
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 from compressor.plugin import RoutedTokens
 from compressor.testing.tiny import answers, tiny_inputs, tiny_model
 from compressor_dynamic_skipping.curves import NUM_BINS, FixedCount, SkipCurves, bins_of, edges, expert_norms

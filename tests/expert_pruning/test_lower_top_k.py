@@ -10,7 +10,7 @@ from tiny_models import random_model, token_ids
 
 from compressor import MoEModel
 from compressor.data.sequences import make_batches
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 from compressor.plugin import Gathered
 from compressor.testing import tiny
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions

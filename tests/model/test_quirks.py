@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compressor import MoEModel, UnsupportedModelError
-from compressor.model.capture import RealTokens
 from compressor.model.find_structure import find_structure
+from compressor.model.routed_tokens import RealTokens
 from compressor.testing.tiny import answers, model_class, tiny_config, tiny_inputs, tiny_model
 
 

@@ -10,7 +10,7 @@ from by_hand import ROUTING, choose, correction_bias, router_logits
 from tiny_models import ARCHITECTURES, random_model, tiny_model, token_ids
 
 from compressor import MoEModel
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 from compressor.plugin import RoutingRule
 
 # name → (score, renormalised, scale, has a correction bias, and what groups are chosen by); None: no closed form

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
 from compressor import CheckpointError, MoEModel, SkipRule, UnsupportedModelError
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 from compressor.testing.checks import expert_matrix_size, save
 from compressor.testing.tiny import answers, tiny_inputs, tiny_model
 

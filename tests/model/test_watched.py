@@ -11,7 +11,7 @@ from tiny_models import FEW, keep_six, tiny_model, token_ids
 from traces import assert_untouched, traces
 
 from compressor import CheckpointError, MoEModel, UnsupportedModelError
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 
 IDS = token_ids(3, 19)
 ATTENTION_MASK = torch.ones_like(IDS)

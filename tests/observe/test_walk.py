@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor import MoEModel, UnsupportedModelError
 from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
-from compressor.model.capture import RealTokens
+from compressor.model.routed_tokens import RealTokens
 from compressor.observe import forward, layerwise
 from compressor.plugin import RoutedTokens, Statistic
 from compressor.testing import tiny
