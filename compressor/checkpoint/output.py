@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from compressor.checkpoint.atomic_files import force_to_disk, put_in_place
@@ -77,7 +77,9 @@ class OutputFolder:
         self.hidden = journal_folder(target).parent
         self.path = self.hidden / "output"
         self.journal = Journal(journal_folder(target))
-        self._lock = _Lock(self.hidden / "lock")
+        self._lock_file = self.hidden / "lock"
+        self._lock = FileLock(self._lock_file)
+        """The system lets go of it when the process ends, however it does."""
         self._old = self.hidden / "old"
         self._may_replace = self.hidden / "may-replace"
         """There where the run was told to replace an existing target."""
@@ -92,7 +94,7 @@ class OutputFolder:
             self._refuse_existing()
             self._made = [parent for parent in self.hidden.parents if not parent.exists()]
             self.hidden.mkdir(parents=True, exist_ok=True)
-            self._lock.take(self.target)
+            self._take_lock()
             self._take_over()
             (self.path / "compressor").mkdir(parents=True)
             if self.overwrite:
@@ -109,7 +111,9 @@ class OutputFolder:
                 return  # it only lacks its name
             self._refuse_existing()
             self._refuse_unwritable()
-            self._lock.refuse_held(self.target)
+            if self._lock_file.exists():
+                self._take_lock()
+                self._lock.release()
         except OSError as error:
             raise self._unwritable(error) from error
         self._refuse_work_of_others()
@@ -132,6 +136,13 @@ class OutputFolder:
         there = next(parent for parent in parents if parent.exists())
         return there, self.hidden.relative_to(there).parts
 
+    def _take_lock(self) -> None:
+        """Raises CheckpointError where another run holds it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CheckpointError(f"{self.target}: another run is writing this output; wait for it.") from error
+
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.target}: the output cannot be written there: {error.strerror}.")
 
@@ -142,7 +153,7 @@ class OutputFolder:
         if not os.path.exists(self._whole):
             return False
         try:
-            self._lock.take(self.target)
+            self._take_lock()
             self._put_in_place()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -175,7 +186,7 @@ class OutputFolder:
         folders = (self.journal.folder, stages_folder(self.target), answers_folder(self.target))
         gone_on_from = (*folders, self._may_replace)
         for path in self.hidden.iterdir():
-            if path == self._lock.path or (self.resume and path in gone_on_from):
+            if path == self._lock_file or (self.resume and path in gone_on_from):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -186,7 +197,7 @@ class OutputFolder:
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._lock.is_held and self.hidden.exists() and not self.keeps_after(error):
+        if self._lock.is_locked and self.hidden.exists() and not self.keeps_after(error):
             shutil.rmtree(self.hidden, ignore_errors=True)
             for parent in self._made:
                 with suppress(OSError):  # where something else is in it by now
@@ -242,72 +253,15 @@ class OutputFolder:
                     )
                 self.target.rename(self._old)
             self.path.rename(self.target)
-        others = [path for path in self.hidden.iterdir() if path not in (self._lock.path, self._whole)]
+        others = [path for path in self.hidden.iterdir() if path not in (self._lock_file, self._whole)]
         for path in others:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        self._lock.remove()
+        self._lock_file.unlink(missing_ok=True)
+        self._lock.release()
         if not any(path.exists() for path in others):
             self._whole.unlink(missing_ok=True)
         with suppress(OSError):
             self.hidden.rmdir()
-
-
-class _Lock:
-    """A file that one process at a time can hold; the system lets go of it when the process ends, however it does."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[str] | None = None
-
-    @property
-    def is_held(self) -> bool:
-        return self._file is not None
-
-    def take(self, target: Path) -> None:
-        """Raises CheckpointError where another process holds it."""
-        file = self._held(self.path.open("a+", encoding="utf-8"), target)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
-
-    def refuse_held(self, target: Path) -> None:
-        """The same without taking it."""
-        if self.path.exists():
-            self._held(self.path.open("r+", encoding="utf-8"), target).close()
-
-    def _held(self, file: IO[str], target: Path) -> IO[str]:
-        try:
-            _lock_file(file)
-        except OSError as error:
-            file.seek(0)
-            who = file.read().strip()
-            file.close()
-            raise CheckpointError(
-                f"{target}: another run{f' (process {who})' if who else ''} is writing this output; wait for it."
-            ) from error
-        return file
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def remove(self) -> None:
-        """Release it, and leave no file."""
-        self.path.unlink(missing_ok=True)
-        self.release()
-
-
-def _lock_file(file: IO[str]) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 _PACKAGES = (
@@ -51,7 +52,7 @@ def hardware(*devices: str) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": psutil.virtual_memory().total,
         "device": ", ".join(devices),
         "accelerator": ", ".join(names) or None,
     }
@@ -65,24 +66,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def available_memory() -> int | None:
-    """Bytes of memory available to a process, by the system or its control group; None where it does not tell."""
-    found = []
-    with suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            line = next(line for line in file if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
+def available_memory() -> int:
+    """Bytes of memory available to a process, by the system, and its control group where there is one."""
+    found = [int(psutil.virtual_memory().available)]
     with suppress(OSError, ValueError):
         limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
         found.append(int(limit) - int(used))
-    return min(found) if found else _memory_bytes()
+    return min(found)
 
 
 def available_on(device: str) -> int | None:

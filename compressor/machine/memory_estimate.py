@@ -171,7 +171,7 @@ class Work:
             return 2
         return 4 * self.num_passes + (2 if self.measures_text else 0)
 
-    def to_json(self, place: Placement, *, device: str, available: int | None) -> dict[str, object]:
+    def to_json(self, place: Placement, *, device: str, available: int) -> dict[str, object]:
         """What `check` prints: sizes in bytes."""
         return {
             "weights": place.weights,

@@ -82,7 +82,7 @@ def _print_needs(needs: Json, console: Console) -> None:
         if needs["weights"] == "memory"
         else f"one decoder layer at a time: {needs['layers']} of {human_bytes(needs['largest_layer'])} at most"
     )
-    there = f", {human_bytes(needs['available'])} are there" if needs["available"] else ""
+    there = f", {human_bytes(needs['available'])} are there"
     rows = [
         ("weights", how),
         ("hidden states", f"{human_bytes(needs['text'])}, in {_WAITING[needs['hidden_states']]}"),
