@@ -105,7 +105,7 @@ def run(
     from compressor.machine.distributed import Processes
     from compressor.machine.progress import Progress
 
-    set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
+    set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
     with Processes.joined() as processes, _notes_shown():
         _loaded(recipe, model, output, set_, without)
         from compressor.report.terminal import print_summary
@@ -141,14 +141,9 @@ def _notes_shown() -> Iterator[None]:
         raise
 
 
-def _budgets(weights: str | None, memory: str | None, device_memory: str | None, disk: str | None) -> list[str]:
-    """The options that stand for keys of the recipe, as it takes them."""
-    return _settings({"weights": weights, "memory": memory, "device-memory": device_memory, "disk": disk})
-
-
-def _settings(given: dict[str, str | None]) -> list[str]:
-    """Options that were given, as a recipe reads them: as texts in YAML, like those of --set."""
-    return [f"--{key}={value}" for key, value in given.items() if value is not None]
+def _settings(**given: str | None) -> list[str]:
+    """Options that stand for keys and were given, as a recipe reads them: as texts in YAML, like those of --set."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
 
 
 def _loaded(
@@ -186,7 +181,7 @@ def check(
     Reads no weights.
     """
     _calm()
-    set_ = [*(set_ or []), *_budgets(weights, memory, device_memory, disk)]
+    set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
     loaded, plugins, target = _loaded(recipe, model, output, set_, without)
     from compressor.checkpoint.output import OutputFolder
     from compressor.machine.progress import Progress
@@ -291,7 +286,7 @@ def decide(
     from compressor.run import decide_again
     from compressor.run.decide_again import decision_file
 
-    overrides = [*(set_ or []), *_settings({"keep": keep, "criterion": criterion, "blend": blend})]
+    overrides = [*(set_ or []), *_settings(keep=keep, criterion=criterion, blend=blend)]
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
     decided = decide_again.decide(statistics, method, **where, overrides=overrides, without=without or [])
     if not quiet:
@@ -323,7 +318,7 @@ def evaluate(
         record = pipeline.evaluate(
             recipe,
             model,
-            overrides=[*(set_ or []), *_budgets(weights, memory, device_memory, None)],
+            overrides=[*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory)],
             without=without or [],
             progress=Progress.detect(quiet=quiet),
             processes=processes,

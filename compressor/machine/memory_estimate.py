@@ -16,6 +16,7 @@ it takes these pages back when others need them. `benchmarks/streaming.py` compa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -193,13 +194,8 @@ def shares(outside: int, sizes: Sequence[int], num_devices: int) -> tuple[list[i
     """Layers of these `sizes` in bytes dealt out in order, the fullest device as empty as possible, the first one with
     what is `outside`: each layer's device, each device's bytes.
     """
-    least, enough = 0, outside + sum(sizes)
-    while least < enough:
-        limit = (least + enough) // 2
-        if _dealt(outside, sizes, num_devices, limit) is None:
-            least = limit + 1
-        else:
-            enough = limit
+    limits = range(outside + sum(sizes))
+    enough = bisect_left(limits, True, key=lambda limit: _dealt(outside, sizes, num_devices, limit) is not None)
     found = _dealt(outside, sizes, num_devices, enough)
     assert found is not None
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from compressor.model.expert_outputs import evaluate_list, evaluate_stacked, pla
 from compressor.model.masking import dropped_experts, experts_hidden, router_weights, selection_biases, top_k_set
 from compressor.model.modules import forward_replaced
 from compressor.model.routed_tokens import Lift, RealTokens, RoutedTokens
-from compressor.model.router_logits import RouterLogits
+from compressor.model.router_logits import RouterLogits, logits_watched
 from compressor.model.routing_rule import Replay, RoutingRule
 from compressor.model.rule_fitting import explains, fit_rule
 from compressor.model.structure import MoELayer, Structure
@@ -65,7 +65,6 @@ class _Tap:
     real: RealTokens
     rule: RoutingRule | None = None
     fitted: bool = False
-    _modes: list[RouterLogits] = field(default_factory=list)
     _router_call: tuple[Any, Any] = ((), {})
     _router_output: Any = None
     _block_call: tuple[Any, Any] = ((), {})
@@ -82,17 +81,10 @@ class _Tap:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Listen to the block, the router and the experts within the context; the model is left as it was."""
-        hooks = (
-            self.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            self.router.register_forward_pre_hook(self._before_router, with_kwargs=True),
-            self.router.register_forward_hook(self._after_router, always_call=True),
-        )
-        try:
-            with hooks[0], hooks[1], hooks[2], self._experts_installed():
-                yield
-        finally:
-            while self._modes:
-                self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        before_block = self.block.register_forward_pre_hook(self._before_block, with_kwargs=True)
+        watched = logits_watched(self.router, self.layer.router, self._before_router, self._after_router)
+        with before_block, watched, self._experts_installed():
+            yield
 
     def _experts_installed(self) -> Any:
         raise NotImplementedError
@@ -110,26 +102,15 @@ class _Tap:
         if not self.real.deaf:
             self._block_call = (args, kwargs)
 
-    def _before_router(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_router(self, args: Any, kwargs: Any) -> RouterLogits | None:
         if self.real.deaf:
-            return
+            return None
         self._router_call = (args, kwargs)
-        mode = RouterLogits(router_weights(self.model, self.layer))
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        self._modes.append(mode)
+        return RouterLogits(router_weights(self.model, self.layer))
 
-    def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.real.deaf or not self._modes:
-            return
-        mode = self._modes.pop()
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if output is None:  # the forward has failed, and says why itself
-            return
-        if mode.seen is None:
-            raise UnsupportedModelError(
-                f"{self.layer.router}: saw no linear map with its weights inside its forward, so logits are unknown."
-            )
-        self._logits, self._router_output = mode.seen, output
+    def _after_router(self, logits: Tensor, output: Any) -> None:
+        if not self.real.deaf:
+            self._logits, self._router_output = logits, output
 
     def _mask(self, rows: Tensor) -> Tensor:
         """Which of these rows are real tokens; where the layer is, wherever the batch came in."""

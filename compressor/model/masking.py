@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.errors import UnsupportedModelError
 from compressor.model.modules import tensor_at
-from compressor.model.router_logits import RouterLogits
+from compressor.model.router_logits import RouterLogits, logits_watched
 from compressor.model.structure import MoELayer, Structure
 
 
@@ -92,30 +91,9 @@ def masked_router(model: nn.Module, layer: MoELayer, kept: Sequence[int]) -> Ite
     if not len(dropped):
         yield
         return
-    active: list[RouterLogits] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        mode = RouterLogits(weights, dropped=dropped)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        active.append(mode)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if not active:
-            return
-        mode = active.pop()
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if output is not None and mode.seen is None:  # no output: the forward has failed, and says why itself
-            raise UnsupportedModelError(
-                f"{layer.router}: saw no linear map with its weights inside its forward, so experts cannot be masked."
-            )
-
-    first, second = router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)
-    try:
-        with first, second, experts_hidden(model, layer, dropped):
-            yield
-    finally:
-        while active:
-            active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    watched = logits_watched(router, layer.router, lambda args, kwargs: RouterLogits(weights, dropped=dropped))
+    with watched, experts_hidden(model, layer, dropped):
+        yield
 
 
 @contextmanager

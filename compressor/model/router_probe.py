@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
 from compressor.model.expert_outputs import places_of_choices
-from compressor.model.modules import named_tensors, tensor_at
+from compressor.model.modules import forward_replaced, named_tensors, tensor_at
 from compressor.model.router_logits import RouterLogits
 from compressor.model.structure import Call, RouterProbe
 
@@ -169,17 +169,12 @@ def _trace_block(model: nn.Module, place: Place, hidden: Tensor) -> _Trace:
         raise _Reached
 
     is_called = experts is not block and not isinstance(experts, nn.ModuleList)
-    if is_called:
-        experts.forward = reached
+    first, second = router.register_forward_pre_hook(before, with_kwargs=True), router.register_forward_hook(after)
     try:
-        first, second = router.register_forward_pre_hook(before, with_kwargs=True), router.register_forward_hook(after)
-        with first, second, torch.device("meta"):
+        with first, second, torch.device("meta"), forward_replaced(experts, reached) if is_called else nullcontext():
             block.forward(hidden, **_further_arguments(block, hidden))
     except Exception:  # _Reached, or anything that cannot run on the meta device
         pass
-    finally:
-        if is_called:
-            del experts.forward
     return trace
 
 

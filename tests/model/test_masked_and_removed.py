@@ -257,7 +257,7 @@ def test_router_without_a_linear_map_cannot_be_masked():
     with pytest.raises(UnsupportedModelError) as error, moe.masked(keep_six(moe)):
         logits(moe.model)
     assert str(error.value) == (
-        "model.layers.0.mlp.gate: saw no linear map with its weights inside its forward, so experts cannot be masked."
+        "model.layers.0.mlp.gate: saw no linear map with its weights inside its forward, so logits are unknown."
     )
     assert _get_current_function_mode_stack() == []
 
