@@ -19,10 +19,17 @@ from torch import Tensor, nn
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.block_rule import NUM_TOKENS_THROUGH_BLOCK, first_output, refuse_not_finite, rule_of_block
 from compressor.model.expert_outputs import evaluate_list, evaluate_stacked, places_of_choices
-from compressor.model.masking import dropped_experts, experts_hidden, router_weights, selection_biases, top_k_set
+from compressor.model.masking import (
+    dropped_experts,
+    experts_hidden,
+    logits_watched,
+    router_weights,
+    selection_biases,
+    top_k_set,
+)
 from compressor.model.modules import forward_replaced
 from compressor.model.routed_tokens import Lift, RealTokens, RoutedTokens
-from compressor.model.router_logits import RouterLogits, logits_watched
+from compressor.model.router_logits import RouterLogits
 from compressor.model.routing_rule import Replay, RoutingRule
 from compressor.model.rule_fitting import explains, fit_rule
 from compressor.model.structure import MoELayer, Structure

@@ -1,11 +1,11 @@
-"""Masking experts inside a router, and removing them from the tables that name them.
+"""Watching a router, masking experts inside it, and removing them from the tables that name them.
 
 Dimensions: T tokens, E experts of the layer, K experts chosen per token, H hidden size, N rows of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressor.errors import UnsupportedModelError
 from compressor.model.modules import tensor_at
-from compressor.model.router_logits import RouterLogits, logits_watched
+from compressor.model.router_logits import RouterLogits
 from compressor.model.structure import MoELayer, Structure
 
 
@@ -79,6 +80,45 @@ def relabelled(ids: Tensor, layer: MoELayer, kept: Sequence[int], router_EH: Ten
     new_id = torch.zeros(layer.num_experts, dtype=ids.dtype, device=ids.device)
     new_id[torch.tensor(kept, device=ids.device)] = torch.arange(len(kept), dtype=ids.dtype, device=ids.device)
     return new_id[redirected(ids, dropped, router_EH).long()]
+
+
+@contextmanager
+def logits_watched(
+    router: nn.Module,
+    path: str,
+    begin: Callable[[Any, Any], RouterLogits | None],
+    end: Callable[[Tensor, Any], None] = lambda logits, output: None,
+) -> Iterator[None]:
+    """Within the context each forward of a router runs in the mode that `begin` makes of its arguments, if any; `end`
+    gets logits and output. Raises UnsupportedModelError, naming its `path`, where the forward computes no logits.
+    """
+    active: list[RouterLogits | None] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        active.append(mode := begin(args, kwargs))
+        if mode is not None:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        mode = active.pop() if active else None
+        if mode is None:
+            return
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if output is None:  # the forward has failed, and says why itself
+            return
+        if mode.seen is None:
+            raise UnsupportedModelError(
+                f"{path}: saw no linear map with its weights inside its forward, so logits are unknown."
+            )
+        end(mode.seen, output)
+
+    first = router.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with first, router.register_forward_hook(leave, always_call=True):
+            yield
+    finally:
+        for mode in filter(None, reversed(active)):
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

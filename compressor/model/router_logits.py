@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-from compressor.errors import UnsupportedModelError
 
 _LINEAR_FUNCTIONS = {
     functional.linear,
@@ -52,45 +49,6 @@ class RouterLogits(TorchFunctionMode):
     def _is_router(self, args: Any, kwargs: Any) -> bool:
         given = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]  # args[0]: tokens
         return any(_same(value, weight) for value in given for weight in self.weights)
-
-
-@contextmanager
-def logits_watched(
-    router: nn.Module,
-    path: str,
-    begin: Callable[[Any, Any], RouterLogits | None],
-    end: Callable[[Tensor, Any], None] = lambda logits, output: None,
-) -> Iterator[None]:
-    """Within the context each forward of a router runs in the mode that `begin` makes of its arguments, if any; `end`
-    gets logits and output. Raises UnsupportedModelError, naming its `path`, where the forward computes no logits.
-    """
-    active: list[RouterLogits | None] = []
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        active.append(mode := begin(args, kwargs))
-        if mode is not None:
-            mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        mode = active.pop() if active else None
-        if mode is None:
-            return
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if output is None:  # the forward has failed, and says why itself
-            return
-        if mode.seen is None:
-            raise UnsupportedModelError(
-                f"{path}: saw no linear map with its weights inside its forward, so logits are unknown."
-            )
-        end(mode.seen, output)
-
-    first = router.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with first, router.register_forward_hook(leave, always_call=True):
-            yield
-    finally:
-        for mode in filter(None, reversed(active)):
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def _same(value: Tensor, weight: Tensor) -> bool:
