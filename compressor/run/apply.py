@@ -265,6 +265,9 @@ def _with_tensors(decided: Mapping[str, Any], shapes: Any, source: Any, number: 
             where = "they are not with it" if beside is None else f"{beside} is not there"
             raise ValueError(f"passes.{number} has tensors, and {where}")
         decision = Decision(decided, read_tensors(beside, number))
+    for path, of_layer in decision.tensors.items():
+        if bad := [name for name, tensor in of_layer.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"passes.{number}: the tensor {bad[0]} of {path} holds NaN or infinity")
     if decision.shapes != (shapes or {}):
         found, named = (
             {(p, n): s for p, of in one.items() for n, s in of.items()} for one in (decision.shapes, shapes)

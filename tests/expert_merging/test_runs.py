@@ -116,9 +116,14 @@ def _of_another_shape(path: Path) -> None:
     save_file({name: one[:-1].clone() for name, one in load_file(path).items()}, path)
 
 
+def _not_finite(path: Path) -> None:
+    save_file({name: one.float().fill_(torch.nan) for name, one in load_file(path).items()}, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (_not_finite, r"passes\.0: the tensor share of model\.layers\.0\.mlp holds NaN or infinity"),
         (_missing, r"passes\.0 has tensors, and .*decision\.safetensors is not there"),
         (_of_another_layer, r"passes\.0: the tensor share of model\.layers\.0\.mlp should have the shape \[8\], found"),
         (_of_another_shape, r"passes\.0: the tensor share of .* should have the shape \[8\], found \[7\]"),
