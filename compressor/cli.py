@@ -123,7 +123,8 @@ def run(
             processes=processes,
         )
         if not quiet and processes.is_first:
-            others = "" if "uneven" in result.record else " or plain transformers"
+            only_here = {"uneven", "constants"} & result.record.keys()
+            others = "" if only_here else " or plain transformers"
             others += ", which runs it unskipped" if others and "skipping" in result.record else ""
             with _printing():
                 print_summary(result.record, _console())

@@ -367,9 +367,9 @@ class _EditPlan:
         if values is None and name in self.edited:
             values = partial(self._cut, name, axis, rows)
         if fate.constant is not None and fate.layer is not None:
-            constant = self.after.constants[fate.layer.path][fate.constant].detach().cpu()
+            constant = self.after.constants[fate.layer.path][fate.constant].detach()
             held = self.after.model.state_dict()[f"{fate.layer.experts}.{fate.constant}.{VALUE}"].dtype
-            values, new_shape = lambda: constant.to(held).to(TORCH[dtype]), tuple(constant.shape)
+            values, new_shape = lambda: constant.cpu().to(held).to(TORCH[dtype]), tuple(constant.shape)
         if fate.gather is not None:
             gather = fate.gather
             values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressor.method import Decision, Measuring, Method, OptionError, Plan
@@ -26,6 +27,7 @@ from compressor.selection.layer_plan import (
     allocated,
     check_names,
     check_top_k,
+    constants_notes,
     measured_amount,
     measured_counts,
     padding_note,
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from compressor.selection.choose import Choice, Fixed
     from compressor.selection.greedy import GreedySearch
 
+_CONSTANTS = "constants"
+"""A layer's tensor in a decision."""
 _MANY_DROPPED = 0.6
 _STARTS_WHERE_MANY_GO = 2
 
@@ -80,7 +84,8 @@ class ExpertSelection(Method[OptionsT]):
             notes.append("each layer is observed on what comes out of the layers already pruned")
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
-        return Plan([plan.after(planned[plan.path]) for plan in plans], notes)
+        after = [plan.after(planned[plan.path]) for plan in plans]
+        return Plan(after, [*notes, *constants_notes(after)] if options.with_constants else notes)
 
     def _sharing_note(self, layers: Sequence[MoELayer], num_kept: int) -> str:
         stay = f"{num_kept:,} experts stay in {len(layers)} layers"
@@ -145,12 +150,19 @@ class ExpertSelection(Method[OptionsT]):
     def needs_text(self) -> bool:
         """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
         criterion, options = self.criteria.get(self.options.criterion or ""), self.options
-        return criterion is None or criterion.needs_text or bool(options.gather) or options.is_measured
+        return (
+            criterion is None
+            or criterion.needs_text
+            or bool(options.gather)
+            or options.is_measured
+            or (options.with_constants)
+        )
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
         from compressor.observe.statistic import JoinedStatistic
         from compressor.selection.activation_sums import ExpertSums
+        from compressor.selection.constants import ConstantErrors
         from compressor.selection.exact import SubsetErrors
         from compressor.selection.pair_losses import PairLosses
 
@@ -165,6 +177,8 @@ class ExpertSelection(Method[OptionsT]):
             parts.append(criterion.statistic(layer))
         if "pairs" in needs:
             parts.append(PairLosses(layer))
+        if self.options.with_constants:
+            parts.append(ConstantErrors(layer))
         if plan.route == "exact":
             parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
         if plan.route == "greedy":
@@ -209,7 +223,7 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection import choose
 
         return choose.fixed_experts(
-            plan.layer,
+            plan.free,
             largest_E,
             num_kept,
             protected=plan.protected,
@@ -229,7 +243,7 @@ class ExpertSelection(Method[OptionsT]):
         plan, top_k = LayerPlan(layer, self.options), self.options.top_k
         found = [self._chosen(plan, statistics, count)[0] for count in measured_counts(plan, len(layers))]
         whole = {} if top_k is None else {"top_k": top_k}
-        return [Decision({"layers": {layer.path: one}, **whole}) for one in found]
+        return [self._with_constants(Decision({"layers": {layer.path: one}, **whole}), statistics) for one in found]
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
@@ -247,6 +261,17 @@ class ExpertSelection(Method[OptionsT]):
             decision["top_k"] = self.options.top_k
         if self.options.padded:
             decision["padded"] = True
+        return self._with_constants(decision, statistics)
+
+    def _with_constants(self, decision: Decision, statistics: Gathered) -> Decision:
+        """The decision with what each layer's experts would answer [E, H], if some do."""
+        if not self.options.with_constants:
+            return decision
+        from compressor.selection.constants import values_of
+
+        decision["replace"] = self.options.replace
+        changed = [path for path, one in decision["layers"].items() if one["dropped"]]
+        decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
         return decision
 
     def _shared(
@@ -324,21 +349,30 @@ class ExpertSelection(Method[OptionsT]):
             raise OptionError(self.options.count_option, f"{plan.path}: {error}.") from error
 
     def _best(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
-        from compressor.selection import choose
+        from compressor.selection import choose, constants
         from compressor.selection.scores import ChoiceError, largest
 
         layer, options = plan.layer, self.options
         figures = statistics[layer.path]
         if num_kept == layer.num_experts and options.top_k is None:
             return _unchanged(layer), 0.0
+        if options.is_measured and not options.with_constants and constants.ERRORS in figures:
+            raise ChoiceError(f"counts were measured where experts answer constants (`replace`); {choose.AGAIN}")
         fixed = self._fixed(plan, largest(figures), num_kept)
         notes = choose.notes(figures, fixed)
         if options.criterion is not None:
             criterion = self.criteria[options.criterion]
             found = choose.by_criterion(
-                layer, figures, num_kept, statistics.domains, options.blend, criterion, fixed, options.seed or 0
+                plan.free, figures, num_kept, statistics.domains, options.blend, criterion, fixed, options.seed or 0
             )
+            if options.with_constants:
+                objective = constants.objective_of(figures, statistics.domains, options.blend)
+                found |= constants.lost_by(figures, found["dropped"], objective)[0]
             return found | notes, 0.0
+        if options.with_constants:
+            objective = constants.objective_of(figures, statistics.domains, options.blend)
+            found, cost = constants.by_constants(layer, figures, num_kept, objective, fixed, options.max_subsets)
+            return found | notes, cost
         objective = choose.objective_of(figures, statistics.domains, options.blend)
         top_k = options.top_k or layer.top_k
         observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
@@ -355,11 +389,17 @@ class ExpertSelection(Method[OptionsT]):
         return found | notes, cost
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
-        """Removed means masked."""
+        """Removed means masked; or such an expert answers a constant."""
+        if self.options.with_constants:
+            found = {path: _constants(decision, path) for path in decision["layers"]}
+            return moe.replaced({path: one for path, one in found.items() if one})
         return moe.masked(_kept(decision), top_k=decision.get("top_k"))
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
-        """Remove the experts that are not kept."""
+        """Remove the experts that are not kept, or let them answer constants."""
+        if self.options.with_constants:
+            layer.replace(_constants(decision, layer.path))
+            return
         kept = decision["layers"][layer.path]["kept"]
         layer.keep(kept, top_k=decision.get("top_k"), padded=decision.get("padded", False))
 
@@ -367,17 +407,31 @@ class ExpertSelection(Method[OptionsT]):
 
     def describe(self, decision: Decision) -> Description:
         """What each layer loses, in each domain where there are several; who stays; what is odd."""
-        return shown(decision["layers"], self.expert_ids[2:])
+        found = shown(decision["layers"], self.expert_ids[2:])
+        if not self.options.with_constants:
+            return found
+        note = "what is dropped answers a constant, whatever it is given, with the weight that the router gives it"
+        return replace(found, notes=[note, *found.notes])
 
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
-        """As many experts of every layer."""
+        """As many experts of every layer; what goes answers its own constant, if that is asked for."""
         from compressor.selection.reference import kept_at_random
 
-        return kept_at_random(decision, layers, seed)
+        drawn = kept_at_random(decision, [LayerPlan(layer, self.options).free for layer in layers], seed)
+        if isinstance(drawn, Decision):
+            drawn.tensors = decision.tensors
+        return drawn
 
 
 def _unchanged(layer: MoELayer) -> Choice:
     return {"kept": list(range(layer.num_experts)), "dropped": [], "loss": 0.0, "relative_loss": 0.0}
+
+
+def _constants(decision: Decision, path: str) -> dict[int, Tensor]:
+    """Expert → what it answers, of those of a layer that are not kept."""
+    values_EH = decision.tensors.get(path, {}).get(_CONSTANTS, ())
+    kept = set(decision["layers"][path]["kept"])
+    return {expert: value_H for expert, value_H in enumerate(values_EH) if expert not in kept}
 
 
 def _kept(decision: Decision) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ _MAX_RANKS = 20
 _PAPER_TOKENS = 128 * 2048
 _TOKENS, _COUNTS = 3840, 8
 
-Route = Literal["criterion", "exact", "greedy"]
+Route = Literal["criterion", "constants", "exact", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,18 @@ class LayerPlan:
     @cached_property
     def possible(self) -> list[int]:
         """All counts that the layer could keep, ascending."""
-        from compressor.model.moe_model import count_problem
-
         multiple = self.options.multiple_of or 1
         budget, counts = self.options.budget, range(multiple, self.layer.num_experts + 1, multiple)
         allowed = [count for count in counts if budget is None or budget.allows(count)]
-        return [count for count in allowed if count_problem(self._smaller, count) is None]
+        return [count for count in allowed if self._problem(count) is None]
+
+    def _problem(self, num_kept: int) -> str | None:
+        from compressor.model import constants
+        from compressor.model.moe_model import count_problem
+
+        if self.options.with_constants and num_kept < self.layer.num_experts:
+            return constants.problem(self.layer, range(num_kept, self.layer.num_experts))
+        return count_problem(self._smaller, num_kept)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -67,6 +73,8 @@ class LayerPlan:
         """How its experts are chosen."""
         if self.options.criterion is not None:
             return "criterion"
+        if self.options.with_constants:
+            return "constants"
         if self.options.search != "auto":
             return self.options.search
         return "exact" if self._few_sets else "greedy"
@@ -87,10 +95,15 @@ class LayerPlan:
 
     def after(self, num_kept: int) -> MoELayer:
         """The layer with so many experts left. Raises OptionError where that cannot be."""
+        if self.options.with_constants and num_kept < self.layer.num_experts:
+            if why := self._problem(num_kept):
+                raise self._refused(f"{self.path}: {why}.")
+            return self.layer.with_constants(range(num_kept, self.layer.num_experts))
         return fewer_experts(self.layer, num_kept, self.options.count_option, self.options.top_k)
 
     def check(self) -> None:
         """Raise OptionError where this cannot be."""
+        self._check_constants()
         self._check_multiple()
         if not self.options.budget:
             self._check_count()
@@ -103,8 +116,13 @@ class LayerPlan:
         if not self.changes or self._num_sets == 1:
             return None
         amount = f"{self._num_sets:,}" if self._num_sets < 10**9 else f"{self._num_sets:.1e}"
-        how = "all of them looked at" if self.route == "exact" else "searched: greedy removal, then best swaps"
+        how = "all of them looked at" if self._looks_at_all else "searched: greedy removal, then best swaps"
         return f"{amount} sets of {self._counts_said('')} experts per layer, {how}"
+
+    @cached_property
+    def free(self) -> MoELayer:
+        """The layer as its experts are chosen: where the router stays as it is, its groups need not be even."""
+        return dataclasses.replace(self.layer, num_groups=1) if self.options.with_constants else self.layer
 
     @cached_property
     def _smaller(self) -> MoELayer:
@@ -116,7 +134,7 @@ class LayerPlan:
     def _num_sets(self) -> int:
         from compressor.selection.exact import num_subsets
 
-        return sum(num_subsets(self.layer, count) for count in self.counts)
+        return sum(num_subsets(self.free, count) for count in self.counts)
 
     @cached_property
     def _num_ranks(self) -> int:
@@ -128,6 +146,10 @@ class LayerPlan:
     def _few_sets(self) -> bool:
         return self._num_sets <= self.options.max_subsets and self._num_ranks <= _MAX_RANKS
 
+    @property
+    def _looks_at_all(self) -> bool:
+        return self.route == "exact" or (self.route == "constants" and self._num_sets <= self.options.max_subsets)
+
     def _counts_said(self, several: str) -> str:
         return f"{self.counts[0]}" if len(self.counts) == 1 else f"{several}{self.counts[0]} to {self.counts[-1]}"
 
@@ -136,7 +158,7 @@ class LayerPlan:
 
     def _crowded(self, num_kept: int) -> Iterator[tuple[str, str]]:
         """(option, what is wrong) where a list is longer than there is room for."""
-        layer = self.layer
+        layer = self.free
         size, per_group = layer.num_experts // layer.num_groups, num_kept // layer.num_groups
         for group in range(layer.num_groups):
             where = layer.path if layer.num_groups == 1 else f"{layer.path}, group {group}"
@@ -146,6 +168,13 @@ class LayerPlan:
                 yield "protect", f"{where}: {stay} experts are protected, but only {per_group} are to be kept."
             if go > size - per_group:
                 yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
+
+    def _check_constants(self) -> None:
+        from compressor.model.constants import problem
+
+        is_asked = self.options.with_constants and self.options.num_kept(self.layer) != self.layer.num_experts
+        if is_asked and (why := problem(self.layer)):
+            raise OptionError("replace", f"{self.path}: {why}.")
 
     def _check_multiple(self) -> None:
         """There is a multiple that the layer can keep, and a count that was given is one."""
@@ -273,6 +302,20 @@ def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, in
     forwards = (num_layers + 1) / 2
     tokens = options.measured_tokens or max(256, min(_TOKENS, int(_PAPER_TOKENS / 3 / forwards) // 256 * 256))
     return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
+
+
+def constants_notes(layers: Sequence[MoELayer]) -> list[str]:
+    """Who reads a model whose layers answer constants like these."""
+    there = [layer for layer in layers if layer.constants]
+    nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
+    number = sum(len(layer.constants) for layer in there)
+    notes = [
+        f"{number:,} experts of {len(there)} layers will answer constants, which `compressor.load` and vLLM from 0.33 "
+        f"on read, and transformers alone refuses"
+    ]
+    if nested:
+        notes.append(f"vLLM would refuse it, since it takes one number before the experts', and {nested[0]} has more")
+    return notes
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

@@ -162,6 +162,11 @@ class SelectionOptions(Options):
     measured_tokens: StrictInt | None = Field(
         default=None, ge=256, description="tokens of the calibration text that they are measured on; default 3840"
     )
+    replace: Literal["none", "constants"] = Field(
+        default="none",
+        description="what answers in the place of the experts that go: none (tokens choose among the others), or "
+        "constants (the router stays as it is, and such an expert answers its mean)",
+    )
     multiple_of: StrictInt | None = Field(
         default=None,
         ge=2,
@@ -256,11 +261,21 @@ class SelectionOptions(Options):
             raise ValueError(
                 "`progressive` decides a layer before it sees the next, so it cannot share out a mean; give counts"
             )
+        if self.with_constants:
+            fields = type(self).model_fields
+            others = ("search", "top_k", "progressive", "padded", "ranks", "starts")
+            if idle := [name for name in others if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"`{idle[0]}` means nothing beside `replace: constants`: leave one of them out")
         idle = [name for name in ("measured_counts", "measured_tokens") if getattr(self, name) and not self.is_measured]
         idle += ["share"] if self.share and not self.budget else []
         if idle:
             raise ValueError(f"`{idle[0]}` would have no effect: it is for a mean that is shared out; leave it out")
         return self
+
+    @property
+    def with_constants(self) -> bool:
+        """Whether the experts that go answer constants."""
+        return self.replace == "constants"
 
     @property
     def is_measured(self) -> bool:

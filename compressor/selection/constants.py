@@ -1,0 +1,197 @@
+"""Experts that answer a constant instead of being dropped: the constants, and which experts (MoNE, arXiv 2507.00390).
+
+The router stays as it is, and nothing is renormalised, so replacing the experts P changes a token's output by
+Σ_{e in P, chosen} w_e (E_e − c_e), whoever else is chosen. Summed over tokens that is one quadratic form, exact for
+every set, from the chosen experts' outputs alone:
+
+    c_e  = Σ w_e² E_e / Σ w_e²                        over the tokens that chose e: what loses least where e alone goes
+    F_ij = Σ w_i w_j ⟨E_i − c_i, E_j − c_j⟩           over the tokens that chose both
+    e(P) = Σ_{i, j in P} F_ij                         squared error of the layer's output
+
+One look is enough, since with G_ij = Σ w_i w_j ⟨E_i, E_j⟩, A_ij = Σ w_i w_j E_i and W_ij = Σ w_i w_j
+
+    F_ij = G_ij − ⟨c_j, A_ij⟩ − ⟨c_i, A_ji⟩ + ⟨c_i, c_j⟩ W_ij,     c_i = A_ii / W_ii
+
+The paper takes the plain mean for c_e and a criterion for P; these lose more. F is kept by domain, c is of all text.
+What is minimised is `objective`, where each domain's text is one batch.
+
+Dimensions: c tokens of a chunk, K chosen per token, E experts, D domains, S sets, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, islice
+from math import comb
+
+import torch
+from torch import Tensor
+
+from compressor.errors import UnsupportedModelError
+from compressor.model.routed_tokens import RankedChunk, RoutedTokens
+from compressor.model.structure import MoELayer
+from compressor.observe.reductions import Rule
+from compressor.observe.statistic import RankedStatistic
+from compressor.selection.choose import AGAIN, Choice, Fixed, cost, kept_and_dropped, losses
+from compressor.selection.objective import Blend, Objective
+from compressor.selection.scores import ChoiceError
+
+VALUES, ERRORS = "constants.value", "constants.error"
+_SETS_AT_ONCE = 4096
+
+
+class ConstantErrors(RankedStatistic):
+    """The constants and F. Memory: 8 · D · E² · H bytes while a layer is observed."""
+
+    own_rules: Mapping[str, Rule] = {VALUES: "same", ERRORS: "summed"}
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        """Domain → G [E, E], W [E, E], A [E, E, H]; float64."""
+        self._values_EH: Tensor | None = None
+
+    def num_ranks(self, tokens: RoutedTokens) -> int:
+        """The experts chosen."""
+        return tokens.index_TK.shape[1]
+
+    def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
+        """Add some tokens. Raises UnsupportedModelError where the block changes what its experts have answered."""
+        if tokens.lift is not None or not tokens.at_block:
+            raise UnsupportedModelError(
+                f"{self.layer.path}: its block changes what its experts answer, so constants cannot stand for them."
+            )
+        size, (_, num_chosen, hidden) = self.layer.num_experts, chunk.outputs_cMH.shape
+        if tokens.domain not in self._sums:
+            empty = torch.zeros(size, size, dtype=torch.float64, device=chunk.outputs_cMH.device)
+            self._sums[tokens.domain] = (empty, empty.clone(), empty[..., None].repeat(1, 1, hidden))
+        gram_EE, weight_EE, output_EEH = self._sums[tokens.domain]
+        index_cK, weights_cK = chunk.order_cM, tokens.weights_TK[chunk.start : chunk.stop].double()
+        weights_cKK = weights_cK[:, :, None] * weights_cK[:, None, :]
+        place_P = (index_cK[:, :, None] * size + index_cK[:, None, :]).reshape(-1)
+        weight_EE.view(-1).index_add_(0, place_P, weights_cKK.reshape(-1))
+        gram_EE.view(-1).index_add_(0, place_P, (weights_cKK * chunk.gram()).reshape(-1))
+        weights_cE = weights_cK.new_zeros(len(weights_cK), size).scatter_(1, index_cK, weights_cK).float()
+        expert_P, outputs_PH = index_cK.reshape(-1), chunk.outputs_cMH.reshape(-1, hidden)
+        order_P, counts = expert_P.argsort(stable=True), torch.bincount(expert_P, minlength=size).tolist()
+        for expert, own_p in enumerate(torch.split(order_P, counts)):
+            token_p = own_p // num_chosen
+            both_pE = weights_cE[token_p] * weights_cE[token_p, expert, None]
+            output_EEH[expert] += both_pE.T @ outputs_PH[own_p]
+
+    def again(self) -> bool:
+        """No; but by now the constants are those of all processes."""
+        hidden = max(self.processes.exchange(max((one.shape[-1] for *_, one in self._sums.values()), default=0)))
+        numerator_EH = torch.zeros(self.layer.num_experts, hidden, dtype=torch.float64)
+        weight_E = torch.zeros(self.layer.num_experts, dtype=torch.float64)
+        for _, weight_EE, output_EEH in self._sums.values():
+            numerator_EH += output_EEH.diagonal().T.cpu()
+            weight_E += weight_EE.diagonal().cpu()
+        weight_E = self.processes.sum(weight_E)
+        values_EH = self.processes.sum(numerator_EH) / weight_E.masked_fill(weight_E == 0, 1.0)[:, None]
+        self._values_EH = values_EH.float()  # as they will be stored
+        return False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """constants.value [E, H] float32, 0 of an expert that no token chose; constants.error [D, E, E] float64."""
+        assert self._values_EH is not None, "`again` has been asked"
+        errors_DEE = [self._errors(*of_domain).cpu() for of_domain in self._sums.values()]
+        empty = torch.zeros(0, self.layer.num_experts, self.layer.num_experts, dtype=torch.float64)
+        return {VALUES: self._values_EH, ERRORS: torch.stack(errors_DEE) if errors_DEE else empty}
+
+    def _errors(self, gram_EE: Tensor, weight_EE: Tensor, output_EEH: Tensor) -> Tensor:
+        assert self._values_EH is not None
+        values_EH = self._values_EH.double().to(gram_EE.device)
+        crossed_EE = torch.einsum("ijh,jh->ij", output_EEH, values_EH)
+        return gram_EE - crossed_EE - crossed_EE.T + values_EH @ values_EH.T * weight_EE
+
+
+# Which experts -------------------------------------------------------------------------------------------------
+
+
+def by_constants(
+    layer: MoELayer, figures: Mapping[str, Tensor], num_kept: int, objective: Objective, fixed: Fixed, most_sets: int
+) -> tuple[Choice, float]:
+    """(the set that loses least, its cost): of all sets up to `most_sets`, else by greedy removal and best swaps."""
+    errors_DEE, num_dropped = _errors_of(figures), layer.num_experts - num_kept
+    free = [e for e in range(layer.num_experts) if e not in {*fixed.staying, *fixed.forbidden}]
+    num_free = num_dropped - len(fixed.forbidden)
+    found: Choice
+    if comb(len(free), num_free) <= most_sets:
+        sets = ((*fixed.forbidden, *more) for more in combinations(free, num_free))
+        value_S, dropped = _best_set(errors_DEE, sets, objective)
+        found = {"search": "exact", "sets": len(value_S), "median_loss": float(value_S.quantile(0.5))}
+    else:
+        dropped, before, swaps = _searched(errors_DEE, num_dropped, objective, fixed)
+        found = {"search": "greedy", "swaps": swaps, "loss_before_swaps": before}
+    lost, amount = lost_by(figures, dropped, objective)
+    return kept_and_dropped(layer, dropped) | lost | found, amount
+
+
+def lost_by(figures: Mapping[str, Tensor], dropped: Sequence[int], objective: Objective) -> tuple[Choice, float]:
+    """(the losses of replacing these experts, their cost)."""
+    squared_D = _errors_of(figures)[:, dropped][:, :, dropped].sum((1, 2))
+    return losses(objective, squared_D), cost(objective, squared_D)
+
+
+def objective_of(figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Objective:
+    """What is minimised: each domain's text is one batch."""
+    squared_D = torch.zeros(len(domains), dtype=torch.float64)
+    squared_D.index_add_(0, figures["batch.domain"], figures["batch.squared_output"])
+    return Objective.of_batches(domains, squared_D, blend)
+
+
+def values_of(figures: Mapping[str, Tensor]) -> Tensor:
+    """[E, H] float32: what each expert would answer. Raises ChoiceError where it was not gathered."""
+    _errors_of(figures)
+    return figures[VALUES]
+
+
+def _errors_of(figures: Mapping[str, Tensor]) -> Tensor:
+    if ERRORS not in figures:
+        raise ChoiceError(f"no constants were gathered; {AGAIN} with `replace: constants`")
+    return figures[ERRORS]
+
+
+def _best_set(errors_DEE: Tensor, sets: Iterable[Sequence[int]], objective: Objective) -> tuple[Tensor, list[int]]:
+    """([S] what is minimised, of all sets; the first of the best)."""
+    found, best, dropped = [], float("inf"), [0]
+    rest = iter(sets)
+    while part := list(islice(rest, _SETS_AT_ONCE)):
+        is_in_SE = torch.zeros(len(part), errors_DEE.shape[1], dtype=torch.float64)
+        is_in_SE.scatter_(1, torch.tensor(part, dtype=torch.int64).reshape(len(part), -1), 1.0)
+        value_S = objective(torch.stack([((is_in_SE @ one_EE) * is_in_SE).sum(1) for one_EE in errors_DEE], -1))
+        found.append(value_S)
+        if float(value_S.min()) < best:
+            best, dropped = float(value_S.min()), list(part[int(value_S.argmin())])
+    return torch.cat(found), dropped
+
+
+def _searched(errors_DEE: Tensor, num_dropped: int, objective: Objective, fixed: Fixed) -> tuple[list[int], float, int]:
+    """(experts to replace, what was minimised before the swaps, how many swaps): greedy, then best swaps."""
+    size = errors_DEE.shape[1]
+    own_ED, is_in_E = errors_DEE.diagonal(dim1=1, dim2=2).T, torch.zeros(size, dtype=torch.bool)
+    is_in_E[list(fixed.forbidden)] = True
+    stays_E, goes_E = torch.zeros(size, dtype=torch.bool), is_in_E.clone()
+    stays_E[list(fixed.staying)] = True
+
+    def state() -> tuple[Tensor, Tensor]:
+        """[E, D] Σ_{j in P} F_ej; [D] e(P)."""
+        with_ED = errors_DEE[:, :, is_in_E].sum(-1).T
+        return with_ED, with_ED[is_in_E].sum(0)
+
+    for _ in range(num_dropped - int(is_in_E.sum())):
+        with_ED, squared_D = state()
+        value_E = objective(squared_D + own_ED + 2 * with_ED)
+        is_in_E[int(value_E.masked_fill(is_in_E | stays_E, torch.inf).argmin())] = True
+    before = float(objective(state()[1]))
+    for swaps in range(size * size):
+        with_ED, squared_D = state()
+        change_EED = (own_ED - 2 * with_ED)[:, None] + (own_ED + 2 * with_ED)[None, :] - 2 * errors_DEE.permute(1, 2, 0)
+        possible_EE = (is_in_E & ~goes_E)[:, None] & ~(is_in_E | stays_E)[None, :]
+        value_EE = objective(squared_D + change_EED).masked_fill(~possible_EE, torch.inf)
+        back, gone = divmod(int(value_EE.argmin()), size)
+        if not float(value_EE[back, gone]) < (1 - 1e-12) * float(objective(squared_D)):
+            return is_in_E.nonzero()[:, 0].tolist(), before, swaps
+        is_in_E[back], is_in_E[gone] = False, True
+    raise AssertionError("every swap loses less than the one before")

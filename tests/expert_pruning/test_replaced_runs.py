@@ -1,0 +1,163 @@
+"""Whole runs of `replace: constants`: in memory, from disk, resumed, applied, decided again, with passes behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, write_token_file
+from weight_runs import files, recipe, stopped_and_whole
+
+import compressor
+from compressor import RecipeError, UnsupportedModelError
+from compressor.checkpoint.resume_state import ObservationJournal
+from compressor.run.apply import apply
+from compressor.run.decide_again import decide
+from compressor.testing.tiny import tiny_model
+
+PASS: dict[str, Any] = {"expert_pruning": {"keep": 5, "replace": "constants"}}
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return write_token_file(tmp_path / "tokens.jsonl", token_ids(40, 24).tolist())
+
+
+def replaced_in(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
+        "approximate_experts"
+    ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "behind"), [("mixtral", []), ("qwen3_moe", [{"dynamic_skipping": {}}])])
+def test_in_memory_from_disk_and_applied_are_the_same_bytes(
+    name: str, behind: list[Any], tokens: Path, tmp_path: Path
+) -> None:
+    model = tiny_folder(name)
+    passes = [PASS, *behind]
+    memory = compressor.compress(recipe(tokens, *passes, weights="memory", model=model), output=tmp_path / "memory")
+    compressor.compress(recipe(tokens, *passes, weights="disk", model=model), output=tmp_path / "disk")
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    apply(tmp_path / "disk" / "compressor" / "decision.json", str(model), tmp_path / "applied")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "applied" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
+    dropped = [layer["dropped"] for layer in memory.record["passes"][0]["decision"]["layers"].values()]
+    assert list(replaced_in(tmp_path / "disk").values()) == dropped
+    assert memory.record["constants"] == replaced_in(tmp_path / "disk")
+    loaded, _ = compressor.load(tmp_path / "disk")
+    written = loaded.generate(token_ids(1, 6), max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > 6
+    assert "from_pretrained` refuses it" in (tmp_path / "disk" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: Path) -> None:
+    compressor.compress(recipe(tokens, PASS), output=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    decided = load_file(tmp_path / "out" / "compressor" / "decision.safetensors")
+    figures = load_file(tmp_path / "out" / "compressor" / "statistics.safetensors")
+    assert len(decided) == 3
+    for number, ids in replaced_in(tmp_path / "out").items():
+        [values_EH] = [one for name, one in decided.items() if f"layers.{number}." in name]
+        assert any(torch.equal(values_EH, one) for name, one in figures.items() if name.endswith("constants.value"))
+        for expert in ids:
+            constant = stored[f"model.layers.{number}.block_sparse_moe.experts.{expert}.approx_value"]
+            assert torch.equal(constant, values_EH[expert])
+
+
+def test_interrupted_and_gone_on_with_it_is_the_same(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_last(name: str) -> bool:
+        return "layers.1" in name
+
+    resumed, whole = stopped_and_whole(
+        recipe(tokens, PASS), tmp_path, monkeypatch, (ObservationJournal, "put"), is_last
+    )
+    assert resumed == whole
+
+
+def test_other_counts_and_criteria_are_decided_without_the_model(tokens: Path, tmp_path: Path) -> None:
+    compressor.compress(recipe(tokens, PASS), output=tmp_path / "out")
+    figures = tmp_path / "out" / "compressor" / "statistics.safetensors"
+    again = decide(figures, output=tmp_path / "again", keep=3, replace="constants")
+    apply(tmp_path / "again" / "decision.json", str(tiny_folder("mixtral")), tmp_path / "applied")
+    assert [len(ids) for ids in replaced_in(tmp_path / "applied").values()] == [5, 5, 5]
+    three = recipe(tokens, {"expert_pruning": {"keep": 3, "replace": "constants"}})
+    compressor.compress(three, output=tmp_path / "three")
+    assert files(tmp_path / "three")["model.safetensors"] == (tmp_path / "applied" / "model.safetensors").read_bytes()
+    by_reap = decide(figures, keep=3, replace="constants", criterion="reap")
+    both = (one["passes"][0]["decision"]["layers"].values() for one in (again, by_reap))
+    for searched, scored in zip(*both, strict=True):
+        assert searched["relative_loss"] <= scored["relative_loss"] < 1
+    with pytest.raises(RecipeError, match="no losses of sets of experts were gathered"):
+        decide(figures, keep=3)
+
+
+def test_counts_are_shared_out_by_measuring_under_constants(tokens: Path, tmp_path: Path) -> None:
+    options = {"keep": {"mean": 4}, "replace": "constants", "measured_tokens": 256, "measured_counts": 3}
+    evaluate = {"random": 1, "perplexity": [{"tokens": str(tokens)}]}
+    run = recipe(tokens, {"expert_pruning": options}, evaluate=evaluate)
+    [done] = compressor.compress(run, output=tmp_path / "out").record["passes"]
+    assert sum(len(layer["kept"]) for layer in done["decision"]["layers"].values()) == 12
+    assert done["decision"]["budget"]["summed_kl"] > 0
+    assert len(done["random"]["perplexity"]["tokens"]["random"]) == 1
+    with pytest.raises(RecipeError, match="measured where experts answer constants"):
+        decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep={"mean": 4}, criterion="reap")
+
+
+# What is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([PASS, {"expert_pruning": {"keep": 4}}], "prune before that"),
+        ([PASS, {"expert_merging": {"keep": 4}}], "prune before that"),
+        ([PASS, {"wanda": {}}], "put it before the pass that replaces experts"),
+        ([PASS, PASS], "answer constants already"),
+        ([{"expert_pruning": {**PASS["expert_pruning"], "top_k": 1}}], "`top_k` means nothing beside"),
+        ([{"expert_pruning": {**PASS["expert_pruning"], "progressive": True}}], "`progressive` means nothing beside"),
+        ([{"expert_pruning": {**PASS["expert_pruning"], "search": "greedy"}}], "`search` means nothing beside"),
+        ([{"expert_pruning": {"drop": 8, "replace": "constants"}}], "would leave none"),
+    ],
+)
+def test_orders_and_options_that_make_no_sense_are_refused(passes: list[Any], message: str, tokens: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        compressor.check(recipe(tokens, *passes))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("gpt_oss", "all experts in one tensor"), ("llama4_text", "not one module that is given tokens"),
+    ],
+)  # fmt: skip
+def test_models_that_no_reader_could_read_are_refused(
+    model_type: str, message: str, tokens: Path, tmp_path: Path
+) -> None:
+    model = write_checkpoint(tiny_model(model_type), tmp_path / "model")
+    with pytest.raises((RecipeError, UnsupportedModelError), match=message):
+        compressor.check(recipe(tokens, PASS, model=model))
+
+
+def test_a_quantised_checkpoint_is_refused(tokens: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(random_model("mixtral"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(RecipeError, match="no reader puts constants beside quantised experts"):
+        compressor.check(recipe(tokens, PASS, model=folder))
+
+
+def test_check_says_what_comes_of_it(tokens: Path) -> None:
+    plan = compressor.check(recipe(tokens, PASS)).plan
+    assert [(layer["num_experts"], layer["kept"], layer["dropped"]) for layer in plan["layers"]] == [(8, 5, 3)] * 3
+    assert any("9 experts of 3 layers will answer constants" in note for note in plan["notes"])
+    model, _ = compressor.load(tiny_folder("mixtral"))
+    own = 3 * sum(one[0].numel() for one in model.model.layers[0].mlp.experts.parameters())
+    assert plan["parameters"]["before"] - plan["parameters"]["after"] == 3 * (own - 3 * 32)
