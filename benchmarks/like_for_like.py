@@ -1,197 +1,384 @@
-"""Every way of choosing experts on the same model, the same text and the same counts: losers stay in the table.
+"""Every way of choosing experts, at even and at measured counts, re-routed and with constants: losers stay in.
 
     python benchmarks/train_demo.py prepare
     python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --output fine-grained
-    python benchmarks/like_for_like.py demo fine-grained --output like_for_like.json
+    python benchmarks/train_demo.py train --experts 64 --top-k 8 --expert-width 64 --model-type olmoe --output olmoe
+    python benchmarks/like_for_like.py demo fine-grained olmoe
 
-Each model is pruned by 25 % and 50 % in every way, calibrated on the training split of three domains (blended by their
-mean), and then measured on the held-out split: the paper's objective (mean over the layers of the loss as a fraction of
-the layer's output, each domain on its own and averaged), perplexity and task accuracy with standard errors. Experts are
-masked, not removed, which gives the same answers. `random` is drawn with five seeds; what is shown of it is the median
-and the range.
+Each cell (model, share that goes, seed of the calibration text, way) is one run of a recipe by `compressor.compress`,
+calibrated on the training split of three domains, and what it leaves answers held-out text: KL of its next-token
+distribution from the original's over the whole vocabulary, share of tokens whose likeliest next one is the same, loss;
+with the first seed tasks too. Cells are kept by sequence as JSON lines (`--cells`). Those that are there are not
+measured again, so the table can be made in pieces (`--only`, `--seeds`, `--ratios`); it is printed from all of them.
+
+All domains count the same. Errors are of differences: what a way has above the search at even counts, sequence by
+sequence and seed by seed; its variance over sequences and over seeds is added up. `random` is ten draws against the
+mean of the search's seeds. Ways whose options a recipe refuses are left out, and named.
+
+Dimensions: R seeds, D domains, N sequences of a domain.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import statistics
+import math
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from compressor import MoEModel
+import compressor
 from compressor.checkpoint.find import find_checkpoint
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.data.lm_eval_tasks import LoadedTasks, load_tasks
 from compressor.data.packing import load_sequences
-from compressor.data.sequences import Sequences, TokenBatch, make_batches
 from compressor.data.sources import DemoSource
-from compressor.evaluation import perplexity as perplexities
 from compressor.evaluation.lm_eval import run_tasks
 from compressor.machine.environment import hardware, versions
-from compressor.machine.progress import Progress
-from compressor.observe import layerwise
-from compressor.plugin import Gathered
+from compressor.observe.divergence import kl_divergences
 from compressor.plugins import load_plugins
-from compressor.selection.reference import SetLosses, relative_losses
 
 DOMAINS = ("code", "prose", "arithmetic")
-CRITERIA = ("reap", "ean", "weighted_ean", "frequency", "seer", "man", "msan", "mone", "aimer", "single_removal")
-SEEDS = range(5)
-Kept = Mapping[str, Sequence[int]]
+TASKS = [f"demo_{domain}" for domain in DOMAINS]
+CRITERIA = ("reap", "ean", "weighted_ean", "frequency", "man", "aimer", "hope", "hope_sums")
+WAYS: Mapping[str, dict[str, Any]] = {
+    "search": {},
+    "progressive": {"progressive": True},
+    **{name: {"criterion": name} for name in CRITERIA},
+}
+SCALED = ("search", "weighted_ean", "reap")
+NUM_DRAWS = 10
+LENGTH = 256
+HELD_OUT_LENGTH = 96
+BATCH = 20
+REFERENCE = ("search", "even", "re-routed")
+Cell = dict[str, Any]
 
 
-def main() -> None:
-    """Prune and measure; print a table for each model and ratio, write everything as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="demo, or a folder")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5], help="share of the experts that goes")
-    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of each domain")
-    parser.add_argument("--held-out", type=int, default=32, help="held-out sequences of each domain")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--limit", type=int, default=200, help="documents of each task")
-    parser.add_argument("--output", type=Path, default=Path("like_for_like.json"))
-    args = parser.parse_args()
-    found = {"settings": {**vars(args), "output": str(args.output)}, "versions": versions({}), "results": []}
-    found["hardware"] = hardware("cpu")
-    for model in args.models:
-        for result in measured(model, args):
-            found["results"].append(result)
-            print(table(result), flush=True)
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
+@dataclass(frozen=True)
+class Row:
+    """One way, and the passes that go it."""
+
+    way: str
+    counts: str
+    answers: str
+    passes: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What it is called in the table."""
+        return self.way, self.counts, self.answers
+
+    def is_known(self) -> bool:
+        """Whether this version has all of its options."""
+        known = load_plugins().methods["expert_pruning"].options_type.model_fields
+        return all(name in known for name in self.passes[0]["expert_pruning"])
 
 
-def measured(reference: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One result for each ratio."""
-    source = find_checkpoint(reference)
-    model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
-    moe = MoEModel(model)
-    calibration = [read(domain, args.samples, args.length, "train", tokenizer) for domain in DOMAINS]
-    held_out = [read(domain, args.held_out, args.length, "held-out", tokenizer) for domain in DOMAINS]
-    tasks = load_tasks([f"demo_{domain}" for domain in DOMAINS])
-    full = quality(moe, tokenizer, held_out, tasks, args.limit)
-    for ratio in args.ratios:
-        num_kept = round(moe.layers[0].num_experts * (1 - ratio))
-        started = time.perf_counter()
-        decisions = dict(ways(moe, batches_of(calibration), num_kept))
-        rows: dict[str, Any] = {}
-        losses = held_out_losses(moe, list(decisions.values()), held_out)
-        for number, (way, kept) in enumerate(decisions.items()):
-            with moe.masked(kept):
-                rows[way] = quality(moe, tokenizer, held_out, tasks, args.limit)
-            rows[way]["loss"] = {domain: of_sets[number] for domain, of_sets in losses.items()}
-            rows[way]["loss"]["mean"] = statistics.fmean(rows[way]["loss"].values())
-            rows[way]["kept"] = {path: list(ids) for path, ids in kept.items()}
-            print(f"{reference} {ratio:.0%} {way}", file=sys.stderr, flush=True)
-        yield {
-            "model": reference,
-            "experts": moe.layers[0].num_experts,
-            "top_k": moe.layers[0].top_k,
-            "kept": num_kept,
-            "ratio": ratio,
-            "seconds": round(time.perf_counter() - started, 1),
-            "full": full,
-            "ways": rows,
-        }
-
-
-def read(domain: str, samples: int, length: int, split: Any, tokenizer: Any) -> Sequences:
-    """One domain's sequences."""
-    source = DemoSource(demo=domain, samples=samples, length=length, split=split, name=domain)
-    return load_sequences(source, tokenizer, seed=0, split=split)
-
-
-def batches_of(sources: Sequence[Sequences]) -> list[TokenBatch]:
-    """Batches of eight, each of one domain."""
-    return [batch for one in sources for batch in make_batches(one.ids, 8, one.name)]
-
-
-def ways(moe: MoEModel, batches: Sequence[TokenBatch], num_kept: int) -> Iterator[tuple[str, Kept]]:
-    """(name, experts kept) of every way, through the method that a recipe would use."""
-    plugins = load_plugins()
-    method_type = plugins.methods["expert_pruning"]
-
-    def method(**options: Any) -> Any:
-        return method_type(method_type.options_type(keep=num_kept, **options), plugins.criteria)
-
-    def observed(one: Any) -> Gathered:
-        wanted = {layer.path: one.statistic(layer) for layer in moe.layers}
-
-        def edited(path: str, figures: Any) -> Any:
-            return one.preview(moe, one.decide([moe.layer(path)], Gathered({path: figures}, DOMAINS)))
-
-        figures = layerwise.observe(moe, batches, wanted, Progress(), edited=edited if one.progressive else None)
-        return Gathered(figures, DOMAINS)
-
-    def kept(one: Any, figures: Gathered) -> Kept:
-        layers = one.decide(moe.layers, figures)["layers"]
-        return {path: layer["kept"] for path, layer in layers.items()}
-
-    for name, options in (
-        ("search", {}),
-        ("search, pooled", {"blend": "pooled"}),
-        ("progressive", {"progressive": True}),
+def rows(num_kept: int) -> Iterator[Row]:
+    """All ways but chance."""
+    even, mean = {"keep": num_kept}, {"keep": {"mean": num_kept}}
+    measured = mean | {"share": "measured"}
+    for (answers, replaced), (counts, kept) in itertools.product(
+        {"re-routed": {}, "constants": {"replace": "constants"}}.items(), {"even": even, "measured": measured}.items()
     ):
-        one = method(**options)
-        yield name, kept(one, observed(one))
-    gathered = observed(method(criterion="quad_mix", gather=("outputs",)))
-    for name in (*CRITERIA, "quad_mix"):
-        yield name, kept(method(criterion=name), gathered)
-    for seed in SEEDS:
-        yield f"random {seed}", kept(method(criterion="random", seed=seed), gathered)
+        for way, options in WAYS.items():
+            yield Row(way, counts, answers, ({"expert_pruning": kept | options | replaced},))
+    for way, (counts, kept) in itertools.product(SCALED, {"even": even, "measured": measured}.items()):
+        pruned = {"expert_pruning": kept | WAYS[way]}
+        yield Row(f"{way}, output_scale", counts, "re-routed", (pruned, {"output_scale": {}}))
+    yield Row("search", "by loss", "re-routed", ({"expert_pruning": mean | {"share": "loss"}},))
+    cheaper = {"measured_counts": 3, "measured_tokens": 2048}
+    yield Row("search", "measured, 3 on 2,048 tokens", "re-routed", ({"expert_pruning": measured | cheaper},))
+    yield Row("chosen by KL", "measured", "measured", ({"expert_pruning": mean | {"choose": "measured"}},))
 
 
-def held_out_losses(moe: MoEModel, sets: Sequence[Kept], sources: Sequence[Sequences]) -> dict[str, list[float]]:
-    """Domain → the objective of every set, mean over the layers."""
-    found = {}
-    for one in sources:
-        wanted = {layer.path: SetLosses(layer, [kept[layer.path] for kept in sets]) for layer in moe.layers}
-        figures = layerwise.observe(moe, batches_of([one]), wanted, Progress())
-        found[one.name] = torch.stack([relative_losses(of) for of in figures.values()]).mean(0).tolist()
+def random_row(num_kept: int, draw: int) -> Row:
+    """As many experts of every layer by chance."""
+    options = {"keep": num_kept, "criterion": "random", "seed": draw}
+    return Row("random", "even", "re-routed", ({"expert_pruning": options},))
+
+
+# Measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A model, what is held out of its text, and what it answers there."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    held_out: Mapping[str, Tensor]
+    """By domain: ids [N, S]."""
+    logits: Mapping[str, list[Tensor]]
+    """By domain, by batch: [B, S, V]."""
+    tasks: LoadedTasks
+
+    @classmethod
+    def of(cls, reference: str, num_held_out: int, tasks: LoadedTasks) -> Subject:
+        """Load it, in float32."""
+        source = find_checkpoint(reference)
+        model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
+        held_out = {domain: read(domain, num_held_out, HELD_OUT_LENGTH, "held-out", tokenizer, 0) for domain in DOMAINS}
+        logits = {domain: [answers(model, ids_BS) for ids_BS in ids.split(BATCH)] for domain, ids in held_out.items()}
+        return cls(Path(reference).name, model, tokenizer, held_out, logits, tasks)
+
+    @property
+    def num_experts(self) -> int:
+        """Of each layer."""
+        return compressor.MoEModel(self.model).layers[0].num_experts
+
+
+def read(domain: str, samples: int, length: int, split: Any, tokenizer: Any, seed: int) -> Tensor:
+    """One domain's sequences, ids [N, S]."""
+    source = DemoSource(demo=domain, samples=samples, length=length, split=split, name=domain)
+    return torch.stack(list(load_sequences(source, tokenizer, seed=seed, split=split).ids))
+
+
+@torch.no_grad()
+def answers(model: Any, ids_BS: Tensor) -> Tensor:
+    """Logits [B, S, V]."""
+    return model(input_ids=ids_BS, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def quality(subject: Subject, model: Any) -> Cell:
+    """By domain, by sequence: mean KL of the model from the original, share of tokens with the same likeliest next one,
+    mean loss.
+    """
+    found: Cell = {"kl": {}, "top1": {}, "loss": {}}
+    for domain, ids in subject.held_out.items():
+        columns: list[Tensor] = []
+        for ids_BS, original_BSV in zip(ids.split(BATCH), subject.logits[domain], strict=True):
+            log_q_BSV = answers(model, ids_BS).log_softmax(-1)
+            kl_BS = kl_divergences(original_BSV.flatten(0, 1), log_q_BSV.flatten(0, 1)).view(ids_BS.shape)
+            same_BS = (log_q_BSV.argmax(-1) == original_BSV.argmax(-1)).double()
+            loss_BC = -log_q_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None])[..., 0]
+            columns.append(torch.stack([kl_BS.mean(1), same_BS.mean(1), loss_BC.double().mean(1)]))
+        for name, by_sequence in zip(found, torch.cat(columns, dim=1).tolist(), strict=True):
+            found[name][domain] = [round(value, 7) for value in by_sequence]
     return found
 
 
-def quality(
-    moe: MoEModel, tokenizer: Any, held_out: Sequence[Sequences], tasks: LoadedTasks, limit: int
-) -> dict[str, Any]:
-    """Perplexity of every domain and accuracy of every task, with standard errors."""
-    perplexity = {one.name: perplexities.perplexity(moe.model, one).to_json() for one in held_out}
-    results = run_tasks(moe.model, tokenizer, tasks, limit=limit, batch_size=32)
-    accuracy = {name.removeprefix("demo_"): result.metrics["acc"].to_json() for name, result in results.items()}
-    return {"perplexity": perplexity, "accuracy": accuracy}
+def accuracies(subject: Subject, model: Any, limit: int) -> dict[str, float]:
+    """By task."""
+    results = run_tasks(model, subject.tokenizer, subject.tasks, limit=limit, batch_size=32)
+    return {name: results[name].metrics["acc"].value for name in TASKS}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Markdown."""
-    heads = ["kept by", "loss", *(f"ppl {d}" for d in DOMAINS), *(f"acc {d} %" for d in DOMAINS)]
-    title = f"{result['model']}: {result['kept']} of {result['experts']} experts, top-{result['top_k']}"
-    lines = [f"\n**{title}**\n", "| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    lines.append(_row("(all)", None, [result["full"]]))
-    rows = {name: [row] for name, row in result["ways"].items() if not name.startswith("random")}
-    rows["random × 5"] = [row for name, row in result["ways"].items() if name.startswith("random")]
-    return "\n".join([*lines, *(_row(name, [row["loss"]["mean"] for row in of], of) for name, of in rows.items())])
-
-
-def _row(name: str, losses: Sequence[float] | None, rows: Sequence[Mapping[str, Any]]) -> str:
-    cells = [name, "" if losses is None else _spread(losses, ".3f")]
-    cells += [_spread([row["perplexity"][d]["perplexity"] for row in rows], ".1f") for d in DOMAINS]
+def calibration(subject: Subject, folder: Path, seed: int, samples: int) -> dict[str, Any]:
+    """`calibration:` of a recipe, and its text; a quarter as much follows, to be held out by passes that need it."""
+    data = []
     for domain in DOMAINS:
-        values = [100 * row["accuracy"][domain]["value"] for row in rows]
-        error = 100 * rows[0]["accuracy"][domain]["standard_error"]
-        cells.append(f"{_spread(values, '.0f')}" + (f" ± {error:.0f}" if len(rows) == 1 else ""))
-    return "| " + " | ".join(cells) + " |"
+        ids = read(domain, samples + samples // 4, LENGTH, "train", subject.tokenizer, seed)
+        file = folder / f"{domain}.{seed}.jsonl"
+        file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
+        data.append({"tokens": str(file), "samples": samples, "name": domain})
+    return {"data": data}
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    """One value, or the median with the range."""
-    if len(values) == 1:
-        return format(values[0], form)
-    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+def measured(subject: Subject, row: Row, seed: int, text: Mapping[str, Any], limit: int) -> Cell:
+    """One cell. Raises RecipeError for what is refused."""
+    recipe = {"seed": seed, "calibration": text, "passes": list(row.passes)}
+    if row.way == "random" or (row.way == "aimer" and row.counts == "even" and row.answers == "re-routed"):
+        del recipe["calibration"]  # nothing would read it
+    started = time.process_time()
+    result = compressor.compress(recipe, model=subject.model, tokenizer=subject.tokenizer)
+    cell: Cell = {"seconds": round(time.process_time() - started, 2)}
+    decided = result.record["passes"][0]["decision"]
+    cell["experts"] = [len(layer["kept"]) for layer in decided["layers"].values()]
+    cell |= quality(subject, result.model)
+    if seed == 0:
+        cell["accuracy"] = accuracies(subject, result.model, limit)
+    return cell
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure all cells that are not there."""
+    there, tasks = {key(cell) for cell in cells_of(args.cells)}, load_tasks(TASKS)
+    with tempfile.TemporaryDirectory() as folder, args.cells.open("a", encoding="utf-8") as file:
+
+        def keep(about: Cell, cell: Cell) -> None:
+            file.write(json.dumps(about | cell) + "\n")
+            file.flush()
+
+        for seed, reference in itertools.product(args.seeds, args.models):
+            subject = Subject.of(reference, args.held_out, tasks)
+            text = calibration(subject, Path(folder), seed, args.samples)
+            about: Cell = {"model": subject.name, "num_experts": subject.num_experts}
+            original = about | {"ratio": 0.0, "seed": 0, "row": ["original", "", ""]}
+            if key(original) not in there:
+                there.add(key(original))
+                cell = quality(subject, subject.model) | {"seconds": 0.0}
+                keep(original, cell | {"accuracy": accuracies(subject, subject.model, args.limit)})
+            for ratio in args.ratios:
+                num_kept = round(subject.num_experts * (1 - ratio))
+                wanted = [(row, seed) for row in rows(num_kept)]
+                if seed == 0:
+                    wanted += [(random_row(num_kept, draw), draw) for draw in range(NUM_DRAWS)]
+                for row, own_seed in wanted:
+                    one = about | {"ratio": ratio, "seed": own_seed, "row": list(row.name)}
+                    title = f"{subject.name} {ratio:.0%} seed {own_seed}: {', '.join(row.name)}"
+                    if key(one) in there or not re.search(args.only, title) or not row.is_known():
+                        continue
+                    try:
+                        keep(one, measured(subject, row, own_seed, text, args.limit))
+                    except compressor.RecipeError as error:
+                        title += f" is refused: {error}"
+                    print(title, file=sys.stderr, flush=True)
+
+
+def key(cell: Cell) -> tuple[Any, ...]:
+    """What there is one cell of."""
+    return cell["model"], cell["ratio"], cell["seed"], tuple(cell["row"])
+
+
+def cells_of(file: Path) -> list[Cell]:
+    """Those that are there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+# The table -------------------------------------------------------------------------------------------------
+
+
+def by_sequence(cells: Sequence[Cell], name: str) -> Tensor:
+    """[R, D, N] float64."""
+    return torch.tensor([[cell[name][domain] for domain in DOMAINS] for cell in cells], dtype=torch.float64)
+
+
+def mean_and_error(values_RDN: Tensor) -> tuple[float, float]:
+    """The mean, and √(variance of the mean over sequences + over seeds); each domain counts the same."""
+    num_seeds, num_domains, num_sequences = values_RDN.shape
+    of_sequences = values_RDN.mean(0).var(dim=1).sum() / num_sequences / num_domains**2
+    of_seeds = values_RDN.mean((1, 2)).var() / num_seeds if num_seeds > 1 else torch.zeros(())
+    return float(values_RDN.mean()), float((of_sequences + of_seeds).sqrt())
+
+
+def above(cells: Sequence[Cell], others: Sequence[Cell], name: str) -> tuple[float, float]:
+    """How far a figure lies above that of others, by pairs of the same seed; of other seeds, above their mean."""
+    seeds = sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in others})
+    if len(seeds) == len(cells):
+        others = [cell for cell in others if cell["seed"] in seeds]
+        return mean_and_error(by_sequence(cells, name) - by_sequence(others, name))
+    return mean_and_error(by_sequence(cells, name) - by_sequence(others, name).mean(0, keepdim=True))
+
+
+HEADS = (
+    "kept by | counts | dropped are | KL, nats | above the search | top-1 % | ΔNLL | perplexity | tasks % | s | seeds"
+)
+ByRow = Mapping[tuple[str, ...], Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model with so much of it gone."""
+
+    title: str
+    original: Cell
+    by_row: ByRow
+    """Sorted by their KL."""
+
+    @property
+    def reference(self) -> Sequence[Cell]:
+        """The search at even counts."""
+        return self.by_row.get(REFERENCE, ())
+
+
+def settings_of(cells: Sequence[Cell]) -> Iterator[Setting]:
+    """One for each model and ratio that there are cells of."""
+    for model, num_experts, ratio in sorted({(one["model"], one["num_experts"], one["ratio"]) for one in cells}):
+        if not ratio:
+            continue
+        original = next(one for one in cells if (one["model"], one["ratio"]) == (model, 0.0))
+        by_row: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in sorted(cells, key=lambda cell: cell["seed"]):
+            if (cell["model"], cell["ratio"]) == (model, ratio):
+                by_row.setdefault(tuple(cell["row"]), []).append(cell)
+        by_kl = sorted(by_row.items(), key=lambda item: mean_and_error(by_sequence(item[1], "kl")))
+        yield Setting(f"{model}, {round(num_experts * (1 - ratio))} of {num_experts}", original, dict(by_kl))
+
+
+def line(row: Sequence[str], cells: Sequence[Cell], setting: Setting) -> str:
+    """One line of a setting's table."""
+    top1, _ = mean_and_error(by_sequence(cells, "top1"))
+    loss, _ = mean_and_error(by_sequence(cells, "loss"))
+    rise = mean_and_error(by_sequence(cells, "loss") - by_sequence([setting.original], "loss"))
+    tasks = [value for cell in cells for value in cell.get("accuracy", {}).values()]
+    figures = (
+        f"{mean_and_error(by_sequence(cells, 'kl'))[0]:.3g}",
+        "{:+.2g} ± {:.1g}".format(*above(cells, setting.reference, "kl")) if tuple(row) != REFERENCE else "",
+        f"{100 * top1:.1f}",
+        "{:+.3f} ± {:.3f}".format(*rise),
+        f"{math.exp(loss):.2f}",
+        f"{100 * sum(tasks) / len(tasks):.0f}" if tasks else "",
+        f"{sum(cell['seconds'] for cell in cells) / len(cells):.1f}",
+        f"{len(cells)}",
+    )
+    return "| " + " | ".join((*row, *figures)) + " |"
+
+
+def tables(settings: Sequence[Setting]) -> Iterator[str]:
+    """Markdown, a table for each setting, the best way first."""
+    for setting in settings:
+        yield f"\n**{setting.title}**\n\n| {HEADS} |\n|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        yield from (line(row, cells, setting) for row, cells in setting.by_row.items())
+
+
+def overview(settings: Sequence[Setting]) -> Iterator[str]:
+    """Markdown: every way's KL in every setting, and their geometric mean over the search's; **better** and *worse*
+    than the search at even counts by more than two standard errors.
+    """
+    by_row: dict[tuple[str, ...], tuple[float, str]] = {}
+    for row in {row for setting in settings for row in setting.by_row}:
+        found = [(setting, setting.by_row.get(row)) for setting in settings]
+        logs = [
+            math.log(
+                mean_and_error(by_sequence(cells, "kl"))[0] / mean_and_error(by_sequence(setting.reference, "kl"))[0]
+            )
+            for setting, cells in found
+            if cells
+        ]
+        mean = math.exp(sum(logs) / len(logs))
+        by_row[row] = mean, " | ".join((*row, f"{mean:.2f}", *(_marked(cells, setting) for setting, cells in found)))
+    yield "| kept by | counts | dropped are | ÷ search | " + " | ".join(one.title for one in settings) + " |"
+    yield "|---|---|---|" + "--:|" * (1 + len(settings))
+    yield from (f"| {text} |" for _, text in sorted(by_row.values()))
+
+
+def _marked(cells: Sequence[Cell] | None, setting: Setting) -> str:
+    if cells is None:
+        return ""
+    (kl, _), (difference, error) = mean_and_error(by_sequence(cells, "kl")), above(cells, setting.reference, "kl")
+    mark = "" if abs(difference) <= 2 * error else "**" if difference < 0 else "*"
+    return f"{mark}{kl:.3g}{mark}"
+
+
+def main() -> None:
+    """Measure what is missing; print the tables, and the circumstances as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="demo, or folders; none: only print")
+    parser.add_argument("--cells", type=Path, default=Path("like_for_like.jsonl"))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5], help="share of the experts that goes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text")
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences of each domain")
+    parser.add_argument("--held-out", type=int, default=60, help="held-out sequences of each domain")
+    parser.add_argument("--limit", type=int, default=50, help="documents of each task")
+    parser.add_argument("--only", default="", help="cells whose title this pattern is found in")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    measure(args)
+    settings = list(settings_of(cells_of(args.cells)))
+    print("\n".join([*overview(settings), *tables(settings)]))
+    print(json.dumps({**versions({}), **hardware("cpu")}))
 
 
 if __name__ == "__main__":
