@@ -301,6 +301,10 @@ def decide(
 def evaluate(
     model: ModelArgument,
     recipe: Annotated[Path, typer.Option("--recipe", help="Take `evaluate:` from this recipe.")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Compare it with this model, its original say, which is measured first."),
+    ] = None,
     set_: SetOption = None,
     weights: WeightsOption = None,
     memory: MemoryOption = None,
@@ -319,6 +323,7 @@ def evaluate(
         record = pipeline.evaluate(
             recipe,
             model,
+            against=against,
             overrides=[*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory)],
             without=without or [],
             progress=Progress.detect(quiet=quiet),

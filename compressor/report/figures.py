@@ -29,10 +29,12 @@ class Figure(NamedTuple):
 
 
 def summary_tables(record: Json) -> list[Table]:
-    """The figures before and after, and those of each pass alone, as far as the record has them."""
+    """The figures before and after, how far answers are from the original's, and what each pass does alone, as far as
+    the record has them.
+    """
     rows = figures(record)
     columns = ("figure", ">before", ">after", ">change")
-    tables = [Table("Figures", columns, rows, [*legend(rows, record)]), alone_table(record)]
+    tables = [Table("Figures", columns, rows, [*legend(rows, record)]), fidelity_table(record), alone_table(record)]
     return [table for table in tables if table.rows]
 
 
@@ -52,13 +54,44 @@ def figures(record: Json) -> list[Figure]:
     ]
 
 
+def fidelity_table(record: Json) -> Table:
+    """How far answers are from the original's, the worst text first; without rows where that was not measured."""
+    by_text = list(((record.get("evaluation") or {}).get("fidelity") or {}).values())
+    rows = [(one["name"], *_fidelity_cells(one)) for one in sorted(by_text, key=lambda one: -one["kl"])]
+    below = ["KL(original ‖ this): 0 for the original itself; ± one standard error."]
+    kept = sorted({one["vocabulary"] for one in by_text if isinstance(one["vocabulary"], str)})
+    below += [f"KL is a lower bound: it tells the {one} apart." for one in kept]
+    columns = ("text", ">KL, nats", ">same likeliest %", ">loss, nats")
+    return Table("Against the original, token by token", columns, rows, below)
+
+
+def _fidelity_cells(one: Json) -> tuple[str, str, str]:
+    def said(key: str, factor: float, form: str) -> str:
+        value, error = factor * one[key], one[f"{key}_error"]
+        shown = _signed(value, form) if key == "delta_nll" else format(value, form)
+        return shown + (f" ± {format(factor * error, form)}" if error is not None else "")
+
+    return said("kl", 1, ".4f"), said("agreement", 100, ".1f"), said("delta_nll", 1, ".4f")
+
+
+def _fidelity_rows(evaluation: Json) -> Iterator[Figure]:
+    """The same as rows of what each pass does alone."""
+    for name, one in (evaluation.get("fidelity") or {}).items():
+        kl, agreement, _ = _fidelity_cells(one)
+        yield Figure(f"KL {name}", "0", kl, "")
+        yield Figure(f"same likeliest {name} %", "100", agreement, "")
+
+
 def alone_table(record: Json) -> Table:
     """What each pass does alone, beside all of them together; without rows where it was not measured. Speed is a ratio
     to the model without any pass; errors and ranges are in the record.
     """
     evaluation = record.get("evaluation") or {}
     alone = evaluation.get("alone") or ()
-    columns = [{row.name: row for row in figures({**record, "evaluation": side})} for side in [*alone, evaluation]]
+    columns = [
+        {row.name: row for row in [*figures({**record, "evaluation": side}), *_fidelity_rows(side)]}
+        for side in [*alone, evaluation]
+    ]
     methods = [one["method"] for one in alone]
     headings = [
         f">{one['pass'] + 1}. {one['method']}" if methods.count(one["method"]) > 1 else f">{one['method']}"
@@ -314,6 +347,7 @@ def random_table(done: Json) -> Table:
     random = done.get("random") or {}
     compared = {"loss on calibration text": random["relative_loss"]} if "relative_loss" in random else {}
     compared |= {f"perplexity {name}": values for name, values in random.get("perplexity", {}).items()}
+    compared |= {f"KL {name}": values for name, values in random.get("kl", {}).items()}
     rows = []
     for name, values in compared.items():
         others = sorted(values["random"])

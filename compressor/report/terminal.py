@@ -33,6 +33,7 @@ def print_summary(record: Json, console: Console) -> None:
         {
             "model": record["model"]["reference"],
             "architecture": record["model"].get("architecture"),
+            "against": record.get("against", {}).get("reference"),
             "passes": ", ".join(done["method"] for done in record.get("passes", [])),
             "output": record.get("output"),
             "time": ", ".join(f"{step} {human_seconds(value)}" for step, value in record.get("seconds", {}).items()),

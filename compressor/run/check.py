@@ -99,9 +99,16 @@ def origin_of(recipe: Recipe, model: Any) -> Checkpoint | None:
     return Checkpoint(recipe.model, Path(name), recipe.trust_remote_code)
 
 
-def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: Progress | None = None) -> Preview:
+def measuring(
+    loaded: LoadedRecipe,
+    adapters: Sequence[Adapter] = (),
+    progress: Progress | None = None,
+    *,
+    is_compared: bool = False,
+) -> Preview:
     """How the recipe's model is measured alone, known to us or not; from disk where it does not fit and can be read by
-    layer. Reads no weights. Raises UnsupportedModelError for a quantised one that transformers cannot load.
+    layer; `is_compared`: beside another one. Reads no weights. Raises UnsupportedModelError for a quantised one that
+    transformers cannot load.
     """
     recipe, progress = loaded.recipe, progress or Progress()
     readiness.check_surroundings(loaded, None, None)
@@ -120,7 +127,7 @@ def measuring(loaded: LoadedRecipe, adapters: Sequence[Adapter] = (), progress: 
     with loaded.at("model"):
         dtype = _dtype(recipe.dtype, config, found)
     model = _on_meta(cls, config, dtype)
-    work = work_of(loaded, model, config, layers, dtype, (0, 0))
+    work = work_of(loaded, model, config, layers, dtype, (0, 0), is_compared=is_compared)
     problems: dict[str, Problem | None] = {"disk": (("weights",), unknown) if unknown else None, "memory": None}
     if structure:
         problems["disk"] = disk_problem(loaded, structure, work, config, is_live=False)

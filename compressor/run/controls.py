@@ -3,7 +3,7 @@
 A random decision is its method's (`Method.control`), and is measured on the model that the pass saw, under the method's
 preview, of which every edit is checked to do what it says. Losses on calibration text are those of masked experts, so
 they are told where the preview does what masking does. A method that draws nothing, or has no preview, has no control,
-and the record says so by name. The pass's own perplexities are those of the edited model.
+and the record says so by name. The pass's own perplexities and divergences are those of the edited model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.backend import Backend
 from compressor.edit.verify import compare_answers
 from compressor.errors import VerificationError
+from compressor.evaluation.fidelity import Answers, Fidelity, beside_original
+from compressor.evaluation.perplexity import Perplexity
 from compressor.method import Decision, Method
 from compressor.model.moe_model import MoEModel
 from compressor.recipe.schema import ResolvedPass
@@ -33,12 +35,13 @@ def beside(
     decision: Decision,
     batches: Sequence[TokenBatch],
     texts: Sequence[Sequences],
+    answers: Mapping[str, Answers],
     probe: TokenBatch,
     name: str,
 ) -> Iterator[dict[str, Any]]:
     """Around a pass's edit: random decisions, measured before it, beside what it has made of the model. What is yielded
     has them afterwards, as the pass's entry says them: `random`, if the recipe asks for it. The last pass's own
-    perplexities are those of the evaluation, see `with_ours`.
+    figures are those of the evaluation, see `with_ours`. `answers` are the original's to each text.
     """
     entry: dict[str, Any] = {}
     evaluation = job.recipe.evaluate
@@ -49,7 +52,7 @@ def beside(
         seeds = [job.recipe.seed + number for number in range(evaluation.random)]
         drawn = _drawn(piece, resolved.method, decision, seeds)
         if not isinstance(drawn, str):
-            how = (piece, resolved.method, [decision, *drawn], probe, batches, texts, evaluation.batch_size)
+            how = (piece, resolved.method, [decision, *drawn], probe, batches, texts, answers, evaluation.batch_size)
             found = job.noted(f"random {name}", lambda: {"seeds": seeds, **measure(*how)})
     yield entry
     if isinstance(drawn, str):
@@ -58,21 +61,30 @@ def beside(
     with job.timed("random decisions"):
         entry["random"] = found
         if resolved is not job.loaded.passes[-1]:
-            batch_size = evaluation.batch_size
-            ours = job.noted(
-                f"perplexity after {name}",
-                lambda: {text.name: piece.perplexity(text, batch_size).perplexity for text in texts},
-            )
-            entry |= with_ours(entry, ours)
+
+            def ours() -> dict[str, Any]:
+                return {
+                    text.name: figures(*beside_original(piece, text, evaluation.batch_size, answers[text.name]))
+                    for text in texts
+                }
+
+            entry |= with_ours(entry, job.noted(f"beside random {name}", ours))
 
 
-def with_ours(entry: dict[str, Any], perplexity: Mapping[str, float]) -> dict[str, Any]:
-    """A pass's entry with the edited model's perplexities by text, if it has those of random decisions."""
+def figures(perplexity: Perplexity, fidelity: Fidelity) -> dict[str, float]:
+    """What decisions are compared by on a text."""
+    return {"perplexity": perplexity.perplexity, "kl": fidelity.kl}
+
+
+def with_ours(entry: dict[str, Any], ours: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """A pass's entry with the edited model's `figures` by text, if it has those of random decisions."""
     random = entry.get("random", {})
-    if "perplexity" not in random:
-        return entry
-    by_text = {name: {"ours": perplexity[name], **values} for name, values in random["perplexity"].items()}
-    return {**entry, "random": {**random, "perplexity": by_text}}
+    found = {
+        key: {name: {"ours": ours[name][key], **values} for name, values in random[key].items()}
+        for key in ("perplexity", "kl")
+        if key in random
+    }
+    return {**entry, "random": random | found} if found else entry
 
 
 def _drawn(piece: Backend, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
@@ -92,24 +104,27 @@ def measure(
     probe: TokenBatch,
     batches: Sequence[TokenBatch],
     texts: Sequence[Sequences],
+    answers: Mapping[str, Answers],
     batch_size: int,
 ) -> dict[str, Any]:
     """Random decisions, measured: losses on the calibration text, beside those of the pass's own, which comes first,
-    and perplexities, which `with_ours` completes.
+    and perplexities and divergences, which `with_ours` completes.
     """
     losses = _losses(piece, decisions, batches) if batches and _masks(piece, method, decisions, probe) else []
     if not losses:
         piece.progress.say("random decisions are compared by perplexity alone: no text tells their losses")
-    perplexity: dict[str, Any] = {}
+    by_text: dict[str, list[dict[str, float]]] = {}
     for text in texts:
-        values = perplexity[text.name] = []
+        values = by_text[text.name] = []
         with piece.progress.task(f"random decisions: perplexity {text.name}") as update:
             for decision in decisions[1:]:
                 with piece.previewed(method.preview, decision):
-                    values.append(piece.perplexity(text, batch_size).perplexity)
+                    values.append(figures(*beside_original(piece, text, batch_size, answers[text.name])))
                 update(len(values), len(decisions) - 1)
-    found = {"relative_loss": {"ours": losses[0], "random": losses[1:]}} if losses else {}
-    return found | {"perplexity": {name: {"random": values} for name, values in perplexity.items()}}
+    found: dict[str, Any] = {"relative_loss": {"ours": losses[0], "random": losses[1:]}} if losses else {}
+    for key in ("perplexity", "kl"):
+        found[key] = {name: {"random": [one[key] for one in values]} for name, values in by_text.items()}
+    return found
 
 
 def _masked(moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:

@@ -55,6 +55,8 @@ class Job:
     def noted(self, name: str, make: Callable[[], dict[str, Any]], *, anew: bool = False) -> dict[str, Any]:
         """What the journal has under a name, else (or `anew`) what is made now, which it then has."""
         found = self.processes.exchange(self.journal.noted(name) if self.journal is not None else None)[0]
+        if found is not None and anew:
+            self.progress.say(f"{name}: what belongs to it is damaged or gone, and it is done again")
         if found is None or anew:
             found = make()
             if self.journal is not None and self.processes.is_first:

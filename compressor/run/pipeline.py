@@ -14,6 +14,7 @@ What the passes work on is in memory or on disk (`edit.backend`); what is done i
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -36,7 +37,7 @@ from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerpri
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
-from compressor.errors import CompressorError, RecipeError
+from compressor.errors import CompressorError, EvaluationError, RecipeError
 from compressor.evaluation.fidelity import Answers
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import hardware
@@ -121,33 +122,68 @@ def evaluate(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model_reference: str,
     *,
+    against: str | None = None,
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only."""
-    plugins = load_plugins(without)
-    loaded = load_recipe(
-        recipe, overrides=overrides, model=model_reference, methods=plugins.methods, criteria=plugins.criteria
-    )
-    if loaded.recipe.evaluate is None:
-        raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
-    # it is measured as it is: nothing of it need be known but how it runs
-    asked = loaded.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
-    only = loaded.recipe.model_copy(update={"output": None, "evaluate": asked})
-    job = Job.of(dataclasses.replace(loaded, recipe=only, passes=()), plugins, progress, processes)
-    subject = _in_checkpoint(job, check.measuring(job.loaded, plugins.adapters, job.progress))
-    assert subject.checkpoint is not None
+    """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only; `against`
+    another model, which is measured first and let go of, with `before` and what a run's evaluation says of both.
+    Raises EvaluationError where that has another tokenizer or vocabulary.
+    """
+    plugins, found = load_plugins(without), []
+    for reference in (model_reference, *filter(None, [against])):
+        loaded = load_recipe(
+            recipe, overrides=overrides, model=reference, methods=plugins.methods, criteria=plugins.criteria
+        )
+        if loaded.recipe.evaluate is None:
+            raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
+        # it is measured as it is: nothing of it need be known but how it runs
+        asked = loaded.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
+        only = loaded.recipe.model_copy(update={"output": None, "evaluate": asked})
+        job = Job.of(dataclasses.replace(loaded, recipe=only, passes=()), plugins, progress, processes)
+        how = (job.loaded, plugins.adapters, job.progress)
+        found.append((job, check.measuring(*how, is_compared=against is not None)))
+    if against is not None:
+        _refuse_other_text(model_reference, found[0][1], against, found[1][1])
+    (job, subject), *others = [(job, _in_checkpoint(job, preview)) for job, preview in found]
     texts = _read_texts(job, subject)
-    piece = _piece_to_measure(job, subject)
-    yardstick = _yardstick(job, subject, texts, has_original=False)
-    figures = measure(job, piece, yardstick, "measuring", subject.devices)
+    yardstick = _yardstick(job, subject, texts, has_original=against is not None)
+    record: dict[str, Any] = {"format": FORMAT, "model": {"reference": model_reference, **subject.about()}}
+    if not others:
+        text = [sequences.to_json() for sequences in texts.perplexity]
+        return record | {"evaluation": {"text": text, "after": _alone_measured(job, subject, yardstick).to_json()}}
+    before = _alone_measured(*others[0], yardstick, is_original=True)
+    gc.collect()  # its weights are not to be there beside the other's
+    after = _alone_measured(job, subject, yardstick)
+    record["against"] = {"reference": against, **others[0][1].about()}
+    return record | {"evaluation": compared(before, after, texts.perplexity)}
+
+
+def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:
+    """A checkpoint as it is."""
+    assert subject.checkpoint is not None
+    piece, when = _piece_to_measure(job, subject), f"measuring {job.recipe.model}"
+    figures = measure(job, piece, yardstick, when, subject.devices, is_original=is_original)
     assert figures is not None
-    figures = figures.with_bytes_of(subject.checkpoint.folder)
-    about = {"reference": only.model, **subject.about()}
-    text = [sequences.to_json() for sequences in texts.perplexity]
-    return {"format": FORMAT, "model": about, "evaluation": {"text": text, "after": figures.to_json()}}
+    return figures.with_bytes_of(subject.checkpoint.folder)
+
+
+def _refuse_other_text(reference: str, preview: Preview, against: str, other: Preview) -> None:
+    """Raise EvaluationError where the same text is not the same tokens to both models."""
+    tokenizers = [tokenizer_fingerprint(one.tokenizer) for one in (preview, other) if one.tokenizer is not None]
+    if len(set(tokenizers)) > 1:
+        raise EvaluationError(
+            f"{against}: its tokenizer is not that of {reference}, so they read other tokens in the same text; only "
+            f"models of one tokenizer can be compared."
+        )
+    sizes = [one.limits.num_embeddings for one in (other, preview)]
+    if sizes[0] != sizes[1]:
+        raise EvaluationError(
+            f"{against}: its vocabulary has {sizes[0]} entries, that of {reference} {sizes[1]}; only models of one "
+            f"vocabulary can be compared."
+        )
 
 
 # The run ---------------------------------------------------------------------------------------------------
@@ -169,11 +205,12 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         piece = _workpiece(job, subject)
     with job.timed("evaluate before"):
         before = measure(job, piece, yardstick, "before", subject.devices, is_original=True)
-    smaller, done = _apply_passes(job, piece, texts, passes.PassFiles(folder, about), _original(job, subject))
+    files, answers = passes.PassFiles(folder, about), yardstick.answers if yardstick else {}
+    smaller, done = _apply_passes(job, piece, texts, files, _original(job, subject), answers)
     with job.timed("evaluate after"):
         after = measure(job, smaller, yardstick, "after", subject.devices, name=_name_after(job) if yardstick else None)
     if after:
-        ours = {name: found.perplexity for name, found in after.perplexity.items()}
+        ours = {name: controls.figures(found, after.fidelity[name]) for name, found in after.perplexity.items()}
         done[-1] = controls.with_ours(done[-1], ours)
     if folder:
         with job.timed("save"):
@@ -222,7 +259,12 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
 
 
 def _apply_passes(
-    job: Job, piece: Backend, texts: Texts, files: passes.PassFiles, original: Callable[[], Original]
+    job: Job,
+    piece: Backend,
+    texts: Texts,
+    files: passes.PassFiles,
+    original: Callable[[], Original],
+    answers: Mapping[str, Answers],
 ) -> tuple[Measurable, list[dict[str, Any]]]:
     """Observe, decide and edit for every pass, each step leaving its file: what has become of the model, and what the
     record says of the passes.
@@ -243,7 +285,7 @@ def _apply_passes(
         done.append(entry)
         files.write_decisions(done)
         probe = probe_of(batches, piece.model)
-        random = controls.beside(job, piece, resolved, decision, batches, texts.perplexity, probe, name)
+        random = controls.beside(job, piece, resolved, decision, batches, texts.perplexity, answers, probe, name)
         with random as found, job.timed("edit"):
             if is_external(resolved.method):
                 smaller, entry["checks"] = _turned(job, piece, resolved, decision, probe, files.folder)

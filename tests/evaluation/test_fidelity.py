@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from evaluation.test_evaluate import FixedLogits, Loads, as_sequences, on_disk
 from machine.test_processes import together
-from tiny_models import small_mixtral, tiny_folder, token_ids, write_token_file
+from tiny_models import small_mixtral, tiny_folder, token_ids, word_tokenizer, write_checkpoint, write_token_file
 from torch import Tensor
 
 import compressor
@@ -23,6 +26,7 @@ from compressor.evaluation.fidelity import Answers, Fidelity, beside_original
 from compressor.evaluation.perplexity import Perplexity, Watch, perplexity
 from compressor.machine.distributed import Processes
 from compressor.observe import forward
+from compressor.run import pipeline
 
 LENGTHS = (9, 14, 1, 5, 14)
 
@@ -273,7 +277,8 @@ def evaluate_only(recipe: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_goes_on_with_the_answers_that_it_has(
     recipe: dict[str, Any], tmp_path: Path, forwards: list[str], damage: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compressor.compress(recipe, output=tmp_path / "whole").record["evaluation"]
+    recipe["passes"] = recipe["passes"][:1]
+    whole = compressor.compress(recipe).record["evaluation"]
     del forwards[:]
     with monkeypatch.context() as patch:
         patch.setattr("compressor.run.passes.edit", interrupt)
@@ -322,3 +327,67 @@ def test_the_record_is_json(recipe: dict[str, Any]) -> None:
     fidelity = compressor.compress(recipe).record["evaluation"]["fidelity"]["one"]
     assert json.loads(json.dumps(fidelity)) == fidelity
     assert Fidelity(**fidelity).to_json() == fidelity
+
+
+# against another model
+
+
+@pytest.fixture
+def smaller(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    compressor.compress({**recipe, "passes": recipe["passes"][:1], "evaluate": None}, output=tmp_path / "smaller")
+    return tmp_path / "smaller"
+
+
+def test_a_model_against_its_original(
+    recipe: dict[str, Any], smaller: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of the run that made it, from memory and from disk; of the original itself nothing is lost."""
+    loaded: list[weakref.ref[Any]] = []
+    load = pipeline.load_moe
+
+    def alone(*args: Any) -> Any:
+        assert all(one() is None for one in loaded), "the other model is there still"
+        found = load(*args)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    run = compressor.compress({**recipe, "passes": recipe["passes"][:1]}).record["evaluation"]
+    monkeypatch.setattr(pipeline, "load_moe", alone)
+    original = recipe["model"]
+    records = [compressor.evaluate(recipe, str(smaller), against=original)]
+    assert len(loaded) == 2
+    records.append(compressor.evaluate(recipe, str(smaller), against=original, overrides=["weights=disk"]))
+    for record in records:
+        assert record["evaluation"]["fidelity"] == run["fidelity"]
+        assert record["evaluation"]["before"]["perplexity"] == run["before"]["perplexity"]
+        assert record["evaluation"]["after"]["perplexity"] == run["after"]["perplexity"]
+        assert (record["model"]["reference"], record["against"]["reference"]) == (str(smaller), original)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = cli("evaluate", original, "--recipe", tmp_path / "recipe.yaml", "--against", original, "-q")
+    assert answer.status == 0, answer.err
+    assert [line.split() for line in answer.out.splitlines() if line.startswith(("one  ", "two  "))] == [
+        [name, "0.0000", "±", "0.0000", "100.0", "±", "0.0", "0.0000", "±", "0.0000"] for name in ("one", "two")
+    ]
+
+
+def test_of_one_model_alone_there_is_no_fidelity(recipe: dict[str, Any]) -> None:
+    record = compressor.evaluate(recipe, recipe["model"])
+    assert record["evaluation"].keys() == {"text", "after"}
+    assert list(record["evaluation"]["after"]["perplexity"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "vocabulary"])
+def test_another_tokenizer_or_vocabulary_is_refused(
+    recipe: dict[str, Any], tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setattr(pipeline, "load_moe", interrupt)
+    other = write_checkpoint(small_mixtral(vocab_size=64 + (change == "vocabulary")), tmp_path / "other")
+    says = f"{other}: its vocabulary has 65 entries, that of {recipe['model']} 64; only models of one vocabulary"
+    if change == "tokenizer":
+        word_tokenizer([f"v{number}" for number in range(64)], unknown="v2").save_pretrained(other)
+        says = f"{other}: its tokenizer is not that of {recipe['model']}, so they read other tokens in the same text"
+    with pytest.raises(EvaluationError, match=f"^{re.escape(says)}"):
+        compressor.evaluate(recipe, recipe["model"], against=str(other))
+    with pytest.raises(RecipeError, match="the recipe has no `evaluate:`"):
+        compressor.evaluate({**recipe, "evaluate": None}, recipe["model"], against=str(other))

@@ -25,6 +25,12 @@ def perplexity(value: float) -> dict[str, Any]:
     return {"perplexity": value, "mean_loss": 2.5, "standard_error": 0.01, "tokens": 1000}
 
 
+def fidelity(name: str, kl: float, agreement: float, added: float, vocabulary: int | str) -> dict[str, Any]:
+    errors = {"kl_error": 0.0123, "agreement_error": 0.0051, "delta_nll_error": 0.002}
+    values = {"kl": kl, "agreement": agreement, "delta_nll": added}
+    return {"name": name, **values, **errors, "tokens": 1000, "vocabulary": vocabulary}
+
+
 def task(acc: float, acc_norm: float, group: str | None = None) -> dict[str, Any]:
     def metric(value: float) -> dict[str, Any]:
         return {"value": value, "standard_error": 0.0123, "higher_is_better": True}
@@ -91,6 +97,10 @@ RECORD: dict[str, Any] = {
             "bytes_on_disk": 70_856_500_000,
             "peak_memory": {"host_bytes": 98_100_000_000, "device_bytes": None},
         },
+        "fidelity": {
+            "demo:prose": fidelity("demo:prose", 0.04567, 0.912, -0.00123, 64),
+            "news": fidelity("news", 1.234, 0.5, 0.7, "top 1024 and the rest"),
+        },
         "paired": {"arc_easy": {"acc": flips(23, 41, 0.0331), "acc_norm": flips(9, 99, 1e-9)}},
         "speed": {
             "names": ["before", "after"],
@@ -132,6 +142,9 @@ ROWS = [
     "process memory, peak so far 98.1 GB 98.1 GB",
     "model mistralai/Mixtral-8x7B-v0.1",
     "time load 12 s, observe 13 min, decide 1 h 2 min",
+    "news 1.2340 ± 0.0123 50.0 ± 0.5 +0.7000 ± 0.0020",
+    "demo:prose 0.0457 ± 0.0123 91.2 ± 0.5 −0.0012 ± 0.0020",
+    "KL is a lower bound: it tells the top 1024 and the rest apart.",
 ]
 
 
@@ -147,6 +160,7 @@ def test_summary_has_every_figure_on_one_line(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
     assert "mmlu_x" not in text
+    assert lines.index(ROWS[-3]) < lines.index(ROWS[-2]) < lines.index(ROWS[-1])  # the worst text first
     assert lines.index("arc_easy acc % 81.2 ± 1.2 80.0 ± 1.2 −1.2 points") < lines.index(ROWS[4])
 
 

@@ -18,10 +18,11 @@ from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, 
 
 import compressor
 from compressor import MoELayer, MoEModel, RecipeError
-from compressor.data.sequences import Sequences
+from compressor.data.sequences import Sequences, make_batches
 from compressor.evaluation.perplexity import perplexity
 from compressor.machine.progress import Progress
 from compressor.observe import forward
+from compressor.observe.divergence import kl_divergences
 from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Statistic, fewer_experts, kept_at_random
 from compressor.plugins import load_plugins
 from compressor.report.figures import shown_layers
@@ -308,6 +309,15 @@ def measured(record: dict[str, Any], when: str = "after") -> float:
     return record["evaluation"][when]["perplexity"]["text"]["perplexity"]
 
 
+def divergence(model: Any, text: Path) -> float:
+    """From the original, by all tokens but the last of each sequence."""
+    [batch] = make_batches(sequences_of(text).ids, 8)
+    answers = [
+        forward.logits(one, batch).view(8, 24, -1)[:, :-1].flatten(0, 1) for one in (random_model("mixtral"), model)
+    ]
+    return kl_divergences(*answers).mean().item()
+
+
 @pytest.mark.usefixtures("plugins")
 @pytest.mark.parametrize(
     ("method", "says"),
@@ -337,12 +347,15 @@ def test_random_decisions_are_measured_as_their_method_previews_them(
     """No loss on calibration text, which would be that of masked experts."""
     record = compressor.compress(recipe({method.name: {}}, evaluate=evaluation(text))).record
     random = record["passes"][0]["random"]
-    assert random.keys() == {"seeds", "perplexity"}
+    assert random.keys() == {"seeds", "perplexity", "kl"}
     made, moe = method(NoOptions()), MoEModel(random_model("mixtral"))
     for seed, found in enumerate(random["perplexity"]["text"]["random"]):
         with made.preview(moe, Decision.of(made.control(made.decide(moe.layers, {}), moe.layers, seed))):
             assert found == pytest.approx(perplexity(moe.model, sequences_of(text)).perplexity, rel=1e-6)
+            kl = divergence(moe.model, text)
+        assert random["kl"]["text"]["random"][seed] == pytest.approx(kl, rel=1e-4)
     assert random["perplexity"]["text"]["ours"] == measured(record)
+    assert random["kl"]["text"]["ours"] == record["evaluation"]["fidelity"]["text"]["kl"]
 
 
 @pytest.mark.usefixtures("plugins")
@@ -358,6 +371,7 @@ def test_random_experts_stand_beside_the_model_that_was_made(
     alone = compressor.compress(recipe(passes[0], evaluate=wanted))
     assert first == alone.record["passes"][0]["random"]
     assert first["perplexity"]["text"]["ours"] == measured(alone.record)
+    assert first["kl"]["text"]["ours"] == alone.record["evaluation"]["fidelity"]["text"]["kl"]
     both = compressor.compress(recipe(*passes[:2], evaluate=wanted))
     assert second == both.record["passes"][1]["random"]
     assert second["perplexity"]["text"]["ours"] == measured(both.record)
@@ -365,8 +379,11 @@ def test_random_experts_stand_beside_the_model_that_was_made(
     for seed in (0, 1):
         chosen = Decision({"layers": {path: {"kept": range(4)} for path in PATHS}, "top_k": 1})
         with masked(moe, kept_at_random(chosen, moe.layers, seed)):
-            by_hand = perplexity(moe.model, sequences_of(text)).perplexity
+            by_hand, kl = perplexity(moe.model, sequences_of(text)).perplexity, divergence(moe.model, text)
         assert second["perplexity"]["text"]["random"][seed] == pytest.approx(by_hand, rel=1e-6)
+        assert second["kl"]["text"]["random"][seed] == pytest.approx(
+            kl, rel=1e-4
+        )  # from the original, not the first pass
 
 
 def test_random_experts_of_a_pass_with_skipping_behind_it(

@@ -135,7 +135,7 @@ def test_measured_beside_random_decisions(recipe: Recipe, text: Recipe) -> None:
     recipe["evaluate"] = {"perplexity": [text], "random": 2}
     record = compressor.compress(recipe).record
     random = record["passes"][0]["random"]
-    assert random.keys() == {"seeds", "perplexity"}
+    assert random.keys() == {"seeds", "perplexity", "kl"}
     assert [len(values["random"]) for values in random["perplexity"].values()] == [2]
     assert "loss on calibration text" not in page(record)
     assert "against random experts" in (Path(recipe["output"]) / "README.md").read_text()
