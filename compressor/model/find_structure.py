@@ -23,7 +23,7 @@ from torch import nn
 
 from compressor.errors import UnsupportedModelError
 from compressor.model.modules import named_tensors, units_of
-from compressor.model.router_probe import Place, probe_router
+from compressor.model.router_probe import probe_router
 from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
 
 ModelFactory = Any
@@ -383,17 +383,14 @@ class _LayerFinder:
                 raise UnsupportedModelError(
                     f"{self.name}: whether {path} holds expert ids cannot be told; this needs an adapter from a plugin."
                 )
-        place = Place(block, router, experts, tensors, router_weights, tuple(containers), tuple(id_tensors))
-        key = self._signature(block)
-        if key not in probes:
-            probes[key] = probe_router(self.model, place, self.leaf, self.config, top_k, groups[0], self.name)
-        probe = probes[key]
-        return MoELayer(
+        shapes, own = self.base.shapes, f"{experts}." if experts != block else None
+        biases = [name for name in tensors if "bias" in name.rpartition(".")[2] and not (own and name.startswith(own))]
+        layer = MoELayer(
             path=block,
             num_experts=self.leaf.get(self.config),
-            top_k=probe.top_k,
-            num_groups=groups[0] if probe.uses_groups else 1,
-            num_chosen_groups=groups[1] if probe.uses_groups else 1,
+            top_k=top_k or 0,
+            num_groups=1,
+            num_chosen_groups=1,
             router=router,
             experts=experts,
             tensors=tensors,
@@ -402,13 +399,20 @@ class _LayerFinder:
             id_tensors=tuple(id_tensors),
             parameters_per_expert=_parameters_per_expert(self.model, tensors, containers),
             linears=self._linears_beside(block, router),
-            router_probe=probe,
+            router_probe=None,  # type: ignore[arg-type] # it is asked next
             router_weights=router_weights,
-            selection_biases=tuple(
-                name
-                for name in place.biases
-                if prod(self.base.shapes[name]) == self.base.shapes[name][tensors[name].dim]
-            ),
+            selection_biases=tuple(name for name in biases if prod(shapes[name]) == shapes[name][tensors[name].dim]),
+        )
+        key = self._signature(block)
+        if key not in probes:
+            probes[key] = probe_router(self.model, layer, self.leaf, self.config, top_k, groups[0], self.name)
+        probe = probes[key]
+        return dataclasses.replace(
+            layer,
+            top_k=probe.top_k,
+            num_groups=groups[0] if probe.uses_groups else 1,
+            num_chosen_groups=groups[1] if probe.uses_groups else 1,
+            router_probe=probe,
             num_extra_choices=probe.num_extra_choices,
             watch_problem=probe.watch_problem,
             padding_problem=probe.padding_problem,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,68 +26,47 @@ from compressor.model.router_logits import RouterLogits
 from compressor.model.structure import Call, RouterProbe
 
 if TYPE_CHECKING:
-    from compressor.model.structure import ConfigLeaf, ExpertAxis
+    from compressor.model.structure import ConfigLeaf, MoELayer
 
 _NUM_TOKENS = 48
 SWITCHED_OFF = -1e9
 """A bias with which no expert is chosen; finite, so that it can be written into a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in a model one MoE block's parts are; see MoELayer for the words."""
-
-    block: str
-    router: str
-    experts: str
-    tensors: Mapping[str, ExpertAxis]
-    router_weights: tuple[str, ...]
-    containers: tuple[str, ...]
-    id_tensors: tuple[str, ...]
-
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """Names that may be selection biases: expert-indexed, outside the experts, called a bias."""
-        own = self.experts + "." if self.experts != self.block else None
-        return tuple(
-            name for name in self.tensors if "bias" in name.rpartition(".")[2] and not (own and name.startswith(own))
-        )
-
-
 @torch.no_grad()
 def probe_router(
     model: nn.Module,
-    place: Place,
+    layer: MoELayer,
     count_leaf: ConfigLeaf,
     config: Any,
     top_k: int | None,
     num_groups: int,
     name: str,
 ) -> RouterProbe:
-    """Probe one block of a meta model; `top_k` is the config's. Raises UnsupportedModelError where the router has no
-    logits, its choices cannot be counted, or its experts do not run them.
+    """Probe one block of a meta model, where its parts are as `layer` says; `top_k` is the config's. Raises
+    UnsupportedModelError where the router has no logits, its choices cannot be counted, or its experts do not run them.
     """
-    router_class = type(model.get_submodule(place.router)).__name__
-    trace = _trace(model, place, count_leaf, config)
-    num_experts = count_leaf.get(config)
-    router = _LoneRouter.of(model, place, trace, num_experts, top_k)
+    router_class = type(model.get_submodule(layer.router)).__name__
+    trace = _trace(model, layer, count_leaf, config)
+    num_experts = layer.num_experts
+    router = _LoneRouter.of(model, layer, trace)
     try:
         outputs = router.run()
     except Exception as error:  # whatever it needs, we do not have it
         outputs = None
         failure = f"{type(error).__name__}: {error}"
-    call = _call(model, place, trace, num_experts)
+    call = _call(layer, trace)
     if call == "masks":
-        _refuse_other_experts(model, place, trace, num_experts, name)
+        _refuse_other_experts(model, layer, trace, name)
     if outputs is not None and not router.saw_logits:
         raise UnsupportedModelError(
-            f"{name}: {place.router} ({router_class}) computes no logit per expert; this needs an adapter."
+            f"{name}: {layer.router} ({router_class}) computes no logit per expert; this needs an adapter."
         )
     found = _Found.of(call, trace, outputs, top_k, num_experts)
     if found.top_k is None:
         returned = "nothing, it failed: " + failure if outputs is None else _describe(outputs)
         raise UnsupportedModelError(
-            f"{name}: cannot tell how many experts {place.router} ({router_class}) chooses; it returned {returned}."
+            f"{name}: cannot tell how many experts {layer.router} ({router_class}) chooses; it returned {returned}."
         )
     ask = _Questions(router, found, num_experts) if outputs is not None and found.weights_position is not None else None
     return RouterProbe(
@@ -100,7 +79,7 @@ def probe_router(
         num_extra_choices=ask.num_extra_choices() if ask else 0,
         reads_config=ask is not None and ask.reads(count_leaf),
         block_runs=trace.experts_args is not None,
-        watch_problem=_UNWATCHED.format(place.block) if call == "pairs" else None,
+        watch_problem=_UNWATCHED.format(layer.path) if call == "pairs" else None,
         padding_problem=_padding_problem(router, ask, found.top_k),
         experts_order=places_of_choices(trace.experts_args or ()) if call == "choices" else None,
         experts_width=next((value.shape[-1] for value in trace.experts_args or () if _is_hidden(value)), None),
@@ -129,16 +108,16 @@ class _Trace:
     experts_args: tuple[Any, ...] | None = None
 
 
-def _trace(model: nn.Module, place: Place, count_leaf: ConfigLeaf, config: Any) -> _Trace:
+def _trace(model: nn.Module, layer: MoELayer, count_leaf: ConfigLeaf, config: Any) -> _Trace:
     """Run the block on meta tokens, with the hidden sizes that the config and the router's weight speak of."""
     holder = count_leaf.holder(config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = max((model.get_parameter(weight).shape[-1] for weight in place.router_weights), default=0)
+    width = max((model.get_parameter(weight).shape[-1] for weight in layer.router_weights), default=0)
     sizes = [getattr(holder, "hidden_size", None), getattr(text, "hidden_size", None), width]
     best = _Trace()
     for size in dict.fromkeys(size for size in sizes if isinstance(size, int) and size > 0):
         for shape in ((1, _NUM_TOKENS, size), (_NUM_TOKENS, size)):
-            trace = _trace_block(model, place, torch.empty(shape, device="meta"))
+            trace = _trace_block(model, layer, torch.empty(shape, device="meta"))
             if trace.experts_args is not None:
                 return trace
             if best.router_output is None and trace.router_args is not None:
@@ -147,15 +126,15 @@ def _trace(model: nn.Module, place: Place, count_leaf: ConfigLeaf, config: Any) 
         best.router_args = (torch.empty(_NUM_TOKENS, width, device="meta"),)
         with torch.device("meta"):
             try:
-                best.router_output = _tuple(model.get_submodule(place.router)(*best.router_args))
+                best.router_output = _tuple(model.get_submodule(layer.router)(*best.router_args))
             except Exception:  # the lone router on the CPU will say why
                 best.router_output = None
     return best
 
 
-def _trace_block(model: nn.Module, place: Place, hidden: Tensor) -> _Trace:
-    block, router = model.get_submodule(place.block), model.get_submodule(place.router)
-    experts = model.get_submodule(place.experts)
+def _trace_block(model: nn.Module, layer: MoELayer, hidden: Tensor) -> _Trace:
+    block, router = model.get_submodule(layer.path), model.get_submodule(layer.router)
+    experts = model.get_submodule(layer.experts)
     trace = _Trace()
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -189,21 +168,21 @@ def _tuple(output: Any) -> tuple[Any, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
-def _call(model: nn.Module, place: Place, trace: _Trace, num_experts: int) -> Call:
-    if place.experts == place.block:
+def _call(layer: MoELayer, trace: _Trace) -> Call:
+    if layer.experts == layer.path:
         return "pairs"
     given = [value for value in trace.experts_args or () if isinstance(value, Tensor)]
     integers = [value for value in given if not value.is_floating_point()]
-    if len(given) == 1 and given[0].numel() == num_experts * _NUM_TOKENS * given[0].shape[-1]:
+    if len(given) == 1 and given[0].numel() == layer.num_experts * _NUM_TOKENS * given[0].shape[-1]:
         return "scaled inputs"
-    if place.containers:
-        return "masks" if integers and integers[0].shape[-1] == num_experts else "list"
+    if layer.containers:
+        return "masks" if integers and integers[0].shape[-1] == layer.num_experts else "list"
     return "choices"
 
 
-def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_experts: int, name: str) -> None:
+def _refuse_other_experts(model: nn.Module, layer: MoELayer, trace: _Trace, name: str) -> None:
     """Let a block's experts run for one token each and see which of them are called."""
-    experts = model.get_submodule(place.experts)
+    experts, num_experts = model.get_submodule(layer.experts), layer.num_experts
     stand_in = copy.copy(experts)
     called: list[tuple[str, int]] = []
 
@@ -226,7 +205,7 @@ def _refuse_other_experts(model: nn.Module, place: Place, trace: _Trace, num_exp
         wrong = [(f"{type(error).__name__}: {error}", 0)]
     if wrong:
         raise UnsupportedModelError(
-            f"{name}: {place.experts} ({type(experts).__name__}) does not run the experts that its router chose: given "
+            f"{name}: {layer.experts} ({type(experts).__name__}) does not run the experts that its router chose: given "
             f"one token for each of {num_experts} experts, it called {sorted({child for child, _ in called})}; no "
             "choice can be judged."
         )
@@ -254,19 +233,19 @@ class _LoneRouter:
     saw_logits: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, place: Place, trace: _Trace, num_experts: int, top_k: int | None) -> _LoneRouter:
-        original = model.get_submodule(place.router)
+    def of(cls, model: nn.Module, layer: MoELayer, trace: _Trace) -> _LoneRouter:
+        original, num_experts = model.get_submodule(layer.router), layer.num_experts
         with torch.device("cpu"):
             module = copy.deepcopy(original).to_empty(device="cpu").float().eval()
         generator = torch.Generator().manual_seed(0)
         for tensor in [*module.parameters(), *module.buffers()]:
             _fill(tensor, generator, num_experts)
-        named = {name: tensor for name, tensor in named_tensors(model).items() if name in place.tensors}
-        handed = {id(tensor): name for name, tensor in named.items() if name in place.biases}
-        prefix = place.router + "."
+        named = named_tensors(model).items()
+        handed = {id(tensor): layer.tensors[name].dim for name, tensor in named if name in layer.selection_biases}
+        prefix = layer.router + "."
         biases = [
-            (tensor_at(module, name[len(prefix) :]), place.tensors[name].dim)
-            for name in place.biases
+            (tensor_at(module, name[len(prefix) :]), layer.tensors[name].dim)
+            for name in layer.selection_biases
             if name.startswith(prefix)
         ]
 
@@ -279,13 +258,12 @@ class _LoneRouter:
             else:
                 made.copy_(torch.arange(made.numel()).view(made.shape) % max(2, num_experts))
             if id(value) in handed:
-                biases.append((made.mul_(0.1), place.tensors[handed[id(value)]].dim))
+                biases.append((made.mul_(0.1), handed[id(value)]))
             return made
 
         args = [real(value) for value in trace.router_args or ()]
         kwargs = {key: real(value) for key, value in trace.router_kwargs.items()}
-        biases = [(tensor, dim) for tensor, dim in biases if tensor.numel() == tensor.shape[dim]]
-        weights = [tensor_at(module, name[len(prefix) :]) for name in place.router_weights]
+        weights = [tensor_at(module, name[len(prefix) :]) for name in layer.router_weights]
         return cls(module, args, kwargs, weights, biases, max((len(weight) for weight in weights), default=0))
 
     def run(self, dropped: Sequence[int] = (), off: float | None = None) -> tuple[Any, ...]:
