@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import yaml
 
+from compressor.data.demo.tasks import task_configs
 from compressor.errors import CalibrationError, EvaluationError, shortened
 from compressor.machine import network
 
@@ -64,7 +65,6 @@ def load_tasks(
     num_fewshot: int | None = None,
     seed: int = 0,
     local_tasks: LocalTasks | None = None,
-    quiet: bool = True,
 ) -> LoadedTasks:
     """Find tasks, groups and tags by name and read their documents, without a model. ``demo_…`` are ``local_tasks``
     (name → configuration; default the demo's own), then come YAML files under ``task_path``, then lm-eval's index of
@@ -73,7 +73,7 @@ def load_tasks(
     the nearest), unreadable documents, a ``num_fewshot`` that no task takes, and tasks that run generated code or need
     more than text.
     """
-    sources = TaskSources(task_path, local_tasks, seed=seed, quiet=quiet)
+    sources = TaskSources(task_path, local_tasks, seed=seed)
     loaded = reduce(or_, map(sources.load, names), LoadedTasks())
     set_fewshot(loaded.tasks, num_fewshot)
     return loaded
@@ -88,7 +88,6 @@ class TaskSources:
         local_tasks: LocalTasks | None = None,
         *,
         seed: int = 0,
-        quiet: bool = True,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """`say` is told of what takes long. Raises EvaluationError where there is no such folder."""
@@ -97,34 +96,26 @@ class TaskSources:
                 f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
             )
         self._task_path = task_path
-        self._local_tasks = local_tasks or _demo_tasks
-        self._seed, self._quiet, self._say = seed, quiet, say
+        self._local_tasks: LocalTasks = local_tasks or task_configs
+        self._seed, self._say = seed, say
         self._managers: dict[bool, Any] = {}
 
     def load(self, name: str) -> LoadedTasks:
         """The tasks of one name, of a task, a group or a tag. Raises EvaluationError."""
-        is_demo = name.startswith(DEMO_PREFIX)
-        with quietly(self._quiet):
-            needs_index = not is_demo and name not in self._manager(False).task_index
+        is_local = name.startswith(DEMO_PREFIX)
+        with quietly(True):
+            needs_index = not is_local and name not in self._manager(False).task_index
         if needs_index and self._say is not None and True not in self._managers:
             self._say("reading lm-eval's index of tasks, which takes 7 to 30 seconds")
-        with quietly(self._quiet), seeded(self._seed):
-            found = self._load_local(name) if is_demo else self._load_indexed(name, self._manager(needs_index))
+        with quietly(True), seeded(self._seed):
+            manager, local = self._manager(needs_index), self._local_tasks()
+            others = () if is_local else manager.task_index
+            if name not in (local if is_local else others):
+                raise _unknown_task(name, [*local, *others])
+            found = manager.load([dict(local[name])]) if is_local else _load(manager, name)
         for task_name, task in found["tasks"].items():
             _check_task(task_name, task)
-        return LoadedTasks((name,), found["tasks"], found["groups"])
-
-    def _load_indexed(self, name: str, manager: Any) -> Any:
-        if name in manager.task_index:
-            return _load(manager, name)
-        raise _unknown_task(name, [*self._local_tasks(), *manager.task_index])
-
-    def _load_local(self, name: str) -> Any:
-        configurations = self._local_tasks()
-        if name not in configurations:
-            raise _unknown_task(name, list(configurations))
-        manager = self._manager(False)
-        return {"groups": {}, **manager.load([dict(configurations[name])])}
+        return LoadedTasks((name,), found["tasks"], found.get("groups", {}))
 
     def _manager(self, include_defaults: bool) -> Any:
         from lm_eval.tasks import TaskManager
@@ -136,16 +127,10 @@ class TaskSources:
         return self._managers[include_defaults]
 
 
-def _demo_tasks() -> Mapping[str, Mapping[str, Any]]:
-    from compressor.data.demo.tasks import task_configs
-
-    return task_configs()
-
-
 def _load(manager: Any, name: str) -> Any:
     with network.not_waited_for() as unreachable:
         try:
-            return {"groups": {}, **manager.load([name])}
+            return manager.load([name])
         except Exception as error:
             cannot = f", which cannot be reached ({unreachable})" if unreachable else ""
             raise EvaluationError(
