@@ -26,6 +26,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from compressor.checkpoint.atomic_files import force_to_disk, put_in_place, with_own_memory, write_json
 from compressor.errors import CheckpointError
@@ -207,33 +208,20 @@ class NotPlainError(TypeError):
 
 def flatten(value: Any) -> tuple[Any, list[Tensor]]:
     """(arrangement as JSON, tensors) of tensors in tuples, lists and dictionaries. Raises NotPlainError for others."""
-    tensors: list[Tensor] = []
-
-    def arranged(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            tensors.append(part)
-            return {"tensor": len(tensors) - 1, "device": str(part.device)}
-        if part is None or isinstance(part, bool | int | float | str):
-            return {"value": part}
-        if type(part) in (tuple, list):
-            return {type(part).__name__: [arranged(one) for one in part]}
-        if type(part) is dict and all(isinstance(key, str) for key in part):
-            return {"dict": {key: arranged(one) for key, one in part.items()}}
-        raise NotPlainError(f"{type(part).__name__} cannot be written down")
-
-    return arranged(value), tensors
+    leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: type(part) not in (tuple, list, dict))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | bool | int | float | str | None):
+            raise NotPlainError(f"{type(leaf).__name__} cannot be written down")
+    inside = [{"device": str(leaf.device)} if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return {"spec": pytree.treespec_dumps(spec), "leaves": inside}, tensors
 
 
 def unflatten(tree: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `flatten`."""
-    [(kind, inside)] = [(key, one) for key, one in tree.items() if key != "device"]
-    if kind == "tensor":
-        return tensors[inside].to(tree["device"])
-    if kind == "value":
-        return inside
-    if kind == "dict":
-        return {key: unflatten(one, tensors) for key, one in inside.items()}
-    return (tuple if kind == "tuple" else list)(unflatten(one, tensors) for one in inside)
+    given = iter(tensors)
+    leaves = [one["value"] if "value" in one else next(given).to(one["device"]) for one in tree["leaves"]]
+    return pytree.tree_unflatten(leaves, pytree.treespec_loads(tree["spec"]))
 
 
 def digest(value: Any) -> str:
