@@ -231,6 +231,8 @@ class _EditPlan:
             for path, ids in removal.kept.items():
                 self.kept[path] = [self.kept[path][expert] for expert in ids]
                 off.setdefault(path, set()).update(self.kept[path][new] for new in removal.switched_off.get(path, ()))
+        for path, ids in after.never_chosen.items():
+            off.setdefault(path, set()).update(self.kept[path][new] for new in ids)
         self.switched_off = {
             path: [new for new, expert in enumerate(self.kept[path]) if expert in gone] for path, gone in off.items()
         }

@@ -32,6 +32,8 @@ VALUE = "approx_value"
 """The last part of a constant's name."""
 Constants = Mapping[int, Tensor]
 """Expert → what it answers [H]."""
+Replacements = Mapping[int, Tensor | None]
+"""The same; None where the router's bias sees to it that the expert is never chosen: then it is 0."""
 
 
 def replaced_experts(config: Any) -> dict[str, list[int]]:
@@ -91,6 +93,15 @@ def problem_of_all(structure: Structure, config: Any) -> str | None:
         return f"two MoE layers have the number {twice}, by which the config would tell experts that answer constants"
     if structure.num_experts_leaf.holder(config) is not config.get_text_config():
         return f"its experts are counted by {structure.num_experts_leaf}, which is not where readers of constants look"
+    return None
+
+
+def never_chosen_problem(layer: MoELayer, ids: Sequence[int]) -> str | None:
+    """Why these experts of a layer cannot be switched off by its router's bias, in words; None where they can."""
+    if layer.padding_problem is not None:
+        return layer.padding_problem
+    if layer.num_experts - len(ids) < layer.top_k:
+        return f"each token chooses {layer.top_k}, and {layer.num_experts - len(ids)} would be left"
     return None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.constants import Constants
+from compressor.model.constants import Replacements
 from compressor.model.expert_products import ExpertMatrices, tensors_of_experts
 from compressor.model.modules import named_tensors
 from compressor.model.skipping.rule import SkipRule
@@ -90,21 +90,22 @@ class Ending:
     rule: SkipRule | None = None
     wrote: bool = False
     """Whether the edit asked for weights, which it may have changed."""
-    constants: Constants | None = None
+    constants: Replacements | None = None
     """What experts answer from then on, by id."""
 
     def to_json(self) -> dict[str, Any]:
         """Of constants it says how large they are."""
-        sizes = {expert: len(one) for expert, one in (self.constants or {}).items()} or None
+        sizes = {e: None if one is None else len(one) for e, one in (self.constants or {}).items()} or None
         return {**self.__dict__, "rule": self.rule.to_json() if self.rule else None, "constants": sizes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ending:
         """The inverse of `to_json`, but for the constants' numbers, which are on the meta device."""
         kept, rule, sizes = data["kept"], data["rule"], data["constants"] or {}
+        constants = {int(e): None if size is None else torch.empty(size, device="meta") for e, size in sizes.items()}
         return cls(**{
             **data, "kept": None if kept is None else tuple(kept), "rule": SkipRule.of(rule) if rule else None,
-            "constants": {int(expert): torch.empty(size, device="meta") for expert, size in sizes.items()} or None,
+            "constants": constants or None,
         })  # fmt: skip
 
 
@@ -129,7 +130,7 @@ class LayerWeights:
         self._top_k: int | None = None
         self._padded = False
         self._rule: SkipRule | None = None
-        self._constants: Constants | None = None
+        self._constants: Replacements | None = None
 
     def __repr__(self) -> str:
         return f"LayerWeights({self.path}: {self.num_experts} experts)"
@@ -176,9 +177,10 @@ class LayerWeights:
         """Skip experts by this rule from now on."""
         self._rule = rule
 
-    def replace(self, constants: Constants) -> None:
+    def replace(self, constants: Replacements) -> None:
         """Have these experts, by id, answer a constant [hidden] each, whatever they are given, and remove their
-        weights. The router stays as it is, and so do all ids; see `model.constants`.
+        weights. The router stays as it is, and so do all ids; see `model.constants`. None instead of a constant: the
+        expert is never chosen, where the router has a bias that sees to that.
         """
         self._constants = dict(constants)
 

@@ -16,7 +16,16 @@ from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import structure_of
 from compressor.model.capture import Visitor, tapped
 from compressor.model.config_entry import write_entry
-from compressor.model.constants import Constants, previewed, problem, problem_of_all, replace_in_layer, write_replaced
+from compressor.model.constants import (
+    Constants,
+    Replacements,
+    never_chosen_problem,
+    previewed,
+    problem,
+    problem_of_all,
+    replace_in_layer,
+    write_replaced,
+)
 from compressor.model.masking import masked_router, relabelled, router_weights, selection_biases, top_k_set, write_top_k
 from compressor.model.modules import named_tensors, tensor_at
 from compressor.model.routed_tokens import RealTokens
@@ -57,6 +66,8 @@ class MoEModel:
         self.structure = as_stored(self.structure, self.config)
         self.constants: dict[str, Constants] = {}
         """What `replace` was given, by layer path: on the meta device the model cannot hold it."""
+        self.never_chosen: dict[str, list[int]] = {}
+        """Experts that `replace` has switched off by the router's bias, by layer path."""
         self._check_shapes()
         self._check_ids()
 
@@ -201,9 +212,7 @@ class MoEModel:
             num_parameters=sum(p.numel() for p in self.model.parameters()),
         )  # fmt: skip
         for layer in layers:
-            off = torch.tensor(switched_off.get(layer.path, []), dtype=torch.int64)
-            for name, bias in selection_biases(self.model, layer) if len(off) else ():
-                bias.index_fill_(layer.tensors[name].dim, off.to(bias.device), SWITCHED_OFF)
+            switch_off(self.model, layer, switched_off.get(layer.path, []))
         write_counts(self.model, self.structure)
         if top_k is not None:
             write_top_k(self.model, self.structure, top_k)
@@ -216,11 +225,22 @@ class MoEModel:
             skipping.reinstate(self.model, self.structure, wanted, skipped)
         self.removals.append(Removal(checked, switched_off))
 
-    def replace(self, constants: Mapping[str, Constants]) -> None:
+    @torch.no_grad()
+    def replace(self, replacements: Mapping[str, Replacements]) -> None:
         """Let experts answer a constant [hidden] each, in place, by layer path and id: their weights go, the router
-        and all ids stay. The config says so too (`constants.KEY`), and `compressor.load` reads it. Raises ValueError or
-        UnsupportedModelError before anything is changed.
+        and all ids stay. Those with None are never chosen: the router's bias sees to that. The config says so too
+        (`constants.KEY`), and `compressor.load` reads it. Raises ValueError or UnsupportedModelError before anything is
+        changed.
         """
+        off = {path: [e for e, value in of.items() if value is None] for path, of in replacements.items()}
+        off = {path: ids for path, ids in off.items() if ids}
+        for path, ids in off.items():
+            if why := never_chosen_problem(self.layer(path), ids):
+                raise ValueError(f"{path}: experts {ids} cannot be switched off: {why}")
+        constants: dict[str, Constants] = {}
+        for path, of in replacements.items():
+            zero = torch.zeros(self.structure.width_at(self.layer(path)))
+            constants[path] = {expert: zero if value is None else value for expert, value in of.items()}
         self._check_constants(constants)
         before = skipping.states(self.model)
         skipping.remove(self.model)
@@ -231,6 +251,9 @@ class MoEModel:
         self.structure = self.structure.with_constants({layer.path: layer.constants for layer in layers})
         write_replaced(self.config, layers)
         self.constants |= constants
+        self.never_chosen |= off
+        for path, ids in off.items():
+            switch_off(self.model, self.layer(path), ids)
         self._skip_again(before)
 
     @contextmanager
@@ -319,6 +342,13 @@ class MoEModel:
                 rows = router_weights(self.model, layer)[0][: layer.num_experts]
                 table.copy_(relabelled(table, layer, kept, rows))
         return slice_layer(self.model, layer, kept, made)
+
+
+def switch_off(model: nn.Module, layer: MoELayer, ids: Sequence[int]) -> None:
+    """Have a layer's router never choose these experts, by its biases, in place."""
+    off = torch.tensor(ids, dtype=torch.int64)
+    for name, bias in selection_biases(model, layer) if len(off) else ():
+        bias.index_fill_(layer.tensors[name].dim, off.to(bias.device), SWITCHED_OFF)
 
 
 def _padded(

@@ -78,8 +78,8 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
         skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
         return (
             f"{counted(number, 'expert')} of {counted(len(record['constants']), 'layer')} answer a constant, whatever "
-            f"they are given; the router is untouched. `compressor.load` reads that, and vLLM from 0.33 on "
-            f"(`approximate_experts` in `config.json`, unquantised, one device or tensor parallel); "
+            f"they are given, or are never chosen; no router has lost a row. `compressor.load` reads that, and vLLM "
+            f"from 0.33 on (`approximate_experts` in `config.json`, unquantised, one device or tensor parallel); "
             f"`{auto_class}.from_pretrained` refuses it, since weights of these experts are missing." + skips
         )
     if "skipping" in record:

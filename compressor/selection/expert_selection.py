@@ -85,7 +85,7 @@ class ExpertSelection(Method[OptionsT]):
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         after = [plan.after(planned[plan.path]) for plan in plans]
-        return Plan(after, [*notes, *constants_notes(after)] if options.with_constants else notes)
+        return Plan(after, notes if options.replace == "none" else [*notes, *constants_notes(after, options)])
 
     def _sharing_note(self, layers: Sequence[MoELayer], num_kept: int) -> str:
         stay = f"{num_kept:,} experts stay in {len(layers)} layers"
@@ -399,6 +399,10 @@ class ExpertSelection(Method[OptionsT]):
         """Remove the experts that are not kept, or let them answer constants."""
         if self.options.with_constants:
             layer.replace(_constants(decision, layer.path))
+            return
+        if self.options.replace == "never_chosen":
+            stay = set(decision["layers"][layer.path]["kept"])
+            layer.replace({expert: None for expert in range(layer.num_experts) if expert not in stay})
             return
         kept = decision["layers"][layer.path]["kept"]
         layer.keep(kept, top_k=decision.get("top_k"), padded=decision.get("padded", False))

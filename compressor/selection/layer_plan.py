@@ -99,6 +99,9 @@ class LayerPlan:
             if why := self._problem(num_kept):
                 raise self._refused(f"{self.path}: {why}.")
             return self.layer.with_constants(range(num_kept, self.layer.num_experts))
+        if self.options.replace == "never_chosen":
+            fewer_experts(self.layer, num_kept, self.options.count_option)
+            return self.layer.with_constants(range(num_kept, self.layer.num_experts))
         return fewer_experts(self.layer, num_kept, self.options.count_option, self.options.top_k)
 
     def check(self) -> None:
@@ -170,10 +173,14 @@ class LayerPlan:
                 yield "forbid", f"{where}: {go} experts are forbidden, but only {size - per_group} are to be dropped."
 
     def _check_constants(self) -> None:
-        from compressor.model.constants import problem
+        from compressor.model.constants import never_chosen_problem, problem
 
-        is_asked = self.options.with_constants and self.options.num_kept(self.layer) != self.layer.num_experts
-        if is_asked and (why := problem(self.layer)):
+        if self.options.replace == "none" or self.options.num_kept(self.layer) == self.layer.num_experts:
+            return
+        why = problem(self.layer)
+        if self.options.replace == "never_chosen":
+            why = why or never_chosen_problem(self.layer, [])
+        if why:
             raise OptionError("replace", f"{self.path}: {why}.")
 
     def _check_multiple(self) -> None:
@@ -304,13 +311,14 @@ def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, in
     return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
 
 
-def constants_notes(layers: Sequence[MoELayer]) -> list[str]:
-    """Who reads a model whose layers answer constants like these."""
+def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> list[str]:
+    """Who reads a model some of whose experts, as in these layers, answer constants or are never chosen."""
     there = [layer for layer in layers if layer.constants]
     nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
     number = sum(len(layer.constants) for layer in there)
+    will = "answer constants" if options.with_constants else "never be chosen"
     notes = [
-        f"{number:,} experts of {len(there)} layers will answer constants, which `compressor.load` and vLLM from 0.33 "
+        f"{number:,} experts of {len(there)} layers will {will}, which `compressor.load` and vLLM from 0.33 "
         f"on read, and transformers alone refuses"
     ]
     if nested:

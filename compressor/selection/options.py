@@ -162,10 +162,11 @@ class SelectionOptions(Options):
     measured_tokens: StrictInt | None = Field(
         default=None, ge=256, description="tokens of the calibration text that they are measured on; default 3840"
     )
-    replace: Literal["none", "constants"] = Field(
+    replace: Literal["none", "constants", "never_chosen"] = Field(
         default="none",
         description="what answers in the place of the experts that go: none (tokens choose among the others), or "
-        "constants (the router stays as it is, and such an expert answers its mean)",
+        "constants (the router stays as it is, and such an expert answers its mean), or never_chosen (as none, but the "
+        "router keeps its rows, and its bias switches them off: other counts in other layers in a format of vLLM's)",
     )
     multiple_of: StrictInt | None = Field(
         default=None,
@@ -261,6 +262,8 @@ class SelectionOptions(Options):
             raise ValueError(
                 "`progressive` decides a layer before it sees the next, so it cannot share out a mean; give counts"
             )
+        if self.replace == "never_chosen" and (self.top_k is not None or self.padded):
+            raise ValueError("`top_k` and `padded` mean nothing beside `replace: never_chosen`: leave them out")
         if self.with_constants:
             fields = type(self).model_fields
             others = ("search", "top_k", "progressive", "padded", "ranks", "starts")

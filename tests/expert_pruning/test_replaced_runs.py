@@ -110,6 +110,25 @@ def test_counts_are_shared_out_by_measuring_under_constants(tokens: Path, tmp_pa
         decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep={"mean": 4}, criterion="reap")
 
 
+def test_experts_that_are_never_chosen(tokens: Path, tmp_path: Path) -> None:
+    """The search's own sets, other counts in other layers, without a layer that has another number of rows."""
+    options = {"keep": {1: 4, 2: 6}}
+    model = tiny_folder("deepseek_v3")
+    never = recipe(tokens, {"expert_pruning": {**options, "replace": "never_chosen"}}, model=model)
+    memory = compressor.compress({**never, "weights": "memory"}, output=tmp_path / "memory")
+    compressor.compress({**never, "weights": "disk"}, output=tmp_path / "disk")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "memory" / file).read_bytes() == (tmp_path / "disk" / file).read_bytes()
+    removed = compressor.compress(recipe(tokens, {"expert_pruning": options}, model=model), output=tmp_path / "removed")
+    ours, theirs = (one.record["passes"][0]["decision"]["layers"] for one in (memory, removed))
+    assert ours == theirs
+    assert [len(ids) for ids in replaced_in(tmp_path / "disk").values()] == [4, 2]
+    batch = token_ids(2, 12)
+    with torch.no_grad():
+        first, second = (compressor.load(tmp_path / name)[0](batch).logits for name in ("disk", "removed"))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
 # What is refused -------------------------------------------------------------------------------------------
 
 
@@ -123,6 +142,8 @@ def test_counts_are_shared_out_by_measuring_under_constants(tokens: Path, tmp_pa
         ([{"expert_pruning": {**PASS["expert_pruning"], "top_k": 1}}], "`top_k` means nothing beside"),
         ([{"expert_pruning": {**PASS["expert_pruning"], "progressive": True}}], "`progressive` means nothing beside"),
         ([{"expert_pruning": {**PASS["expert_pruning"], "search": "greedy"}}], "`search` means nothing beside"),
+        ([{"expert_pruning": {"keep": 5, "replace": "never_chosen"}}], "no bias that could switch"),
+        ([{"expert_pruning": {"keep": 5, "replace": "never_chosen", "padded": True}}], "mean nothing beside"),
         ([{"expert_pruning": {"drop": 8, "replace": "constants"}}], "would leave none"),
     ],
 )

@@ -252,6 +252,63 @@ def test_experts_that_answer_constants_are_not_run() -> None:
     assert not torch.allclose(answer[2], answer[0])
 
 
+# Experts that are never chosen --------------------------------------------------------------------------------
+
+
+def read_biased_block(folder: Path, number: int, hidden_TH: Tensor) -> Tensor:
+    """The same for MiniMax-M2: the sigmoid's weights, and a bias that decides who is chosen and weighs nothing."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "model.safetensors")
+    prefix = f"model.layers.{number}.block_sparse_moe"
+    scores_TE = linear(hidden_TH, tensors[f"{prefix}.gate.weight"]).sigmoid()
+    bias_E = tensors[f"{prefix}.e_score_correction_bias"]
+    index_TK = (scores_TE + bias_E).topk(config["num_experts_per_tok"]).indices
+    weights_TK = scores_TE.gather(1, index_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    output_TH = torch.zeros_like(hidden_TH)
+    for expert in range(config["num_local_experts"]):
+        weight_T = (weights_TK * (index_TK == expert)).sum(-1, keepdim=True)
+        own = f"{prefix}.experts.{expert}"
+        if expert in config["approximate_experts"].get(str(number), []):
+            assert torch.equal(tensors[f"{own}.approx_value"], torch.zeros(HIDDEN))
+            assert bias_E[expert] == -1e9
+            assert weight_T.abs().max() == 0
+            continue
+        inner = silu(linear(hidden_TH, tensors[f"{own}.w1.weight"])) * linear(hidden_TH, tensors[f"{own}.w3.weight"])
+        output_TH += weight_T * linear(inner, tensors[f"{own}.w2.weight"])
+    return output_TH
+
+
+@pytest.mark.parametrize("model_type", ["minimax_m2", "deepseek_v3", "glm4_moe"])
+def test_experts_that_are_never_chosen_are_as_if_masked(model_type: str, tmp_path: Path) -> None:
+    """Other counts in other layers, exactly; read from the files alone for a router without groups."""
+    source = source_of(tmp_path, model_type)
+    found = Checkpoint("mine", source)
+    moe, before, after = MoEModel(load_model(found)), meta_model(found), meta_model(found)
+    first, *_, last = moe.layers
+    gone: dict[str, list[int]] = {first.path: [1, 5], last.path: [0, 2, 4, 6]}
+    kept = {path: [expert for expert in range(8) if expert not in ids] for path, ids in gone.items()}
+    inputs, given = tiny_inputs(moe.model), {path: dict.fromkeys(ids) for path, ids in gone.items()}
+    with torch.no_grad(), moe.masked(kept):
+        expected = moe.model(**inputs).logits
+    for one in (moe, after):
+        one.replace(given)
+    moe.config._name_or_path = str(source)
+    save(moe, tmp_path / "memory")
+    (tmp_path / "disk").mkdir()
+    plan_edit(found, before, after).write(tmp_path / "disk")
+    assert weights_of(tmp_path / "memory") == weights_of(tmp_path / "disk")
+    model = load_model(Checkpoint("mine", tmp_path / "disk"), like=moe.model)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda _, x, y, number=number: seen.update({number: (x[0], y)}))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    for number, (x, y) in seen.items() if model_type == "minimax_m2" else ():
+        expected_TH = read_biased_block(tmp_path / "disk", number, x.reshape(-1, HIDDEN))
+        torch.testing.assert_close(y.reshape(-1, HIDDEN), expected_TH, rtol=1e-5, atol=1e-5)
+
+
 # Passes behind it ------------------------------------------------------------------------------------------
 
 
@@ -323,6 +380,8 @@ def _keep(layer: LayerWeights) -> None:
         ("mixtral", lambda layer: layer.replace(dict.fromkeys(range(8), torch.zeros(HIDDEN))), "expert has to stay"),
         ("mixtral", lambda layer: layer.replace({8: torch.zeros(HIDDEN)}), "ids from 0 to 7"),
         ("mixtral", lambda layer: layer.replace({1: torch.zeros(3)}), r"should answer \[64\], found \[3\]"),
+        ("mixtral", lambda layer: layer.replace({1: None}), "no bias that could switch"),
+        ("deepseek_v3", lambda layer: layer.replace(dict.fromkeys(range(7))), "chooses 2, and 1 would be left"),
         ("mixtral", _keep, "ids would mean two things"),
         ("gpt_oss", lambda layer: layer.replace({1: torch.zeros(HIDDEN)}), "all experts in one tensor"),
         ("llama4_text", lambda layer: layer.replace({1: torch.zeros(HIDDEN)}), "not one module that is given tokens"),
@@ -386,7 +445,7 @@ def test_experts_in_one_tensor_on_disk_are_refused_there(tmp_path: Path) -> None
 
 
 def test_what_an_edit_asked_for_is_noted_without_its_numbers() -> None:
-    noted = json.loads(json.dumps(Ending(constants={3: torch.ones(4)}).to_json()))
+    noted = json.loads(json.dumps(Ending(constants={3: torch.ones(4), 5: None}).to_json()))
     back = Ending.from_json(noted).constants
     assert back is not None
-    assert {expert: one.shape for expert, one in back.items()} == {3: (4,)}
+    assert {expert: None if one is None else one.shape for expert, one in back.items()} == {3: (4,), 5: None}
