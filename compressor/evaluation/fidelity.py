@@ -77,11 +77,11 @@ class Answers:
         """The original's answer to a batch."""
         parts: list[dict[str, Tensor]] = []
         for logits_NV, losses_N in _by_chunk(batch, logits_BSV, losses_BS):
-            known = {"losses_N": losses_N.float(), "first_N": logits_NV.argmax(-1).int().cpu()}
+            known = {"losses_N": losses_N.float(), "first_N": logits_NV.max(-1).indices.int().cpu()}
             if logits_NV.shape[1] <= MOST_WHOLE:
-                parts.append({**known, "logits_NK": logits_NV.float().cpu()})
+                parts.append({**known, "logits_NK": logits_NV.cpu()})
             else:
-                ids_NK = logits_NV.float().topk(NUM_KEPT).indices
+                ids_NK = logits_NV.topk(NUM_KEPT, sorted=False).indices
                 parts.append({**known, "ids_NK": ids_NK.int().cpu(), "logits_NK": _merged(logits_NV, ids_NK).cpu()})
         found = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         found["vocabulary"] = torch.tensor(logits_BSV.shape[-1])
@@ -160,7 +160,7 @@ def _compared(
         part = slice(start, start := start + len(losses_N))
         others_NK = logits_NV if "ids_NK" not in kept else _merged(logits_NV, kept["ids_NK"][part])
         kl.append(kl_divergences(kept["logits_NK"][part].to(logits_NV.device), others_NK))
-        same.append(logits_NV.argmax(-1).cpu() == kept["first_N"][part])
+        same.append(logits_NV.max(-1).indices.cpu() == kept["first_N"][part])
         added.append(losses_N - kept["losses_N"][part])
     counts = _predicted(batch)
     sums = [[float(one.sum()) for one in torch.split(torch.cat(parts), counts)] for parts in (kl, same, added)]
@@ -198,16 +198,16 @@ def _predicted(batch: TokenBatch) -> list[int]:
 
 
 def _by_chunk(batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [N, V] and losses [N] of the predicted tokens, one sequence after another, some at a time."""
+    """Logits [N, V] float32 and losses [N] of the predicted tokens, one sequence after another, some at a time."""
     chunk = max(1, CHUNK_ELEMENTS // logits_BSV.shape[-1])
     for row, count in enumerate(_predicted(batch)):
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
-            yield logits_BSV[row, part], losses_BS[row, part]
+            yield logits_BSV[row, part].float(), losses_BS[row, part]
 
 
 def _merged(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """The logits of these ids, and one of all others together, whose exponential is the sum of theirs: [N, K + 1]."""
-    logits_NV, ids_NK = logits_NV.float(), ids_NK.to(logits_NV.device, torch.int64)
+    ids_NK = ids_NK.to(logits_NV.device, torch.int64)
     others_N1 = logits_NV.scatter(1, ids_NK, -math.inf).logsumexp(1, keepdim=True)
     return torch.cat([logits_NV.gather(1, ids_NK), others_N1], 1)

@@ -77,7 +77,7 @@ def speed(
     if len(models) != 2:
         raise ValueError(f"speed compares exactly two models, got {list(models)}")
     first, second = models
-    prompt_tokens, new_tokens = _fit_positions(list(models.values()), prompt_tokens, new_tokens)
+    prompt_tokens, new_tokens = fit_positions(list(models.values()), prompt_tokens, new_tokens)
     generator = torch.Generator().manual_seed(seed)
     prompt_BS = torch.randint(vocab_size, (batch_size, prompt_tokens), generator=generator)
     if text:
@@ -197,7 +197,8 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _fit_positions(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+def fit_positions(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+    """So many tokens to read and to write, or fewer where all the models have fewer positions."""
     positions = min(
         (p for p in (max_positions(one.config) for one in models) if p is not None), default=prompt_tokens + new_tokens
     )

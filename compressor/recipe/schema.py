@@ -89,6 +89,11 @@ class Evaluation(_Settings):
         default=(), description="sources of text to measure perplexity on, and beside an original fidelity to it"
     )
     fidelity: Sources = Field(default=(), description="more of them: both are found by one forward, of either")
+    generation: int = Field(
+        default=0,
+        ge=0,
+        description="have the model continue so many pieces of this text: whether it loops, and ends by itself",
+    )
     speed: bool = Field(default=False, description="measure tokens per second and memory")
     each_pass: bool = Field(
         default=False, description="measure every pass alone, too: what each of them does, and what they do together"
@@ -116,6 +121,8 @@ class Evaluation(_Settings):
         idle = [name for name in ("task_path", "limit", "num_fewshot") if getattr(self, name) is not None]
         if idle and not self.tasks:
             raise ValueError(f"{said_together(idle)} would have no effect without `tasks`; give tasks or leave it out")
+        if self.generation and not self.texts:
+            raise ValueError("generation has nothing to continue; give text, under `perplexity`, or leave it out")
         return self
 
 

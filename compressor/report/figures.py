@@ -47,6 +47,7 @@ def figures(record: Json) -> list[Figure]:
     return [
         *_perplexity_rows(before.get("perplexity", {}), after.get("perplexity", {})),
         *_task_rows(before.get("tasks", {}), after.get("tasks", {}), evaluation.get("paired") or {}),
+        *_generation_rows(before.get("generation") or {}, after.get("generation") or {}),
         *_used_rows(before, after),
         *_size_rows(before, after),
         *_speed_rows(evaluation.get("speed") or {}),
@@ -200,6 +201,38 @@ def _flips(flips: Json | None) -> str:
     return f"\n+{flips['gained']} −{flips['lost']} ({p})"
 
 
+def _generation_rows(before: Json, after: Json) -> Iterator[Figure]:
+    """What was written: the share that loops, that ends by itself, and of different 4-grams."""
+    for mode in ("greedy", "sampled") if before or after else ():
+        one, other = (side.get(mode) or {} for side in (before, after))
+        for key, name in (("loops", "loops"), ("ends", "ends"), ("distinct_4", "distinct 4-grams")):
+            known = [side[key] for side in (one, other) if side.get(key) is not None]
+            change = f"{_signed(100 * (known[1] - known[0]), '.1f')} points" if len(known) == 2 else ""
+            yield Figure(f"{mode}: {name} %", _written(one, key), _written(other, key), change)
+
+
+def _written(side: Json, key: str) -> str:
+    if side.get(key) is None:
+        return NOTHING
+    low_high, error = side.get(f"{key}_interval"), side.get(f"{key}_error")
+    beside = f" [{100 * low_high[0]:.0f}–{100 * low_high[1]:.0f}]" if low_high else ""
+    return f"{100 * side[key]:.1f}{beside}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def samples(record: Json) -> list[tuple[str, dict[str, str]]]:
+    """Prompts, and what was written behind each, before and after."""
+    evaluation = record.get("evaluation") or {}
+    sides = [((evaluation.get(side) or {}).get("generation") or {}).get("samples", []) for side in ("before", "after")]
+    return [
+        (
+            one["prompt"],
+            {f"{mode}, {side}": text[mode] for mode in ("greedy", "sampled") for side, text in texts.items()},
+        )
+        for one, other in zip(*sides, strict=False)
+        for texts in [{"before": one, "after": other}]
+    ]
+
+
 def _used_rows(before: Json, after: Json) -> Iterator[Figure]:
     """Experts that a token used on average over the layers, where one of the models skips some or chooses fewer."""
     used = [side.get("experts_per_token") or {} for side in (before, after)]
@@ -250,6 +283,8 @@ def legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
         yield "Perplexity: lower is better."
     if any("(p" in row.change for row in rows):
         yield "+ answers that became right, − that became wrong; p: McNemar's exact test."
+    if any("[" in row.before + row.after for row in rows):
+        yield "Loops: an n-gram three times or more at the end; ends: by itself; [95 %]."
     if any("[" in row.change for row in rows):
         yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
     evaluation = record.get("evaluation") or {}

@@ -17,6 +17,7 @@ from compressor.report.figures import (
     decision_notes,
     decision_table,
     random_table,
+    samples,
     shown_columns,
     summary_tables,
 )
@@ -44,6 +45,7 @@ def page(record: Json) -> str:
         record=record,
         title=str(record.get("output") or record["model"]["reference"]).rstrip("/").rsplit("/", 1)[-1],
         tables=summary_tables(record),
+        samples=samples(record),
         passes=passes,
         recipe=as_yaml(record["recipe"]) if "recipe" in record else "",
         versions=record.get("versions", {}),

@@ -213,6 +213,8 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
             f"`perplexity`, or calibration text",
         )
     problem = next_token_problem(cls, config)
+    if evaluation and evaluation.generation and not problem and not cls.can_generate():
+        raise loaded.error(("evaluate", "generation"), f"{cls.__name__} has no `generate`, by which it would write")
     if not problem:
         return
     cannot = f"{cls.__name__} {problem}, so it does not predict the next token of a text and cannot be measured"

@@ -13,6 +13,7 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences
 from compressor.edit.backend import Measurable
 from compressor.evaluation.fidelity import Answers, Fidelity, beside_original
+from compressor.evaluation.generation import Generation, generation
 from compressor.evaluation.lm_eval import TaskResult
 from compressor.evaluation.paired import paired
 from compressor.evaluation.perplexity import Perplexity
@@ -64,6 +65,7 @@ class Measured:
     bytes_on_disk: int | None = None
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
     """To the original, by text."""
+    generation: Generation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the record says of it."""
@@ -75,6 +77,7 @@ class Measured:
             "peak_memory": self.peak_memory,
             **({"bytes_on_disk": self.bytes_on_disk} if self.bytes_on_disk is not None else {}),
             **({"fidelity": {name: one.to_json() for name, one in self.fidelity.items()}} if self.fidelity else {}),
+            **({"generation": self.generation.to_json()} if self.generation else {}),
         }
 
     def with_bytes_of(self, folder: Path) -> Measured:
@@ -89,6 +92,7 @@ class Measured:
             "tasks": {name: TaskResult.from_json(value) for name, value in data["tasks"].items()},
             "size": Size(**data["size"]),
             "fidelity": {name: Fidelity(**value) for name, value in data.get("fidelity", {}).items()},
+            "generation": Generation.from_json(data["generation"]) if "generation" in data else None,
         }
         return cls(**{**data, **objects})
 
@@ -116,8 +120,8 @@ def measure(
         used = used or used_by_tasks
         sizes = piece.size(_routed(piece.layers, used))
         experts_per_token = used if any(used.values()) else {}
-        peak = peak_memory(*devices)
-        return Measured(perplexity, tasks, sizes, peak, experts_per_token, fidelity=fidelity).to_json()
+        written, peak = _generation(piece, yardstick, when, progress), peak_memory(*devices)
+        return Measured(perplexity, tasks, sizes, peak, experts_per_token, None, fidelity, written).to_json()
 
     anew = is_original and not yardstick.has_answers(job.processes)
     return Measured.from_json(job.noted(f"evaluation {name or when}", found, anew=anew))
@@ -138,6 +142,23 @@ def _on_texts(
                 found[name], fidelity[name] = beside_original(piece, text, batch_size, answers, update)
         used[name] = _used(piece.layers, counter, piece.processes)
     return found, fidelity, used
+
+
+def _generation(piece: Measurable, yardstick: Yardstick, when: str, progress: Progress) -> Generation | None:
+    asked = yardstick.evaluation.generation
+    if not asked:
+        return None
+    with progress.task(f"{when}: writing, batches") as update:
+        return generation(
+            piece.model,
+            yardstick.tokenizer,
+            yardstick.texts,
+            asked,
+            batch_size=yardstick.evaluation.batch_size,
+            seed=yardstick.seed,
+            progress=update,
+            processes=piece.processes,
+        )
 
 
 def _tasks(

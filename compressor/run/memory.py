@@ -110,6 +110,7 @@ def disk_problem(
     for key, wanted in (
         ("speed", bool(evaluation and evaluation.speed)),
         ("each_pass", bool(evaluation and evaluation.each_pass)),
+        ("generation", bool(evaluation and evaluation.generation)),
     ):
         if wanted:
             return ("evaluate", key), f"`{key}` needs a model that is in memory; the rest can be measured from disk"

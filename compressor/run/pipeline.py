@@ -329,7 +329,9 @@ def _turned_folder(job: Job) -> Path:
 
 def _as_served(job: Job, folder: Path) -> Measurable:
     """A checkpoint of the run's own, loaded as `evaluate` loads it."""
-    as_it_is = {"weights": "auto", "hidden_states": "auto", "dtype": "auto", "evaluate": None, "output": None}
+    writes = bool(job.recipe.evaluate and job.recipe.evaluate.generation)  # and is measured by that
+    as_it_is = {"hidden_states": "auto", "dtype": "auto", "evaluate": None, "output": None}
+    as_it_is["weights"] = "memory" if writes else "auto"
     recipe = job.recipe.model_copy(update={"model": str(folder), **as_it_is})
     job = dataclasses.replace(job, loaded=load_recipe(recipe), journal=None)
     return _piece_to_measure(job, _in_checkpoint(job, check.measuring(job.loaded, job.plugins.adapters, job.progress)))

@@ -158,6 +158,9 @@ def test_torchao_is_measured(with_experts: bool, tmp_path: Path) -> None:
     )
     assert found["size"]["parameters"] == plain["size"]["parameters"]
     assert found["size"]["active_parameters"] == plain["size"]["active_parameters"]
+    against = evaluate(recipe_for(source, tmp_path), str(source), against=str(tiny_folder("mixtral")))["evaluation"]
+    assert against["after"]["perplexity"] == found["perplexity"]
+    assert 0 < against["fidelity"]["tokens"]["kl"] < 0.05
     assert found["size"]["bytes"] < 0.6 * plain["size"]["bytes"]
 
 

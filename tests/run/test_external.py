@@ -133,6 +133,9 @@ def test_behind_another_pass(weights: str, recipe: Recipe, model: Path, tmp_path
     alone = pipeline.evaluate({**recipe, "output": None}, str(out))
     assert figures(alone) == figures(record)
     assert perplexity(record) != perplexity(record, "before")
+    against = pipeline.evaluate({**recipe, "output": None}, str(out), against=str(model))["evaluation"]
+    assert against["fidelity"]["text"]["kl"] == pytest.approx(record["evaluation"]["fidelity"]["text"]["kl"], rel=1e-3)
+    assert against["fidelity"]["text"]["kl"] > 0
     assert record["evaluation"]["after"]["bytes_on_disk"] < record["evaluation"]["before"]["bytes_on_disk"] / 2
     assert "bfloat16" in (out / "README.md").read_text()
     assert result.model.dtype == torch.bfloat16
