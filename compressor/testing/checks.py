@@ -33,9 +33,11 @@ from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
 from compressor.model.expert_products import own_tensors
+from compressor.model.masking import dropped_experts
 from compressor.model.modules import named_tensors
 from compressor.model.moe_model import Kept, MoEModel, count_problem
 from compressor.model.routed_tokens import RealTokens, RoutedTokens
+from compressor.model.rule_fitting import weights_by_id
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.skipping.state import is_decorated
 from compressor.model.skipping.usage import Counter
@@ -143,6 +145,12 @@ class _Subject:
     def dtype(self) -> torch.dtype:
         """The experts' dtype: parts of a model may have others, and its answers too."""
         return next(self.module(self.moe.layers[0].experts).parameters()).dtype
+
+    @property
+    def real(self) -> RealTokens:
+        """No token is padding."""
+        ids = self.inputs["input_ids"]
+        return RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
 
     def copy(self) -> MoEModel:
         return MoEModel(copy.deepcopy(self.model).eval())
@@ -343,9 +351,7 @@ def _choices(subject: _Subject) -> dict[str, tuple[RoutedTokens, bool]]:
     def visit(tokens: RoutedTokens) -> None:
         seen.setdefault(tokens.layer.path, (tokens, tokens.renormalises()))
 
-    ids = subject.inputs["input_ids"]
-    real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
-    with subject.moe.watched({layer.path: visit for layer in subject.moe.layers if layer.top_k > 1}, real):
+    with subject.moe.watched({layer.path: visit for layer in subject.moe.layers if layer.top_k > 1}, subject.real):
         answers(subject.moe.model, subject.inputs)
     return seen
 
@@ -396,13 +402,11 @@ def _layer_statistics(subject: _Subject, layer: MoELayer) -> Check:
     def visit(tokens: RoutedTokens) -> None:
         seen.append((_predicted_change(tokens, kept), tokens))
 
-    ids = subject.inputs["input_ids"]
-    real = RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
     places = (
         layer.path,
         layer.experts if not isinstance(subject.module(layer.experts), nn.ModuleList) else layer.path,
     )
-    with _outputs_of(subject.moe.model, places) as full, subject.moe.watched({layer.path: visit}, real):
+    with _outputs_of(subject.moe.model, places) as full, subject.moe.watched({layer.path: visit}, subject.real):
         answers(subject.moe.model, subject.inputs)
     if not seen:
         return Check(name, None, "no text token comes here")
@@ -428,26 +432,18 @@ def _ignore(done: int, total: int) -> None:
 
 def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
     """[T, H] float64: how the output changes with only `kept`, by the closed rule or replay, expert by expert."""
-    layer = tokens.layer
+    layer, size = tokens.layer, tokens.layer.num_choices
     if tokens.rule is not None:
-        gone = [expert for expert in range(layer.num_experts) if expert not in kept]
-        dropped = torch.tensor(gone, dtype=torch.int64, device=tokens.logits_TE.device)
-        logits_TE = tokens.logits_TE.index_fill(-1, dropped, float("-inf"))
-        index_TK, weights_TK = tokens.rule.choose(logits_TE, layer.top_k)
+        dropped = dropped_experts(layer, kept, tokens.logits_TE.device)
+        chosen = tokens.rule.choose(tokens.logits_TE.index_fill(-1, dropped, float("-inf")), layer.top_k)
     else:
-        index_TK, weights_TK = tokens.replay(kept)
-    change_T: Tensor | None = None
-    for chunk in tokens.ranked_outputs(layer.num_choices):
-        rows = slice(chunk.start, chunk.stop)
-        outputs = chunk.outputs_cMH.double()
-        part = torch.zeros(len(outputs), outputs.shape[-1], dtype=torch.float64)
-        for ids, weights, sign in ((index_TK, weights_TK, 1), (tokens.index_TK, tokens.weights_TK, -1)):
-            for rank in range(ids.shape[1]):
-                place = (chunk.order_cM == ids[rows, rank : rank + 1]).int().argmax(-1)
-                part += sign * weights[rows, rank, None].double() * outputs[torch.arange(len(outputs)), place]
-        change_T = part if change_T is None else torch.cat([change_T, part])
-    assert change_T is not None
-    return change_T
+        chosen = tokens.replay(kept)
+    change_TN = weights_by_id(*chosen, size) - weights_by_id(tokens.index_TK, tokens.weights_TK, size)
+    parts = []
+    for chunk in tokens.ranked_outputs(size):
+        change_cM = change_TN[chunk.start : chunk.stop].gather(1, chunk.order_cM)
+        parts.append(torch.einsum("cm,cmh->ch", change_cM, chunk.outputs_cMH.double()))
+    return torch.cat(parts)
 
 
 def _middling_rule(tokens: RoutedTokens, renormalises: bool) -> SkipRule:
