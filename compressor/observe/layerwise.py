@@ -42,7 +42,7 @@ from compressor.model.moe_model import MoEModel
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.weight_norms import expert_weight_norms
 from compressor.observe.activation_offload import Parking
-from compressor.observe.measuring import Measured, Measuring
+from compressor.observe.measuring import WHOLE, Candidate, Contexts, Measured, Measuring, measured_of
 from compressor.observe.reductions import RULES, joined_figures
 from compressor.observe.resuming import Resuming
 from compressor.observe.statistic import InputStatistic, Statistic
@@ -102,6 +102,31 @@ def observe(
         resuming, others = Resuming(journal, processes), (statistics, linears or {}, edited, original)
         measuring = Measuring(measured, streams, processes, is_streamed=weights is not None) if measured else None
         return _Walk(model, streams, update, processes, resuming, weights, moe, *others, measuring).run(batches)
+
+
+def compared(
+    moe: MoEModel,
+    batches: Sequence[TokenBatch],
+    decisions: Sequence[Contexts],
+    progress: Progress,
+    *,
+    title: str = "comparing",
+    weights: StreamedWeights | None = None,
+    processes: Processes | None = None,
+    parking: Parking | None = None,
+) -> list[dict[str, tuple[float, float]]]:
+    """What the model's answers lose under each of several decisions, given as contexts by layer: domain → (KL in nats
+    a token, standard error over sequences). The weights are read once. Raises UnsupportedModelError where a layer is in
+    no decoder layer.
+    """
+    measured = Measured(batches, whole=[Candidate(number, contexts) for number, contexts in enumerate(decisions)])
+    how: dict[str, Any] = {"title": title, "weights": weights, "processes": processes, "parking": parking}
+    found = observe(moe, batches, {}, progress, measured=measured, **how)[WHOLE]
+    names = list(dict.fromkeys(batch.domain for batch in batches))
+    return [
+        dict(zip(names, zip(kl_D.tolist(), error_D.tolist(), strict=True), strict=True))
+        for _, kl_D, error_D in measured_of(found, len(names))
+    ]
 
 
 @torch.no_grad()
@@ -209,6 +234,7 @@ class _Walk:
             if self.original is not None:
                 self._begin_beside(self.original, stack)
             units = units_of(self.model) if self._streamed or keeps_outputs else ()
+            self._refuse_outside(units)
             stops = [*(Stop(unit, is_unit=True) for unit in units), *map(Stop, self.statistics)]
             for place in stops:  # before the taps' own hooks, which a stop must not cut
                 self.streams.stop_before(place, stack)
@@ -227,11 +253,11 @@ class _Walk:
             if self.measuring is not None and self.unit is not None:
                 found = self.measuring.finish(self._layers_of(self.unit), self.figures, domains)
                 for path, figures in found.items():
-                    self.figures[path] |= figures
+                    self.figures[path] = self.figures.get(path, {}) | figures
                     self.resuming.put_figures(path, self.figures[path])
         self._refuse_unseen()
         self.resuming.close(list(self.figures))
-        return {path: self.figures[path] for path in self.statistics if path in self.figures}
+        return {path: self.figures[path] for path in (*self.statistics, WHOLE) if path in self.figures}
 
     @property
     def _streamed(self) -> list[StreamedWeights]:
@@ -240,8 +266,9 @@ class _Walk:
         return [one for one in both if one is not None]
 
     def _layers_of(self, *units: str) -> list[str]:
-        """The observed layers in some decoder layers."""
-        return [path for unit in units for path in self.statistics if f"{path}.".startswith(f"{unit}.")]
+        """The MoE layers in some decoder layers."""
+        paths = [layer.path for layer in self.moe.layers] if self.moe is not None else []
+        return [path for unit in units for path in paths if f"{path}.".startswith(f"{unit}.")]
 
     def _begin_beside(self, original: Original, stack: ExitStack) -> None:
         """Have the first streams go through the original."""
@@ -365,6 +392,17 @@ class _Walk:
             for other in self.streams.others:
                 self.streams.go_on(other)
                 other.target_TH = None
+
+    def _refuse_outside(self, units: Sequence[str]) -> None:
+        """Raise UnsupportedModelError where a layer is to be measured that is in no decoder layer."""
+        assert self.moe is not None or self.measuring is None
+        paths = [layer.path for layer in self.moe.layers] if self.moe and self.measuring else []
+        outside = [path for path in paths if not f"{path}.".startswith(tuple(f"{unit}." for unit in units))]
+        if outside:
+            raise UnsupportedModelError(
+                f"{outside[0]} is in no list of layers, so what the model's answers lose by it cannot be measured layer "
+                f"by layer; say `share: even` or `share: loss`."
+            )
 
     def _refuse_unseen(self) -> None:
         wanted = [path for path, statistic in self.statistics.items() if not statistic.optional]

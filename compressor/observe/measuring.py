@@ -9,6 +9,9 @@
 At the end every token has the Kullback–Leibler divergence of q from p, in nats. The weights are read no second time,
 and C candidates for each of L layers cost C·(L + 1)/2 forwards of the small text.
 
+Whole decisions are measured in the same way (`compared`): each sets out with the plain text, and is under its context
+of every layer while it passes that.
+
 A stream that sets out runs the model's own forward, the layers passed answering what they answered the plain text. A
 model that carries more from layer to layer than their outputs is run from its beginning instead, where it is in memory.
 """
@@ -17,8 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,24 +37,33 @@ from compressor.observe.forward import answers_at
 from compressor.observe.resuming import answering_from_record, comes_to_stand, standing_of
 from compressor.observe.streams import Stream, Streams
 
+WHOLE = ""
+"""The path of a decision of all layers."""
 KL, TOKENS, DOMAIN, CANDIDATES = "measured.kl", "measured.tokens", "measured.domain", "measured.candidates"
+
+
+Contexts = Mapping[str, Callable[[], AbstractContextManager[object]]]
+"""Layer path → a context in which the model computes what may become of the layer."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may become of one layer: as JSON, and a context in which the model computes it."""
+    """What may become of one layer, or of all of them: as JSON, and how the model computes it."""
 
     decided: Any
-    context: Callable[[], AbstractContextManager[object]]
+    contexts: Contexts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured: on which text, and (a layer's path, its figures) → its candidates. `most`: of one layer."""
+    """What is measured: on which text; (a layer's path, its figures) → its candidates, `most` of one layer at most; and
+    `whole` decisions.
+    """
 
     batches: Sequence[TokenBatch]
-    candidates: Callable[[str, Mapping[str, Tensor]], Sequence[Candidate]]
-    most: int
+    candidates: Callable[[str, Mapping[str, Tensor]], Sequence[Candidate]] = lambda path, figures: ()
+    most: int = 0
+    whole: Sequence[Candidate] = ()
 
 
 @dataclass
@@ -63,6 +75,15 @@ class _Running:
     streams: list[Stream]
     kl: list[list[float]] = field(default_factory=list)
     """By batch, by sequence: summed over its tokens."""
+
+    @contextmanager
+    def within(self, paths: Sequence[str]) -> Iterator[None]:
+        """Under its contexts of these layers."""
+        with ExitStack() as stack:
+            for path in paths:
+                if path in self.candidate.contexts:
+                    stack.enter_context(self.candidate.contexts[path]())
+            yield
 
 
 class Measuring:
@@ -81,8 +102,10 @@ class Measuring:
         self._stack, self._running = stack, []
         self._plain = self._new()
         self._streams.measured = list(self._plain)
-        of_candidates = self._wanted.most * num_layers * (num_layers + 1) // 2
-        self._streams.more_steps = len(self._own) * (of_candidates + num_layers)
+        for candidate in self._wanted.whole:
+            self._add(WHOLE, candidate, self._new())
+        of_layers = self._wanted.most * num_layers * (num_layers + 1) // 2
+        self._streams.more_steps = len(self._own) * (of_layers + (1 + len(self._wanted.whole)) * num_layers)
 
     def take_up(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The streams of these layers' candidates, which a run before has set out; none of them has started."""
@@ -92,9 +115,9 @@ class Measuring:
 
     def pass_unit(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All stand before a decoder layer, of which the MoE layers at `paths` have figures now: let them pass."""
-        new = self._set_out(paths, figures)
+        self._set_out(paths, figures)
         for running in self._running:
-            with running.candidate.context() if running in new else nullcontext():
+            with running.within(paths):
                 for stream in running.streams:
                     self._streams.go_on(stream)
         for stream in self._plain:
@@ -104,18 +127,19 @@ class Measuring:
         self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]], domains: Sequence[str]
     ) -> dict[str, dict[str, Tensor]]:
         """The same for the last decoder layer, and up to the answers: layer path → figures, see `measured_of`."""
-        new = self._set_out(paths, figures)
+        self._set_out(paths, figures)
         for number, plain in enumerate(self._plain):
             answers = self._answers(plain)
             for running in self._running:
-                with running.candidate.context() if running in new else nullcontext():
+                with running.within(paths):
                     others = self._answers(running.streams[number])
                 running.kl.append(_by_sequence(kl_divergences(answers, others), plain.batch))
         found: dict[str, list[tuple[Any, list[float]]]] = {}
         for running in self._running:
             kl = [one for of_batch in self._processes.in_order(running.kl) for one in of_batch]
             if not all(map(math.isfinite, kl)):
-                raise CalibrationError(f"{running.path}: what its answers lose without some experts is not finite.")
+                of = f"{running.path}: " if running.path else ""
+                raise CalibrationError(f"{of}what the model's answers lose without some experts is not finite.")
             found.setdefault(running.path, []).append((running.candidate.decided, kl))
         return {path: self._figures(of_layer, domains) for path, of_layer in found.items()}
 
@@ -138,10 +162,9 @@ class Measuring:
         self._stack.callback(stream.leave)
         return stream
 
-    def _add(self, path: str, candidate: Candidate, streams: list[Stream]) -> _Running:
+    def _add(self, path: str, candidate: Candidate, streams: list[Stream]) -> None:
         self._running.append(_Running(path, candidate, streams))
         self._streams.measured += streams
-        return self._running[-1]
 
     def _take_output(self, batch: TokenBatch, output: Any) -> None:
         self._output = answers_at(batch, output)
@@ -154,14 +177,11 @@ class Measuring:
             raise UnsupportedModelError(f"{type(self._streams.model).__name__}: its layers run in no one order.")
         return answers
 
-    def _set_out(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> list[_Running]:
+    def _set_out(self, paths: Sequence[str], figures: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The candidates of a decoder layer's MoE layers, standing before it like the plain text."""
-        new: list[_Running] = []
         for path in paths:
             for candidate in self._wanted.candidates(path, figures[path]) if path in figures else ():
-                streams = [self._beside(plain) for plain in self._plain]
-                new.append(self._add(path, candidate, streams))
-        return new
+                self._add(path, candidate, [self._beside(plain) for plain in self._plain])
 
     def _beside(self, plain: Stream) -> Stream:
         """Another stream that stands before a decoder layer as the plain one does."""

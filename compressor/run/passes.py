@@ -105,7 +105,7 @@ def _candidate(method: Method[Any], moe: MoEModel, path: str, decision: Decision
         assert found is not None, f"{method.name} has candidates and no preview"
         return found
 
-    return Candidate(decision["layers"][path], context)
+    return Candidate(decision["layers"][path], {path: context})
 
 
 def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statistic], dict[str, InputStatistic]]:

@@ -67,7 +67,7 @@ def sets_of(moe: MoEModel, path: str) -> list[list[int]]:
 def wanted(moe: MoEModel) -> Measured:
     def candidates(path: str, figures: Mapping[str, Tensor]) -> list[Candidate]:
         assert figures["tokens"] > 0
-        return [Candidate({"kept": kept}, partial(moe.masked, {path: kept})) for kept in sets_of(moe, path)]
+        return [Candidate({"kept": kept}, {path: partial(moe.masked, {path: kept})}) for kept in sets_of(moe, path)]
 
     return Measured(batches(), candidates, 2)
 
@@ -107,6 +107,33 @@ def test_equals_whole_forwards_under_a_mask(model_type: str) -> None:
     assert all(float(one["measured.kl"].sum()) > 1e-6 for one in found.values())
 
 
+def whole_decisions(moe: MoEModel) -> list[dict[str, list[int]]]:
+    return [{path: sets_of(moe, path)[number] for path in (layer.path for layer in moe.layers)} for number in (0, 1)]
+
+
+def compared(moe: MoEModel, **options: Any) -> list[dict[str, tuple[float, float]]]:
+    contexts = [
+        {path: partial(moe.masked, {path: kept}) for path, kept in decision.items()}
+        for decision in whole_decisions(moe)
+    ]
+    return layerwise.compared(moe, batches(), contexts, Progress(), **options)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_whole_decisions_equal_whole_forwards(model_type: str) -> None:
+    moe = MoEModel(tiny.tiny_model(model_type).eval())
+    found = compared(moe)
+    for kept, by_domain in zip(whole_decisions(moe), found, strict=True):
+        for domain in ("one", "two"):
+            sums, tokens = 0.0, 0
+            for batch in (one for one in batches() if one.domain == domain):
+                plain = forward.logits(moe.model, batch)
+                with moe.masked(kept):
+                    kl = kl_divergences(plain, forward.logits(moe.model, batch))
+                sums, tokens = sums + float(kl.sum()), tokens + len(kl)
+            assert by_domain[domain][0] == pytest.approx(sums / tokens, rel=1e-4)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tiny.tiny_model("qwen3_moe").save_pretrained(tmp_path / "model")
@@ -133,6 +160,7 @@ def assert_equal(found: Mapping[str, Mapping[str, Tensor]], other: Mapping[str, 
 def test_from_disk_to_the_bit(folder: Path) -> None:
     moe, weights = from_disk(folder)
     assert_equal(measured(moe, weights=weights), measured(in_memory(folder)))
+    assert compared(moe, weights=weights) == compared(in_memory(folder))
 
 
 def test_in_two_processes(folder: Path) -> None:
