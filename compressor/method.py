@@ -13,6 +13,7 @@ method.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -48,6 +49,16 @@ class Decision(dict[str, Any]):
     def of(cls, decided: Mapping[str, Any]) -> Decision:
         """The same, if it is a plain mapping without tensors."""
         return decided if isinstance(decided, cls) else cls(decided)
+
+    def by_layer(self) -> dict[str, Decision]:
+        """The same for one layer each, by its path."""
+        whole = {key: value for key, value in self.items() if key != "layers"}
+        return {
+            path: Decision(
+                {**whole, "layers": {path: layer}}, {path: self.tensors[path]} if path in self.tensors else {}
+            )
+            for path, layer in self["layers"].items()
+        }
 
     @property
     def shapes(self) -> dict[str, dict[str, list[int]]]:
@@ -255,6 +266,17 @@ class Method(ABC, Generic[OptionsT]):
         `statistics` maps a layer's path to the tensors that its statistic returned. Must be a pure function: same
         figures, same decision. Raises OptionError where the figures cannot tell what the options ask for.
         """
+
+    def alternatives(self, layers: Sequence[MoELayer], statistics: Gathered) -> Mapping[str, Decision]:
+        """Decisions to choose from, by what makes them up; the first is that of `decide`. Where there are several, the
+        core measures what the model's answers lose under the `preview` of each, on text of `measuring`, and takes the
+        one of least `cost`; the decision then says under `chosen` what all of them lose. None by default.
+        """
+        return {}
+
+    def cost(self, kl: Mapping[str, float]) -> float:
+        """One number of what answers lose in each domain, in nats a token: the mean, unless a method knows better."""
+        return math.fsum(kl.values()) / len(kl)
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Apply the decision to one layer: write its experts' numbers, and say what to keep or skip. Every method

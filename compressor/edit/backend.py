@@ -37,6 +37,7 @@ from compressor.model.structure import MoELayer
 from compressor.observe import forward, layerwise
 from compressor.observe.activation_offload import Parking
 from compressor.observe.layerwise import Figures
+from compressor.observe.measuring import Contexts
 from compressor.observe.statistic import Statistic
 
 TaskResults = dict[str, TaskResult]
@@ -92,6 +93,13 @@ class Backend(ABC):
         """The figures of these statistics; see `layerwise.observe`, which takes more."""
         how |= {"weights": self.weights, "processes": self.processes, "parking": self.parking}
         return layerwise.observe(self.moe, batches, statistics, self.progress, **how)
+
+    def compared(
+        self, batches: Sequence[TokenBatch], decisions: Sequence[Contexts], title: str
+    ) -> list[dict[str, tuple[float, float]]]:
+        """What the model's answers lose under each of these; see `layerwise.compared`."""
+        how: dict[str, Any] = {"weights": self.weights, "processes": self.processes, "parking": self.parking}
+        return layerwise.compared(self.moe, batches, decisions, self.progress, title=title, **how)
 
     def weigh(self, statistics: Mapping[str, Statistic], **how: Any) -> Figures:
         """The figures of statistics that are shown no text; see `layerwise.weigh`."""

@@ -75,10 +75,7 @@ class OnDisk(Backend):
 
     def previewed(self, preview: Callable[..., Any], decision: Decision) -> AbstractContextManager[object]:
         """Every layer as long as it is there."""
-        alone = {
-            path: Decision({**decision, "layers": {path: layer}}, decision.tensors)
-            for path, layer in decision["layers"].items()
-        }
+        alone = decision.by_layer()
         return self.weights.within({path: partial(preview, self.moe, one) for path, one in alone.items()})
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:

@@ -400,8 +400,8 @@ class _Walk:
         outside = [path for path in paths if not f"{path}.".startswith(tuple(f"{unit}." for unit in units))]
         if outside:
             raise UnsupportedModelError(
-                f"{outside[0]} is in no list of layers, so what the model's answers lose by it cannot be measured layer "
-                f"by layer; say `share: even` or `share: loss`."
+                f"{outside[0]} is in no list of layers, so what the model's answers lose by it cannot be measured "
+                f"layer by layer; say `share: even` or `share: loss`."
             )
 
     def _refuse_unseen(self) -> None:

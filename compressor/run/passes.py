@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -94,18 +95,19 @@ def _measured(
     def candidates(path: str, figures: Mapping[str, Tensor]) -> list[Candidate]:
         with job.loaded.at_pass(resolved):
             offered = method.candidates(moe.layers, moe.layer(path), Gathered({path: figures}, domains))
-        return [_candidate(method, moe, path, agreed(Decision.of(one), job.processes)) for one in offered]
+        decisions = [agreed(Decision.of(one), job.processes) for one in offered]
+        return [Candidate(one["layers"][path], {path: _context(method, moe, one)}) for one in decisions]
 
     return Measured(slice_of(batches, wanted.tokens), candidates, wanted.candidates)
 
 
-def _candidate(method: Method[Any], moe: MoEModel, path: str, decision: Decision) -> Candidate:
+def _context(method: Method[Any], moe: MoEModel, decision: Decision) -> Callable[[], AbstractContextManager[object]]:
     def context() -> AbstractContextManager[object]:
         found = method.preview(moe, decision)
         assert found is not None, f"{method.name} has candidates and no preview"
         return found
 
-    return Candidate(decision["layers"][path], {path: context})
+    return context
 
 
 def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statistic], dict[str, InputStatistic]]:
@@ -135,6 +137,49 @@ def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures
     """The pass's decision, which is the first process's."""
     with job.loaded.at_pass(resolved):
         return agreed(Decision.of(resolved.method.decide(layers, figures)), job.processes)
+
+
+def decide_measured(
+    job: Job,
+    piece: Backend,
+    resolved: ResolvedPass,
+    figures: Gathered,
+    batches: Sequence[TokenBatch],
+    name: str,
+) -> Decision:
+    """The pass's decision; of several alternatives the one by which the model's answers lose least."""
+    method, wanted = resolved.method, resolved.method.measuring(piece.layers)
+    with job.loaded.at_pass(resolved):
+        offered = method.alternatives(piece.layers, figures) if wanted else {}
+    if len(offered) < 2:
+        return decide(job, resolved, piece.layers, figures)
+    assert wanted is not None
+    decisions = {what: agreed(Decision.of(one), job.processes) for what, one in offered.items()}
+    text = slice_of(batches, _MORE_TEXT * wanted.tokens)
+
+    def measured() -> dict[str, Any]:
+        contexts = [
+            {path: _context(method, piece.moe, alone) for path, alone in one.by_layer().items()}
+            for one in decisions.values()
+        ]
+        found = piece.compared(text, contexts, title=f"{resolved.spec.method}: comparing {len(contexts)} choices")
+        return {what: _lost(method, by_domain) for what, by_domain in zip(decisions, found, strict=True)}
+
+    found = job.noted(f"alternatives {name}", measured)
+    best = min(decisions, key=lambda what: found[what]["cost"])
+    tokens = sum(int(batch.attention_mask.sum()) for batch in text)
+    chosen = {"name": best, "tokens": tokens, "alternatives": found}
+    return Decision({**decisions[best], "chosen": chosen}, decisions[best].tensors)
+
+
+_MORE_TEXT = 2
+"""Times as much text as one layer's candidates are measured on: so many fewer are compared."""
+
+
+def _lost(method: Method[Any], by_domain: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    kl = {domain: lost for domain, (lost, _) in by_domain.items()}
+    errors = {domain: None if math.isnan(error) else error for domain, (_, error) in by_domain.items()}
+    return {"cost": method.cost(kl), "kl": kl, "standard_error": errors}
 
 
 def edit(

@@ -280,7 +280,7 @@ def _apply_passes(
             figures = passes.observe(job, piece, resolved, shown, original, name)
         files.add_figures(name, resolved, piece.layers, figures)
         with job.timed("decide"), files.kept_if_undecided(name, resolved):
-            decision = passes.decide(job, resolved, piece.layers, figures)
+            decision = passes.decide_measured(job, piece, resolved, figures, batches, name)
         entry = passes.entry_json(resolved, figures, held_out, decision, piece.original_ids, all_ids)
         done.append(entry)
         files.write_decisions(done)
@@ -545,4 +545,4 @@ def _decided_alone(job: Job, subject: Subject, piece: Backend, resolved: Resolve
     batches = _batches(job, texts.by_pass[resolved.index])
     held_out = _batches(job, texts.held_out[resolved.index], held_out=True)
     figures = passes.observe(job, piece, resolved, [*batches, *held_out], _original(job, subject))
-    return passes.decide(job, resolved, piece.layers, figures)
+    return passes.decide_measured(job, piece, resolved, figures, batches, f"{resolved.index} alone")

@@ -13,18 +13,16 @@ What needs torch is imported where it is used, so that options can be listed and
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compressor.method import Decision, Measuring, Method, OptionError, Plan
 from compressor.report.description import Description
 from compressor.selection.findings import shown
 from compressor.selection.layer_plan import (
     LayerPlan,
-    allocated,
     check_names,
     check_top_k,
     constants_notes,
@@ -32,8 +30,8 @@ from compressor.selection.layer_plan import (
     measured_counts,
     padding_note,
     planned_counts,
+    rivals,
     rounding_notes,
-    total_kept,
 )
 from compressor.selection.options import SelectionOptions
 from compressor.wording import did_you_mean
@@ -150,13 +148,8 @@ class ExpertSelection(Method[OptionsT]):
     def needs_text(self) -> bool:
         """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
         criterion, options = self.criteria.get(self.options.criterion or ""), self.options
-        return (
-            criterion is None
-            or criterion.needs_text
-            or bool(options.gather)
-            or options.is_measured
-            or (options.with_constants)
-        )
+        is_measured = options.is_measured or options.chooses or options.with_constants
+        return criterion is None or criterion.needs_text or bool(options.gather) or is_measured
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
@@ -233,10 +226,11 @@ class ExpertSelection(Method[OptionsT]):
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
         """Counts of every layer, where a mean is shared out by them."""
-        if not self.options.is_measured:
+        if not self.options.is_measured and not self.options.chooses:
             return None
-        counts = [len(measured_counts(LayerPlan(layer, self.options), len(layers))) for layer in layers]
-        return Measuring(measured_amount(self.options, len(layers))[0], max(counts))
+        plans = [LayerPlan(layer, self.options) for layer in layers] if self.options.is_measured else []
+        counts = [len(measured_counts(plan, len(layers))) for plan in plans]
+        return Measuring(measured_amount(self.options, len(layers))[0], max(counts, default=0))
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured."""
@@ -250,7 +244,11 @@ class ExpertSelection(Method[OptionsT]):
         plans = [LayerPlan(layer, self.options) for layer in layers]
         decision = Decision({"layers": {}})
         if self.options.budget:
-            decision["budget"], num_kept, costs = self._shared(plans, statistics)
+            from compressor.selection.sharing import shared
+
+            decision["budget"], num_kept, costs = shared(
+                plans, self.options, statistics, lambda plan, count: self._chosen(plan, statistics, count)
+            )
         else:
             costs = {}
             num_kept = {plan.path: plan.counts[0] for plan in plans}
@@ -274,59 +272,6 @@ class ExpertSelection(Method[OptionsT]):
         decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
         return decision
 
-    def _shared(
-        self, plans: Sequence[LayerPlan], statistics: Gathered
-    ) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
-        """(what is said of how a mean is shared out, layer path → count, → what that costs in nats if measured)."""
-        from compressor.selection import sharing
-
-        options, budget, total = self.options, self.options.budget, total_kept(plans, self.options)
-        assert budget is not None
-        said: dict[str, Any] = {
-            "asked_mean": budget.amount,
-            "share": options.share or "measured",
-            "mean": total / len(plans),
-            "num_kept": total,
-            "num_experts": sum(plan.layer.num_experts for plan in plans),
-        }
-        if options.share == "even":
-            return said, planned_counts(plans, options), {}
-        if options.share == "loss":
-            costs = {
-                plan.path: {
-                    count: self._chosen(plan, statistics, count)[1] ** 2
-                    for count in plan.counts
-                    if plan.has_room(count)
-                }
-                for plan in plans
-            }
-        else:
-            tables = {}
-            for plan in (one for one in plans if one.changes):
-                with self._refused(plan):
-                    tables[plan.path] = sharing.measured_table(statistics, plan.path)
-            costs = {plan.path: self._measured_costs(plan, tables.get(plan.path, {})) for plan in plans}
-            said["measured"] = tables
-        try:
-            num_kept = allocated(costs, total)
-        except ValueError as error:
-            raise OptionError("keep", f"{error}, as far as counts were measured.") from error
-        chosen = {path: costs[path][count] for path, count in num_kept.items()}
-        if options.share == "loss":
-            return {**said, "summed_squared_loss": math.fsum(chosen.values())}, num_kept, {}
-        return {**said, "summed_kl": math.fsum(chosen.values())}, num_kept, chosen
-
-    def _measured_costs(self, plan: LayerPlan, table: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-        from compressor.selection.sharing import blended, costs_between
-
-        known = {
-            count: blended(list(one["kl"].values()), list(one["kl"]), self.options.blend)
-            for count, one in table.items()
-        }
-        if self.options.top_k is None:
-            known[plan.layer.num_experts] = 0.0
-        return costs_between(known, [count for count in plan.counts if plan.has_room(count)])
-
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
         if not plan.changes:
@@ -335,16 +280,10 @@ class ExpertSelection(Method[OptionsT]):
             raise OptionError(
                 self.options.count_option, f"{plan.path}: nothing was gathered at this layer; observe again."
             )
-        with self._refused(plan):
-            return self._best(plan, statistics, num_kept)
-
-    @contextmanager
-    def _refused(self, plan: LayerPlan) -> Iterator[None]:
-        """What figures cannot tell is refused at the option that says how many experts stay."""
         from compressor.selection.scores import ChoiceError
 
         try:
-            yield
+            return self._best(plan, statistics, num_kept)
         except ChoiceError as error:
             raise OptionError(self.options.count_option, f"{plan.path}: {error}.") from error
 
@@ -387,6 +326,24 @@ class ExpertSelection(Method[OptionsT]):
         else:
             raise ChoiceError("no losses of sets of experts were gathered, only sums; decide or observe by a criterion")
         return found | notes, cost
+
+    def alternatives(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
+        """What is asked for, other ways of sharing out and of choosing experts, as far as the figures can tell."""
+        found: dict[str, Decision] = {}
+        for name, changes in rivals(self.options, self.criteria, statistics.domains).items():
+            other = type(self)(self.options.model_copy(update=changes), self.criteria)
+            try:
+                found[name] = other.decide(layers, statistics)
+            except OptionError:
+                if not found:  # what was asked for
+                    raise
+        return found
+
+    def cost(self, kl: Mapping[str, float]) -> float:
+        """As the option `blend` says."""
+        from compressor.selection.sharing import blended
+
+        return blended(list(kl.values()), list(kl), self.options.blend)
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Removed means masked; or such an expert answers a constant."""

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.method import OptionError, check_layer_names, fewer_experts
 from compressor.selection.options import SelectionOptions, ids_for
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _MAX_RANKS = 20
 _PAPER_TOKENS = 128 * 2048
 _TOKENS, _COUNTS = 3840, 8
+_RIVALS = ("weighted_ean", "reap")
+"""Criteria that every search gathers the figures of, and one of which is better than it on some models."""
+_MOST_RIVALS = 6
 
 Route = Literal["criterion", "constants", "exact", "greedy"]
 
@@ -324,6 +327,26 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
     if nested:
         notes.append(f"vLLM would refuse it, since it takes one number before the experts', and {nested[0]} has more")
     return notes
+
+
+def rivals(options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What is asked for, and what it is compared with where KL is to choose: in words → other values of options. Six at
+    most. No names where nothing is to be chosen.
+    """
+    if not options.chooses:
+        return {}
+    shares = [options.share or "measured", *(["even"] if options.is_measured else [])] if options.budget else [None]
+    search = "constants" if options.with_constants else "search"
+    ways: dict[str, dict[str, Any]] = {options.criterion or search: {}}
+    ways |= {name: {"criterion": name, "search": "auto"} for name in _RIVALS if name in criteria}
+    if len(domains) > 1 and options.blend != "worst":
+        ways[f"{options.criterion or search}, worst domain"] = {"blend": "worst"}
+    pairs = [(way, share) for share in shares for way in ways]
+    named = {
+        ", ".join([way, *([f"{share} counts"] if share else [])]): {**ways[way], **({"share": share} if share else {})}
+        for way, share in pairs
+    }
+    return dict(list(named.items())[:_MOST_RIVALS])
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

@@ -168,6 +168,12 @@ class SelectionOptions(Options):
         "constants (the router stays as it is, and such an expert answers its mean), or never_chosen (as none, but the "
         "router keeps its rows, and its bias switches them off: other counts in other layers in a format of vLLM's)",
     )
+    choose: Literal["measured", "given"] | None = Field(
+        default=None,
+        description="measured: several choices, such as a criterion's, or an even split, are compared by what the "
+        "model's answers lose under each, and the best is taken; given: what is asked for is; default measured for a "
+        "mean of which no more is said",
+    )
     multiple_of: StrictInt | None = Field(
         default=None,
         ge=2,
@@ -270,6 +276,8 @@ class SelectionOptions(Options):
             if idle := [name for name in others if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"`{idle[0]}` means nothing beside `replace: constants`: leave one of them out")
         idle = [name for name in ("measured_counts", "measured_tokens") if getattr(self, name) and not self.is_measured]
+        if self.choose == "measured" and self.progressive:
+            raise ValueError("`progressive` decides a layer before it sees the next: say `choose: given`, or leave it")
         idle += ["share"] if self.share and not self.budget else []
         if idle:
             raise ValueError(f"`{idle[0]}` would have no effect: it is for a mean that is shared out; leave it out")
@@ -279,6 +287,12 @@ class SelectionOptions(Options):
     def with_constants(self) -> bool:
         """Whether the experts that go answer constants."""
         return self.replace == "constants"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether several choices are measured and the best is taken."""
+        says_no_more = self.is_measured and not self.share and self.criterion is None and self.search == "auto"
+        return self.choose == "measured" or (self.choose is None and says_no_more)
 
     @property
     def is_measured(self) -> bool:

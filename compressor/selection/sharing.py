@@ -11,17 +11,69 @@ Shared out by `allocation`, so that Σ c_l(r_l) is least. Losses of different la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from compressor.method import OptionError
 from compressor.observe.measuring import KL, measured_of
 from compressor.observe.statistic import Gathered
-from compressor.selection.choose import AGAIN
+from compressor.selection.choose import AGAIN, Choice
+from compressor.selection.layer_plan import LayerPlan, allocated, planned_counts, total_kept
 from compressor.selection.objective import Blend, blend_weights
+from compressor.selection.options import SelectionOptions
 from compressor.selection.scores import ChoiceError
 
 Costs = dict[int, float]
 """Count → cost, of one layer."""
+
+
+def shared(
+    plans: Sequence[LayerPlan],
+    options: SelectionOptions,
+    statistics: Gathered,
+    chosen: Callable[[LayerPlan, int], tuple[Choice, float]],
+) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
+    """(what is said of it, layer path → count, layer path → what that costs in nats where it was measured). `chosen`:
+    what a layer with so many experts would be, and its loss. Raises OptionError where no counts add up.
+    """
+    budget, total = options.budget, total_kept(plans, options)
+    assert budget is not None
+    said: dict[str, Any] = {
+        "asked_mean": budget.amount,
+        "share": options.share or "measured",
+        "mean": total / len(plans),
+        "num_kept": total,
+        "num_experts": sum(plan.layer.num_experts for plan in plans),
+    }
+    if options.share == "even":
+        return said, planned_counts(plans, options), {}
+    costs: dict[str, Costs] = {}
+    for plan in plans:
+        possible = [count for count in plan.counts if plan.has_room(count)]
+        if options.share == "loss":
+            costs[plan.path] = {count: chosen(plan, count)[1] ** 2 for count in possible}
+            continue
+        table = _table_of(plan, statistics) if plan.changes else {}
+        said.setdefault("measured", {})[plan.path] = table
+        nats = {count: blended(list(of["kl"].values()), list(of["kl"]), options.blend) for count, of in table.items()}
+        whole = {} if options.top_k is not None else {plan.layer.num_experts: 0.0}
+        costs[plan.path] = costs_between(nats | whole, possible)
+    try:
+        num_kept = allocated(costs, total)
+    except ValueError as error:
+        raise OptionError(options.count_option, f"{error}, as far as they were measured.") from error
+    cost = {path: costs[path][count] for path, count in num_kept.items()}
+    summed = math.fsum(cost.values())
+    if options.share == "loss":
+        return {**said, "summed_squared_loss": summed}, num_kept, {}
+    return {**said, "summed_kl": summed}, num_kept, cost
+
+
+def _table_of(plan: LayerPlan, statistics: Gathered) -> dict[int, dict[str, Any]]:
+    try:
+        return measured_table(statistics, plan.path)
+    except ChoiceError as error:
+        raise OptionError(plan.options.count_option, f"{plan.path}: {error}.") from error
 
 
 def blended(kl: Sequence[float], domains: Sequence[str], blend: Blend) -> float:
