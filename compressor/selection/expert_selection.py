@@ -25,6 +25,7 @@ from compressor.selection.layer_plan import (
     LayerPlan,
     check_names,
     check_top_k,
+    choosing_notes,
     constants_notes,
     measured_amount,
     measured_counts,
@@ -32,6 +33,7 @@ from compressor.selection.layer_plan import (
     planned_counts,
     rivals,
     rounding_notes,
+    sharing_notes,
 )
 from compressor.selection.options import SelectionOptions
 from compressor.wording import did_you_mean
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from compressor.model.structure import MoELayer
     from compressor.observe.statistic import Gathered, Statistic
     from compressor.selection.activation_sums import ExpertSums
-    from compressor.selection.choose import Choice, Fixed
+    from compressor.selection.choose import Choice
     from compressor.selection.greedy import GreedySearch
 
 _CONSTANTS = "constants"
@@ -60,8 +62,6 @@ class ExpertSelection(Method[OptionsT]):
 
     expert_ids = ("kept", "dropped", "unreached", "super_experts", "protected_super_experts")
 
-    # check
-
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         self._check_criterion()
@@ -75,7 +75,8 @@ class ExpertSelection(Method[OptionsT]):
         notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
         notes += rounding_notes(plans, options)
         if options.budget:
-            notes.append(self._sharing_note(layers, sum(planned.values())))
+            notes += sharing_notes(plans, planned, self.measuring(layers))
+        notes += choosing_notes(list(rivals(options, self.criteria, ())))
         if options.padded:
             notes.append(padding_note(layers, planned, options))
         if options.progressive:
@@ -84,18 +85,6 @@ class ExpertSelection(Method[OptionsT]):
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         after = [plan.after(planned[plan.path]) for plan in plans]
         return Plan(after, notes if options.replace == "none" else [*notes, *constants_notes(after, options)])
-
-    def _sharing_note(self, layers: Sequence[MoELayer], num_kept: int) -> str:
-        stay = f"{num_kept:,} experts stay in {len(layers)} layers"
-        if self.options.share == "even":
-            return f"{stay}, shared out evenly"
-        found = "found on the calibration text, an even split is shown"
-        if (wanted := self.measuring(layers)) is None:
-            return f"{stay}; how many in which is {found}"
-        return (
-            f"{stay}; how many in which is {found}: {wanted.candidates} counts of each layer are measured on "
-            f"{wanted.tokens:,} tokens, as much work as {wanted.forwards(len(layers)) * wanted.tokens:,.0f} tokens more"
-        )
 
     def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
         if self.options.criterion is None or not any(plan.changes for plan in plans):
@@ -191,13 +180,14 @@ class ExpertSelection(Method[OptionsT]):
         return most_bytes_of_token(layer, ranks, top_k, has_residual=options.progressive)
 
     def _greedy_search(self, plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
+        from compressor.selection.deciding import fixed
         from compressor.selection.greedy import GreedySearch
 
         layer, counts = plan.layer, [count for count in plan.counts if plan.has_room(count)]
         fewest = min(counts)
 
         def protected() -> list[int]:
-            return self._fixed(plan, sums.largest(), fewest).staying
+            return fixed(plan, sums.largest(), fewest).staying
 
         many_go = layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts
         starts = self.options.starts
@@ -210,18 +200,6 @@ class ExpertSelection(Method[OptionsT]):
             forbidden=plan.forbidden,
             num_ranks=self.options.ranks,
             num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
-        )
-
-    def _fixed(self, plan: LayerPlan, largest_E: Tensor, num_kept: int) -> Fixed:
-        from compressor.selection import choose
-
-        return choose.fixed_experts(
-            plan.free,
-            largest_E,
-            num_kept,
-            protected=plan.protected,
-            forbidden=plan.forbidden,
-            protect_supers=self.options.protect_super_experts,
         )
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
@@ -274,58 +252,9 @@ class ExpertSelection(Method[OptionsT]):
 
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
-        if not plan.changes:
-            return _unchanged(plan.layer), 0.0
-        if plan.path not in statistics:
-            raise OptionError(
-                self.options.count_option, f"{plan.path}: nothing was gathered at this layer; observe again."
-            )
-        from compressor.selection.scores import ChoiceError
+        from compressor.selection.deciding import decided
 
-        try:
-            return self._best(plan, statistics, num_kept)
-        except ChoiceError as error:
-            raise OptionError(self.options.count_option, f"{plan.path}: {error}.") from error
-
-    def _best(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
-        from compressor.selection import choose, constants
-        from compressor.selection.scores import ChoiceError, largest
-
-        layer, options = plan.layer, self.options
-        figures = statistics[layer.path]
-        if num_kept == layer.num_experts and options.top_k is None:
-            return _unchanged(layer), 0.0
-        if options.is_measured and not options.with_constants and constants.ERRORS in figures:
-            raise ChoiceError(f"counts were measured where experts answer constants (`replace`); {choose.AGAIN}")
-        fixed = self._fixed(plan, largest(figures), num_kept)
-        notes = choose.notes(figures, fixed)
-        if options.criterion is not None:
-            criterion = self.criteria[options.criterion]
-            found = choose.by_criterion(
-                plan.free, figures, num_kept, statistics.domains, options.blend, criterion, fixed, options.seed or 0
-            )
-            if options.with_constants:
-                objective = constants.objective_of(figures, statistics.domains, options.blend)
-                found |= constants.lost_by(figures, found["dropped"], objective)[0]
-            return found | notes, 0.0
-        if options.with_constants:
-            objective = constants.objective_of(figures, statistics.domains, options.blend)
-            found, cost = constants.by_constants(layer, figures, num_kept, objective, fixed, options.max_subsets)
-            return found | notes, cost
-        objective = choose.objective_of(figures, statistics.domains, options.blend)
-        top_k = options.top_k or layer.top_k
-        observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
-        if any(one != top_k for one in observed):
-            raise ChoiceError(
-                f"the losses were gathered for {observed[0]} experts per token, not {top_k}; {choose.AGAIN}"
-            )
-        if "subsets.counts" in figures and options.search != "greedy":
-            found, cost = choose.by_subsets(layer, figures, num_kept, objective, fixed)
-        elif "greedy.counts" in figures and options.search != "exact":
-            found, cost = choose.by_greedy(layer, figures, num_kept, objective, fixed)
-        else:
-            raise ChoiceError("no losses of sets of experts were gathered, only sums; decide or observe by a criterion")
-        return found | notes, cost
+        return decided(plan, statistics, num_kept, self.criteria)
 
     def alternatives(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
         """What is asked for, other ways of sharing out and of choosing experts, as far as the figures can tell."""
@@ -382,10 +311,6 @@ class ExpertSelection(Method[OptionsT]):
         if isinstance(drawn, Decision):
             drawn.tensors = decision.tensors
         return drawn
-
-
-def _unchanged(layer: MoELayer) -> Choice:
-    return {"kept": list(range(layer.num_experts)), "dropped": [], "loss": 0.0, "relative_loss": 0.0}
 
 
 def _constants(decision: Decision, path: str) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor.method import OptionError, check_layer_names, fewer_experts
+from compressor.method import Measuring, OptionError, check_layer_names, fewer_experts
 from compressor.selection.options import SelectionOptions, ids_for
 
 if TYPE_CHECKING:
@@ -312,6 +312,25 @@ def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, in
     forwards = (num_layers + 1) / 2
     tokens = options.measured_tokens or max(256, min(_TOKENS, int(_PAPER_TOKENS / 3 / forwards) // 256 * 256))
     return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
+
+
+def sharing_notes(plans: Sequence[LayerPlan], planned: Mapping[str, int], wanted: Measuring | None) -> list[str]:
+    """How a mean is shared out, and what measuring that takes."""
+    options, stay = plans[0].options, f"{sum(planned.values()):,} experts stay in {len(plans)} layers"
+    if options.share == "even":
+        return [f"{stay}, shared out evenly"]
+    note = f"{stay}; how many in which is found on the calibration text, an even split is shown"
+    if options.is_measured and wanted is not None:
+        note += (
+            f": {wanted.candidates} counts of each layer are measured on {wanted.tokens:,} tokens, as much work as "
+            f"{wanted.forwards(len(plans)) * wanted.tokens:,.0f} tokens more"
+        )
+    return [note]
+
+
+def choosing_notes(names: Sequence[str]) -> list[str]:
+    """What is compared by what the model's answers lose."""
+    return [f"{len(names)} choices are compared by what the answers lose: {'; '.join(names)}"] if names else []
 
 
 def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> list[str]:

@@ -219,6 +219,7 @@ def test_a_mean_is_planned_evenly(layers):
         "247 sets of 2 to 8 experts per layer, all of them looked at",
         "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown: 6 "
         "counts of each layer are measured on 3,840 tokens, as much work as 46,080 tokens more",
+        "2 choices are compared by what the answers lose: search, measured counts; search, even counts",
     ]
     assert planned(layers, keep={"mean": 5.5}) == [5, 6, 6]  # 16.5 experts: halves upwards
     assert planned(layers, keep={"mean": 0.75}) == [6, 6, 6]
