@@ -171,19 +171,16 @@ def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, 
 
 
 def _refuse_other_text(reference: str, preview: Preview, against: str, other: Preview) -> None:
-    """Raise EvaluationError where the same text is not the same tokens to both models."""
-    tokenizers = [tokenizer_fingerprint(one.tokenizer) for one in (preview, other) if one.tokenizer is not None]
-    if len(set(tokenizers)) > 1:
-        raise EvaluationError(
-            f"{against}: its tokenizer is not that of {reference}, so they read other tokens in the same text; only "
-            f"models of one tokenizer can be compared."
-        )
-    sizes = [one.limits.num_embeddings for one in (other, preview)]
-    if sizes[0] != sizes[1]:
-        raise EvaluationError(
-            f"{against}: its vocabulary has {sizes[0]} entries, that of {reference} {sizes[1]}; only models of one "
-            f"vocabulary can be compared."
-        )
+    """Raise EvaluationError where a text is not the same tokens to both models, as far as both have tokenizers."""
+    both: dict[str, list[Any]] = {"size of vocabulary": [one.limits.num_embeddings for one in (other, preview)]}
+    if other.tokenizer is not None and preview.tokenizer is not None:
+        both = {"tokenizer": [tokenizer_fingerprint(one.tokenizer) for one in (other, preview)]} | both
+    for what, (theirs, ours) in both.items():
+        if theirs != ours:
+            raise EvaluationError(
+                f"{against}: its {what} is {theirs}, that of {reference} is {ours}; only models that read the same "
+                f"tokens can be compared."
+            )
 
 
 # The run ---------------------------------------------------------------------------------------------------
