@@ -121,6 +121,25 @@ def stored_prefix(model: Any, experts: str) -> str:
     return name.removesuffix(f"0.{VALUE}")
 
 
+def wrong_experts(model: Any, names: Iterable[str]) -> str | None:
+    """Which experts have weights on disk where the config says others, in a model whose experts answer constants:
+    transformers' loader takes them in their order, whatever their numbers.
+    """
+    if not (there := constant_experts(model)):
+        return None
+    conversion = Conversion(model)
+    found: dict[str, set[int]] = {path: set() for path in there}
+    for name in names:
+        target, pattern = conversion.rename(name)
+        module = target.rpartition(".")[0]
+        if pattern is not None and module in found:
+            found[module].add(next(int(part) for part in reversed(name.split(".")) if part.isdecimal()))
+    for path, ids in found.items():
+        if ids != set(there[path].kept):
+            return f"{path}: by config.json experts {list(there[path].kept)} have weights, found {sorted(ids)}"
+    return None
+
+
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
     """All tensors of a model as its files have them, what is tied once; for `save_pretrained` without conversion. An
     expert keeps its number where others answer constants.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from compressor.checkpoint.classes import model_class
+from compressor.checkpoint.conversion import wrong_experts
 from compressor.checkpoint.find import Checkpoint, load_config
 from compressor.checkpoint.headers import Shard, torch_dtype
 from compressor.checkpoint.quantization import reading_problem, refusal, to_dequantise, without_quantisation
@@ -74,6 +75,8 @@ def load_model(
     if is_uneven(config):
         settle(model)
     refuse_bad_keys(checkpoint, info)
+    if problem := wrong_experts(model, [name for shard in checkpoint.shards for name in shard.tensors]):
+        raise CheckpointError(f"{checkpoint.reference}: {problem}.")
     if device == "meta":
         model.config.name_or_path = str(checkpoint.folder)
     elif not is_packed:

@@ -14,7 +14,7 @@ from weight_runs import files, recipe, stopped_and_whole
 
 import compressor
 from compressor import RecipeError, UnsupportedModelError
-from compressor.checkpoint.resume_state import ObservationJournal
+from compressor.checkpoint.resume_state import Journal, ObservationJournal
 from compressor.run.apply import apply
 from compressor.run.decide_again import decide
 from compressor.testing.tiny import tiny_model
@@ -69,15 +69,19 @@ def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: 
             assert torch.equal(constant, values_EH[expert])
 
 
+@pytest.mark.parametrize(
+    ("kept_by", "name"),
+    [
+        ((ObservationJournal, "put"), "layers.1"),
+        ((Journal, "note"), "edited 0.expert_pruning"),
+        pytest.param((Journal, "note"), "edited 1.dynamic_skipping", marks=pytest.mark.nightly),
+    ],
+)
 def test_interrupted_and_gone_on_with_it_is_the_same(
-    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept_by: tuple[type, str], name: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def is_last(name: str) -> bool:
-        return "layers.1" in name
-
-    resumed, whole = stopped_and_whole(
-        recipe(tokens, PASS), tmp_path, monkeypatch, (ObservationJournal, "put"), is_last
-    )
+    run = recipe(tokens, PASS, {"dynamic_skipping": {}}, weights="disk")
+    resumed, whole = stopped_and_whole(run, tmp_path, monkeypatch, kept_by, lambda noted: name in noted)
     assert resumed == whole
 
 

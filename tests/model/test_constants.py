@@ -194,6 +194,28 @@ def test_on_disk_it_becomes_what_it_becomes_in_memory(model_type: str, dtype: to
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "disk")
 
 
+def test_layers_with_other_counts_can_have_constants_too(tmp_path: Path) -> None:
+    moe = MoEModel(tiny_model("mixtral"))
+    moe.keep({layer.path: range(8 - number) for number, layer in enumerate(moe.layers)})
+    moe.replace(constants_of(moe))
+    save(moe, tmp_path / "out")
+    again, inputs = load_model(Checkpoint("mine", tmp_path / "out"), like=moe.model), tiny_inputs(moe.model)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, moe.model(**inputs).logits)
+    assert [layer.num_experts for layer in MoEModel(again).layers] == [8, 7, 6]
+
+
+def test_of_a_composite_the_text_config_says_so(tmp_path: Path) -> None:
+    in_memory(source_of(tmp_path, "glm4v_moe"), tmp_path / "memory")
+    on_disk(tmp_path / "source", tmp_path / "disk")
+    assert weights_of(tmp_path / "memory") == weights_of(tmp_path / "disk")
+    for folder in ("memory", "disk"):
+        config = json.loads((tmp_path / folder / "config.json").read_text(encoding="utf-8"))
+        assert config["text_config"]["approximate_experts"] == {"1": [1, 3], "2": [0]}
+        assert "approximate_experts" not in config
+        assert MoEModel(load_model(Checkpoint("mine", tmp_path / folder))).layers[0].constants == (1, 3)
+
+
 def test_after_a_pruning_pass_ids_are_those_that_it_left(tmp_path: Path) -> None:
     source = source_of(tmp_path, "mixtral")
 
@@ -421,6 +443,14 @@ def test_a_constant_that_is_missing_is_an_error(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing .*experts\.3\.approx_value"):
         load_model(Checkpoint("mine", tmp_path / "out"))
+
+
+def test_experts_by_other_numbers_are_an_error(tmp_path: Path) -> None:
+    """As transformers' own `save_pretrained` would number them: whoever reads ids would take one for another."""
+    in_memory(source_of(tmp_path, "mixtral"), tmp_path / "out")
+    load_model(Checkpoint("mine", tmp_path / "out")).save_pretrained(tmp_path / "again")
+    with pytest.raises(CheckpointError, match=r"experts \[0, 2, 4, 5, 6, 7\] have weights, found \[0, 1, 2, 3, 4, 5\]"):
+        load_model(Checkpoint("mine", tmp_path / "again"))
 
 
 @pytest.mark.parametrize(
