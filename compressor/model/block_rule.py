@@ -16,6 +16,7 @@ from compressor.model.masking import dropped_experts, masked_router, router_weig
 from compressor.model.modules import evaluating
 from compressor.model.router_logits import RouterLogits
 from compressor.model.routing_rule import RoutingRule
+from compressor.model.rule_fitting import weights_by_id
 from compressor.model.structure import MoELayer
 
 NUM_TOKENS_THROUGH_BLOCK = 64
@@ -63,11 +64,10 @@ def _rule_of_block(model: nn.Module, layer: MoELayer, few_TH: Tensor, modules: l
     for score in ("softmax", "sigmoid"):
         for renormalise in (True, False):
             rule = RoutingRule(score, renormalise, 1.0)
-            found_TH = torch.zeros_like(wanted_TH)
-            for sign, logits in ((1, logits_TE.index_fill(-1, dropped, float("-inf"))), (-1, logits_TE)):
-                index, weights_TK = rule.choose(logits, layer.top_k)
-                chosen = outputs_TEH.gather(1, index[..., None].expand(-1, -1, outputs_TEH.shape[-1]))
-                found_TH += sign * (weights_TK[..., None] * chosen).sum(1)
+            smaller = rule.choose(logits_TE.index_fill(-1, dropped, float("-inf")), layer.top_k)
+            whole = rule.choose(logits_TE, layer.top_k)
+            change_TE = weights_by_id(*smaller, layer.num_experts) - weights_by_id(*whole, layer.num_experts)
+            found_TH = torch.einsum("te,teh->th", change_TE, outputs_TEH)
             error = (found_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)
             if error < (1e-4 if few_TH.dtype == torch.float32 else 3e-2):
                 return rule

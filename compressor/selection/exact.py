@@ -23,6 +23,7 @@ experts, H hidden size, X = M, or M + 1 with the residual of a target that is no
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from torch.nn import functional
 
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens, gram_of
 from compressor.model.routing_rule import RoutingRule
-from compressor.model.rule_fitting import weights_by_id
+from compressor.model.rule_fitting import explains, weights_by_id
 from compressor.model.structure import MoELayer
 from compressor.observe.statistic import RankedStatistic
 
@@ -271,13 +272,10 @@ def keeps_order(rule: RoutingRule) -> bool:
 
 
 def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
-    """Whether the fitted rule also holds with a lower `top_k`, where some renormalise otherwise; a tenth may tie."""
-    num_choices = tokens.layer.num_choices
-    given_TN = weights_by_id(*tokens.replay(range(tokens.layer.num_experts), top_k=top_k), num_choices)
-    found_TN = weights_by_id(*rule.choose(tokens.logits_TE, top_k), num_choices)
-    tolerance = 1e-4 if tokens.weights_TK.dtype == torch.float32 else 2e-2
-    differs_T = (given_TN - found_TN).abs().amax(1) > tolerance * given_TN.abs().amax(1)
-    return int(differs_T.sum()) <= 0.1 * tokens.num_tokens
+    """Whether the fitted rule also holds with a lower `top_k`, where some renormalise otherwise."""
+    lower = dataclasses.replace(tokens.layer, top_k=top_k)
+    answered = tokens.replay(range(lower.num_experts), top_k=top_k)
+    return not tokens.num_tokens or explains(rule, lower, tokens.logits_TE, *answered)
 
 
 def sorted_choice(
