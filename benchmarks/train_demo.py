@@ -18,6 +18,7 @@ own), everything else with AdamW. Not covered: a comparison of the two, and data
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -64,9 +65,20 @@ def prepare(cache: Path) -> None:
         stream = np.concatenate([np.array([*ids, tokenizer.eos_token_id], np.uint16) for ids in encoded])
         np.save(cache / f"{domain}.{split}.npy", stream)
         num_tokens[f"{domain}/{split}"] = len(stream)
-    facts = {"fingerprint": corpus.python_fingerprint(), "tokens_in_corpus": num_tokens}
+    facts = {"fingerprint": python_fingerprint(texts), "tokens_in_corpus": num_tokens}
     (cache / "corpus.json").write_text(json.dumps(facts, indent=2))
     print(json.dumps(facts, indent=2))
+
+
+def python_fingerprint(texts: dict[tuple[str, str], list[str]]) -> dict[str, str]:
+    """Python's version, and a digest of the documents of each domain and split."""
+    fingerprint = {"python": platform.python_version()}
+    for (domain, split), documents in texts.items():
+        digest = hashlib.blake2b(digest_size=16)
+        for document in documents:
+            digest.update(document.encode() + b"\0")
+        fingerprint[f"{domain}/{split}"] = digest.hexdigest()
+    return fingerprint
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

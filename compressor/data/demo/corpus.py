@@ -9,9 +9,8 @@ arithmetic by the left side of a line, so that no held-out sum occurs in the tra
 operands.
 
 Not covered: a docstring copied into a second module can be on both sides (one is, in Python 3.11). The text
-is that of the running interpreter, another version's differs slightly: ``python_fingerprint`` records which
-it was. Nothing is imported from the standard library to read it, except the data module
-``pydoc_data.topics``.
+is that of the running interpreter, another version's differs slightly. Nothing is imported from the standard
+library to read it, except the data module ``pydoc_data.topics``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import ast
 import hashlib
 import inspect
 import os
-import platform
 import random
 import sysconfig
 import warnings
@@ -74,18 +72,6 @@ def split_of(name: str) -> Split:
     """The side of a file (path below the standard library), topic or sum, by a hash: about a tenth is held out."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return "held-out" if int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT else "train"
-
-
-def python_fingerprint(splits: tuple[Split, ...] = SPLITS) -> dict[str, str]:
-    """Python's version, and a digest of the documents of each domain and split: five seconds for both."""
-    fingerprint = {"python": platform.python_version()}
-    for domain in DOMAINS:
-        for split in splits:
-            digest = hashlib.blake2b(digest_size=16)
-            for document in documents(domain, split):
-                digest.update(document.encode() + b"\0")
-            fingerprint[f"{domain}/{split}"] = digest.hexdigest()
-    return fingerprint
 
 
 def _code(split: Split, seed: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 from compressor.data.demo import corpus
-from compressor.data.demo.corpus import DOMAINS, documents, python_fingerprint, split_of
+from compressor.data.demo.corpus import DOMAINS, documents, split_of
 from compressor.errors import CalibrationError
 
 
@@ -93,13 +93,6 @@ def test_skipped_files():
 def test_split_is_the_same_everywhere():
     """The hash does not depend on the process, the platform or PYTHONHASHSEED: these were computed once."""
     assert [split_of(name) for name in ("8*1", "37+58", "json/encoder.py")] == ["held-out", "train", "train"]
-
-
-def test_fingerprint_names_the_python():
-    fingerprint = python_fingerprint(("held-out",))
-    assert fingerprint["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert set(fingerprint) == {"python", *(f"{domain}/held-out" for domain in DOMAINS)}
-    assert len(set(fingerprint.values())) == 4
 
 
 def test_unknown_names_are_refused():
