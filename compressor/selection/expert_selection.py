@@ -215,7 +215,7 @@ class ExpertSelection(Method[OptionsT]):
         plan, top_k = LayerPlan(layer, self.options), self.options.top_k
         found = [self._chosen(plan, statistics, count)[0] for count in measured_counts(plan, len(layers))]
         whole = {} if top_k is None else {"top_k": top_k}
-        return [self._with_constants(Decision({"layers": {layer.path: one}, **whole}), statistics) for one in found]
+        return [self._replacing(Decision({"layers": {layer.path: one}, **whole}), statistics) for one in found]
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
@@ -237,17 +237,17 @@ class ExpertSelection(Method[OptionsT]):
             decision["top_k"] = self.options.top_k
         if self.options.padded:
             decision["padded"] = True
-        return self._with_constants(decision, statistics)
+        return self._replacing(decision, statistics)
 
-    def _with_constants(self, decision: Decision, statistics: Gathered) -> Decision:
-        """The decision with what each layer's experts would answer [E, H], if some do."""
-        if not self.options.with_constants:
-            return decision
+    def _replacing(self, decision: Decision, statistics: Gathered) -> Decision:
+        """The decision with what becomes of experts that go; each layer's constants [E, H] if they answer some."""
         from compressor.selection.constants import values_of
 
-        decision["replace"] = self.options.replace
-        changed = [path for path, one in decision["layers"].items() if one["dropped"]]
-        decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
+        if self.options.replace != "none":
+            decision["replace"] = self.options.replace
+        if self.options.with_constants:
+            changed = [path for path, one in decision["layers"].items() if one["dropped"]]
+            decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
         return decision
 
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
@@ -276,29 +276,27 @@ class ExpertSelection(Method[OptionsT]):
 
     def preview(self, moe: MoEModel, decision: Decision) -> AbstractContextManager[object]:
         """Removed means masked; or such an expert answers a constant."""
-        if self.options.with_constants:
+        if decision.get("replace") == "constants":
             found = {path: _constants(decision, path) for path in decision["layers"]}
             return moe.replaced({path: one for path, one in found.items() if one})
         return moe.masked(_kept(decision), top_k=decision.get("top_k"))
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
-        """Remove the experts that are not kept, or let them answer constants."""
-        if self.options.with_constants:
-            layer.replace(_constants(decision, layer.path))
-            return
-        if self.options.replace == "never_chosen":
-            stay = set(decision["layers"][layer.path]["kept"])
-            layer.replace({expert: None for expert in range(layer.num_experts) if expert not in stay})
-            return
+        """Remove the experts that are not kept, let them answer constants, or never be chosen."""
         kept = decision["layers"][layer.path]["kept"]
-        layer.keep(kept, top_k=decision.get("top_k"), padded=decision.get("padded", False))
+        if decision.get("replace") == "constants":
+            layer.replace(_constants(decision, layer.path))
+        elif decision.get("replace") == "never_chosen":
+            layer.replace(dict.fromkeys(expert for expert in range(layer.num_experts) if expert not in kept))
+        else:
+            layer.keep(kept, top_k=decision.get("top_k"), padded=decision.get("padded", False))
 
     # shown, and compared with chance
 
     def describe(self, decision: Decision) -> Description:
         """What each layer loses, in each domain where there are several; who stays; what is odd."""
         found = shown(decision["layers"], self.expert_ids[2:])
-        if not self.options.with_constants:
+        if decision.get("replace") != "constants":
             return found
         note = "what is dropped answers a constant, whatever it is given, with the weight that the router gives it"
         return replace(found, notes=[note, *found.notes])
