@@ -47,13 +47,11 @@ def load_model(
     config, quantisation = load_config(checkpoint), checkpoint.quantisation
     as_numbers = device == "meta" or (to_measure and quantisation is not None and not reading_problem(quantisation))
     is_packed = quantisation is not None and not as_numbers
-    device_map = dict(device) if isinstance(device, Mapping) else {"": device}
     is_mapped = device == "meta" or is_packed or isinstance(device, Mapping)
     if quantisation is not None and as_numbers:
         to_dequantise(config, quantisation)
     cls = _class_to_load(checkpoint, config, adapters)
     tensors = _tensors_on_meta(checkpoint) if device == "meta" else None  # transformers would read the files
-    implementations = _implementations_to_use(like, quantisation)
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
@@ -63,9 +61,9 @@ def load_model(
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
-                device_map=device_map if is_mapped else None,
+                device_map=({"": device} if isinstance(device, str) else dict(device)) if is_mapped else None,
                 state_dict=tensors,
-                **implementations,
+                **_implementations_to_use(like, quantisation),
             )
     except Exception as error:  # many kinds: unreadable files, uneven experts, code that comes with the model
         why = uneven_experts(checkpoint.shards) or error
