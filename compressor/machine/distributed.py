@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import ProcessError
@@ -73,17 +74,14 @@ class Processes:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Σ over the processes of tensors of one shape, on the CPU; added in the order of ranks, so alike on all."""
-        first, *others = (figures["tensor"] for figures in self.gather({"tensor": tensor}))
-        for other in others:
-            first = first + other
-        return first
+        return reduce(lambda one, other: one + other, self._of_all(tensor))
 
     def largest(self, tensor: Tensor) -> Tensor:
         """The largest over the processes, number by number, of tensors of one shape on the CPU."""
-        first, *others = (figures["tensor"] for figures in self.gather({"tensor": tensor}))
-        for other in others:
-            first = first.maximum(other)
-        return first
+        return reduce(lambda one, other: one.maximum(other), self._of_all(tensor))
+
+    def _of_all(self, tensor: Tensor) -> list[Tensor]:
+        return [figures["tensor"] for figures in self.gather({"tensor": tensor})]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in one of them."""
