@@ -168,15 +168,22 @@ def test_transformers_alone_refuses_it(model_type: str, tmp_path: Path) -> None:
 # In memory, on disk, loaded, copied ------------------------------------------------------------------------
 
 
+OTHERS = (
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_moe",
+    "qwen3_next", "qwen3_omni_moe_thinker", "solar_open",
+)  # fmt: skip
+"""Whose files hold each expert by itself, too."""
+
+
 @pytest.mark.parametrize(
     ("model_type", "dtype"),
     [
-        ("mixtral", torch.float32),
-        ("deepseek_v3", torch.float32),
-        ("minimax_m2", torch.float32),
+        ("mixtral", torch.float32), ("deepseek_v3", torch.float32), ("minimax_m2", torch.float32),
         ("olmoe", torch.bfloat16),
+        *(pytest.param(name, torch.float32, marks=pytest.mark.nightly) for name in OTHERS),
     ],
-)
+)  # fmt: skip
 def test_on_disk_it_becomes_what_it_becomes_in_memory(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = source_of(tmp_path, model_type, dtype)
     moe = in_memory(source, tmp_path / "memory")
