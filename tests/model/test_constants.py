@@ -169,9 +169,9 @@ def test_transformers_alone_refuses_it(model_type: str, tmp_path: Path) -> None:
 
 
 OTHERS = (
-    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-    "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_moe",
-    "qwen3_next", "qwen3_omni_moe_thinker", "solar_open",
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+    "glm4_moe", "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "phimoe", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_next", "qwen3_omni_moe_thinker", "solar_open",
 )  # fmt: skip
 """Whose files hold each expert by itself, too."""
 
