@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
+from statistics import mode
 from typing import Any
 
 from compressor.errors import CheckpointError
@@ -81,7 +81,7 @@ def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which every name may stand once only."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        name = mode(name for name, _ in pairs)
         raise ValueError(f"{name} is listed twice")
     return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import mode
+from typing import Any
 
 import torch
 
@@ -22,8 +22,6 @@ from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
 from compressor.model.skipping.install import restore
 from compressor.model.uneven import is_uneven, settle, uneven_class
-
-_T = TypeVar("_T", bound=Hashable)
 
 
 def load_model(
@@ -145,21 +143,16 @@ def uneven_experts(shards: list[Shard]) -> str | None:
             experts.setdefault((parts[1], parts[3]), {})[parts[2]] = shape
     if not experts:
         return None
-    usual_ids = _most_common(frozenset(shapes) for shapes in experts.values())
+    usual_ids = mode(frozenset(shapes) for shapes in experts.values())
     for (block, leaf), shapes in experts.items():
         for expert in sorted(usual_ids ^ shapes.keys(), key=int):
             problem = "is missing" if expert in usual_ids else "belongs to no expert that is whole"
             return f"{block}.{expert}.{leaf} {problem}."
-        usual = _most_common(shapes.values())
+        usual = mode(shapes.values())
         for expert, shape in shapes.items():
             if shape != usual:
                 return f"{block}.{expert}.{leaf} is {list(shape)}, that of the other experts {list(usual)}."
     return None
-
-
-def _most_common(values: Iterable[_T]) -> _T:
-    [(value, _)] = Counter(values).most_common(1)
-    return value
 
 
 def refuse_bad_keys(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
