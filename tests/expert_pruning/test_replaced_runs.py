@@ -34,7 +34,10 @@ def replaced_in(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "behind"), [("mixtral", []), ("qwen3_moe", [{"dynamic_skipping": {}}])])
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [pytest.param("mixtral", [], marks=pytest.mark.nightly), ("qwen3_moe", [{"dynamic_skipping": {}}])],
+)
 def test_in_memory_from_disk_and_applied_are_the_same_bytes(
     name: str, behind: list[Any], tokens: Path, tmp_path: Path
 ) -> None:
@@ -72,7 +75,7 @@ def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("kept_by", "name"),
     [
-        ((ObservationJournal, "put"), "layers.1"),
+        pytest.param((ObservationJournal, "put"), "layers.1", marks=pytest.mark.nightly),
         ((Journal, "note"), "edited 0.expert_pruning"),
         pytest.param((Journal, "note"), "edited 1.dynamic_skipping", marks=pytest.mark.nightly),
     ],
@@ -114,6 +117,7 @@ def test_counts_are_shared_out_by_measuring_under_constants(tokens: Path, tmp_pa
         decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep={"mean": 4}, criterion="reap")
 
 
+@pytest.mark.nightly
 def test_experts_that_are_never_chosen(tokens: Path, tmp_path: Path) -> None:
     """The search's own sets, other counts in other layers, without a layer that has another number of rows."""
     options = {"keep": {1: 4, 2: 6}}

@@ -169,9 +169,9 @@ def test_transformers_alone_refuses_it(model_type: str, tmp_path: Path) -> None:
 
 
 OTHERS = (
-    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-    "glm4_moe", "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "phimoe", "qwen2_moe",
-    "qwen3_5_moe", "qwen3_next", "qwen3_omni_moe_thinker", "solar_open",
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "minimax", "minimax_m2",
+    "nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_next", "qwen3_omni_moe_thinker", "solar_open",
 )  # fmt: skip
 """Whose files hold each expert by itself, too."""
 
@@ -179,8 +179,7 @@ OTHERS = (
 @pytest.mark.parametrize(
     ("model_type", "dtype"),
     [
-        ("mixtral", torch.float32), ("deepseek_v3", torch.float32), ("minimax_m2", torch.float32),
-        ("olmoe", torch.bfloat16),
+        ("mixtral", torch.float32), ("olmoe", torch.bfloat16),
         *(pytest.param(name, torch.float32, marks=pytest.mark.nightly) for name in OTHERS),
     ],
 )  # fmt: skip
@@ -308,7 +307,10 @@ def read_biased_block(folder: Path, number: int, hidden_TH: Tensor) -> Tensor:
     return output_TH
 
 
-@pytest.mark.parametrize("model_type", ["minimax_m2", "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["minimax_m2", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("deepseek_v3", "glm4_moe"))],
+)
 def test_experts_that_are_never_chosen_are_as_if_masked(model_type: str, tmp_path: Path) -> None:
     """Other counts in other layers, exactly; read from the files alone for a router without groups."""
     source = source_of(tmp_path, model_type)
