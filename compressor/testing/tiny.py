@@ -153,6 +153,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": HEAD_DIM,
         "per_layer_config": _LEFT_ALONE,
     },
+    "dots3_note_vision_encoder": {"per_layer_config": {layer: {"num_local_experts": 4} for layer in (1, 2)}},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [32, 24],  # of experts for text, and for images
         # half of a head falls to height, width and time
@@ -270,27 +271,9 @@ class _Shrinking:
                     settings[name] = new
                 elif old != usual.get(name):
                     settings[name] = old
-            elif name not in usual:  # what the whole config gave to this part
-                settings[name] = old
         settings |= {key: value for key, value in special.items() if "." not in key}
         settings |= self.changes.get(path, {})
-        overrides = default.to_dict().get("per_layer_config")
-        if overrides and "per_layer_config" not in settings:
-            settings["per_layer_config"] = self.overrides(overrides, part, settings)
         return kind(**{key: value for key, value in settings.items() if value is not _LEFT_ALONE})
-
-    def overrides(
-        self, old: Mapping[str, Mapping[str, Any]], part: _Part, settings: Mapping[str, Any]
-    ) -> dict[int, dict[str, Any]]:
-        """`per_layer_config`: what the first layer of a kind has of its own, for all tiny layers of that kind."""
-        lists = [name for name in part.per_layer if name in settings]
-        by_kind: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for number, override in old.items():
-            new = {key: self.value(key, value, part, is_derived=False) for key, value in override.items()}
-            kept = {key: override[key] if value is _LEFT_ALONE else value for key, value in new.items()}
-            by_kind.setdefault(tuple(part.values[name][int(number)] for name in lists), kept)
-        kinds = [tuple(settings[name][layer] for name in lists) for layer in range(part.num_layers)]
-        return {layer: dict(by_kind[kind]) for layer, kind in enumerate(kinds) if kind in by_kind}
 
     def value(self, name: str, old: Any, part: _Part, *, is_derived: bool) -> Any:
         """What a key becomes, or `_LEFT_ALONE`; `is_derived`: the class works it out from other keys."""
@@ -357,11 +340,8 @@ class _Part:
     def size(self, name: str, old: int) -> Any:
         if _NUM_LAYERS.fullmatch(name):
             return self.num_layers
-        if name == "moe_layer_end_index":
-            return self.num_layers - 1
         if _KEY_VALUE_HEADS.fullmatch(name):
-            is_latent = "kv_lora_rank" in self.values
-            return NUM_HEADS if is_latent or old == self.values.get("num_attention_heads") else min(old, 2)
+            return NUM_HEADS if old == self.values.get("num_attention_heads") else min(old, 2)
         if name == "head_dim" and old == self.values.get("qk_rope_head_dim"):
             return ROTARY_HEAD_DIM
         sizes = _TOWER_SIZES if self.is_tower else _SIZES
