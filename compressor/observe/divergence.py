@@ -26,4 +26,4 @@ def _of_chunk(logits_cV: Tensor, others_cV: Tensor) -> Tensor:
     log_q_cV = torch.log_softmax(others_cV.to(logits_cV.device).float(), dim=-1)
     p_cV = log_p_cV.exp()
     terms_cV = torch.where(p_cV > 0, p_cV * (log_p_cV - log_q_cV), 0.0)  # an id that both exclude is −∞ − −∞
-    return terms_cV.sum(-1, dtype=torch.float64).cpu()
+    return terms_cV.sum(-1, dtype=torch.float64).cpu() + 0.0  # not −0
