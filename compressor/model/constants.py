@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.expert_outputs import CONSTANTS, evaluate_pairs, places_of_choices
-from compressor.model.modules import forward_replaced
+from compressor.model.modules import forward_replaced, tensor_at
 from compressor.model.structure import MoELayer, Structure
 
 KEY = "approximate_experts"
@@ -241,3 +241,25 @@ def constant_experts(model: nn.Module) -> dict[str, ConstantExperts]:
     """Path of an experts' module → its forward, of the modules whose experts answer constants."""
     found = {path: module.__dict__.get(CONSTANTS) for path, module in model.named_modules()}
     return {path: one for path, one in found.items() if isinstance(one, ConstantExperts)}
+
+
+def refuse_constants(model: nn.Module, structure: Structure, constants: Mapping[str, Constants]) -> None:
+    """Raise ValueError or UnsupportedModelError where these experts cannot answer these constants, by layer path."""
+    layers = {layer.path: layer for layer in structure.layers}
+    for path, of_layer in constants.items():
+        if path not in layers:
+            raise KeyError(f"no MoE layer at {path!r}; the layers are {list(layers)}")
+        layer, width = layers[path], structure.width_at(layers[path])
+        if why := problem(layer, list(of_layer)):
+            raise ValueError(f"{path}: constants cannot be put in the place of experts {list(of_layer)}: {why}")
+        for expert, value in of_layer.items():
+            if value.shape != (width,):
+                raise ValueError(f"{path}: expert {expert} should answer [{width}], found {list(value.shape)}")
+    if why := problem_of_all(structure, model.config):
+        raise UnsupportedModelError(f"{type(model).__name__}: {why}.")
+    owners: dict[int, str] = {}
+    for layer in structure.layers:
+        for name in layer.experts_tensors:
+            other = owners.setdefault(id(tensor_at(model, name)), layer.path)
+            if layer.path != other and {layer.path, other} & constants.keys():
+                raise UnsupportedModelError(f"{layer.path} and {other} share their experts ({name}).")

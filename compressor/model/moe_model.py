@@ -21,8 +21,7 @@ from compressor.model.constants import (
     Replacements,
     never_chosen_problem,
     previewed,
-    problem,
-    problem_of_all,
+    refuse_constants,
     replace_in_layer,
     write_replaced,
 )
@@ -69,7 +68,7 @@ class MoEModel:
         self.never_chosen: dict[str, list[int]] = {}
         """Experts that `replace` has switched off by the router's bias, by layer path."""
         self._check_shapes()
-        self._check_ids()
+        _refuse_bad_ids(self.model, self.layers)
 
     def __repr__(self) -> str:
         return f"MoEModel({type(self.model).__name__}: {layers_said(self.layers)})"
@@ -83,20 +82,6 @@ class MoEModel:
                     f"{type(self.model).__name__}: by its config {name} should be {shape}, found {found}. Was the "
                     f"model changed after it was loaded?"
                 )
-
-    def _check_ids(self) -> None:
-        """Tables of integers must hold what their shape makes us believe: different experts in every row."""
-        for layer in self.layers:
-            for name in layer.id_tensors:
-                ids = tensor_at(self.model, name)
-                if ids.is_meta:
-                    continue
-                ordered = ids.sort(-1).values
-                if int(ids.min()) < 0 or int(ids.max()) >= layer.num_experts or bool((ordered.diff(dim=-1) == 0).any()):
-                    raise UnsupportedModelError(
-                        f"{name}: its integers were taken for expert ids, and are not: a row should name "
-                        f"{ids.shape[-1]} different experts from 0 to {layer.num_experts - 1}."
-                    )
 
     @property
     def layers(self) -> tuple[MoELayer, ...]:
@@ -201,7 +186,7 @@ class MoEModel:
         switched_off: dict[str, list[int]] = {}
         if padded:
             checked, switched_off = _padded(self.layers, checked)
-        self._check_shared_tensors(checked)
+        _refuse_shared_tensors(self.model, self.layers, checked)
         rules = self._rules_after(checked, top_k)
         skipped = skipping.states(self.model)
         skipping.remove(self.model)
@@ -241,7 +226,7 @@ class MoEModel:
         for path, of in replacements.items():
             zero = torch.zeros(self.structure.width_at(self.layer(path)))
             constants[path] = {expert: zero if value is None else value for expert, value in of.items()}
-        self._check_constants(constants)
+        refuse_constants(self.model, self.structure, constants)
         before = skipping.states(self.model)
         skipping.remove(self.model)
         layers = [
@@ -259,7 +244,7 @@ class MoEModel:
     @contextmanager
     def replaced(self, constants: Mapping[str, Constants]) -> Iterator[None]:
         """Within the context these experts answer constants, as after `replace`; no weight goes."""
-        self._check_constants(constants)
+        refuse_constants(self.model, self.structure, constants)
         before = skipping.states(self.model)
         with ExitStack() as stack:
             stack.callback(self._skip_again, before)
@@ -274,25 +259,6 @@ class MoEModel:
         """Switch skipping on as it was; `before` are what layers knew."""
         wanted = {path: (state.rule, state.zeroed) for path, state in before.items()}
         skipping.reinstate(self.model, self.structure, wanted, before | skipping.states(self.model))
-
-    def _check_constants(self, constants: Mapping[str, Constants]) -> None:
-        """Raise ValueError or UnsupportedModelError where these experts cannot answer these constants."""
-        for path, of_layer in constants.items():
-            layer, width = self.layer(path), self.structure.width_at(self.layer(path))
-            if why := problem(layer, list(of_layer)):
-                raise ValueError(f"{path}: constants cannot be put in the place of experts {list(of_layer)}: {why}")
-            for expert, value in of_layer.items():
-                if value.shape != (width,):
-                    raise ValueError(f"{path}: expert {expert} should answer [{width}], found {list(value.shape)}")
-        if why := problem_of_all(self.structure, self.config):
-            raise UnsupportedModelError(f"{type(self.model).__name__}: {why}.")
-        owners: dict[int, str] = {}
-        for layer in self.layers:
-            for name in layer.experts_tensors:
-                if layer.path != (other := owners.setdefault(id(tensor_at(self.model, name)), layer.path)) and (
-                    {layer.path, other} & constants.keys()
-                ):
-                    raise UnsupportedModelError(f"{layer.path} and {other} share their experts ({name}).")
 
     def _rules_after(self, kept: Kept, top_k: int | None) -> dict[str, SkipRule]:
         """The rules by which the layers will skip when they have fewer experts. Raises where they could not."""
@@ -324,17 +290,6 @@ class MoEModel:
             if problem:
                 raise ValueError(f"the model skips experts, and could not go on like this: {layer.path}: {problem}")
 
-    def _check_shared_tensors(self, kept: Mapping[str, Sequence[int]]) -> None:
-        """Layers that share weights must keep the same experts."""
-        owners: dict[int, str] = {}
-        for layer in self.layers:
-            for name in layer.tensors:
-                other = owners.setdefault(id(tensor_at(self.model, name)), layer.path)
-                if list(kept[other]) != list(kept[layer.path]):
-                    raise UnsupportedModelError(
-                        f"{layer.path} and {other} share their weights ({name}), so they must keep the same experts."
-                    )
-
     def _keep_in_layer(self, layer: MoELayer, kept: Sequence[int], made: WeakTensorKeyDictionary) -> MoELayer:
         for name in layer.id_tensors:
             table = tensor_at(self.model, name)
@@ -342,6 +297,33 @@ class MoEModel:
                 rows = router_weights(self.model, layer)[0][: layer.num_experts]
                 table.copy_(relabelled(table, layer, kept, rows))
         return slice_layer(self.model, layer, kept, made)
+
+
+def _refuse_bad_ids(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Tables of integers must hold what their shape makes us believe: different experts in every row."""
+    for layer in layers:
+        for name in layer.id_tensors:
+            ids = tensor_at(model, name)
+            if ids.is_meta:
+                continue
+            ordered = ids.sort(-1).values
+            if int(ids.min()) < 0 or int(ids.max()) >= layer.num_experts or bool((ordered.diff(dim=-1) == 0).any()):
+                raise UnsupportedModelError(
+                    f"{name}: its integers were taken for expert ids, and are not: a row should name "
+                    f"{ids.shape[-1]} different experts from 0 to {layer.num_experts - 1}."
+                )
+
+
+def _refuse_shared_tensors(model: nn.Module, layers: Sequence[MoELayer], kept: Mapping[str, Sequence[int]]) -> None:
+    """Layers that share weights must keep the same experts."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        for name in layer.tensors:
+            other = owners.setdefault(id(tensor_at(model, name)), layer.path)
+            if list(kept[other]) != list(kept[layer.path]):
+                raise UnsupportedModelError(
+                    f"{layer.path} and {other} share their weights ({name}), so they must keep the same experts."
+                )
 
 
 def switch_off(model: nn.Module, layer: MoELayer, ids: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressor.method import Decision, Measuring, Method, OptionError, Plan
 from compressor.report.description import Description
@@ -64,7 +64,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
-        self._check_criterion()
+        _check_criterion(self.options.criterion, self.criteria)
         self._check_text()
         options, plans = self.options, [LayerPlan(layer, self.options) for layer in layers]
         check_top_k(layers, options.top_k)
@@ -97,14 +97,6 @@ class ExpertSelection(Method[OptionsT]):
                 "`gather: [outputs]` some is, and they are)"
             )
         return sorted(notes)
-
-    def _check_criterion(self) -> None:
-        name = self.options.criterion
-        if name is not None and name not in self.criteria:
-            known = ", ".join(sorted(self.criteria))
-            raise OptionError(
-                "criterion", f"there is no criterion {name!r}{did_you_mean(name, self.criteria)} Known are {known}."
-            )
 
     def _check_text(self) -> None:
         idle = {"progressive": self.options.progressive, "blend": self.options.blend != "mean"}
@@ -320,3 +312,12 @@ def _constants(decision: Decision, path: str) -> dict[int, Tensor]:
 
 def _kept(decision: Decision) -> dict[str, list[int]]:
     return {path: layer["kept"] for path, layer in decision["layers"].items()}
+
+
+def _check_criterion(name: str | None, criteria: Mapping[str, Any]) -> None:
+    """Raise OptionError unless it is known."""
+    if name is not None and name not in criteria:
+        known = ", ".join(sorted(criteria))
+        raise OptionError(
+            "criterion", f"there is no criterion {name!r}{did_you_mean(name, criteria)} Known are {known}."
+        )
