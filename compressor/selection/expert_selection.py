@@ -287,7 +287,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def describe(self, decision: Decision) -> Description:
         """What each layer loses, in each domain where there are several; who stays; what is odd."""
-        found = shown(decision["layers"], self.expert_ids[2:])
+        found = shown(decision, self.expert_ids[2:])
         if decision.get("replace") != "constants":
             return found
         note = "what is dropped answers a constant, whatever it is given, with the weight that the router gives it"

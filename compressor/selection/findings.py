@@ -12,8 +12,11 @@ Layers = Mapping[str, Mapping[str, Any]]
 """Layer path → what was decided of it."""
 
 
-def shown(layers: Layers, id_lists: Sequence[str]) -> Description:
-    """What each layer loses, by domain where there are several; who stays; what is odd, some of it in `id_lists`."""
+def shown(decision: Mapping[str, Any], id_lists: Sequence[str]) -> Description:
+    """What each layer loses, by domain where there are several; who stays; how that was chosen; what is odd, some of it
+    in `id_lists`.
+    """
+    layers: Layers = decision["layers"]
     domains = list(dict.fromkeys(name for layer in layers.values() for name in layer.get("domains", ())))
     columns = [
         Column("kl"),
@@ -24,7 +27,21 @@ def shown(layers: Layers, id_lists: Sequence[str]) -> Description:
         *map(Column, ("kept", "dropped")),
         *(Column(key, detail=True) for key in ("search", "uncovered", "loss_before_swaps", *id_lists)),
     ]
-    return Description(columns, list(_notes(layers)))
+    return Description(columns, [*_choosing(decision), *_notes(layers)])
+
+
+def _choosing(decision: Mapping[str, Any]) -> Iterator[str]:
+    """How counts were shared out, and what the choice was compared with."""
+    budget, chosen = decision.get("budget", {}), decision.get("chosen")
+    if "summed_kl" in budget:
+        yield (
+            f"counts are shared out by what the answers lose when one layer alone is smaller (kl, nats a token); these "
+            f"add up to {budget['summed_kl']:.3g}, all layers together may lose more or less"
+        )
+    if chosen:
+        costs = sorted((one["cost"], name) for name, one in chosen["alternatives"].items())
+        listed = "; ".join(f"{name} {cost:.3g}" for cost, name in costs)
+        yield f"chosen by what the answers lose on {chosen['tokens']:,} tokens, in nats a token: {listed}"
 
 
 def _notes(layers: Layers) -> Iterator[str]:
