@@ -84,16 +84,17 @@ class Row:
         return all(name in known for name in self.passes[0]["expert_pruning"])
 
 
-def rows(num_kept: int) -> Iterator[Row]:
-    """All ways but chance."""
-    even, mean = {"keep": num_kept}, {"keep": {"mean": num_kept}}
+def rows(num_kept: int, num_experts: int) -> Iterator[Row]:
+    """All ways but chance. Where counts differ, no layer goes below a quarter of its experts."""
+    even, mean = {"keep": num_kept}, {"keep": {"mean": num_kept, "min": num_experts // 4}}
     measured = mean | {"share": "measured"}
     for (answers, replaced), (counts, kept) in itertools.product(
         {"re-routed": {}, "constants": {"replace": "constants"}}.items(), {"even": even, "measured": measured}.items()
     ):
         for way, options in WAYS.items():
             yield Row(way, counts, answers, ({"expert_pruning": kept | options | replaced},))
-    for way, (counts, kept) in itertools.product(SCALED, {"even": even, "measured": measured}.items()):
+    scaled = [(way, "even", even) for way in SCALED] + [("search", "measured", measured)]
+    for way, counts, kept in scaled:
         pruned = {"expert_pruning": kept | WAYS[way]}
         yield Row(f"{way}, output_scale", counts, "re-routed", (pruned, {"output_scale": {}}))
     yield Row("search", "by loss", "re-routed", ({"expert_pruning": mean | {"share": "loss"}},))
@@ -222,7 +223,7 @@ def measure(args: argparse.Namespace) -> None:
                 keep(original, cell | {"accuracy": accuracies(subject, subject.model, args.limit)})
             for ratio in args.ratios:
                 num_kept = round(subject.num_experts * (1 - ratio))
-                wanted = [(row, seed) for row in rows(num_kept)]
+                wanted = [(row, seed) for row in rows(num_kept, subject.num_experts)]
                 if seed == 0:
                     wanted += [(random_row(num_kept, draw), draw) for draw in range(NUM_DRAWS)]
                 for row, own_seed in wanted:
@@ -290,11 +291,11 @@ class Setting:
     @property
     def reference(self) -> Sequence[Cell]:
         """The search at even counts."""
-        return self.by_row.get(REFERENCE, ())
+        return self.by_row[REFERENCE]
 
 
 def settings_of(cells: Sequence[Cell]) -> Iterator[Setting]:
-    """One for each model and ratio that there are cells of."""
+    """One for each model and ratio of which the search at even counts is there."""
     for model, num_experts, ratio in sorted({(one["model"], one["num_experts"], one["ratio"]) for one in cells}):
         if not ratio:
             continue
@@ -304,6 +305,8 @@ def settings_of(cells: Sequence[Cell]) -> Iterator[Setting]:
             if (cell["model"], cell["ratio"]) == (model, ratio):
                 by_row.setdefault(tuple(cell["row"]), []).append(cell)
         by_kl = sorted(by_row.items(), key=lambda item: mean_and_error(by_sequence(item[1], "kl")))
+        if REFERENCE not in by_row:
+            continue
         yield Setting(f"{model}, {round(num_experts * (1 - ratio))} of {num_experts}", original, dict(by_kl))
 
 

@@ -181,11 +181,11 @@ class ExpertSelection(Method[OptionsT]):
         def protected() -> list[int]:
             return fixed(plan, sums.largest(), fewest).staying
 
-        many_go = layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts
-        starts = self.options.starts
+        budget, starts = self.options.budget, self.options.starts
+        many_go = not budget and layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts  # of a mean, the path
         return GreedySearch(
             layer,
-            [fewest] if self.options.budget else counts,
+            [fewest] if budget else counts,
             top_k=self.options.top_k,
             blend=self.options.blend,
             protected=protected,
