@@ -264,13 +264,20 @@ def mean_and_error(values_RDN: Tensor) -> tuple[float, float]:
     return float(values_RDN.mean()), float((of_sequences + of_seeds).sqrt())
 
 
+def paired_with(cells: Sequence[Cell], others: Sequence[Cell]) -> Sequence[Cell]:
+    """Those of the others that have the same seeds; all where not every seed is there, as of random draws."""
+    seeds = {cell["seed"] for cell in cells}
+    same = [other for other in others if other["seed"] in seeds]
+    return same if len(same) == len(cells) else others
+
+
 def above(cells: Sequence[Cell], others: Sequence[Cell], name: str) -> tuple[float, float]:
     """How far a figure lies above that of others, by pairs of the same seed; of other seeds, above their mean."""
-    seeds = sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in others})
-    if len(seeds) == len(cells):
-        others = [cell for cell in others if cell["seed"] in seeds]
-        return mean_and_error(by_sequence(cells, name) - by_sequence(others, name))
-    return mean_and_error(by_sequence(cells, name) - by_sequence(others, name).mean(0, keepdim=True))
+    pairs = paired_with(cells, others)
+    others_RDN = by_sequence(pairs, name)
+    if len(pairs) != len(cells) or pairs[0]["seed"] != cells[0]["seed"]:
+        others_RDN = others_RDN.mean(0, keepdim=True)
+    return mean_and_error(by_sequence(cells, name) - others_RDN)
 
 
 HEADS = (
@@ -337,32 +344,31 @@ def tables(settings: Sequence[Setting]) -> Iterator[str]:
 
 
 def overview(settings: Sequence[Setting]) -> Iterator[str]:
-    """Markdown: every way's KL in every setting, and their geometric mean over the search's; **better** and *worse*
-    than the search at even counts by more than two standard errors.
+    """Markdown: every way's KL over the search's at even counts, in every setting, and their geometric mean; **better**
+    and *worse* than that by more than two standard errors.
     """
-    by_row: dict[tuple[str, ...], tuple[float, str]] = {}
+    lines: list[tuple[float, str]] = []
     for row in {row for setting in settings for row in setting.by_row}:
-        found = [(setting, setting.by_row.get(row)) for setting in settings]
-        logs = [
-            math.log(
-                mean_and_error(by_sequence(cells, "kl"))[0] / mean_and_error(by_sequence(setting.reference, "kl"))[0]
-            )
-            for setting, cells in found
-            if cells
-        ]
-        mean = math.exp(sum(logs) / len(logs))
-        by_row[row] = mean, " | ".join((*row, f"{mean:.2f}", *(_marked(cells, setting) for setting, cells in found)))
-    yield "| kept by | counts | dropped are | ÷ search | " + " | ".join(one.title for one in settings) + " |"
+        found = [_compared(setting.by_row.get(row), setting.reference) for setting in settings]
+        ratios = [ratio for ratio, _ in found if ratio]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        shown = f"{mean:.2f}" if len(ratios) == len(settings) else f"({mean:.2f})"
+        lines.append((mean, " | ".join((*row, shown, *(text for _, text in found)))))
+    yield "| kept by | counts | dropped are | mean | " + " | ".join(one.title for one in settings) + " |"
     yield "|---|---|---|" + "--:|" * (1 + len(settings))
-    yield from (f"| {text} |" for _, text in sorted(by_row.values()))
+    yield from (f"| {text} |" for _, text in sorted(lines))
 
 
-def _marked(cells: Sequence[Cell] | None, setting: Setting) -> str:
+def _compared(cells: Sequence[Cell] | None, reference: Sequence[Cell]) -> tuple[float | None, str]:
+    """(KL over the search's, the same as it is shown)."""
     if cells is None:
-        return ""
-    (kl, _), (difference, error) = mean_and_error(by_sequence(cells, "kl")), above(cells, setting.reference, "kl")
+        return None, ""
+    kl, search = (mean_and_error(by_sequence(of, "kl"))[0] for of in (cells, paired_with(cells, reference)))
+    if cells is reference:
+        return 1.0, f"1 ({kl:.3g} nats)"
+    difference, error = above(cells, reference, "kl")
     mark = "" if abs(difference) <= 2 * error else "**" if difference < 0 else "*"
-    return f"{mark}{kl:.3g}{mark}"
+    return kl / search, f"{mark}{kl / search:.2f}{mark}" + ("¹" if len(cells) < len(reference) else "")
 
 
 def main() -> None:
