@@ -255,7 +255,7 @@ def refuse_constants(model: nn.Module, structure: Structure, constants: Mapping[
         for expert, value in of_layer.items():
             if value.shape != (width,):
                 raise ValueError(f"{path}: expert {expert} should answer [{width}], found {list(value.shape)}")
-    if why := problem_of_all(structure, model.config):
+    if constants and (why := problem_of_all(structure, model.config)):
         raise UnsupportedModelError(f"{type(model).__name__}: {why}.")
     owners: dict[int, str] = {}
     for layer in structure.layers:

@@ -23,6 +23,7 @@ from compressor.report.description import Description
 from compressor.selection.findings import shown
 from compressor.selection.layer_plan import (
     LayerPlan,
+    check_measured,
     check_names,
     check_top_k,
     choosing_notes,
@@ -74,6 +75,8 @@ class ExpertSelection(Method[OptionsT]):
         planned = planned_counts(plans, options)
         notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
         notes += rounding_notes(plans, options)
+        if options.is_measured:
+            check_measured(plans, options)
         if options.budget:
             notes += sharing_notes(plans, planned, self.measuring(layers))
         notes += choosing_notes(list(rivals(options, self.criteria, ())))
@@ -175,8 +178,7 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection.deciding import fixed
         from compressor.selection.greedy import GreedySearch
 
-        layer, counts = plan.layer, [count for count in plan.counts if plan.has_room(count)]
-        fewest = min(counts)
+        layer, fewest = plan.layer, min(plan.counts)
 
         def protected() -> list[int]:
             return fixed(plan, sums.largest(), fewest).staying
@@ -185,7 +187,7 @@ class ExpertSelection(Method[OptionsT]):
         many_go = not budget and layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts  # of a mean, the path
         return GreedySearch(
             layer,
-            [fewest] if budget else counts,
+            [fewest] if budget else plan.counts,
             top_k=self.options.top_k,
             blend=self.options.blend,
             protected=protected,

@@ -61,7 +61,7 @@ class LayerPlan:
         """The counts among whose sets is searched, ascending: one, or with a mean all that the layer could keep."""
         num_kept, asked = self.options.num_kept(self.layer), self.options.asked(self.layer)
         if num_kept is None or asked is None:
-            return self.possible
+            return [count for count in self.possible if self.has_room(count)]
         if self.options.multiple_of is None or isinstance(asked, int):
             return [num_kept]
         return [min(self.possible, key=lambda count: (abs(count - asked), -count), default=num_kept)]
@@ -113,6 +113,8 @@ class LayerPlan:
         self._check_multiple()
         if not self.options.budget:
             self._check_count()
+        elif not self.possible:
+            raise self._refused(f"{self.path}: of its {self.layer.num_experts} experts it can keep no such number.")
         self._check_fixed()
         if self.changes:
             self._check_search()
@@ -224,7 +226,7 @@ class LayerPlan:
         both = sorted(set(self.protected) & set(self.forbidden))
         if both:
             raise OptionError("forbid", f"{self.path}: expert {both[0]} is both protected and forbidden.")
-        crowded = [list(self._crowded(count)) for count in self.counts]
+        crowded = [list(self._crowded(count)) for count in (self.possible if self.options.budget else self.counts)]
         if all(crowded):
             raise OptionError(*crowded[0][0])
 
@@ -297,12 +299,28 @@ def measured_counts(plan: LayerPlan, num_layers: int) -> list[int]:
     """
     num_experts, most = plan.layer.num_experts, measured_amount(plan.options, num_layers)[1]
     mean = plan.options.budget.total([num_experts]) if plan.options.budget else num_experts
-    possible = [count for count in plan.counts if plan.has_room(count)]
-    if plan.options.top_k is None:
-        possible = [count for count in possible if count < num_experts]
+    possible = [count for count in plan.counts if plan.options.top_k is not None or count < num_experts]
     steps = [num_experts * step / 8 for step in range(9 if num_experts in possible else 8)]
     near = {min(possible, key=lambda count: (abs(count - step), count)) for step in steps if possible}
     return sorted(sorted(near, key=lambda count: (abs(count - mean), count))[:most])
+
+
+def check_measured(plans: Sequence[LayerPlan], options: SelectionOptions) -> None:
+    """Raise OptionError where the counts that are measured, and all between, cannot add up to the total."""
+    from compressor.selection.allocation import possible_totals
+
+    between: list[list[int]] = []
+    for plan in plans:
+        measured = measured_counts(plan, len(plans)) or plan.counts
+        most = plan.counts[-1] if options.top_k is None else measured[-1]
+        between.append([count for count in plan.counts if measured[0] <= count <= most])
+    total, possible = total_kept(plans, options), possible_totals(between)
+    if total not in possible:
+        raise OptionError(
+            "measured_counts",
+            f"{total} experts are to stay in {len(plans)} layers, and the counts that would be measured, those nearest "
+            f"the mean, add up to {possible[0]} at least and {possible[-1]} at most: say a larger `measured_counts`.",
+        )
 
 
 def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, int]:

@@ -49,15 +49,14 @@ def shared(
         return said, planned_counts(plans, options), {}
     costs: dict[str, Costs] = {}
     for plan in plans:
-        possible = [count for count in plan.counts if plan.has_room(count)]
         if options.share == "loss":
-            costs[plan.path] = {count: chosen(plan, count)[1] ** 2 for count in possible}
+            costs[plan.path] = {count: chosen(plan, count)[1] ** 2 for count in plan.counts}
             continue
         table = _table_of(plan, statistics) if plan.changes else {}
         said.setdefault("measured", {})[plan.path] = table
         nats = {count: blended(list(of["kl"].values()), list(of["kl"]), options.blend) for count, of in table.items()}
         whole = {} if options.top_k is not None else {plan.layer.num_experts: 0.0}
-        costs[plan.path] = costs_between(nats | whole, possible)
+        costs[plan.path] = costs_between(nats | whole, plan.counts)
     try:
         num_kept = allocated(costs, total)
     except ValueError as error:

@@ -607,3 +607,36 @@ def test_what_was_not_measured_is_not_shared_out(make_layer):
 def test_options_of_sharing_that_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
         method(**options)
+
+
+# What a mean leaves room for -------------------------------------------------------------------------------
+
+
+def test_a_layer_with_more_protected_than_the_mean_keeps_them_however_it_is_shared(layers):
+    most, all_of_it = {0: list(range(7))}, {0: list(range(8))}
+    for share in ("even", "loss", "measured"):
+        assert planned(layers, keep={"mean": 5}, share=share, protect=most) == [7, 4, 4]
+        assert planned(layers, keep={"mean": 5}, share=share, protect=all_of_it) == [8, 3, 4]
+    assert planned(layers, keep={"mean": 5}, forbid={1: list(range(5))}) == [6, 3, 6]
+    shared = method(keep={"mean": 5}, protect=all_of_it)
+    assert [shared.statistic(layer) is None for layer in layers] == [True, False, False]
+
+
+def test_a_mean_within_bounds_that_no_layer_can_keep(layers):
+    assert refusal(layers, keep={"mean": 5, "min": 9}) == (
+        "keep",
+        "model.layers.0.mlp: of its 8 experts it can keep no such number.",
+    )
+    crowded = refusal(layers, keep={"mean": 4, "max": 4}, protect={0: list(range(6))})
+    assert crowded[0] == "protect"
+
+
+def test_counts_that_are_measured_reach_the_total(layers):
+    """Known before anything is observed."""
+    far = {"keep": {"mean": 4}, "protect": {0: list(range(8))}}
+    assert refusal(layers, **far, measured_counts=2) == (
+        "measured_counts",
+        "12 experts are to stay in 3 layers, and the counts that would be measured, those nearest the mean, add up to "
+        "14 at least and 24 at most: say a larger `measured_counts`.",
+    )
+    assert planned(layers, **far, measured_counts=4) == [8, 2, 2]

@@ -488,3 +488,12 @@ def test_what_an_edit_asked_for_is_noted_without_its_numbers() -> None:
     back = Ending.from_json(noted).constants
     assert back is not None
     assert {expert: None if one is None else one.shape for expert, one in back.items()} == {3: (4,), 5: None}
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "switch_transformers"])
+def test_where_constants_cannot_be_nothing_refuses_none(model_type: str) -> None:
+    """The check of a run from disk asks for none."""
+    moe = MoEModel(tiny_model(model_type))
+    before = moe.structure
+    moe.replace({})
+    assert moe.structure == before
