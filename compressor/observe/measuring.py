@@ -228,10 +228,13 @@ def measured_of(figures: Mapping[str, Tensor], num_domains: int) -> list[tuple[A
 
 
 def _by_domain(kl_S: Tensor, tokens_S: Tensor, domain_S: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
-    """Σ kl / Σ tokens of each domain, and √(R/(R−1) · Σ(kl − mean·tokens)²) / Σ tokens over its R sequences."""
+    """Σ kl / Σ tokens of each domain, and √(R/(R−1) · Σ(kl − mean·tokens)²) / Σ tokens over its R sequences, NaN for
+    one.
+    """
     empty_D = torch.zeros(num_domains, dtype=torch.float64)
     total_D = empty_D.index_add(0, domain_S, tokens_S)
     number_D = empty_D.index_add(0, domain_S, torch.ones_like(tokens_S))
     mean_D = empty_D.index_add(0, domain_S, kl_S) / total_D
     squares_D = empty_D.index_add(0, domain_S, (kl_S - mean_D[domain_S] * tokens_S).square())
-    return mean_D, (number_D / (number_D - 1) * squares_D).sqrt() / total_D
+    error_D = (number_D / (number_D - 1) * squares_D).sqrt() / total_D
+    return mean_D, error_D.masked_fill(number_D < 2, math.nan)

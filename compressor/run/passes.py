@@ -32,7 +32,7 @@ from compressor.observe.statistics_file import save_statistics
 from compressor.recipe.schema import ResolvedPass
 from compressor.run.job import Job
 from compressor.run.record import DECISION, FORMAT, STATISTICS, agreed, decided_json, original_ids_json, write_decision
-from compressor.run.texts import slice_of
+from compressor.run.texts import num_tokens, slice_of
 from compressor.wording import counted
 
 _DECIDED = ("method", "version", "options", "domains", "held_out", "original_ids", "decision", "tensors", "description")
@@ -98,7 +98,17 @@ def _measured(
         decisions = [agreed(Decision.of(one), job.processes) for one in offered]
         return [Candidate(one["layers"][path], {path: _context(method, moe, one)}) for one in decisions]
 
-    return Measured(slice_of(batches, wanted.tokens), candidates, wanted.candidates)
+    text = slice_of(batches, wanted.tokens)
+    if (tokens := num_tokens(text)) < _FEW_TOKENS:
+        job.progress.say(
+            f"{method.name}: what the answers lose is measured on {tokens:,} tokens, so it is known roughly, as the "
+            f"standard errors in the record say: give {_FEW_TOKENS:,} or more"
+        )
+    return Measured(text, candidates, wanted.candidates)
+
+
+_FEW_TOKENS = 1000
+"""On fewer, what is measured tells little: its standard error is about as large as what layers differ by."""
 
 
 def _context(method: Method[Any], moe: MoEModel, decision: Decision) -> Callable[[], AbstractContextManager[object]]:
@@ -167,8 +177,7 @@ def decide_measured(
 
     found = job.noted(f"alternatives {name}", measured)
     best = min(decisions, key=lambda what: found[what]["cost"])
-    tokens = sum(int(batch.attention_mask.sum()) for batch in text)
-    chosen = {"name": best, "tokens": tokens, "alternatives": found}
+    chosen = {"name": best, "tokens": num_tokens(text), "alternatives": found}
     return Decision({**decisions[best], "chosen": chosen}, decisions[best].tensors)
 
 

@@ -111,6 +111,11 @@ def slice_of(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
     return [batch for name, of in by_domain.items() for batch in make_batches(of[:taken], size, name)]
 
 
+def num_tokens(batches: Iterable[TokenBatch]) -> int:
+    """Without padding."""
+    return sum(int(batch.attention_mask.sum()) for batch in batches)
+
+
 def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:
     """What answers are compared on: the first tokens of the first sequences, or random ids without text."""
     if not batches:

@@ -239,3 +239,16 @@ def test_a_slice_takes_as_much_of_every_domain() -> None:
 
 def test_cost_by_hand() -> None:
     assert Measuring(tokens=4000, candidates=4).forwards(32) == 66.0
+
+
+def test_one_sequence_has_no_standard_error() -> None:
+    """Also where rounding leaves something of its distance from the mean."""
+    figures = {
+        "measured.candidates": torch.tensor(list(b"[0]"), dtype=torch.uint8),
+        "measured.kl": torch.tensor([[0.1 * number for number in range(1, 30)]], dtype=torch.float64),
+        "measured.tokens": torch.arange(3, 32) * 7,
+        "measured.domain": torch.arange(29),
+    }
+    [(_, kl_D, error_D)] = measured_of(figures, 29)
+    assert kl_D.isfinite().all()
+    assert error_D.isnan().all()

@@ -11,6 +11,7 @@ from tiny_models import random_model, token_ids, write_checkpoint, write_token_f
 
 import compressor
 from compressor.data.sequences import TokenBatch
+from compressor.machine.progress import Progress
 from compressor.observe import forward
 from compressor.observe.divergence import kl_divergences
 from compressor.recipe.schema import load_recipe
@@ -96,3 +97,11 @@ def test_options_are_written_as_they_are_read(tmp_path: Path) -> None:
     again = load_recipe(tmp_path / "again.yaml", methods={"expert_pruning": ExpertPruning})
     assert again.passes[0].method.options == loaded.passes[0].method.options
     assert loaded.to_mapping()["passes"][0]["expert_pruning"]["keep"] == {"fraction": 0.5, "min": 3}
+
+
+def test_little_text_is_said(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    compressor.compress(recipe, progress=Progress("lines"))
+    assert "expert_pruning: what the answers lose is measured on 288 tokens, so it is" in capsys.readouterr().err
+    recipe["passes"] = [{"expert_pruning": {"keep": 6}}]
+    compressor.compress(recipe, progress=Progress("lines"))
+    assert "what the answers lose" not in capsys.readouterr().err
