@@ -30,6 +30,7 @@ from compressor.selection.layer_plan import (
     constants_notes,
     measured_amount,
     measured_counts,
+    measured_ways,
     padding_note,
     planned_counts,
     rivals,
@@ -79,7 +80,7 @@ class ExpertSelection(Method[OptionsT]):
             check_measured(plans, options)
         if options.budget:
             notes += sharing_notes(plans, planned, self.measuring(layers))
-        notes += choosing_notes(list(rivals(options, self.criteria, ())))
+        notes += choosing_notes(list(rivals(options, self.criteria, (), several=len(self._ways(layers)) > 1)))
         if options.padded:
             notes.append(padding_note(layers, planned, options))
         if options.progressive:
@@ -200,33 +201,45 @@ class ExpertSelection(Method[OptionsT]):
         """Counts of every layer, where a mean is shared out by them."""
         if not self.options.is_measured and not self.options.chooses:
             return None
-        plans = [LayerPlan(layer, self.options) for layer in layers] if self.options.is_measured else []
-        counts = [len(measured_counts(plan, len(layers))) for plan in plans]
-        return Measuring(measured_amount(self.options, len(layers))[0], max(counts, default=0))
+        tokens, _ = measured_amount(self.options, len(layers))
+        counts = [len(self._measured_counts(layer, len(layers))) for layer in layers if self.options.is_measured]
+        return Measuring(tokens, len(self._ways(layers)) * max(counts, default=0))
+
+    def _measured_counts(self, layer: MoELayer, num_layers: int) -> list[int]:
+        return measured_counts(LayerPlan(layer, self.options), num_layers)
+
+    def _ways(self, layers: Sequence[MoELayer]) -> list[SelectionOptions]:
+        """The ways in which sets are chosen that are measured."""
+        if not self.options.is_measured:
+            return [self.options]
+        most = max(len(self._measured_counts(layer, len(layers))) for layer in layers)
+        return measured_ways(self.options, self.criteria, len(layers), most)
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
-        """What would be decided for each count that is measured."""
-        plan, top_k = LayerPlan(layer, self.options), self.options.top_k
-        found = [self._chosen(plan, statistics, count)[0] for count in measured_counts(plan, len(layers))]
-        whole = {} if top_k is None else {"top_k": top_k}
-        return [self._replacing(Decision({"layers": {layer.path: one}, **whole}), statistics) for one in found]
+        """What would be decided for each count that is measured, in each way; the same set once."""
+        found: dict[tuple[int, ...], Choice] = {}
+        for count in self._measured_counts(layer, len(layers)):
+            for way in self._ways(layers):
+                one, _ = self._chosen(LayerPlan(layer, way), statistics, count)
+                found.setdefault(tuple(one["kept"]), one)
+        whole = {} if self.options.top_k is None else {"top_k": self.options.top_k}
+        decisions = [Decision({"layers": {layer.path: one}, **whole}) for one in found.values()]
+        return [self._replacing(one, statistics) for one in decisions]
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
         plans = [LayerPlan(layer, self.options) for layer in layers]
-        decision = Decision({"layers": {}})
+        decision, costs = Decision({"layers": {}}), dict[str, float]()
+        num_kept = [(plan, plan.counts[0]) for plan in plans if not self.options.budget]
         if self.options.budget:
             from compressor.selection.sharing import shared
 
-            decision["budget"], num_kept, costs = shared(
-                plans, self.options, statistics, lambda plan, count: self._chosen(plan, statistics, count)
-            )
-        else:
-            costs = {}
-            num_kept = {plan.path: plan.counts[0] for plan in plans}
-        decision["layers"] = {plan.path: self._chosen(plan, statistics, num_kept[plan.path])[0] for plan in plans}
-        for path, cost in costs.items():
-            decision["layers"][path]["kl"] = cost
+            ways = [[LayerPlan(layer, way) for layer in layers] for way in self._ways(layers)]
+            how = (statistics, lambda plan, count: self._chosen(plan, statistics, count))
+            decision["budget"], num_kept, costs = shared(ways, *how)
+        for plan, count in num_kept:
+            found, _ = self._chosen(plan, statistics, count)
+            decision["layers"][plan.path] = found | ({"kl": costs[plan.path]} if plan.path in costs else {})
         if self.options.top_k is not None:
             decision["top_k"] = self.options.top_k
         if self.options.padded:
@@ -253,7 +266,8 @@ class ExpertSelection(Method[OptionsT]):
     def alternatives(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
         """What is asked for, other ways of sharing out and of choosing experts, as far as the figures can tell."""
         found: dict[str, Decision] = {}
-        for name, changes in rivals(self.options, self.criteria, statistics.domains).items():
+        several = len(self._ways(layers)) > 1
+        for name, changes in rivals(self.options, self.criteria, statistics.domains, several=several).items():
             other = type(self)(self.options.model_copy(update=changes), self.criteria)
             try:
                 found[name] = other.decide(layers, statistics)

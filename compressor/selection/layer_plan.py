@@ -332,6 +332,19 @@ def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, in
     return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
 
 
+def measured_ways(
+    options: SelectionOptions, criteria: Mapping[str, Any], num_layers: int, num_counts: int
+) -> list[SelectionOptions]:
+    """How the sets of each count are chosen that are measured: as is asked for; and by criteria too, where no way is
+    asked for and so many sets cost no more than one run over the paper's calibration text.
+    """
+    found = [options]
+    if options.budget and options.chooses:
+        found += [options.model_copy(update={"criterion": name}) for name in _RIVALS if name in criteria]
+    tokens = measured_amount(options, num_layers)[0]
+    return found[: max(1, int(_PAPER_TOKENS / tokens / (num_layers + 1) * 2) // max(1, num_counts))]
+
+
 def sharing_notes(plans: Sequence[LayerPlan], planned: Mapping[str, int], wanted: Measuring | None) -> list[str]:
     """How a mean is shared out, and what measuring that takes."""
     options, stay = plans[0].options, f"{sum(planned.values()):,} experts stay in {len(plans)} layers"
@@ -340,7 +353,7 @@ def sharing_notes(plans: Sequence[LayerPlan], planned: Mapping[str, int], wanted
     note = f"{stay}; how many in which is found on the calibration text, an even split is shown"
     if options.is_measured and wanted is not None:
         note += (
-            f": {wanted.candidates} counts of each layer are measured on {wanted.tokens:,} tokens, as much work as "
+            f": up to {wanted.candidates} sets of each layer are measured on {wanted.tokens:,} tokens, as much work as "
             f"{wanted.forwards(len(plans)) * wanted.tokens:,.0f} tokens more"
         )
     return [note]
@@ -366,9 +379,11 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
     return notes
 
 
-def rivals(options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
+def rivals(
+    options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequence[str], *, several: bool
+) -> dict[str, dict[str, Any]]:
     """What is asked for, and what it is compared with where KL is to choose: in words → other values of options. Six at
-    most. No names where nothing is to be chosen.
+    most. No names where nothing is to be chosen. `several`: whether sets chosen in several ways were measured.
     """
     if not options.chooses:
         return {}
@@ -376,14 +391,15 @@ def rivals(options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequ
     search = "constants" if options.with_constants else "search"
     ways: dict[str, dict[str, Any]] = {options.criterion or search: {}}
     ways |= {name: {"criterion": name, "search": "auto"} for name in _RIVALS if name in criteria}
-    if len(domains) > 1 and options.blend != "worst":
+    if len(domains) > 1 and options.blend != "worst" and not several:
         ways[f"{options.criterion or search}, worst domain"] = {"blend": "worst"}
     pairs = [(way, share) for share in shares for way in ways]
     named = {
         ", ".join([way, *([f"{share} counts"] if share else [])]): {**ways[way], **({"share": share} if share else {})}
         for way, share in pairs
     }
-    return dict(list(named.items())[:_MOST_RIVALS])
+    alone = {name: {**changes, "choose": "given"} for name, changes in named.items()}
+    return dict(list((({"each layer's best": {}} if several else {}) | alone).items())[:_MOST_RIVALS])
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

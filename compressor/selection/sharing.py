@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compressor.method import OptionError
@@ -20,59 +21,102 @@ from compressor.observe.statistic import Gathered
 from compressor.selection.choose import AGAIN, Choice
 from compressor.selection.layer_plan import LayerPlan, allocated, planned_counts, total_kept
 from compressor.selection.objective import Blend, blend_weights
-from compressor.selection.options import SelectionOptions
-from compressor.selection.scores import ChoiceError
 
 Costs = dict[int, float]
 """Count → cost, of one layer."""
 
 
 def shared(
-    plans: Sequence[LayerPlan],
-    options: SelectionOptions,
+    ways: Sequence[Sequence[LayerPlan]],
     statistics: Gathered,
     chosen: Callable[[LayerPlan, int], tuple[Choice, float]],
-) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
-    """(what is said of it, layer path → count, layer path → what that costs in nats where it was measured). `chosen`:
-    what a layer with so many experts would be, and its loss. Raises OptionError where no counts add up.
+) -> tuple[dict[str, Any], list[tuple[LayerPlan, int]], dict[str, float]]:
+    """(what is said of it, each layer's plan and count, layer path → what that costs in nats where it was measured).
+    `ways`: the layers' plans, by each way in which sets may be chosen; `chosen`: what a layer of a plan with so many
+    experts would be, and its loss. Raises OptionError where no counts add up.
     """
-    budget, total = options.budget, total_kept(plans, options)
-    assert budget is not None
+    plans = ways[0]
+    options, total = plans[0].options, total_kept(plans, plans[0].options)
+    assert options.budget is not None
     said: dict[str, Any] = {
-        "asked_mean": budget.amount,
+        "asked_mean": options.budget.amount,
         "share": options.share or "measured",
         "mean": total / len(plans),
         "num_kept": total,
         "num_experts": sum(plan.layer.num_experts for plan in plans),
     }
     if options.share == "even":
-        return said, planned_counts(plans, options), {}
+        counts = planned_counts(plans, options)
+        return said, [(plan, counts[plan.path]) for plan in plans], {}
     costs: dict[str, Costs] = {}
-    for plan in plans:
+    best: dict[tuple[str, int], LayerPlan] = {}
+    for of_layer in zip(*ways, strict=True):
+        path, by_way = of_layer[0].path, list[Costs]()
         if options.share == "loss":
-            costs[plan.path] = {count: chosen(plan, count)[1] ** 2 for count in plan.counts}
-            continue
-        table = _table_of(plan, statistics) if plan.changes else {}
-        said.setdefault("measured", {})[plan.path] = table
-        nats = {count: blended(list(of["kl"].values()), list(of["kl"]), options.blend) for count, of in table.items()}
-        whole = {} if options.top_k is not None else {plan.layer.num_experts: 0.0}
-        costs[plan.path] = costs_between(nats | whole, plan.counts)
+            by_way.append({count: chosen(of_layer[0], count)[1] ** 2 for count in of_layer[0].counts})
+        elif of_layer[0].changes:
+            sets = _sets_of(of_layer[0], statistics)
+            said.setdefault("measured", {})[path] = _table(sets)
+            by_way = [_costs(plan, sets, chosen) for plan in of_layer]
+        else:
+            by_way.append({of_layer[0].layer.num_experts: 0.0})
+        for plan, found in zip(of_layer, by_way, strict=False):
+            for count, cost in found.items():
+                if cost < costs.setdefault(path, {}).get(count, math.inf):
+                    costs[path][count], best[path, count] = cost, plan
     try:
         num_kept = allocated(costs, total)
     except ValueError as error:
         raise OptionError(options.count_option, f"{error}, as far as they were measured.") from error
-    cost = {path: costs[path][count] for path, count in num_kept.items()}
-    summed = math.fsum(cost.values())
+    cost_of = {path: costs[path][count] for path, count in num_kept.items()}
+    kept = [(best[path, count], count) for path, count in num_kept.items()]
     if options.share == "loss":
-        return {**said, "summed_squared_loss": summed}, num_kept, {}
-    return {**said, "summed_kl": summed}, num_kept, cost
+        return {**said, "summed_squared_loss": math.fsum(cost_of.values())}, kept, {}
+    return {**said, "summed_kl": math.fsum(cost_of.values())}, kept, cost_of
 
 
-def _table_of(plan: LayerPlan, statistics: Gathered) -> dict[int, dict[str, Any]]:
-    try:
-        return measured_table(statistics, plan.path)
-    except ChoiceError as error:
-        raise OptionError(plan.options.count_option, f"{plan.path}: {error}.") from error
+@dataclass(frozen=True)
+class _Set:
+    """One set of a layer's experts that was measured, and what it costs."""
+
+    kept: tuple[int, ...]
+    cost: float
+    said: dict[str, Any]
+
+
+def _sets_of(plan: LayerPlan, statistics: Gathered) -> list[_Set]:
+    """Raises OptionError where no set of the layer was measured."""
+    if KL not in statistics.get(plan.path, {}):
+        raise OptionError(
+            plan.options.count_option,
+            f"{plan.path}: what its counts cost was not measured; share the mean out by `loss` or `even`, or {AGAIN}.",
+        )
+    found = []
+    for decided, kl_D, error_D in measured_of(statistics[plan.path], len(statistics.domains)):
+        numbers = zip(statistics.domains, kl_D.tolist(), error_D.tolist(), strict=True)
+        there = [(name, kl, None if math.isnan(error) else error) for name, kl, error in numbers if not math.isnan(kl)]
+        said = {
+            "kl": {name: kl for name, kl, _ in there},
+            "standard_error": {name: error for name, _, error in there},
+        }
+        cost = blended(list(said["kl"].values()), list(said["kl"]), plan.options.blend)
+        found.append(_Set(tuple(decided["kept"]), cost, said))
+    return found
+
+
+def _table(sets: Sequence[_Set]) -> dict[int, dict[str, Any]]:
+    """Count → nats by domain, and standard errors (None for one sequence), of the best set of that count."""
+    return {len(one.kept): one.said for one in sorted(sets, key=lambda one: (len(one.kept), -one.cost))}
+
+
+def _costs(plan: LayerPlan, sets: Sequence[_Set], chosen: Callable[[LayerPlan, int], tuple[Choice, float]]) -> Costs:
+    """What a layer's counts cost by one way of choosing sets; where its own was not measured, as much as the best."""
+    known: Costs = {} if plan.options.top_k is not None else {plan.layer.num_experts: 0.0}
+    by_kept, table = {one.kept: one.cost for one in sets}, {len(one.kept): one for one in sets}
+    for count in table:
+        least = min(one.cost for one in sets if len(one.kept) == count)
+        known[count] = by_kept.get(tuple(chosen(plan, count)[0]["kept"]), least)
+    return costs_between(known, plan.counts)
 
 
 def blended(kl: Sequence[float], domains: Sequence[str], blend: Blend) -> float:
@@ -81,26 +125,6 @@ def blended(kl: Sequence[float], domains: Sequence[str], blend: Blend) -> float:
         return max(kl)
     weights = blend_weights("mean" if blend == "pooled" else blend, domains).tolist()
     return math.fsum(weight * one for weight, one in zip(weights, kl, strict=True))
-
-
-def measured_table(statistics: Gathered, path: str) -> dict[int, dict[str, Any]]:
-    """Count → nats by domain, of which some text was measured, and standard errors (None for one sequence). Raises
-    ChoiceError where no count of the layer was measured.
-    """
-    if KL not in statistics.get(path, {}):
-        raise ChoiceError(f"what its counts cost was not measured; share the mean out by `loss` or `even`, or {AGAIN}")
-    names = statistics.domains
-    return {
-        len(decided["kept"]): {
-            "kl": {name: kl for name, kl in zip(names, kl_D.tolist(), strict=True) if not math.isnan(kl)},
-            "standard_error": {
-                name: None if math.isnan(error) else error
-                for name, kl, error in zip(names, kl_D.tolist(), error_D.tolist(), strict=True)
-                if not math.isnan(kl)
-            },
-        }
-        for decided, kl_D, error_D in measured_of(statistics[path], len(names))
-    }
 
 
 def costs_between(measured: Mapping[int, float], counts: Sequence[int]) -> Costs:

@@ -14,8 +14,12 @@ from compressor.plugin import Gathered, OptionError
 from compressor.recipe.schema import load_recipe
 from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor.selection.layer_plan import LayerPlan, measured_amount, measured_counts
+from compressor.selection.scores import SUMS
 from compressor.selection.sharing import costs_between
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
+from compressor_expert_pruning.criteria import CRITERIA
+
+BY_NAME = {criterion.name: criterion for criterion in CRITERIA}
 
 
 def method(**options):
@@ -217,8 +221,8 @@ def test_a_mean_is_planned_evenly(layers):
     assert counts(plan) == [6, 6, 6]
     assert list(plan.notes) == [
         "247 sets of 2 to 8 experts per layer, all of them looked at",
-        "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown: 6 "
-        "counts of each layer are measured on 3,840 tokens, as much work as 46,080 tokens more",
+        "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown: up "
+        "to 6 sets of each layer are measured on 3,840 tokens, as much work as 46,080 tokens more",
         "2 choices are compared by what the answers lose: search, measured counts; search, even counts",
     ]
     assert planned(layers, keep={"mean": 5.5}) == [5, 6, 6]  # 16.5 experts: halves upwards
@@ -607,6 +611,34 @@ def test_what_was_not_measured_is_not_shared_out(make_layer):
 def test_options_of_sharing_that_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
         method(**options)
+
+
+def test_each_layer_takes_the_set_that_was_measured_to_lose_least(make_layer):
+    """The search keeps the last experts, weighted EAN the first ones; what was measured says who is right."""
+    layers = [make_layer(4, 2, path=f"layers.{number}.mlp") for number in (0, 1)]
+    costs = {(2, 3): 0.5, (0, 1): 0.2, (1, 2, 3): 0.1, (0, 1, 2): 0.3}
+    kept = [{"kept": list(one)} for one in costs]
+    found = {}
+    for number, layer in enumerate(layers):
+        sums = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+        kl = [[(number + 1) * cost * 10] for cost in costs.values()]
+        found[layer.path] = figures(layer, [2, 3, 4], {2: 2.0, 3: 1.0, 4: 0.0}.get) | {
+            **{f"sums.{name}": sums for name in SUMS},
+            "measured.kl": torch.tensor(kl, dtype=torch.float64),
+            "measured.tokens": torch.tensor([10]),
+            "measured.domain": torch.tensor([0]),
+            "measured.candidates": torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8),
+        }
+    chooses = ExpertPruning(ExpertPruningOptions(keep={"mean": 2.5}), BY_NAME)
+    decision = chooses.decide(layers, Gathered(found))
+    # 2 + 3 experts cost 0.2 + 2 · 0.1, 3 + 2 cost 0.1 + 2 · 0.2
+    assert [layer["kept"] for layer in decision["layers"].values()] == [[0, 1], [1, 2, 3]]
+    assert decision["budget"]["summed_kl"] == pytest.approx(0.4)
+    given = ExpertPruning(ExpertPruningOptions(keep={"mean": 2.5}, choose="given"), BY_NAME)
+    decision = given.decide(layers, Gathered(found))
+    # its own sets: 0.5 + 0.2, or 0.1 + 1.0
+    assert [layer["kept"] for layer in decision["layers"].values()] == [[2, 3], [1, 2, 3]]
+    assert decision["budget"]["summed_kl"] == pytest.approx(0.7)
 
 
 # What a mean leaves room for -------------------------------------------------------------------------------

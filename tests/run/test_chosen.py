@@ -15,7 +15,7 @@ from compressor.machine.progress import Progress
 from compressor.observe import forward
 from compressor.observe.divergence import kl_divergences
 from compressor.recipe.schema import load_recipe
-from compressor.selection.layer_plan import rivals
+from compressor.selection.layer_plan import measured_ways, rivals
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 from compressor_expert_pruning.criteria import CRITERIA
 
@@ -27,7 +27,15 @@ def options(**given: Any) -> ExpertPruningOptions:
 
 
 def test_what_is_compared() -> None:
-    assert list(rivals(options(keep={"mean": 6}), BY_NAME, ["one", "two"])) == [
+    assert list(rivals(options(keep={"mean": 6}), BY_NAME, ["one", "two"], several=True)) == [
+        "each layer's best",
+        "search, measured counts",
+        "weighted_ean, measured counts",
+        "reap, measured counts",
+        "search, even counts",
+        "weighted_ean, even counts",
+    ]
+    assert list(rivals(options(keep={"mean": 6}), BY_NAME, ["one", "two"], several=False)) == [
         "search, measured counts",
         "weighted_ean, measured counts",
         "reap, measured counts",
@@ -35,13 +43,27 @@ def test_what_is_compared() -> None:
         "search, even counts",
         "weighted_ean, even counts",
     ]
-    assert list(rivals(options(keep=6, choose="measured", criterion="ean"), BY_NAME, ["one"])) == [
+    assert list(rivals(options(keep=6, choose="measured", criterion="ean"), BY_NAME, ["one"], several=False)) == [
         "ean",
         "weighted_ean",
         "reap",
     ]
     for given in ({"keep": 6}, {"keep": {"mean": 6}, "share": "measured"}, {"keep": {"mean": 6}, "choose": "given"}):
-        assert rivals(options(**given), BY_NAME, ["one", "two"]) == {}
+        assert rivals(options(**given), BY_NAME, ["one", "two"], several=False) == {}
+
+
+def test_how_many_ways_are_measured() -> None:
+    """As many as cost no more than a run over 128 × 2048 tokens: 7 sets of 4 layers on 3840 tokens are 67,200."""
+
+    def ways(num_layers: int, num_counts: int, **given: Any) -> list[str | None]:
+        wanted = options(keep={"fraction": 0.5}, **given)
+        return [one.criterion for one in measured_ways(wanted, BY_NAME, num_layers, num_counts)]
+
+    assert ways(4, 7) == [None, "weighted_ean", "reap"]
+    assert ways(8, 7) == [None, "weighted_ean"]
+    assert ways(32, 4) == [None]
+    assert ways(4, 7, choose="given") == ways(4, 7, share="measured") == [None]
+    assert ways(4, 7, criterion="ean") == ["ean"]
 
 
 @pytest.fixture
