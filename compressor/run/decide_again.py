@@ -54,9 +54,16 @@ def decide(
     layers = [MoELayer.described(layer) for layer in about["layers"]]
     try:
         made.check(layers)
+        wanted = made.measuring(layers)
+        if wanted is not None and not wanted.candidates:
+            raise OptionError(
+                None, "what is asked for is chosen by what the model's answers lose: run a recipe for it."
+            )
         decision, domains = _decide_on_first(made, layers, {name: passes[name] for name in names}, about, named)
     except OptionError as error:
-        raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}") from error
+        lost = ", ".join(about.get("dropped_figures", ()))
+        lost = f" Of several files {lost} cannot be added up." if lost else ""
+        raise RecipeError(f"{named}: {'.'.join(filter(None, (method, error.option)))}: {error}{lost}") from error
     entry = {
         "method": method,
         "version": made.version,

@@ -10,6 +10,7 @@ import torch
 from tiny_models import random_model, token_ids, write_checkpoint, write_token_file
 
 import compressor
+from compressor import RecipeError
 from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
 from compressor.observe import forward
@@ -127,3 +128,20 @@ def test_little_text_is_said(recipe: dict[str, Any], capsys: pytest.CaptureFixtu
     recipe["passes"] = [{"expert_pruning": {"keep": 6}}]
     compressor.compress(recipe, progress=Progress("lines"))
     assert "what the answers lose" not in capsys.readouterr().err
+
+
+def test_without_the_model_nothing_is_compared(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["passes"] = [{"expert_pruning": {"keep": {"mean": 5}, "measured_counts": 2, "choose": "given"}}]
+    files = []
+    for number, one in enumerate(recipe["calibration"]["data"]):
+        text = {**recipe["calibration"], "data": [one]}
+        compressor.compress({**recipe, "calibration": text}, output=tmp_path / f"{number}")
+        files.append(tmp_path / f"{number}" / "compressor" / "statistics.safetensors")
+    with pytest.raises(RecipeError, match="chosen by what the model's answers lose: run a recipe for it"):
+        compressor.decide(files[0], keep=5, choose="measured")
+    with pytest.raises(
+        RecipeError, match=r"Of several files measured\.candidates, .*measured\.kl.* cannot be added up"
+    ):
+        compressor.decide(files, keep={"mean": 5})
+    decided = compressor.decide(files[0], keep={"mean": 5})["passes"][0]["decision"]
+    assert sum(len(layer["kept"]) for layer in decided["layers"].values()) == 5 * len(decided["layers"])
