@@ -78,7 +78,7 @@ def observe(
     With `edited` the walk is progressive: every layer is observed on the activations that come out of the edited layers
     before it, with the original model's output as `RoutedTokens.target_TH`. With `weights` the model is read layer by
     layer while it runs. With `journal` every layer's figures are kept when it is done, and where the batches stand
-    before each decoder layer; layers that it knows are not observed again.
+    before each decoder layer: those that all batches have passed are not run again.
 
     Several `processes` are given the same batches and the same model; each observes some of the batches, and all return
     the same figures. With `parking` hidden states wait there while other batches are at work. `linears` (path of a
@@ -341,24 +341,25 @@ class _Walk:
             )
         self.observed.add(path)
         streams, statistic = self.streams, self.statistics[path]
-        known = self.resuming.figures(path)
-        if known is not None:
-            self.figures[path] = known
-            for stream in streams.originals if self.edited else streams.all:
-                streams.go_on(stream)
-            self._pass_edited(path)
-            return
-        seen = self._look(path, statistic)
+        # looked at also where its figures are known: its output is that of the experts' outputs as they were looked at
+        known, seen = self.resuming.figures(path), self._look(path, statistic)
         if not any(seen):
             for other in streams.others if self.edited else ():
                 streams.go_on(other)
             return
-        self.figures[path] = _joined(path, statistic, seen, domains, self.processes)
+        self.figures[path] = known or self._figures(path, statistic, seen, domains)
+        if known is None:
+            self.resuming.put_figures(path, self.figures[path])
+        self._pass_edited(path)
+
+    def _figures(
+        self, path: str, statistic: Statistic, seen: Sequence[Sequence[int]], domains: Sequence[str]
+    ) -> dict[str, Tensor]:
+        figures = _joined(path, statistic, seen, domains, self.processes)
         if statistic.weight_norms:
             assert self.moe is not None
-            self.figures[path] |= expert_weight_norms(self.model, self.moe.layer(path))
-        self.resuming.put_figures(path, self.figures[path])
-        self._pass_edited(path)
+            figures |= expert_weight_norms(self.model, self.moe.layer(path))
+        return figures
 
     def _look(self, path: str, statistic: Statistic) -> list[list[int]]:
         """Show a layer's tokens to its statistic, as often as it wants them. Returns the numbers of the batches, among
