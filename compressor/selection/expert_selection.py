@@ -224,7 +224,7 @@ class ExpertSelection(Method[OptionsT]):
                 found.setdefault(tuple(one["kept"]), one)
         whole = {} if self.options.top_k is None else {"top_k": self.options.top_k}
         decisions = [Decision({"layers": {layer.path: one}, **whole}) for one in found.values()]
-        return [self._replacing(one, statistics) for one in decisions]
+        return [_replacing(self.options, one, statistics) for one in decisions]
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
@@ -244,18 +244,7 @@ class ExpertSelection(Method[OptionsT]):
             decision["top_k"] = self.options.top_k
         if self.options.padded:
             decision["padded"] = True
-        return self._replacing(decision, statistics)
-
-    def _replacing(self, decision: Decision, statistics: Gathered) -> Decision:
-        """The decision with what becomes of experts that go; each layer's constants [E, H] if they answer some."""
-        from compressor.selection.constants import values_of
-
-        if self.options.replace != "none":
-            decision["replace"] = self.options.replace
-        if self.options.with_constants:
-            changed = [path for path, one in decision["layers"].items() if one["dropped"]]
-            decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
-        return decision
+        return _replacing(self.options, decision, statistics)
 
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
@@ -337,3 +326,15 @@ def _check_criterion(name: str | None, criteria: Mapping[str, Any]) -> None:
         raise OptionError(
             "criterion", f"there is no criterion {name!r}{did_you_mean(name, criteria)} Known are {known}."
         )
+
+
+def _replacing(options: SelectionOptions, decision: Decision, statistics: Gathered) -> Decision:
+    """The decision with what becomes of experts that go; each layer's constants [E, H] if they answer some."""
+    from compressor.selection.constants import values_of
+
+    if options.replace != "none":
+        decision["replace"] = options.replace
+    if options.with_constants:
+        changed = [path for path, one in decision["layers"].items() if one["dropped"]]
+        decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}
+    return decision
