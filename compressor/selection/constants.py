@@ -14,8 +14,8 @@ One look is enough, since with G_ij = Σ w_i w_j ⟨E_i, E_j⟩, A_ij = Σ w_i w
 
 The paper takes the plain mean for c_e and a criterion for P; these lose more. F is kept by domain; in c a domain's sums
 count 1/Σ‖z‖², z being the layer's output on it, so that none rules by its size. What is minimised is e_D(P) / Σ‖z‖²,
-blended as `objective` does losses: squares, not the roots that a search takes for each batch. On the demo model with 4
-of 8 experts that is 2.09 nats of KL to the original; roots, and c over all text alike, are 2.62.
+blended as `objective` does losses: squares, not the roots that a search takes for each batch. Chosen on the demo model
+(docs/log.md has the figures); with one domain it is the paper's error of the output.
 
 Dimensions: c tokens of a chunk, K chosen per token, E experts, D domains, S sets, H hidden size.
 """
