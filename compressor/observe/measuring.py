@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ from compressor.machine.distributed import Processes
 from compressor.observe.divergence import kl_divergences
 from compressor.observe.forward import answers_at
 from compressor.observe.resuming import answering_from_record, comes_to_stand, standing_of
-from compressor.observe.streams import Stream, Streams
+from compressor.observe.streams import Stream, Streams, writes_cache
 
 WHOLE = ""
 """The path of a decision of all layers."""
@@ -187,15 +187,12 @@ class Measuring:
         """Another stream that stands before a decoder layer as the plain one does."""
         assert plain.stop is not None
         plain.parked.fetch()
-        stream = self._new_stream(plain.number, plain.batch)
-        try:
-            standing = standing_of(plain)
-            with answering_from_record(self._streams, plain.passed):
-                if comes_to_stand(self._streams, stream, plain.stop.path, standing):
+        if not writes_cache(plain.call):
+            stream = self._new_stream(plain.number, plain.batch)
+            with suppress(NotPlainError), answering_from_record(self._streams, plain.passed):
+                if comes_to_stand(self._streams, stream, plain.stop.path, standing_of(plain)):
                     return stream
-        except NotPlainError:
-            pass
-        stream.leave()
+            stream.leave()
         if self._is_streamed:
             raise UnsupportedModelError(
                 f"{plain.stop.path}: the model carries more from layer to layer than their outputs, so from disk it "

@@ -35,6 +35,11 @@ def list_of(unit: str) -> str:
     return unit.rpartition(".")[0]
 
 
+def writes_cache(call: Any) -> bool:
+    """Whether a block is given a cache, which it would write into once more if it ran again."""
+    return any(call[1].get(name) is not None for name in ("cache", "past_key_values"))  # the latter before 5.24
+
+
 @dataclass(frozen=True)
 class Stop:
     """A place where streams stop: before a watched block, or before a decoder layer whose weights may not be there."""
@@ -216,7 +221,7 @@ class Streams:
     def run_again(self, path: str, stream: Stream, call: Any, take: Take) -> None:
         """Run one block alone on what a stream has brought it; the output is dropped."""
         args, kwargs = call
-        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):  # the latter before 5.24
+        if writes_cache(call):
             raise UnsupportedModelError(
                 f"{path}: its block holds attention that writes a cache, so it cannot be run twice on the same text: "
                 f"neither `progressive` nor a second look at tokens is possible here."
