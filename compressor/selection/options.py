@@ -172,7 +172,7 @@ class SelectionOptions(Options):
         default=None,
         description="measured: several choices, such as a criterion's, or an even split, are compared by what the "
         "model's answers lose under each, and the best is taken; given: what is asked for is; default measured for a "
-        "mean of which no more is said. `compressor decide` has no model to ask and takes the first, at measured counts",
+        "mean of which no more is said. `compressor decide` has no model to ask, and takes the first",
     )
     multiple_of: StrictInt | None = Field(
         default=None,
