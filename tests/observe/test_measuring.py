@@ -164,8 +164,10 @@ def test_from_disk_to_the_bit(folder: Path) -> None:
 
 
 def test_in_two_processes(folder: Path) -> None:
+    models = [in_memory(folder) for _ in range(2)]  # not in threads: while it loads, transformers has another class
+
     def work(processes: Processes) -> Any:
-        return measured(in_memory(folder), processes=processes)
+        return measured(models[processes.rank], processes=processes)
 
     alone = measured(in_memory(folder))
     for found in together(2, work):
