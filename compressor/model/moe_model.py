@@ -384,9 +384,9 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
         return None
     if layer.constants:
         return "some of its experts answer constants, so the others have to stay; prune before that"
-    possible = [count for count in range(2, layer.num_experts + 1) if _count_works(layer, count)]
-    if num_kept in possible:
+    if _count_works(layer, num_kept):
         return None
+    possible = [count for count in range(2, layer.num_experts + 1) if _count_works(layer, count)]
     if not possible:
         groups = f" in {layer.num_groups} groups of at least 2" if layer.num_groups > 1 else ""
         return f"none of its {layer.num_experts} experts can go: each token chooses {layer.top_k}{groups}"

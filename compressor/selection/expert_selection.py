@@ -218,9 +218,10 @@ class ExpertSelection(Method[OptionsT]):
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
         found: dict[tuple[int, ...], Choice] = {}
+        plans = [LayerPlan(layer, way) for way in self._ways(layers)]
         for count in self._measured_counts(layer, len(layers)):
-            for way in self._ways(layers):
-                one, _ = self._chosen(LayerPlan(layer, way), statistics, count)
+            for plan in plans:
+                one, _ = self._chosen(plan, statistics, count)
                 found.setdefault(tuple(one["kept"]), one)
         whole = {} if self.options.top_k is None else {"top_k": self.options.top_k}
         decisions = [Decision({"layers": {layer.path: one}, **whole}) for one in found.values()]

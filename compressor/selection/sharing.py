@@ -112,8 +112,8 @@ def _table(sets: Sequence[_Set]) -> dict[int, dict[str, Any]]:
 def _costs(plan: LayerPlan, sets: Sequence[_Set], chosen: Callable[[LayerPlan, int], tuple[Choice, float]]) -> Costs:
     """What a layer's counts cost by one way of choosing sets; where its own was not measured, as much as the best."""
     known: Costs = {} if plan.options.top_k is not None else {plan.layer.num_experts: 0.0}
-    by_kept, table = {one.kept: one.cost for one in sets}, {len(one.kept): one for one in sets}
-    for count in table:
+    by_kept = {one.kept: one.cost for one in sets}
+    for count in {len(one.kept) for one in sets}:
         least = min(one.cost for one in sets if len(one.kept) == count)
         known[count] = by_kept.get(tuple(chosen(plan, count)[0]["kept"]), least)
     return costs_between(known, plan.counts)
