@@ -2,7 +2,8 @@
 
     compressor.check(recipe)            what a run would do, and what it needs; inspect(model): what it is made of
     compressor.compress(recipe)         run a recipe: observe, decide, edit, evaluate, save
-    compressor.evaluate(recipe, model)  measure one model; decide, apply: as the commands of these names
+    compressor.evaluate(recipe, model)  measure one model; compare(folders): several outputs side by side
+    compressor.apply, decide            as the commands of these names
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
     compressor.MoEModel(model)          a live model's MoE layers: mask, watch, remove and skip experts
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from compressor.run.apply import apply
     from compressor.run.decide_again import decide
     from compressor.run.loading import load, restore
-    from compressor.run.pipeline import compress, evaluate
+    from compressor.run.pipeline import compare, compress, evaluate
     from compressor.run.record import CompressionResult
     from compressor.run.verbs import check, inspect
 
@@ -49,6 +50,7 @@ _HOME = {
     "SkipRule": "model.skipping.rule",
     "apply": "run.apply",
     "check": "run.verbs",
+    "compare": "run.pipeline",
     "compress": "run.pipeline",
     "decide": "run.decide_again",
     "evaluate": "run.pipeline",
@@ -76,6 +78,7 @@ __all__ = [
     "__version__",
     "apply",
     "check",
+    "compare",
     "compress",
     "decide",
     "evaluate",

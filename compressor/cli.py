@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, ProcessError
+from compressor.errors import CompressorError, DiskError, ProcessError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -332,6 +332,44 @@ def evaluate(
         if processes.is_first:
             with _printing():
                 print_summary(record, _console())
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Outputs of runs, or checkpoints.", show_default=False)],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Measure folders without a record by `evaluate:` of this recipe."),
+    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="Their original; with --recipe.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    page: Annotated[Path | None, typer.Option("--page", help="Write tables and picture to this HTML file.")] = None,
+    set_: SetOption = None,
+    without: WithoutOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Show outputs side by side: bytes, bits a weight, and how far they are from their original."""
+    _calm()
+    import json
+
+    from compressor.machine.progress import Progress
+    from compressor.report.comparison import comparison_page
+    from compressor.report.terminal import print_comparison
+    from compressor.run import pipeline
+
+    progress = Progress.detect(quiet=quiet)
+    measured: dict[str, Any] = {"recipe": recipe, "against": against, "overrides": set_ or [], "progress": progress}
+    found = pipeline.compare(folders, **measured, without=without or [])
+    if page is not None:
+        try:
+            page.write_text(comparison_page(found), encoding="utf-8")
+        except OSError as error:
+            raise DiskError(f"{page}: it cannot be written there: {error.strerror}.") from error
+    with _printing():
+        if json_:
+            print(json.dumps(found, indent=1))
+        elif not quiet:
+            print_comparison(found, _console())
 
 
 def _calm() -> None:

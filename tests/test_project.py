@@ -72,6 +72,7 @@ FOR_USERS = [
     "__version__",
     "apply",
     "check",
+    "compare",
     "compress",
     "decide",
     "evaluate",

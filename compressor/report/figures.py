@@ -58,7 +58,7 @@ def figures(record: Json) -> list[Figure]:
 def fidelity_table(record: Json) -> Table:
     """How far answers are from the original's, the worst text first; without rows where that was not measured."""
     by_text = list(((record.get("evaluation") or {}).get("fidelity") or {}).values())
-    rows = [(one["name"], *_fidelity_cells(one)) for one in sorted(by_text, key=lambda one: -one["kl"])]
+    rows = [(one["name"], *fidelity_cells(one)) for one in sorted(by_text, key=lambda one: -one["kl"])]
     below = ["KL(original ‖ this): 0 for the original itself; ± one standard error."]
     kept = sorted({one["vocabulary"] for one in by_text if isinstance(one["vocabulary"], str)})
     below += [f"KL is a lower bound: it tells the {one} apart." for one in kept]
@@ -66,10 +66,12 @@ def fidelity_table(record: Json) -> Table:
     return Table("Against the original, token by token", columns, rows, below)
 
 
-def _fidelity_cells(one: Json) -> tuple[str, str, str]:
+def fidelity_cells(one: Json) -> tuple[str, str, str]:
+    """KL, share of the same likeliest tokens in percent, and loss, each with its standard error."""
+
     def said(key: str, factor: float, form: str) -> str:
         value, error = factor * one[key], one[f"{key}_error"]
-        shown = _signed(value, form) if key == "delta_nll" else format(value, form)
+        shown = signed(value, form) if key == "delta_nll" else format(value, form)
         return shown + (f" ± {format(factor * error, form)}" if error is not None else "")
 
     return said("kl", 1, ".4f"), said("agreement", 100, ".1f"), said("delta_nll", 1, ".4f")
@@ -78,7 +80,7 @@ def _fidelity_cells(one: Json) -> tuple[str, str, str]:
 def _fidelity_rows(evaluation: Json) -> Iterator[Figure]:
     """The same as rows of what each pass does alone."""
     for name, one in (evaluation.get("fidelity") or {}).items():
-        kl, agreement, _ = _fidelity_cells(one)
+        kl, agreement, _ = fidelity_cells(one)
         yield Figure(f"KL {name}", "0", kl, "")
         yield Figure(f"same likeliest {name} %", "100", agreement, "")
 
@@ -172,13 +174,14 @@ def _task_rows(before: Json, after: Json, paired: Json) -> Iterator[Figure]:
             is_share = metric in ACCURACIES or flips is not None
             yield Figure(
                 f"{name} {metric}" + (" %" if is_share else ""),
-                _metric(ones.get(metric), is_share),
-                _metric(others.get(metric), is_share),
+                metric_said(ones.get(metric), is_share),
+                metric_said(others.get(metric), is_share),
                 _metric_change(ones.get(metric), others.get(metric), is_share) + _flips(flips),
             )
 
 
-def _metric(metric: Json | None, is_share: bool) -> str:
+def metric_said(metric: Json | None, is_share: bool) -> str:
+    """A task's figure with its standard error, a share in percent."""
     if metric is None:
         return NOTHING
     value, error = metric["value"], metric["standard_error"]
@@ -191,7 +194,7 @@ def _metric_change(one: Json | None, other: Json | None, is_share: bool) -> str:
     if one is None or other is None:
         return ""
     difference = other["value"] - one["value"]
-    return f"{_signed(100 * difference, '.1f')} points" if is_share else _signed(difference, ".3g")
+    return f"{signed(100 * difference, '.1f')} points" if is_share else signed(difference, ".3g")
 
 
 def _flips(flips: Json | None) -> str:
@@ -207,7 +210,7 @@ def _generation_rows(before: Json, after: Json) -> Iterator[Figure]:
         one, other = (side.get(mode) or {} for side in (before, after))
         for key, name in (("loops", "loops"), ("ends", "ends"), ("distinct_4", "distinct 4-grams")):
             known = [side[key] for side in (one, other) if side.get(key) is not None]
-            change = f"{_signed(100 * (known[1] - known[0]), '.1f')} points" if len(known) == 2 else ""
+            change = f"{signed(100 * (known[1] - known[0]), '.1f')} points" if len(known) == 2 else ""
             yield Figure(f"{mode}: {name} %", _written(one, key), _written(other, key), change)
 
 
@@ -450,7 +453,7 @@ def _rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
 
 
-def _signed(value: float, form: str) -> str:
+def signed(value: float, form: str) -> str:
     """With a sign that is never a hyphen: +0.3, −1.2, and 0.0 without one."""
     text = format(abs(value), form)
     if not float(text):

@@ -21,6 +21,7 @@ from compressor.report.figures import (
     shown_columns,
     summary_tables,
 )
+from compressor.report.tables import Table
 from compressor.wording import counted
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -40,8 +41,7 @@ class Series:
 def page(record: Json) -> str:
     """The whole page, as text. Everything from the record is escaped."""
     passes = [_pass(done, record) for done in record.get("passes", [])]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return _rendered(
         record=record,
         title=str(record.get("output") or record["model"]["reference"]).rstrip("/").rsplit("/", 1)[-1],
         tables=summary_tables(record),
@@ -50,6 +50,16 @@ def page(record: Json) -> str:
         recipe=as_yaml(record["recipe"]) if "recipe" in record else "",
         versions=record.get("versions", {}),
     )
+
+
+def picture_page(title: str, tables: Sequence[Table], pictures: Sequence[tuple[str, str]]) -> str:
+    """A page of tables, and of SVGs with what they are called."""
+    return _rendered(title=title, tables=tables, pictures=[(name, Markup(drawn)) for name, drawn in pictures])
+
+
+def _rendered(**given: Any) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(**given)
 
 
 def summary(record: Json) -> str:

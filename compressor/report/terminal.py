@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from compressor.report.comparison import comparison_tables
 from compressor.report.description import Json
 from compressor.report.figures import (
     NOTHING,
@@ -44,6 +45,12 @@ def print_summary(record: Json, console: Console) -> None:
         table.show(console)
     for done in record.get("passes", []):
         _print_decision(done, record, console)
+
+
+def print_comparison(found: Json, console: Console) -> None:
+    """Outputs side by side, as `compare` gives them."""
+    for table in comparison_tables(found):
+        table.show(console)
 
 
 def print_plan(plan: Json, console: Console) -> None:

@@ -65,6 +65,7 @@ from compressor.run.record import (
     run_json,
     write_record,
 )
+from compressor.run.side_by_side import side_by_side
 from compressor.run.texts import Texts, batches_of, probe_of, read_texts
 
 
@@ -159,6 +160,30 @@ def evaluate(
     after = _alone_measured(job, subject, yardstick)
     record["against"] = {"reference": against, **others[0][1].about()}
     return record | {"evaluation": compared(before, after, texts.perplexity)}
+
+
+def compare(
+    folders: Sequence[str | Path],
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    against: str | None = None,
+    overrides: Sequence[str] = (),
+    without: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Outputs side by side, by their records, as JSON: `original`, `text`, and `outputs` in the order given, each with
+    `bytes` (of its files of weights), effective `bits` per weight of the original, `mean` fidelity over texts, and
+    `on_front`: whether no other one is both smaller and closer to the original.
+
+    With `recipe` and `against`, the original, a folder is measured by its `evaluate:` where it has no record, or one of
+    other text or of another original. Without, CheckpointError and EvaluationError name these.
+    """
+    if recipe is None or against is None:
+        if recipe is not against:
+            raise RecipeError("`recipe` and `against` go together: what is measured, and the original.")
+        return side_by_side(folders)
+    how: dict[str, Any] = {"overrides": overrides, "without": without, "progress": progress}
+    return side_by_side(folders, against, lambda folder: evaluate(recipe, folder, against=against, **how))
 
 
 def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:

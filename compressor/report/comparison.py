@@ -1,0 +1,150 @@
+"""Several outputs beside the same original: tables, and quality against bytes as a picture; takes `compare`'s JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from markupsafe import escape
+
+from compressor.report.description import Json
+from compressor.report.figures import NOTHING, fidelity_cells, metric_said, signed, union
+from compressor.report.html import picture_page
+from compressor.report.tables import Table
+from compressor.wording import human_bytes
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 860, 380, 62, 130, 44, 16
+
+
+def comparison_tables(found: Json) -> list[Table]:
+    """All outputs, the original first; then text by text, tasks and speed, as far as records have them."""
+    return [table for table in (_all_table(found), *_text_tables(found), _tasks_table(found), _speed_table(found))
+            if table.rows]  # fmt: skip
+
+
+def comparison_page(found: Json) -> str:
+    """The tables and the picture as one HTML page."""
+    caption = "KL to the original, nats a token (mean over texts), by bytes on disk"
+    title = f"{len(found['outputs'])} outputs of {found['original']['reference']}"
+    return picture_page(title, comparison_tables(found), [(caption, picture(found))] if _points(found) else [])
+
+
+def _name(one: Json) -> str:
+    return f"{one['name']} *" if one["on_front"] else str(one["name"])
+
+
+def _all_table(found: Json) -> Table:
+    original, outputs = found["original"], found["outputs"]
+    there = original["bytes"] is not None
+    first = (human_bytes(original["bytes"]), f"{original['bits']:.2f}") if there else (NOTHING, NOTHING)
+    rows: list[tuple[str, ...]] = [("the original", *first, "0", "100", "0")]
+    for one in outputs:
+        cells = [cell.split(" ±")[0] for cell in fidelity_cells(one["mean"])] if one["mean"] else [NOTHING] * 3
+        rows.append((_name(one), human_bytes(one["bytes"]), f"{one['bits']:.2f}", *cells))
+    below = [
+        "bits: of the files of weights, for each weight of the original.",
+        "KL(original ‖ output), same likeliest token, loss: means over texts.",
+    ]
+    if any(one["on_front"] for one in outputs):
+        below.append("* no other is both smaller and closer to the original.")
+    columns = ("output", ">on disk", ">bits", ">KL, nats", ">same %", ">loss, nats")
+    return Table(f"Beside {original['reference']}", columns, rows, below)
+
+
+def _text_tables(found: Json) -> Iterator[Table]:
+    """Each figure, text by text, with its standard error."""
+    texts = union(*(one["fidelity"] for one in found["outputs"]))
+    titles = ("KL to the original, nats a token", "Same likeliest token, %", "Loss, nats a token")
+    for number, title in enumerate(titles) if texts else ():
+        rows = [
+            (_name(one), *(fidelity_cells(one["fidelity"][text])[number] for text in texts)) for one in found["outputs"]
+        ]
+        yield Table(title, ("output", *(f">{text}" for text in texts)), rows)
+
+
+def _tasks_table(found: Json) -> Table:
+    """What tasks say: of the original, then of each output, with the difference and its paired error."""
+    names = [
+        (task, metric)
+        for task, result in found["original"]["tasks"].items()
+        if result.get("group") is None
+        for metric in result["metrics"]
+    ]
+    rows = [("the original", *(_task_cell(found["original"], *one) for one in names))]
+    rows += [(_name(one), *(_task_cell(one, *name) for name in names)) for one in found["outputs"]]
+    columns = ("output", *(f">{task} {metric}" for task, metric in names))
+    below = ["Below: the difference to the original in points, ± its paired standard error."]
+    return Table("Tasks", columns, rows if names else [], below)
+
+
+def _task_cell(one: Json, task: str, metric: str) -> str:
+    measured = one["tasks"].get(task, {}).get("metrics", {}).get(metric)
+    flips = one.get("paired", {}).get(task, {}).get(metric)
+    is_share = flips is not None or metric.startswith("acc")
+    beside = f"\n{signed(100 * flips['difference'], '.1f')} ± {100 * flips['error']:.1f}" if flips else ""
+    return metric_said(measured, is_share) + beside
+
+
+def _speed_table(found: Json) -> Table:
+    rows = [
+        (_name(one), *(_ratio(one["speed"].get(f"{key}_ratio")) for key in ("prefill", "decode")))
+        for one in found["outputs"]
+        if "speed" in one
+    ]
+    below = ["Against the original, each in its own run: median [smallest–largest] of alternated rounds."]
+    return Table("Speed", ("output", ">prefill", ">decode"), rows, below)
+
+
+def _ratio(ratio: Json | None) -> str:
+    return NOTHING if ratio is None else f"×{ratio['median']:.2f} [{ratio['min']:.2f}–{ratio['max']:.2f}]"
+
+
+# --- the picture ---
+
+
+def _points(found: Json) -> list[tuple[float, float, Json]]:
+    """(bytes, KL, output) of those whose KL has a logarithm."""
+    return [(one["bytes"], one["mean"]["kl"], one) for one in found["outputs"] if one["mean"] and one["mean"]["kl"] > 0]
+
+
+def picture(found: Json) -> str:
+    """An SVG: KL on a logarithmic axis by bytes, a line through the outputs that no other one beats."""
+    points = _points(found)
+    right = max([found["original"]["bytes"] or 0, *(point[0] for point in points)]) * 1.02
+    powers = [math.log10(kl) for _, kl, _ in points]
+    low, high = math.floor(min(powers)), math.floor(max(powers)) + 1
+
+    def x(num_bytes: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * num_bytes / right
+
+    def y(kl: float) -> float:
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - math.log10(kl)) / (high - low)
+
+    bottom = _HEIGHT - _BOTTOM
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="KL by bytes"><title>KL by bytes</title>']
+    for power in range(low, high + 1):
+        at = y(10.0**power)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    for step in range(5):
+        mark = right * step / 4
+        said = human_bytes(round(mark))
+        parts.append(f'<text x="{x(mark):.1f}" y="{bottom + 16}" text-anchor="middle">{said}</text>')
+    if found["original"]["bytes"]:
+        across = f"{x(found['original']['bytes']):.1f}"
+        parts.append(f'<line class="grid" x1="{across}" x2="{across}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{across}" y="{bottom + 32}" text-anchor="middle">the original</text>')
+    front = sorted((x(num_bytes), y(kl)) for num_bytes, kl, one in points if one["on_front"])
+    joined = " ".join(f"{right_of:.1f},{down:.1f}" for right_of, down in front)
+    parts.append(f'<polyline points="{joined}" fill="none" stroke="#3266a8" stroke-width="1.5"/>')
+    parts += [_dot(x(num_bytes), y(kl), one) for num_bytes, kl, one in points]
+    return "\n".join([*parts, "</svg>"])
+
+
+def _dot(across: float, down: float, one: Json) -> str:
+    name, colour = escape(one["name"]), "#3266a8" if one["on_front"] else "#d1662f"
+    said = f"{name}: {human_bytes(one['bytes'])}, KL {one['mean']['kl']:.4g}"
+    return (
+        f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'
+        f'<text x="{across + 7:.1f}" y="{down - 5:.1f}">{name}</text>'
+    )
