@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from compressor.wording import counted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compressor.data.sequences import TokenBatch
+    from compressor.machine.progress import Progress
     from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
     from compressor.model.structure import MoELayer
@@ -113,6 +115,28 @@ class Measuring:
     def forwards(self, num_layers: int) -> float:
         """What it costs, in forwards of that text."""
         return self.candidates * (num_layers + 1) / 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `Method.train` may use beside the checkpoint that it is given."""
+
+    batches: Sequence[TokenBatch]
+    """The pass's calibration text, right-padded ids with a mask."""
+    held_out: Sequence[TokenBatch]
+    """Held-out text, where the method asks for it: to judge by, not to train on."""
+    original: Path | None
+    """The checkpoint that the recipe began with; None where that was a live model of no folder."""
+    work: Path
+    """A folder that stays until the pass is done, also when the run is stopped: what it holds is there to resume from.
+    It is gone where the run would be another one."""
+    device: str
+    seed: int
+    progress: Progress
+    load: Callable[[Path], Any]
+    """A checkpoint's folder → its model in memory, on the device, as `compressor.load` loads it."""
+    save: Callable[[Any, Path, Path], None]
+    """(model, the folder that it was loaded from, `target`): written as the checkpoint that it came from is."""
 
 
 class OptionError(ValueError):
@@ -211,6 +235,11 @@ class Method(ABC, Generic[OptionsT]):
         """
         return False
 
+    @property
+    def fits_weights(self) -> bool:
+        """Whether weights are fitted to its text: then a text that is measured too is refused."""
+        return False
+
     def sources(self) -> Sequence[BaseSource]:
         """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
         return ()
@@ -288,9 +317,15 @@ class Method(ABC, Generic[OptionsT]):
 
     def external(self, source: Path, target: Path, decision: Decision) -> None:
         """Write into the empty folder `target` what is to become of the checkpoint in `source`, which is only read. A
-        method that defines it is the last pass of a recipe, and edits no layer. What it leaves is loaded again: it
-        has the same experts and vocabulary. Asked in the first process alone.
+        method that defines it edits no layer. What it leaves is loaded again: it has the same experts and vocabulary.
+        Asked in the first process alone.
         """
+
+    def train(self, source: Path, target: Path, decision: Decision, training: Training) -> None:
+        """The same for a method that needs text, the original or more time than a run may have: it defines this one
+        instead of `external`.
+        """
+        self.external(source, target, decision)
 
     def config_changes(self, decision: Decision) -> Mapping[str, Any]:
         """Keys of config.json that the edited model has besides, or otherwise; none by default. What the core sets
@@ -320,10 +355,10 @@ class Method(ABC, Generic[OptionsT]):
 
 
 BESIDE_NO_EXTERNAL = ("edit", "preview", "control", "config_changes", "progressive")
-"""What is never asked of a method that defines `external`."""
+"""What is never asked of a method that defines `external` or `train`."""
 
 
 def is_external(method: Method[Any] | type[Method[Any]]) -> bool:
-    """Whether a method turns a checkpoint's folder into another one, by `Method.external`."""
+    """Whether a method turns a checkpoint's folder into another one, by `Method.external` or `Method.train`."""
     kind = method if isinstance(method, type) else type(method)
-    return kind.external is not Method.external
+    return kind.external is not Method.external or kind.train is not Method.train

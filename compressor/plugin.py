@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         OptionError,
         Options,
         Plan,
+        Training,
         check_layer_names,
         fewer_experts,
     )
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "data.sources": "FileName FilePath TaskSource",
     "machine.distributed": "Processes",
-    "method": "Decision Measuring Method OptionError Options Plan check_layer_names fewer_experts",
+    "method": "Decision Measuring Method OptionError Options Plan Training check_layer_names fewer_experts",
     "model.adapter": "Adapter",
     "model.find_structure": "find_structure",
     "model.layer_weights": "LayerWeights",
@@ -125,6 +126,7 @@ __all__ = [
     "Statistic",
     "Structure",
     "TaskSource",
+    "Training",
     "UnsupportedModelError",
     "allocate",
     "check_layer_names",

@@ -120,6 +120,7 @@ FOR_PLUGINS = [
     "Statistic",
     "Structure",
     "TaskSource",
+    "Training",
     "UnsupportedModelError",
     "allocate",
     "check_layer_names",

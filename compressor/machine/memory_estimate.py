@@ -94,8 +94,8 @@ class Work:
     is_quantised: bool = False
     reading: int = 0
     has_original: bool = False
-    is_turned: bool = False
-    """Whether an external step turns the checkpoint, written first where the weights are in memory, into another."""
+    num_turned: int = 0
+    """External steps, each of which turns a checkpoint, written first where weights are in memory, into another."""
     changes_values: bool = False
     """Whether a pass edits numbers: one decoder layer's are there in float32 too, and from disk as they are stored."""
 
@@ -158,8 +158,8 @@ class Work:
         """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files, the
         original's answers. What an external step writes is taken to be as large as what it is given.
         """
-        has_stage = self.num_passes > 1 if place.weights == "disk" else self.is_turned
-        stages = 2 if has_stage else 1
+        most = min(self.num_passes, 2 + self.num_turned)  # each step's checkpoint stays until the end
+        stages = most if place.weights == "disk" else 1 + self.num_turned
         states = self.hidden_states(place.weights)
         waiting = states if place.states == "file" else 0
         return stages * self.bytes_after + states // 2 + waiting + (0 if self.in_memory else self.answers)

@@ -178,15 +178,10 @@ _MANY_TENSORS = 10_000
 
 
 def _check_external(loaded: LoadedRecipe, notes: list[str]) -> None:
-    """Raise RecipeError where a checkpoint cannot be turned into another one, which the notes say of the last pass."""
+    """Raise RecipeError where a checkpoint cannot be turned into another one, which the notes say."""
     evaluation = loaded.recipe.evaluate
     for resolved in (one for one in loaded.passes if is_external(one.method)):
         name = resolved.method.name
-        if resolved is not loaded.passes[-1]:
-            raise loaded.error(
-                resolved.path,
-                f"{name} turns the checkpoint into another one, which no pass goes on with: put it last",
-            )
         if loaded.recipe.output is None:
             raise loaded.error(
                 resolved.path, f"{name} turns a checkpoint into another one, in files, so it needs an `output`"
@@ -195,7 +190,7 @@ def _check_external(loaded: LoadedRecipe, notes: list[str]) -> None:
             raise loaded.error(
                 ("evaluate", "each_pass"), f"{name} turns a checkpoint into another one, which is not measured alone"
             )
-        notes.append(f"{name} turns the checkpoint into another one at the end; what that takes only {name} knows")
+        notes.append(f"{name} turns the checkpoint into another one; what that takes only {name} knows")
 
 
 def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
@@ -336,9 +331,16 @@ def _check_passes(
     """The layers as they will be after all passes, whose notes are added, and whether numbers change. Raises
     RecipeError at the option that cannot be met by what the passes before it leave.
     """
-    changes_values = False
+    changes_values, turned = False, ""
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
+        if turned and (stored := next((layer.bits for layer in layers if layer.bits), None)):
+            raise loaded.error(
+                resolved.path,
+                f"{turned} has stored weights with {stored:g} bits by then, in files that no pass goes on with: put "
+                f"{resolved.method.name} before it",
+            )
+        turned = resolved.method.name if is_external(resolved.method) else turned
         if is_quantised and any(
             new.skip_rule not in (None, old.with_count(new.num_experts).skip_rule)
             for old, new in zip(layers, plan.layers, strict=True)

@@ -1,4 +1,4 @@
-"""The last pass of a recipe may turn the checkpoint into another one, by code of its own (`Method.external`).
+"""A pass may turn the checkpoint into another one, by code of its own (`Method.external`, `Method.train`).
 
 The checkpoint is handed over as a folder, which must stay as it is; what is left in another one is compared with it
 here, and loaded by the run, as it would be served. Refused is what anybody would stumble over: files that do not
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor
 from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, load_config
-from compressor.checkpoint.load import load_tokenizer, unquantised_skeleton
+from compressor.checkpoint.load import load_model, load_tokenizer, unquantised_skeleton
 from compressor.checkpoint.output import OutputFolder
+from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import Backend
 from compressor.errors import CheckpointError, CompressorError, PluginError
-from compressor.method import Decision, Method
+from compressor.method import Decision, Method, OptionError, Training
+from compressor.model.adapter import structure_of
 from compressor.model.config_entry import read_entry
 from compressor.model.structure import Structure
 from compressor.run.job import Job
@@ -39,9 +41,12 @@ def carry_out(
     probe: TokenBatch,
     folder: OutputFolder,
     target: Path,
+    training: Training,
+    given: Path | None,
 ) -> None:
-    """Have the method write another checkpoint into `target`, unless a run before has left it there, whole. Raises
-    PluginError where it fails, touches what it was given, or leaves what cannot be compared.
+    """Have the method write another checkpoint into `target`, unless a run before has left it there, whole; `given`:
+    the model as files, where a pass before has written them. Raises PluginError where it fails, touches what it was
+    given, or leaves what cannot be compared.
     """
     name = f"turned {target.name}"
     noted = job.journal.noted(name) if job.journal is not None else None
@@ -50,20 +55,51 @@ def carry_out(
     stage = target.with_name(f"{target.name}.source")
     for left in (stage, target):  # by a run that was stopped
         shutil.rmtree(left, ignore_errors=True)
-    source = piece.stored(folder, probe, stage)
+    if given is not None:
+        source = Checkpoint(str(given), given, job.recipe.trust_remote_code)
+    else:
+        source = piece.stored(folder, probe, stage)
+    torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
     target.mkdir(parents=True)
+    training.work.mkdir(exist_ok=True)
     job.progress.say(f"{method.name}: turning the checkpoint into another one")
     with _left_alone(source, target.parent):
         try:
-            method.external(source.folder, target, decision)
+            method.train(source.folder, target, decision, training)
+        except OptionError:  # it gets its place
+            raise
         except Exception as error:  # whatever it calls may fail in any way; the run stops, naming it
             raise PluginError(f"its external step failed: {type(error).__name__}: {error}") from error
     turned = Checkpoint(str(target), target, source.trust_remote_code)
     with refused_by_name():
         compare(source, turned, piece.moe.structure)
-    shutil.rmtree(stage, ignore_errors=True)
     if job.journal is not None:
         job.journal.note(name, {"fingerprint": headers.fingerprint(target, turned.shards)})
+    for left in (stage, training.work):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def training(
+    job: Job,
+    text: tuple[Sequence[TokenBatch], Sequence[TokenBatch]],
+    original: Checkpoint | None,
+    device: str,
+    target: Path,
+) -> Training:
+    """What a method that trains is given beside the checkpoint; `text`: to train on, and held-out text."""
+    folder = original.folder if original is not None else None
+    work = target.with_name(f"{target.name}.work")
+
+    def loaded(folder: Path) -> Any:
+        found = Checkpoint(str(folder), folder, job.recipe.trust_remote_code)
+        return load_model(found, device=device, adapters=job.plugins.adapters)
+
+    def save(model: Any, source: Path, target: Path) -> None:
+        structure = structure_of(type(model), model.config, job.plugins.adapters)
+        leaves = (structure.num_experts_leaf, structure.top_k_leaf)
+        save_checkpoint(model, source, target, {leaf: leaf.get(model.config) for leaf in leaves if leaf is not None})
+
+    return Training(*text, folder, work, device, job.recipe.seed, job.progress, loaded, save)
 
 
 def _is_there(target: Path, fingerprint: str) -> bool:

@@ -71,7 +71,7 @@ def work_of(
         answers=tokens * bytes_per_token(vocabulary),
         in_memory=recipe.output is None,
         has_original=any(one.method.needs_original for one in loaded.passes),
-        is_turned=any(is_external(one.method) for one in loaded.passes),
+        num_turned=sum(is_external(one.method) for one in loaded.passes),
         reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),
     )
 

@@ -67,6 +67,9 @@ def observe(
         assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
         return context
 
+    measured = _measured(job, moe, resolved, batches, domains)
+    if not (wanted or linears or measured):
+        return Gathered({}, domains, held_out)
     figures = piece.observe(
         batches,
         wanted,
@@ -75,7 +78,7 @@ def observe(
         journal=journal,
         linears=linears,
         original=original() if method.needs_original else None,
-        measured=_measured(job, moe, resolved, batches, domains),
+        measured=measured,
     )
     return Gathered(figures, domains, held_out)
 

@@ -37,12 +37,12 @@ from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerpri
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
-from compressor.errors import CompressorError, EvaluationError, RecipeError
+from compressor.errors import CompressorError, EvaluationError, PluginError, RecipeError
 from compressor.evaluation.fidelity import Answers
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import hardware
 from compressor.machine.progress import Progress
-from compressor.method import Decision, is_external
+from compressor.method import Decision, Training, is_external
 from compressor.model.config_entry import read_entry
 from compressor.model.moe_model import MoEModel
 from compressor.observe.activation_offload import Parking
@@ -228,7 +228,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     with job.timed("evaluate before"):
         before = measure(job, piece, yardstick, "before", subject.devices, is_original=True)
     files, answers = passes.PassFiles(folder, about), yardstick.answers if yardstick else {}
-    smaller, done = _apply_passes(job, piece, texts, files, _original(job, subject), answers)
+    piece, smaller, done = _apply_passes(job, piece, texts, files, subject, answers)
     with job.timed("evaluate after"):
         after = measure(job, smaller, yardstick, "after", subject.devices, name=_name_after(job) if yardstick else None)
     if after:
@@ -236,10 +236,11 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         done[-1] = controls.with_ours(done[-1], ours)
     if folder:
         with job.timed("save"):
-            if smaller is piece:
-                piece.save(folder, probe_of(_batches(job, texts.by_pass[0]), piece.model))
+            if is_external(job.loaded.passes[-1].method):
+                folder.take(_turned_folder(job, job.loaded.passes[-1]))
             else:
-                folder.take(_turned_folder(job))
+                assert isinstance(smaller, Backend)
+                smaller.save(folder, probe_of(_batches(job, texts.by_pass[0]), smaller.model))
     record = run_json(job.loaded, job.fingerprint, about, subject.preview, done)
     if beside and beside.left:
         record["left_behind"] = list(beside.left)
@@ -285,21 +286,23 @@ def _apply_passes(
     piece: Backend,
     texts: Texts,
     files: passes.PassFiles,
-    original: Callable[[], Original],
+    subject: Subject,
     answers: Mapping[str, Answers],
-) -> tuple[Measurable, list[dict[str, Any]]]:
-    """Observe, decide and edit for every pass, each step leaving its file: what has become of the model, and what the
-    record says of the passes.
+) -> tuple[Backend, Measurable, list[dict[str, Any]]]:
+    """Observe, decide and edit for every pass, each step leaving its file: what the last edit has made of the model,
+    what is there in the end, and what the record says of the passes.
     """
     smaller: Measurable = piece
     all_ids = piece.original_ids
     done: list[dict[str, Any]] = []
+    turned: Path | None = None
     for resolved, sequences, held_out in zip(job.loaded.passes, texts.by_pass, texts.held_out, strict=True):
         started, name = time.perf_counter(), resolved.name
-        batches = _batches(job, sequences)
+        piece = _gone_on_with(job, resolved, smaller, piece)
+        batches, others = _batches(job, sequences), _batches(job, held_out, held_out=True)
         with job.timed("observe"):
-            shown = [*batches, *_batches(job, held_out, held_out=True)]
-            figures = passes.observe(job, piece, resolved, shown, original, name)
+            shown = [*batches, *others]
+            figures = passes.observe(job, piece, resolved, shown, _original(job, subject), name)
         files.add_figures(name, resolved, piece.layers, figures)
         with job.timed("decide"), files.kept_if_undecided(name, resolved):
             decision = passes.decide_measured(job, piece, resolved, figures, batches, name)
@@ -310,12 +313,17 @@ def _apply_passes(
         random = controls.beside(job, piece, resolved, decision, batches, texts.perplexity, answers, probe, name)
         with random as found, job.timed("edit"):
             if is_external(resolved.method):
-                smaller, entry["checks"] = _turned(job, piece, resolved, decision, probe, files.folder)
+                target = _turned_folder(job, resolved)
+                training = external.training(job, (batches, others), subject.checkpoint, subject.devices[0], target)
+                how = (probe, files.folder, target, training, turned)
+                smaller, entry["checks"] = _turned(job, piece, resolved, decision, *how)
+                turned = target
             else:
+                smaller, turned = piece, None
                 entry["checks"] = passes.edit(job, piece, resolved, decision, probe, name)
         entry |= found
         entry["seconds"] = round(time.perf_counter() - started, 3)
-    return smaller, done
+    return smaller if isinstance(smaller, Backend) else piece, smaller, done
 
 
 # A checkpoint that becomes another one ---------------------------------------------------------------------
@@ -328,25 +336,44 @@ def _turned(
     decision: Decision,
     probe: TokenBatch,
     folder: OutputFolder | None,
+    target: Path,
+    training: Training,
+    turned: Path | None,
 ) -> tuple[Measurable, dict[str, float]]:
-    """What an external step has made of the model, to be measured, and how its logits on `probe` differ."""
+    """What an external step has made of the model, in `target`, and how its logits on `probe` differ; `turned`: the
+    files that the one before has left.
+    """
     given = piece.logits(probe)
     if folder is not None:
-        with job.loaded.at(*resolved.path):
-            external.carry_out(job, piece, resolved.method, decision, probe, folder, _turned_folder(job))
+        with job.loaded.at_pass(resolved), job.loaded.at(*resolved.path):
+            external.carry_out(job, piece, resolved.method, decision, probe, folder, target, training, turned)
     job.processes.wait()
     torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
     with job.loaded.at(*resolved.path), external.refused_by_name():
-        smaller = _as_served(job, _turned_folder(job))
+        smaller = _as_served(job, target)
         checks = external.difference(given, smaller.logits(probe))
     job.processes.wait()  # its files are moved next
     return smaller, checks
 
 
-def _turned_folder(job: Job) -> Path:
-    """Where the last pass leaves the checkpoint that it turns another one into."""
+def _gone_on_with(job: Job, resolved: ResolvedPass, smaller: Measurable, before: Backend) -> Backend:
+    """What a pass works on: what the one before has left, where that is a model whose experts can be edited."""
+    if smaller is before:
+        return before
+    if not isinstance(smaller, Backend):
+        with job.loaded.at(*resolved.path):
+            raise PluginError("the checkpoint that the pass before has left is quantised, and no pass goes on with it.")
+    smaller.original_ids = before.original_ids
+    if isinstance(smaller, OnDisk):
+        assert job.recipe.output is not None
+        smaller.work, smaller.journal = stages_folder(job.recipe.output), job.journal
+    return smaller
+
+
+def _turned_folder(job: Job, resolved: ResolvedPass) -> Path:
+    """Where a pass leaves the checkpoint that it turns another one into."""
     assert job.recipe.output is not None
-    return stages_folder(job.recipe.output) / job.loaded.passes[-1].name
+    return stages_folder(job.recipe.output) / resolved.name
 
 
 def _as_served(job: Job, folder: Path) -> Measurable:
@@ -363,7 +390,7 @@ def _name_after(job: Job) -> str:
     """What the journal calls the last figures: those of a checkpoint that an external step has written are its own."""
     if not is_external(job.loaded.passes[-1].method):
         return "after"
-    folder = _turned_folder(job)
+    folder = _turned_folder(job, job.loaded.passes[-1])
     return f"after {headers.fingerprint(folder, headers.verify_files(folder)).rpartition(':')[2]}"
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from compressor.data.packing import load_sequences, load_with_held_out, missing_sequences
-from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
+from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, fingerprint, make_batches
 from compressor.data.sources import BaseSource
 from compressor.edit.verify import random_batch
 from compressor.machine.progress import Progress
-from compressor.recipe.schema import LoadedRecipe
+from compressor.recipe.schema import LoadedRecipe, ResolvedPass
+from compressor.wording import counted
 
 _PROBE_SEQUENCES, _PROBE_TOKENS = 4, 256
 _SLICE_LENGTH = 256
@@ -65,12 +66,31 @@ def read_texts(
     if others and not any(others.values()):
         progress.say("no text is left to hold out: what is decided is only known for the calibration text")
     perplexity = [load_sequences(source, tokenizer, seed=seed, split="held-out") for source in measured]
+    for one, fitted in zip(loaded.passes, by_pass, strict=True):
+        if one.method.fits_weights:
+            _refuse_measured(loaded, one, fitted, perplexity)
     texts = [*read.values(), *perplexity]
     for sentence in (*(note for one in texts for note in one.notes), *missing_sequences(texts)):
         progress.say(sentence)
     for sequences in [*read.values(), *filter(None, others.values()), *perplexity]:
         check_vocabulary(sequences, num_embeddings)
     return Texts(by_pass, held_out, perplexity)
+
+
+def _refuse_measured(
+    loaded: LoadedRecipe, resolved: ResolvedPass, fitted: Sequence[Sequences], measured: Sequence[Sequences]
+) -> None:
+    """Raise RecipeError where weights would be fitted to half of a text, or more, that the model is measured on."""
+    names = {fingerprint([ids]): one.name for one in fitted for ids in one.ids}
+    for text in measured:
+        shared = [names[digest] for digest in (fingerprint([ids]) for ids in text.ids) if digest in names]
+        if 2 * len(shared) >= len(text.ids):
+            raise loaded.error(
+                resolved.path,
+                f"{resolved.spec.method} would fit weights to {shared[0]!r}, which holds {len(shared)} of the "
+                f"{counted(len(text.ids), 'sequence')} of {text.name!r} that the model is measured on: measure it on "
+                f"other text",
+            )
 
 
 def _read_calibration(

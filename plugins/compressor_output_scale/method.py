@@ -32,7 +32,7 @@ class OutputScale(Method[OutputScaleOptions]):
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = OutputScaleOptions
-    needs_original = True
+    needs_original = fits_weights = True
     held_out = needs_held_out = True
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:

@@ -1,4 +1,4 @@
-"""A last pass that turns the checkpoint into another one: measured as it is served, verified, refused by name."""
+"""A pass that turns the checkpoint into another one: measured as it is served, verified, refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import RecipeError
-from compressor.plugin import Decision, Gathered, Method, MoELayer, Options, Plan, PluginError
+from compressor.plugin import Decision, Gathered, Method, MoELayer, Options, Plan, PluginError, Training
 from compressor.plugins import load_plugins
 from compressor.run import check, pipeline
 from compressor.run.apply import apply
@@ -64,16 +64,47 @@ class Cast(Method[NoOptions]):
             step(source, target)
 
 
+class Nudge(Method[NoOptions]):
+    """It moves the last norm, as training would, and may be stopped in between."""
+
+    name = "nudge"
+    version = "1"
+    api = 2
+    options_type: ClassVar[type[Options]] = NoOptions
+    fits_weights = held_out = True
+    given: ClassVar[list[tuple[Path, Training]]] = []
+    stops: ClassVar[bool] = False
+
+    def check(self, layers: Sequence[MoELayer]) -> Plan:
+        return Plan(layers, changes_values=True)
+
+    def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Any]:
+        return {"layers": {layer.path: {} for layer in layers}}
+
+    def train(self, source: Path, target: Path, decision: Decision, training: Training) -> None:
+        self.given.append((source, training))
+        step = training.work / "step"
+        done = int(step.read_text()) if step.exists() else 0
+        step.write_text("1")
+        if self.stops:
+            raise KeyboardInterrupt
+        model = training.load(source)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2 + done)
+        training.save(model, source, target)
+
+
 @pytest.fixture
 def does(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Has `cast` installed, and sets what it does besides."""
 
     def load(without: Any = ()) -> Any:
         plugins = load_plugins(without)
-        return dataclasses.replace(plugins, methods={**plugins.methods, "cast": Cast})
+        return dataclasses.replace(plugins, methods={**plugins.methods, "cast": Cast, "nudge": Nudge})
 
     monkeypatch.setattr(pipeline, "load_plugins", load)
     monkeypatch.setattr(Cast, "asked", [])
+    monkeypatch.setattr(Nudge, "given", [])
     return lambda *steps: monkeypatch.setattr(Cast, "does", steps)
 
 
@@ -241,6 +272,94 @@ def test_a_quantised_one(recipe: Recipe, tmp_path: Path, does: Callable[..., Non
     assert sizes[1]["bytes"] < sizes[0]["bytes"] / 2
 
 
+# Several, one behind another -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """Other text is measured than the one that weights are fitted to."""
+    text = str(write_token_file(tmp_path / "other.jsonl", token_ids(4, 24, seed=9).tolist()))
+    evaluate = {"perplexity": [{"tokens": text, "name": "text"}]}
+    passes = [{"expert_pruning": {"keep": {"0": 6, "1": 4, "2": 8}}}, {"nudge": {}}, {"nudge": {}}, {"cast": {}}]
+    return {**recipe, "passes": passes, "evaluate": evaluate}
+
+
+def norm(folder: Path) -> torch.Tensor:
+    return load_file(folder / WEIGHTS)["model.norm.weight"].float()
+
+
+@pytest.mark.parametrize("weights", ["memory", pytest.param("disk", marks=pytest.mark.nightly)])
+def test_each_reads_what_the_one_before_has_left(weights: str, chain: Recipe, model: Path, tmp_path: Path) -> None:
+    record = compressor.compress({**chain, "weights": weights}).record
+    (first, training), (second, _) = Nudge.given
+    assert [path.name for path in (second, *Cast.asked)] == ["1.nudge", "2.nudge"]
+    assert first.name == ("0.expert_pruning" if weights == "disk" else "1.nudge.source")
+    torch.testing.assert_close(norm(tmp_path / "out"), 4 * norm(model))
+    assert training.original == model
+    assert [len(batches) for batches in (training.batches, training.held_out)] == [2, 1]
+    assert all(one.held_out for one in training.held_out)
+    assert [*record["uneven"].values()] == [6, 4, 8]
+    assert record["passes"][1]["original_ids"] == record["passes"][3]["original_ids"] != {}
+    assert compressor.load(tmp_path / "out")[0].dtype == torch.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other.jsonl", "out", "tokens.jsonl"]
+
+
+@pytest.mark.parametrize("weights", ["disk", pytest.param("memory", marks=pytest.mark.nightly)])
+def test_edits_go_on_behind_one(weights: str, chain: Recipe, model: Path, tmp_path: Path) -> None:
+    """Ids in their decisions are those of the original."""
+    passes = [chain["passes"][0], {"nudge": {}}, {"expert_pruning": {"keep": 3}}, {"dynamic_skipping": {}}]
+    record = compressor.compress({**chain, "passes": passes, "weights": weights}).record
+    torch.testing.assert_close(norm(tmp_path / "out"), 2 * norm(model))
+    kept = record["passes"][2]["original_ids"]["model.layers.1.mlp"]
+    assert kept == record["passes"][0]["decision"]["layers"]["model.layers.1.mlp"]["kept"]
+    found = compressor.MoEModel(compressor.load(tmp_path / "out")[0])
+    assert {layer.num_experts for layer in found.layers} == {3}
+    assert found.skips
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_a_stopped_chain_goes_on_where_it_was(
+    weights: str, chain: Recipe, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: Callable[..., None]
+) -> None:
+    """What a step has put into its work folder is there again; steps that were whole do not run again."""
+    chain["weights"] = weights
+    monkeypatch.setattr(Nudge, "stops", True)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.compress(chain)
+    monkeypatch.setattr(Nudge, "stops", False)
+    does(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.compress(chain, resume=True)
+    does()
+    compressor.compress(chain, resume=True)
+    assert [source.name for source, _ in Nudge.given[2:]] == ["1.nudge"]
+    torch.testing.assert_close(norm(tmp_path / "out"), 3 * 2 * norm(model))
+
+
+def test_a_quantised_one_that_nobody_has_announced(chain: Recipe, tmp_path: Path, does: Callable[..., None]) -> None:
+    does(quantise)
+    chain["passes"] = [{"expert_pruning": {"keep": 6}}, {"cast": {}}, {"nudge": {}}]
+    says = r"passes\[2\].nudge: the checkpoint that the pass before has left is quantised, and no pass goes on with it"
+    original = Cast.check
+    try:
+        Cast.check = lambda self, layers: Plan(layers)  # type: ignore[method-assign]
+        with pytest.raises(PluginError, match=says):
+            compressor.compress(chain)
+    finally:
+        Cast.check = original  # type: ignore[method-assign]
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_not_fitted_to_what_is_measured(chain: Recipe, recipe: Recipe, tmp_path: Path) -> None:
+    chain["evaluate"] = recipe["evaluate"]
+    says = r"passes\[1\].nudge: nudge would fit weights to 'tokens', which holds 4 of the 4 sequences"
+    with pytest.raises(RecipeError, match=says):
+        compressor.compress(chain)
+    assert Nudge.given == []
+    assert not (tmp_path / "out").exists()
+
+
 # What is refused -------------------------------------------------------------------------------------------
 
 
@@ -399,7 +518,8 @@ def test_nothing_reads_a_quantised_one_that_skips(recipe: Recipe, tmp_path: Path
     [
         (
             {"passes": [{"cast": {}}, {"expert_pruning": {"keep": 6}}]},
-            "passes[0].cast: cast turns the checkpoint into another one, which no pass goes on with: put it last",
+            "passes[1].expert_pruning: cast has stored weights with 16 bits by then, in files that no pass goes on "
+            "with: put expert_pruning before it",
         ),
         (
             {"output": None},
@@ -427,7 +547,7 @@ def test_a_check_says_so(recipe: Recipe) -> None:
     plugins = pipeline.load_plugins()
     loaded = pipeline.load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria)
     plan = check.check(loaded).plan
-    assert "cast turns the checkpoint into another one at the end; what that takes only cast knows" in plan["notes"]
+    assert "cast turns the checkpoint into another one; what that takes only cast knows" in plan["notes"]
     only = dataclasses.replace(loaded, passes=loaded.passes[:1])
     assert plan["needs"]["disk"] == check.check(only).plan["needs"]["disk"] + plan["bytes"]["after"]
 
