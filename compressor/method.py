@@ -112,6 +112,11 @@ class Measuring:
     tokens: int
     candidates: int
 
+    @property
+    def tokens_compared(self) -> int:
+        """Whole decisions are compared on so many: twice as many, since they are fewer."""
+        return 2 * self.tokens
+
     def forwards(self, num_layers: int) -> float:
         """What it costs, in forwards of that text."""
         return self.candidates * (num_layers + 1) / 2

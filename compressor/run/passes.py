@@ -168,7 +168,7 @@ def decide_measured(
         return decide(job, resolved, piece.layers, figures)
     assert wanted is not None
     decisions = {what: agreed(Decision.of(one), job.processes) for what, one in offered.items()}
-    text = slice_of(batches, _MORE_TEXT * wanted.tokens)
+    text = slice_of(batches, wanted.tokens_compared)
 
     def measured() -> dict[str, Any]:
         contexts = [
@@ -182,10 +182,6 @@ def decide_measured(
     best = min(decisions, key=lambda what: found[what]["cost"])
     chosen = {"name": best, "tokens": num_tokens(text), "alternatives": found}
     return Decision({**decisions[best], "chosen": chosen}, decisions[best].tensors)
-
-
-_MORE_TEXT = 2
-"""Times as much text as one layer's candidates are measured on: so many fewer are compared."""
 
 
 def _lost(method: Method[Any], by_domain: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -46,8 +46,6 @@ def fixed(plan: LayerPlan, largest_E: Tensor, num_kept: int) -> Fixed:
 
 def _best(plan: LayerPlan, statistics: Gathered, num_kept: int, criteria: Mapping[str, Any]) -> tuple[Choice, float]:
     layer, options, figures = plan.layer, plan.options, statistics[plan.path]
-    if options.is_measured and not options.with_constants and constants.ERRORS in figures:
-        raise ChoiceError(f"counts were measured where experts answer constants (`replace`); {choose.AGAIN}")
     staying = fixed(plan, largest(figures), num_kept)
     notes, domains, blend = choose.notes(figures, staying), statistics.domains, options.blend
     if options.criterion is not None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from compressor.method import Decision, Measuring, Method, OptionError, Plan
 from compressor.report.description import Description
@@ -68,19 +69,23 @@ class ExpertSelection(Method[OptionsT]):
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         _check_criterion(self.options.criterion, self.criteria)
         self._check_text()
-        options, plans = self.options, [LayerPlan(layer, self.options) for layer in layers]
+        options, wanted = self.options, self.measuring(layers)
         check_top_k(layers, options.top_k)
         check_names(layers, options)
-        for plan in plans:
-            plan.check()
-        planned = planned_counts(plans, options)
-        notes = self._criterion_notes(plans) or sorted(set(filter(None, [plan.search_note() for plan in plans])))
+        searched: list[str] = []
+        for one in self._kinds:
+            plans = [LayerPlan(layer, one.options) for layer in layers]
+            for plan in plans:
+                plan.check()
+            planned = planned_counts(plans, one.options)
+            if options.is_measured:
+                check_measured(plans, one.options)
+            searched += filter(None, [plan.search_note() for plan in plans])
+        notes = self._criterion_notes(plans) or sorted(set(searched))
         notes += rounding_notes(plans, options)
-        if options.is_measured:
-            check_measured(plans, options)
         if options.budget:
-            notes += sharing_notes(plans, planned, self.measuring(layers))
-        notes += choosing_notes(list(rivals(options, self.criteria, (), several=len(self._ways(layers)) > 1)))
+            notes += sharing_notes(plans, planned, wanted)
+        notes += choosing_notes([name for one in self._kinds for name in one._rivals(layers, ())], wanted)
         if options.padded:
             notes.append(padding_note(layers, planned, options))
         if options.progressive:
@@ -133,7 +138,7 @@ class ExpertSelection(Method[OptionsT]):
     def needs_text(self) -> bool:
         """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
         criterion, options = self.criteria.get(self.options.criterion or ""), self.options
-        is_measured = options.is_measured or options.chooses or options.with_constants
+        is_measured = options.is_measured or options.chooses or options.replace in ("constants", "measured")
         return criterion is None or criterion.needs_text or bool(options.gather) or is_measured
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
@@ -144,8 +149,8 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection.exact import SubsetErrors
         from compressor.selection.pair_losses import PairLosses
 
-        plan = LayerPlan(layer, self.options)
-        if not plan.changes:
+        plans = [LayerPlan(layer, one.options) for one in self._kinds]
+        if not any(plan.changes for plan in plans):
             return None
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
         needs = {*self.options.gather, *(criterion.needs if criterion else ())}
@@ -155,17 +160,18 @@ class ExpertSelection(Method[OptionsT]):
             parts.append(criterion.statistic(layer))
         if "pairs" in needs:
             parts.append(PairLosses(layer))
-        if self.options.with_constants:
-            parts.append(ConstantErrors(layer))
-        if plan.route == "exact":
-            parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
-        if plan.route == "greedy":
-            parts.append(self._greedy_search(plan, sums))
+        for plan in plans:
+            if plan.options.with_constants:
+                parts.append(ConstantErrors(layer))
+            if plan.route == "exact":
+                parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
+            if plan.route == "greedy":
+                parts.append(self._greedy_search(plan, sums))
         return JoinedStatistic(parts)
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
-        plan = LayerPlan(layer, self.options)
+        plan = LayerPlan(layer, self._kinds[0].options)
         if not plan.changes or plan.route != "greedy":
             return 0.0
         from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
@@ -199,11 +205,26 @@ class ExpertSelection(Method[OptionsT]):
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
         """Counts of every layer, where a mean is shared out by them."""
-        if not self.options.is_measured and not self.options.chooses:
+        if not self.options.is_measured and not self._compares:
             return None
         tokens, _ = measured_amount(self.options, len(layers))
+        return Measuring(tokens, sum(one._num_candidates(layers) for one in self._kinds))
+
+    @cached_property
+    def _kinds(self) -> Sequence[Self]:
+        """The same method for each that may stand in the place of experts that go."""
+        if self.options.replace != "measured":
+            return [self]
+        return [type(self)(options, self.criteria) for options in self.options.kinds]
+
+    @property
+    def _compares(self) -> bool:
+        """Whether whole decisions are compared by what the model's answers lose."""
+        return self.options.chooses or len(self._kinds) > 1
+
+    def _num_candidates(self, layers: Sequence[MoELayer]) -> int:
         counts = [len(self._measured_counts(layer, len(layers))) for layer in layers if self.options.is_measured]
-        return Measuring(tokens, len(self._ways(layers)) * max(counts, default=0))
+        return len(self._ways(layers)) * max(counts, default=0)
 
     def _measured_counts(self, layer: MoELayer, num_layers: int) -> list[int]:
         return measured_counts(LayerPlan(layer, self.options), num_layers)
@@ -217,18 +238,24 @@ class ExpertSelection(Method[OptionsT]):
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
+        if len(self._kinds) > 1:
+            return [decision for one in self._kinds for decision in one.candidates(layers, layer, statistics)]
         found: dict[tuple[int, ...], Choice] = {}
         plans = [LayerPlan(layer, way) for way in self._ways(layers)]
         for count in self._measured_counts(layer, len(layers)):
             for plan in plans:
                 one, _ = self._chosen(plan, statistics, count)
-                found.setdefault(tuple(one["kept"]), one)
+                found.setdefault(tuple(one["kept"]), one | {"constants": self.options.with_constants})
         whole = {} if self.options.top_k is None else {"top_k": self.options.top_k}
         decisions = [Decision({"layers": {layer.path: one}, **whole}) for one in found.values()]
         return [_replacing(self.options, one, statistics) for one in decisions]
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
-        """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told."""
+        """Per layer: the ids kept and dropped, how they were found, and what they lose where a search has told. Of
+        several kinds the one whose measured counts cost least, else the first.
+        """
+        if len(self._kinds) > 1:
+            return min([one.decide(layers, statistics) for one in self._kinds], key=_summed_kl)
         plans = [LayerPlan(layer, self.options) for layer in layers]
         decision, costs = Decision({"layers": {}}), dict[str, float]()
         num_kept = [(plan, plan.counts[0]) for plan in plans if not self.options.budget]
@@ -255,9 +282,19 @@ class ExpertSelection(Method[OptionsT]):
 
     def alternatives(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
         """What is asked for, other ways of sharing out and of choosing experts, as far as the figures can tell."""
+        if not self._compares:
+            return {}
+        by_kind = [one._named(layers, statistics) for one in self._kinds]
+        by_kind.sort(key=lambda found: _summed_kl(next(iter(found.values()))))
+        return {name: decision for found in by_kind for name, decision in found.items()}
+
+    def _rivals(self, layers: Sequence[MoELayer], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return rivals(self.options, self.criteria, domains, several=len(self._ways(layers)) > 1)
+
+    def _named(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
+        """The alternatives of one kind."""
         found: dict[str, Decision] = {}
-        several = len(self._ways(layers)) > 1
-        for name, changes in rivals(self.options, self.criteria, statistics.domains, several=several).items():
+        for name, changes in self._rivals(layers, statistics.domains).items():
             other = type(self)(self.options.model_copy(update=changes), self.criteria)
             try:
                 found[name] = other.decide(layers, statistics)
@@ -303,10 +340,16 @@ class ExpertSelection(Method[OptionsT]):
         """As many experts of every layer; what goes answers its own constant, if that is asked for."""
         from compressor.selection.reference import kept_at_random
 
-        drawn = kept_at_random(decision, [LayerPlan(layer, self.options).free for layer in layers], seed)
+        kind = self._kinds[-1 if decision.get("replace") == "constants" else 0]
+        drawn = kept_at_random(decision, [LayerPlan(layer, kind.options).free for layer in layers], seed)
         if isinstance(drawn, Decision):
             drawn.tensors = decision.tensors
         return drawn
+
+
+def _summed_kl(decision: Decision) -> float:
+    """What the counts of a mean cost, as far as they were measured."""
+    return float(decision.get("budget", {}).get("summed_kl", 0.0))
 
 
 def _constants(decision: Decision, path: str) -> dict[int, Tensor]:

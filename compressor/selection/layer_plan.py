@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.method import Measuring, OptionError, check_layer_names, fewer_experts
@@ -359,9 +360,15 @@ def sharing_notes(plans: Sequence[LayerPlan], planned: Mapping[str, int], wanted
     return [note]
 
 
-def choosing_notes(names: Sequence[str]) -> list[str]:
-    """What is compared by what the model's answers lose."""
-    return [f"{len(names)} choices are compared by what the answers lose: {'; '.join(names)}"] if names else []
+def choosing_notes(names: Sequence[str], wanted: Measuring | None) -> list[str]:
+    """What is compared by what the model's answers lose, and what that takes."""
+    if wanted is None or len(names) < 2:
+        return []
+    tokens = wanted.tokens_compared
+    return [
+        f"{len(names)} choices are compared by what the answers lose on {tokens:,} tokens, as much work as "
+        f"{(len(names) + 1) * tokens:,} tokens more: {'; '.join(names)}"
+    ]
 
 
 def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> list[str]:
@@ -369,7 +376,9 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
     there = [layer for layer in layers if layer.constants]
     nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
     number = sum(len(layer.constants) for layer in there)
-    will = "answer constants" if options.with_constants else "never be chosen"
+    will = "never be chosen" if options.replace == "never_chosen" else "answer constants"
+    if options.replace == "measured":
+        will += ", if the model's answers lose less than where tokens choose among the others,"
     notes = [
         f"{number:,} experts of {len(there)} layers will {will}, which `compressor.load` and vLLM from 0.33 "
         f"on read, and transformers alone refuses"
@@ -383,23 +392,22 @@ def rivals(
     options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequence[str], *, several: bool
 ) -> dict[str, dict[str, Any]]:
     """What is asked for, and what it is compared with where KL is to choose: in words → other values of options. Six at
-    most. No names where nothing is to be chosen. `several`: whether sets chosen in several ways were measured.
+    most. `several`: whether sets chosen in several ways were measured.
     """
-    if not options.chooses:
-        return {}
-    shares = [options.share or "measured", *(["even"] if options.is_measured else [])] if options.budget else [None]
-    search = "constants" if options.with_constants else "search"
-    ways: dict[str, dict[str, Any]] = {options.criterion or search: {}}
-    ways |= {name: {"criterion": name, "search": "auto"} for name in _RIVALS if name in criteria}
-    if len(domains) > 1 and options.blend != "worst" and not several:
-        ways[f"{options.criterion or search}, worst domain"] = {"blend": "worst"}
-    pairs = [(way, share) for share in shares for way in ways]
-    named = {
-        ", ".join([way, *([f"{share} counts"] if share else [])]): {**ways[way], **({"share": share} if share else {})}
-        for way, share in pairs
-    }
-    alone = {name: {**changes, "choose": "given"} for name, changes in named.items()}
-    return dict(list((({"each layer's best": {}} if several else {}) | alone).items())[:_MOST_RIVALS])
+    shares: list[str | None] = [options.share or "measured"] if options.budget else [None]
+    asked = options.criterion or "search"
+    ways: dict[str, dict[str, Any]] = {asked: {}}
+    if options.chooses:
+        shares += ["even"] if options.is_measured else []
+        ways |= {name: {"criterion": name, "search": "auto"} for name in _RIVALS if name in criteria}
+        if len(domains) > 1 and options.blend != "worst" and not several:
+            ways[f"{asked}, worst domain"] = {"blend": "worst"}
+    found: dict[str, dict[str, Any]] = {"each layer's best": {}} if several else {}
+    for share, way in product(shares, ways):
+        of_share = {"share": share} if share else {}
+        found[f"{way}, {share} counts" if share else way] = {**ways[way], **of_share, "choose": "given"}
+    kind = ", constants" if options.with_constants else ""
+    return {f"{name}{kind}": changes for name, changes in list(found.items())[:_MOST_RIVALS]}
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

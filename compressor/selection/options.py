@@ -8,8 +8,8 @@ those not named keep all; ``keep: {mean: 6}`` six on average, shared out among t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -162,11 +162,12 @@ class SelectionOptions(Options):
     measured_tokens: StrictInt | None = Field(
         default=None, ge=256, description="tokens of the calibration text that they are measured on; default 3840"
     )
-    replace: Literal["none", "constants", "never_chosen"] = Field(
+    replace: Literal["none", "constants", "never_chosen", "measured"] = Field(
         default="none",
         description="what answers in the place of the experts that go: none (tokens choose among the others), or "
         "constants (the router stays as it is, and such an expert answers its mean), or never_chosen (as none, but the "
-        "router keeps its rows, and its bias switches them off: other counts in other layers in a format of vLLM's)",
+        "router keeps its rows, and its bias switches them off: other counts in other layers in a format of vLLM's), "
+        "or measured (none or constants, whichever loses less of the model's answers)",
     )
     choose: Literal["measured", "given"] | None = Field(
         default=None,
@@ -270,11 +271,11 @@ class SelectionOptions(Options):
             )
         if self.replace == "never_chosen" and (self.top_k is not None or self.padded):
             raise ValueError("`top_k` and `padded` mean nothing beside `replace: never_chosen`: leave them out")
-        if self.with_constants:
+        if self.replace in ("constants", "measured"):
             fields = type(self).model_fields
-            others = ("search", "top_k", "progressive", "padded", "ranks", "starts")
+            others = ("top_k", "progressive", "padded", *(("search", "ranks", "starts") if self.with_constants else ()))
             if idle := [name for name in others if getattr(self, name) != fields[name].default]:
-                raise ValueError(f"`{idle[0]}` means nothing beside `replace: constants`: leave one of them out")
+                raise ValueError(f"`{idle[0]}` means nothing beside `replace: {self.replace}`: leave one of them out")
         idle = [name for name in ("measured_counts", "measured_tokens") if getattr(self, name) and not self.is_measured]
         if self.choose == "measured" and self.progressive:
             raise ValueError("`progressive` decides a layer before it sees the next: say `choose: given`, or leave it")
@@ -287,6 +288,12 @@ class SelectionOptions(Options):
     def with_constants(self) -> bool:
         """Whether the experts that go answer constants."""
         return self.replace == "constants"
+
+    @property
+    def kinds(self) -> Sequence[Self]:
+        """The same for each that may stand in the place of experts that go: one, unless that is measured."""
+        kinds = ("none", "constants") if self.replace == "measured" else (self.replace,)
+        return [self.model_copy(update={"replace": kind}) for kind in kinds]
 
     @property
     def chooses(self) -> bool:

@@ -19,6 +19,7 @@ from compressor.method import OptionError
 from compressor.observe.measuring import KL, measured_of
 from compressor.observe.statistic import Gathered
 from compressor.selection.choose import AGAIN, Choice
+from compressor.selection.constants import ERRORS
 from compressor.selection.layer_plan import LayerPlan, allocated, planned_counts, total_kept
 from compressor.selection.objective import Blend, blend_weights
 
@@ -86,13 +87,10 @@ class _Set:
 
 def _sets_of(plan: LayerPlan, statistics: Gathered) -> list[_Set]:
     """Raises OptionError where no set of the layer was measured."""
-    if KL not in statistics.get(plan.path, {}):
-        raise OptionError(
-            plan.options.count_option,
-            f"{plan.path}: what its counts cost was not measured; share the mean out by `loss` or `even`, or {AGAIN}.",
-        )
-    found = []
-    for decided, kl_D, error_D in measured_of(statistics[plan.path], len(statistics.domains)):
+    found, figures, with_constants = list[_Set](), statistics.get(plan.path, {}), plan.options.with_constants
+    for decided, kl_D, error_D in measured_of(figures, len(statistics.domains)) if KL in figures else ():
+        if decided.get("constants", ERRORS in figures) != with_constants:
+            continue
         numbers = zip(statistics.domains, kl_D.tolist(), error_D.tolist(), strict=True)
         there = [(name, kl, None if math.isnan(error) else error) for name, kl, error in numbers if not math.isnan(kl)]
         said = {
@@ -101,6 +99,13 @@ def _sets_of(plan: LayerPlan, statistics: Gathered) -> list[_Set]:
         }
         cost = blended(list(said["kl"].values()), list(said["kl"]), plan.options.blend)
         found.append(_Set(tuple(decided["kept"]), cost, said))
+    if not found:
+        where = "" if KL not in figures else f" where experts {'answer constants' if with_constants else 'are removed'}"
+        raise OptionError(
+            plan.options.count_option,
+            f"{plan.path}: what its counts cost was not measured{where}; share the mean out by `loss` or `even`, or "
+            f"{AGAIN}.",
+        )
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from compressor.errors import RecipeError
-from compressor.plugin import Gathered, OptionError
+from compressor.plugin import Decision, Gathered, OptionError
 from compressor.recipe.schema import load_recipe
 from compressor.selection.exact import dropped_subsets, num_subsets
 from compressor.selection.layer_plan import LayerPlan, measured_amount, measured_counts
@@ -223,7 +223,8 @@ def test_a_mean_is_planned_evenly(layers):
         "247 sets of 2 to 8 experts per layer, all of them looked at",
         "18 experts stay in 3 layers; how many in which is found on the calibration text, an even split is shown: up "
         "to 6 sets of each layer are measured on 3,840 tokens, as much work as 46,080 tokens more",
-        "2 choices are compared by what the answers lose: search, measured counts; search, even counts",
+        "2 choices are compared by what the answers lose on 7,680 tokens, as much work as 23,040 tokens more: search, "
+        "measured counts; search, even counts",
     ]
     assert planned(layers, keep={"mean": 5.5}) == [5, 6, 6]  # 16.5 experts: halves upwards
     assert planned(layers, keep={"mean": 0.75}) == [6, 6, 6]
@@ -639,6 +640,13 @@ def test_each_layer_takes_the_set_that_was_measured_to_lose_least(make_layer):
     # its own sets: 0.5 + 0.2, or 0.1 + 1.0
     assert [layer["kept"] for layer in decision["layers"].values()] == [[2, 3], [1, 2, 3]]
     assert decision["budget"]["summed_kl"] == pytest.approx(0.7)
+
+
+def test_chance_keeps_groups_even_only_where_experts_are_removed(make_layer):
+    layer, chance = make_layer(8, 2, num_groups=2), method(keep=4, replace="measured").control
+    for kind, num_kept in ({"replace": "constants"}, 5), ({}, 4):
+        decision = Decision({"layers": {layer.path: {"kept": [0, 1, 2, 3, 4]}}, **kind})
+        assert len(chance(decision, [layer], 0)["layers"][layer.path]["kept"]) == num_kept
 
 
 # What a mean leaves room for -------------------------------------------------------------------------------

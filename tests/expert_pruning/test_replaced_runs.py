@@ -19,7 +19,13 @@ from compressor.run.apply import apply
 from compressor.run.decide_again import decide
 from compressor.testing.tiny import tiny_model
 
+KINDS = ("none", "constants", "measured")
 PASS: dict[str, Any] = {"expert_pruning": {"keep": 5, "replace": "constants"}}
+
+
+MEASURED: dict[str, Any] = {
+    "keep": {"mean": 4}, "share": "measured", "measured_tokens": 256, "measured_counts": 2, "replace": "measured"
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -73,17 +79,24 @@ def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("kept_by", "name"),
+    ("kept_by", "name", "options"),
     [
-        pytest.param((ObservationJournal, "put"), "layers.1", marks=pytest.mark.nightly),
-        ((Journal, "note"), "edited 0.expert_pruning"),
-        pytest.param((Journal, "note"), "edited 1.dynamic_skipping", marks=pytest.mark.nightly),
+        pytest.param((ObservationJournal, "put"), "layers.1", {}, marks=pytest.mark.nightly),
+        pytest.param((ObservationJournal, "put"), "layers.1", MEASURED, marks=pytest.mark.nightly),
+        ((Journal, "note"), "edited 0.expert_pruning", {}),
+        pytest.param((Journal, "note"), "edited 1.dynamic_skipping", {}, marks=pytest.mark.nightly),
     ],
 )
 def test_interrupted_and_gone_on_with_it_is_the_same(
-    kept_by: tuple[type, str], name: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept_by: tuple[type, str],
+    name: str,
+    options: dict[str, Any],
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = recipe(tokens, PASS, {"dynamic_skipping": {}}, weights="disk")
+    pruning = {"expert_pruning": PASS["expert_pruning"] | options}
+    run = recipe(tokens, pruning, {"dynamic_skipping": {}}, weights="disk")
     resumed, whole = stopped_and_whole(run, tmp_path, monkeypatch, kept_by, lambda noted: name in noted)
     assert resumed == whole
 
@@ -113,8 +126,39 @@ def test_counts_are_shared_out_by_measuring_under_constants(tokens: Path, tmp_pa
     assert sum(len(layer["kept"]) for layer in done["decision"]["layers"].values()) == 12
     assert done["decision"]["budget"]["summed_kl"] > 0
     assert len(done["random"]["perplexity"]["tokens"]["random"]) == 1
-    with pytest.raises(RecipeError, match="measured where experts answer constants"):
+    with pytest.raises(RecipeError, match="what its counts cost was not measured where experts are removed"):
         decide(tmp_path / "out" / "compressor" / "statistics.safetensors", keep={"mean": 4}, criterion="reap")
+
+
+def test_constants_or_none_whichever_loses_less(tokens: Path, tmp_path: Path) -> None:
+    """Both are gathered and measured in one walk; all figures stand there, and decisions can be made again by them."""
+    run = recipe(tokens, {"expert_pruning": MEASURED})
+    [done] = compressor.compress(run, output=tmp_path / "out").record["passes"]
+    chosen, decision = done["decision"]["chosen"], done["decision"]
+    costs = {name: one["cost"] for name, one in chosen["alternatives"].items()}
+    assert set(costs) == {"search, measured counts", "search, measured counts, constants"}
+    assert costs[chosen["name"]] == min(costs.values())
+    assert (decision.get("replace") == "constants") == chosen["name"].endswith("constants")
+    figures = tmp_path / "out" / "compressor" / "statistics.safetensors"
+    again = {kind: decide(figures, **MEASURED | {"replace": kind})["passes"][0]["decision"] for kind in KINDS}
+    assert [one["budget"]["num_kept"] for one in again.values()] == [12, 12, 12]
+    assert [one.get("replace") for one in again.values()][:2] == [None, "constants"]
+    assert again["none"]["budget"]["summed_kl"] != again["constants"]["budget"]["summed_kl"]
+    least = min((again["none"], again["constants"]), key=lambda one: float(one["budget"]["summed_kl"]))
+    assert again["measured"] == least
+    alone = compressor.compress(recipe(tokens, {"expert_pruning": MEASURED | {"replace": "constants"}}))
+    assert again["constants"]["budget"] == alone.record["passes"][0]["decision"]["budget"]
+
+
+def test_which_of_them_is_taken_is_the_same_from_disk(tokens: Path, tmp_path: Path) -> None:
+    run = recipe(tokens, {"expert_pruning": {"keep": 5, "replace": "measured"}})
+    compressor.compress({**run, "weights": "memory"}, output=tmp_path / "memory")
+    compressor.compress({**run, "weights": "disk"}, output=tmp_path / "disk")
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    decided = json.loads((tmp_path / "disk" / "compressor" / "decision.json").read_text(encoding="utf-8"))
+    assert list(decided["passes"][0]["decision"]["chosen"]["alternatives"]) == ["search", "search, constants"]
+    with pytest.raises(RecipeError, match="run a recipe for it"):
+        decide(tmp_path / "disk" / "compressor" / "statistics.safetensors", keep=5, replace="measured")
 
 
 @pytest.mark.nightly
@@ -150,6 +194,7 @@ def test_experts_that_are_never_chosen(tokens: Path, tmp_path: Path) -> None:
         ([{"expert_pruning": {**PASS["expert_pruning"], "top_k": 1}}], "`top_k` means nothing beside"),
         ([{"expert_pruning": {**PASS["expert_pruning"], "progressive": True}}], "`progressive` means nothing beside"),
         ([{"expert_pruning": {**PASS["expert_pruning"], "search": "greedy"}}], "`search` means nothing beside"),
+        ([{"expert_pruning": {"keep": 5, "replace": "measured", "padded": True}}], "`padded` means nothing beside"),
         ([{"expert_pruning": {"keep": 5, "replace": "never_chosen"}}], "no bias that could switch"),
         ([{"expert_pruning": {"keep": 5, "replace": "never_chosen", "padded": True}}], "mean nothing beside"),
         ([{"expert_pruning": {"drop": 8, "replace": "constants"}}], "would leave none"),

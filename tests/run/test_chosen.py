@@ -15,6 +15,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.machine.progress import Progress
 from compressor.observe import forward
 from compressor.observe.divergence import kl_divergences
+from compressor.observe.statistic import Gathered
 from compressor.recipe.schema import load_recipe
 from compressor.selection.layer_plan import measured_ways, rivals
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
@@ -50,7 +51,13 @@ def test_what_is_compared() -> None:
         "reap",
     ]
     for given in ({"keep": 6}, {"keep": {"mean": 6}, "share": "measured"}, {"keep": {"mean": 6}, "choose": "given"}):
-        assert rivals(options(**given), BY_NAME, ["one", "two"], several=False) == {}
+        assert len(rivals(options(**given), BY_NAME, ["one", "two"], several=False)) == 1
+        assert ExpertPruning(options(**given), BY_NAME).alternatives([], Gathered({})) == {}
+    of_constants = options(keep={"mean": 6}, replace="measured").kinds[1]
+    assert list(rivals(of_constants, BY_NAME, ["one"], several=True))[:2] == [
+        "each layer's best, constants",
+        "search, measured counts, constants",
+    ]
 
 
 def test_how_many_ways_are_measured() -> None:
