@@ -68,6 +68,9 @@ WeightsOption = Annotated[
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Memory that the run may use, such as 16GB.")]
 DeviceMemoryOption = Annotated[str | None, typer.Option("--device-memory", help="The same on the accelerator.")]
 DiskOption = Annotated[str | None, typer.Option("--disk", help="Disk that the run may use, its output included.")]
+CommandsOption = Annotated[
+    bool, typer.Option("--allow-commands", help="Run the programs that the recipe's passes name.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 
 
@@ -94,6 +97,7 @@ def run(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
+    allow_commands: CommandsOption = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -107,7 +111,7 @@ def run(
 
     set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
     with Processes.joined() as processes, _notes_shown():
-        _loaded(recipe, model, output, set_, without)
+        _loaded(recipe, model, output, set_, without, allow_commands=allow_commands)
         from compressor.report.terminal import print_summary
         from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
 
@@ -118,17 +122,23 @@ def run(
             output=output,
             overwrite=overwrite,
             resume=resume,
+            allow_commands=allow_commands,
             without=without or [],
             progress=Progress.detect(quiet=quiet),
             processes=processes,
         )
         if not quiet and processes.is_first:
-            only_here = {"uneven", "constants"} & result.record.keys()
-            others = "" if only_here else " or plain transformers"
-            others += ", which runs it unskipped" if others and "skipping" in result.record else ""
             with _printing():
                 print_summary(result.record, _console())
-                print(f"\nWritten to {result.folder}. Load it with compressor.load({str(result.folder)!r}){others}.")
+                print(f"\nWritten to {result.folder}.{_how_to_load(result.record, result.folder)}")
+
+
+def _how_to_load(record: dict[str, Any], folder: Path | None) -> str:
+    if "files_only" in record:
+        return f" Nothing of what {record['files_only']} left was loaded or measured."
+    others = "" if {"uneven", "constants"} & record.keys() else " or plain transformers"
+    others += ", which runs it unskipped" if others and "skipping" in record else ""
+    return f" Load it with compressor.load({str(folder)!r}){others}."
 
 
 @contextmanager
@@ -148,14 +158,20 @@ def _settings(**given: str | None) -> list[str]:
 
 
 def _loaded(
-    recipe: Path, model: str | None, output: Path | None, set_: list[str], without: list[str] | None
+    recipe: Path,
+    model: str | None,
+    output: Path | None,
+    set_: list[str],
+    without: list[str] | None,
+    *,
+    allow_commands: bool,
 ) -> tuple[LoadedRecipe, Plugins, Path]:
     """The recipe, the plugins it was checked by, and its output, which it must have."""
     from compressor.plugins import load_plugins
     from compressor.recipe.schema import load_recipe
 
     plugins = load_plugins(without or [])
-    given: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
+    given: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria, "allow_commands": allow_commands}
     loaded = load_recipe(recipe, overrides=set_, model=model, output=output, **given)
     if loaded.recipe.output is None:
         raise loaded.error((), "no `output`. Name a folder for the smaller model there, or with --output.")
@@ -174,6 +190,7 @@ def check(
     disk: DiskOption = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
+    allow_commands: CommandsOption = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -183,7 +200,7 @@ def check(
     """
     _calm()
     set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
-    loaded, plugins, target = _loaded(recipe, model, output, set_, without)
+    loaded, plugins, target = _loaded(recipe, model, output, set_, without, allow_commands=allow_commands)
     from compressor.checkpoint.output import OutputFolder
     from compressor.machine.progress import Progress
     from compressor.report.terminal import print_plan

@@ -9,6 +9,7 @@
     │   └── DiskError               a file could not be written or read for reasons that lie outside of it
     ├── EvaluationError             a task or text cannot be evaluated
     ├── VerificationError           our own checks found that the smaller model is not what was decided
+    ├── ProgramError                a program that a recipe has run failed, or took too long
     └── ProcessError                another process of the same run has failed, or ended
 
 The command line prints these without a traceback and exits with status 2. Any other exception is a bug of ours:
@@ -65,6 +66,10 @@ class EvaluationError(CompressorError):
 
 class VerificationError(CompressorError):
     """The edited or saved model does not compute what was decided; nothing is put under the output's name."""
+
+
+class ProgramError(CompressorError):
+    """A program that a recipe has run failed, or took too long. What was done before is kept."""
 
 
 class ProcessError(CompressorError):

@@ -265,6 +265,23 @@ class Method(ABC, Generic[OptionsT]):
         """Whether it cannot decide where no text is left to hold out: refused when the text has been read."""
         return False
 
+    @property
+    def program(self) -> Sequence[str]:
+        """The program of the user's that it runs, with its arguments: refused unless the user allows commands."""
+        return ()
+
+    @property
+    def max_kl(self) -> float | None:
+        """How far the answers of what `external` leaves may be from those before it, in nats a token; None: any."""
+        return None
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether what `external` leaves can be loaded. Where not it is the last pass, only its files are put out, and
+        the record says that nothing of them was measured.
+        """
+        return True
+
     def check_domains(self, domains: Sequence[str]) -> None:
         """Say whether the names of the calibration sources are what the options expect. Raises OptionError."""
 

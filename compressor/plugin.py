@@ -15,6 +15,7 @@ from compressor.errors import (
     CheckpointError,
     CompressorError,
     PluginError,
+    ProgramError,
     RecipeError,
     UnsupportedModelError,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "Plan",
     "PluginError",
     "Processes",
+    "ProgramError",
     "RankedChunk",
     "RankedStatistic",
     "RecipeError",

@@ -69,11 +69,10 @@ def test_counters_processes_texts_and_tasks() -> None:
 
 def test_plugins_and_plans(make_layer: Callable[..., compressor.MoELayer]) -> None:
     plugins = load_plugins()
-    assert (
-        repr(plugins) == "Plugins(dynamic-skipping, expert-merging, expert-pruning, output-scale, task-pruning, wanda)"
-    )
+    [pruning] = [one for one in plugins.plugins if one.name == "expert-pruning"]
+    assert repr(Plugins((pruning, *plugins.plugins[-1:]), {})) == "Plugins(expert-pruning, wanda)"
     assert repr(Plugins((), {})) == "Plugins()"
-    assert repr(plugins.plugins[0]).endswith(": dynamic_skipping)")
+    assert repr(pruning).endswith(": expert_pruning)")
     recipe = {"model": "demo", "calibration": {"data": [{"demo": "code"}]}, "passes": [{"expert_pruning": {"keep": 6}}]}
     loaded = load_recipe(recipe, methods=plugins.methods)
     assert repr(loaded) == "LoadedRecipe(demo: expert_pruning)"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -349,11 +350,13 @@ def load_recipe(
     live: str | None = None,
     methods: Mapping[str, type[Method[Any]]] | None = None,
     criteria: Mapping[str, Any] | None = None,
+    allow_commands: bool = False,
 ) -> LoadedRecipe:
     """Read and check a recipe: a YAML file's path, a mapping with the same keys, or a Recipe. `overrides`
     (`passes.0.expert_pruning.keep=4`) are applied in order; `model` and `output` replace the recipe's, `live` names a
-    model at hand where it has none. With `methods` (by name, and `criteria`) the passes are checked as well. Raises one
-    RecipeError that lists every mistake, in the order of the file.
+    model at hand where it has none. With `methods` (by name, and `criteria`) the passes are checked as well, and those
+    that run programs refused unless `allow_commands`. Raises one RecipeError that lists every mistake, in the order of
+    the file.
     """
     if not isinstance(source, str | Path | Mapping | Recipe):
         raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")
@@ -371,6 +374,14 @@ def load_recipe(
     passes = _resolve(document, methods, criteria) if methods is not None else ()
     if recipe is not None and not recipe.calibration.data and methods is not None:
         _check_own_text(document, recipe, passes)
+    for one in passes:
+        if one.method.program and not allow_commands:
+            document.add_mistake(
+                one.path,
+                f"would run `{shlex.join(one.method.program)}`, which may do all that this account may: "
+                f"--allow-commands (in Python `allow_commands=True`) allows it",
+                at_key=True,
+            )
     document.raise_mistakes()
     assert recipe is not None
     return LoadedRecipe(recipe, passes, document)

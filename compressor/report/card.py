@@ -34,8 +34,8 @@ def model_card(record: Json) -> str:
     """The output's README.md: front matter for the hub, how it was made, its figures, how to load it."""
     reference, output = record["model"]["reference"], record.get("output") or "FOLDER"
     auto_class = record["model"].get("auto_class", "AutoModelForCausalLM")
-    front: dict[str, Any] = {"library_name": "transformers"}
-    if auto_class in PIPELINES:
+    front: dict[str, Any] = {} if "files_only" in record else {"library_name": "transformers"}
+    if auto_class in PIPELINES and "files_only" not in record:
         front["pipeline_tag"] = PIPELINES[auto_class]
     if is_hub_id(reference):
         front["base_model"] = reference
@@ -56,13 +56,19 @@ def model_card(record: Json) -> str:
         parts.append(_left_out_sentence(left_out))
     parts += [
         *(["## Recipe", f"```yaml\n{as_yaml(record['recipe'])}```"] if "recipe" in record else []),
-        "## Load it",
-        f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```',
-        _who_reads_it(record, auto_class),
+        *_how_to_load(record, str(output), auto_class),
     ]
     if versions := record.get("versions"):
         parts.append("Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _how_to_load(record: Json, output: str, auto_class: str) -> list[str]:
+    if "files_only" in record:
+        by = record["files_only"]
+        return [f"The files are what `{by}` has left. They were not loaded here, and nothing of them was measured."]
+    code = f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```'
+    return ["## Load it", code, _who_reads_it(record, auto_class)]
 
 
 def _who_reads_it(record: Json, auto_class: str) -> str:

@@ -190,6 +190,16 @@ def _check_external(loaded: LoadedRecipe, notes: list[str]) -> None:
             raise loaded.error(
                 ("evaluate", "each_pass"), f"{name} turns a checkpoint into another one, which is not measured alone"
             )
+        if not resolved.method.leaves_model and resolved is not loaded.passes[-1]:
+            raise loaded.error(
+                resolved.path, f"{name} leaves what is not loaded here, so no pass goes on with it: put it last"
+            )
+        if not resolved.method.leaves_model and evaluation:
+            raise loaded.error(
+                ("evaluate",),
+                f"{name} leaves what is not loaded here, so there is nothing to measure: leave `evaluate` out, and "
+                f"measure what goes into it in a run of its own",
+            )
         notes.append(f"{name} turns the checkpoint into another one; what that takes only {name} knows")
 
 

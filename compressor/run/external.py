@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,12 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import Backend
-from compressor.errors import CheckpointError, CompressorError, PluginError
+from compressor.errors import CheckpointError, CompressorError, PluginError, ProgramError
 from compressor.method import Decision, Method, OptionError, Training
 from compressor.model.adapter import structure_of
 from compressor.model.config_entry import read_entry
 from compressor.model.structure import Structure
+from compressor.observe.divergence import kl_divergences
 from compressor.run.job import Job
 
 
@@ -66,14 +68,16 @@ def carry_out(
     with _left_alone(source, target.parent):
         try:
             method.train(source.folder, target, decision, training)
-        except OptionError:  # it gets its place
+        except (OptionError, ProgramError):  # they get their place
             raise
         except Exception as error:  # whatever it calls may fail in any way; the run stops, naming it
             raise PluginError(f"its external step failed: {type(error).__name__}: {error}") from error
     turned = Checkpoint(str(target), target, source.trust_remote_code)
     with refused_by_name():
-        compare(source, turned, piece.moe.structure)
-    if job.journal is not None:
+        refuse_files(target)
+        if method.leaves_model:
+            compare(source, turned, piece.moe.structure)
+    if job.journal is not None and method.leaves_model:
         job.journal.note(name, {"fingerprint": headers.fingerprint(target, turned.shards)})
     for left in (stage, training.work):
         shutil.rmtree(left, ignore_errors=True)
@@ -115,15 +119,14 @@ def _left_alone(source: Checkpoint, work: Path) -> Iterator[None]:
     then, so that no run goes on with it.
     """
     files, fingerprint = _files(source), headers.fingerprint(source.folder, source.shards)
-    is_changed = False
     try:
         yield
     finally:
         is_changed = _files(source) != files or headers.fingerprint(source.folder, source.shards) != fingerprint
         if is_changed and source.folder.is_relative_to(work):
             shutil.rmtree(source.folder)
-    if is_changed:
-        raise PluginError(f"its external step has changed {source.folder}, which it was given to read.")
+        if is_changed and isinstance(sys.exception(), Exception | None):  # also where it has failed, but for Ctrl-C
+            raise PluginError(f"its external step has changed {source.folder}, which it was given to read.")
 
 
 def _files(source: Checkpoint) -> list[tuple[Path, int, int]]:
@@ -141,14 +144,20 @@ def refused_by_name() -> Iterator[None]:
         raise PluginError(f"what its external step has left is refused: {error}") from error
 
 
+def refuse_files(folder: Path) -> None:
+    """Raise CheckpointError where files are links, or there are none."""
+    shutil.rmtree(folder / "compressor", ignore_errors=True)  # copied: it tells of another model
+    if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink()):
+        raise CheckpointError(f"{folder}: {links[0]} is a link; files are to be there themselves.")
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise CheckpointError(f"{folder}: there is no file in it.")
+
+
 def compare(source: Checkpoint, turned: Checkpoint, structure: Structure) -> None:
     """Raise CheckpointError unless the checkpoint is whole, with the experts and vocabulary of its source. Where it has
     no tokenizer it gets the source's, with what else lies beside the weights.
     """
     folder = turned.folder
-    if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink()):
-        raise CheckpointError(f"{folder}: {links[0]} is a link; files are to be there themselves.")
-    shutil.rmtree(folder / "compressor", ignore_errors=True)  # copied: it tells of another model
     config, given = load_config(turned), load_config(source)
     _ = turned.shards
     if config.model_type != given.model_type:
@@ -173,11 +182,18 @@ def compare(source: Checkpoint, turned: Checkpoint, structure: Structure) -> Non
         raise CheckpointError(f"{folder}: its tokenizer is another one; leave that of {source.folder}, or none.")
 
 
-def difference(given_NV: Tensor, found_NV: Tensor) -> dict[str, float]:
-    """How far the logits are from those of the model that was handed over, relative to their norm. Raises
-    CheckpointError where they are not finite.
+def difference(given_NV: Tensor, found_NV: Tensor, max_kl: float | None = None) -> dict[str, float]:
+    """How far the logits are from those of the model that was handed over, relative to their norm, and as KL in nats a
+    token. Raises CheckpointError where they are not finite, or their KL is larger than `max_kl`.
     """
     given, found = given_NV.cpu().double(), found_NV.cpu().double()
     if not torch.isfinite(found).all():
         raise CheckpointError("it answers NaN or infinity to calibration text.")
-    return {"external_difference": float((found - given).norm() / given.norm().clamp_min(1e-30))}
+    kl = float(kl_divergences(given, found).mean())
+    if max_kl is not None and kl > max_kl:
+        raise CheckpointError(
+            f"its answers are {kl:.3g} nats a token from those of the checkpoint that went in; expected at most "
+            f"{max_kl:g} (`max_kl`)."
+        )
+    relative = float((found - given).norm() / given.norm().clamp_min(1e-30))
+    return {"external_difference": relative, "external_kl": kl}

@@ -79,6 +79,7 @@ def compress(
     output: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    allow_commands: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
     processes: Processes | None = None,
@@ -91,7 +92,7 @@ def compress(
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
     interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
-    the beginning.
+    the beginning. A recipe's passes run programs only with `allow_commands`.
 
     Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
     first one writes and speaks, and all return when the output is there.
@@ -100,7 +101,8 @@ def compress(
     output's name then. What was observed until then is kept in a hidden folder beside it.
     """
     plugins = load_plugins(without)
-    loaded = recipe_for(model, tokenizer, plugins, recipe, overrides=overrides, model=model_reference, output=output)
+    how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
+    loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
     job = Job.of(loaded, plugins, progress, processes)
     if resume and (model is not None or job.recipe.output is None):
         raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
@@ -135,9 +137,8 @@ def evaluate(
     """
     plugins, found = load_plugins(without), []
     for reference in (model_reference, *filter(None, [against])):
-        loaded = load_recipe(
-            recipe, overrides=overrides, model=reference, methods=plugins.methods, criteria=plugins.criteria
-        )
+        of_plugins: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
+        loaded = load_recipe(recipe, overrides=overrides, model=reference, **of_plugins, allow_commands=True)
         if loaded.recipe.evaluate is None:
             raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
         # it is measured as it is: nothing of it need be known but how it runs
@@ -179,8 +180,8 @@ def compare(
     other text or of another original. Without, CheckpointError and EvaluationError name these.
     """
     if recipe is None or against is None:
-        if recipe is not against:
-            raise RecipeError("`recipe` and `against` go together: what is measured, and the original.")
+        if recipe is not against or overrides or [*without]:
+            raise RecipeError("what is measured, the `recipe`, and its original, `against`, go together; give both.")
         return side_by_side(folders)
     how: dict[str, Any] = {"overrides": overrides, "without": without, "progress": progress}
     return side_by_side(folders, against, lambda folder: evaluate(recipe, folder, against=against, **how))
@@ -257,7 +258,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     if folder:
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
-    model = smaller.model if smaller.weights is None else None
+    model = smaller.model if smaller.weights is None and "files_only" not in record else None
     return CompressionResult(record, None, model, subject.preview.tokenizer)
 
 
@@ -343,15 +344,17 @@ def _turned(
     """What an external step has made of the model, in `target`, and how its logits on `probe` differ; `turned`: the
     files that the one before has left.
     """
-    given = piece.logits(probe)
+    given = piece.logits(probe) if resolved.method.leaves_model else None
     if folder is not None:
         with job.loaded.at_pass(resolved), job.loaded.at(*resolved.path):
             external.carry_out(job, piece, resolved.method, decision, probe, folder, target, training, turned)
     job.processes.wait()
     torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
+    if given is None:
+        return piece, {}
     with job.loaded.at(*resolved.path), external.refused_by_name():
         smaller = _as_served(job, target)
-        checks = external.difference(given, smaller.logits(probe))
+        checks = external.difference(given, smaller.logits(probe), resolved.method.max_kl)
     job.processes.wait()  # its files are moved next
     return smaller, checks
 

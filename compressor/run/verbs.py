@@ -24,6 +24,7 @@ def check(
     model_reference: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
+    allow_commands: bool = False,
     without: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Preview:
@@ -32,7 +33,8 @@ def check(
     Raises CompressorError, one of its kinds, where it could not work.
     """
     plugins = load_plugins(without)
-    loaded = recipe_for(model, tokenizer, plugins, recipe, overrides=overrides, model=model_reference, output=output)
+    how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
+    loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
     target = loaded.recipe.output
     return checking.check(
         loaded,

@@ -131,8 +131,9 @@ def test_folders_that_are_none(made: Path, folder: Folder) -> None:
     (spoilt / "compressor" / "record.json").write_text("{")
     with pytest.raises(CheckpointError, match="it cannot be read as a record"):
         compressor.compare([spoilt])
-    with pytest.raises(RecipeError, match="go together"):
-        compressor.compare([spoilt], against="demo")
+    for settings in ({"against": "demo"}, {"without": ["wanda"]}, {"overrides": ["seed=1"]}):
+        with pytest.raises(RecipeError, match="go together"):
+            compressor.compare([made / "keep6"], **settings)
 
 
 def test_a_folder_without_a_record_is_measured(made: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

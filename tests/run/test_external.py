@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -20,10 +21,10 @@ from tiny_models import tiny_folder, tiny_model, token_ids, write_token_file
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import RecipeError
+from compressor import CheckpointError, RecipeError
 from compressor.plugin import Decision, Gathered, Method, MoELayer, Options, Plan, PluginError, Training
 from compressor.plugins import load_plugins
-from compressor.run import check, pipeline
+from compressor.run import check, external, pipeline
 from compressor.run.apply import apply
 
 Recipe = dict[str, Any]
@@ -558,6 +559,16 @@ def test_apply_refuses_it(recipe: Recipe, model: Path, tmp_path: Path, monkeypat
     with pytest.raises(RecipeError, match="cast turns a checkpoint into another one, which only a run does: run its"):
         apply(tmp_path / "out" / "compressor" / "decision.json", str(model), tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
+
+
+def test_how_far_answers_are() -> None:
+    """Twice the logits (0, log 3): chances of 1/4, 3/4 become 1/10, 9/10. KL = (log 2.5)/4 + 3 (log 5/6)/4."""
+    given = torch.tensor([[0.0, math.log(3)]] * 2)
+    kl = math.log(2.5) / 4 + 3 * math.log(5 / 6) / 4
+    found = external.difference(given, 2 * given, max_kl=kl * 1.001)
+    assert found == {"external_difference": pytest.approx(1), "external_kl": pytest.approx(kl, rel=1e-5)}
+    with pytest.raises(CheckpointError, match=r"its answers are 0\.0923 nats a token from those .* \(`max_kl`\)\."):
+        external.difference(given, 2 * given, max_kl=kl * 0.999)
 
 
 # Interrupted -----------------------------------------------------------------------------------------------
