@@ -23,9 +23,9 @@ from torch import Tensor
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.errors import EvaluationError
 from compressor.evaluation.perplexity import CHUNK_ELEMENTS, Perplexity, Watch
-from compressor.evaluation.result import Progress, Result, ratio_standard_error
+from compressor.evaluation.result import Progress, Result
 from compressor.machine.distributed import Processes
-from compressor.observe.divergence import kl_divergences
+from compressor.observe.divergence import kl_divergences, ratio_standard_error
 
 MOST_WHOLE = 2048
 """Ids of a vocabulary that is kept whole."""

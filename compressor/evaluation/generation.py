@@ -20,10 +20,11 @@ from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.lm_eval_tasks import seeded
 from compressor.data.sequences import Sequences
 from compressor.errors import EvaluationError
-from compressor.evaluation.result import Progress, Result, ratio_standard_error
+from compressor.evaluation.result import Progress, Result
 from compressor.evaluation.speed import fit_positions
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
+from compressor.observe.divergence import ratio_standard_error
 from compressor.observe.forward import device_of
 
 PROMPT_TOKENS, NEW_TOKENS, NUM_SAMPLES = 32, 96, 3

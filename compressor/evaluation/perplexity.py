@@ -19,10 +19,11 @@ from torch import Tensor
 from compressor.checkpoint.classes import max_positions
 from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.errors import EvaluationError
-from compressor.evaluation.result import Progress, Result, Run, ratio_standard_error
+from compressor.evaluation.result import Progress, Result, Run
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
 from compressor.observe import forward
+from compressor.observe.divergence import ratio_standard_error
 
 CHUNK_ELEMENTS = 2**24  # float32 log-probabilities held at one time: 64 MiB
 Watch = Callable[[int, TokenBatch, Tensor, Tensor], None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +20,3 @@ class Result:
     def to_json(self) -> Json:
         """The figures as JSON types: what the record holds."""
         return dataclasses.asdict(self)
-
-
-def ratio_standard_error(totals: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of Σtotals / Σcounts over R independent (total, count) pairs: with their ratio L it is
-    √( R/(R−1) · Σ(total − L·count)² ) / Σcounts; None for one pair.
-    """
-    num_pairs = len(totals)
-    if num_pairs < 2:
-        return None
-    mean = math.fsum(totals) / sum(counts)
-    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
-    return math.sqrt(num_pairs / (num_pairs - 1) * squares) / sum(counts)

@@ -402,6 +402,12 @@ def count_problem(layer: MoELayer, num_kept: int) -> str | None:
     return f"{reason}. The nearest possible count is {nearest}"
 
 
+def possible_counts(layer: MoELayer) -> list[int]:
+    """How many experts a layer can keep, ascending: those that `count_problem` has nothing to say of."""
+    fewer = [] if layer.constants else [count for count in range(2, layer.num_experts) if _count_works(layer, count)]
+    return [*fewer, layer.num_experts]
+
+
 def _count_works(layer: MoELayer, count: int) -> bool:
     if count < max(2, layer.top_k):
         return False

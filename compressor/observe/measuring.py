@@ -32,7 +32,7 @@ from compressor.checkpoint.resume_state import NotPlainError
 from compressor.data.sequences import TokenBatch
 from compressor.errors import CalibrationError, UnsupportedModelError
 from compressor.machine.distributed import Processes
-from compressor.observe.divergence import kl_divergences
+from compressor.observe.divergence import kl_divergences, ratio_standard_error
 from compressor.observe.forward import answers_at
 from compressor.observe.resuming import answering_from_record, comes_to_stand, standing_of
 from compressor.observe.streams import Stream, Streams, writes_cache
@@ -217,21 +217,12 @@ def measured_of(figures: Mapping[str, Tensor], num_domains: int) -> list[tuple[A
     was measured; [D] float64 each, NaN for a domain of which no text was measured.
     """
     decided = json.loads(bytes(figures[CANDIDATES].tolist()))
-    tokens_S, domain_S = figures[TOKENS].double(), figures[DOMAIN]
-    return [
-        (one, *_by_domain(kl_S, tokens_S, domain_S, num_domains))
-        for one, kl_S in zip(decided, figures[KL], strict=True)
-    ]
-
-
-def _by_domain(kl_S: Tensor, tokens_S: Tensor, domain_S: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
-    """Σ kl / Σ tokens of each domain, and √(R/(R−1) · Σ(kl − mean·tokens)²) / Σ tokens over its R sequences, NaN for
-    one.
-    """
-    empty_D = torch.zeros(num_domains, dtype=torch.float64)
-    total_D = empty_D.index_add(0, domain_S, tokens_S)
-    number_D = empty_D.index_add(0, domain_S, torch.ones_like(tokens_S))
-    mean_D = empty_D.index_add(0, domain_S, kl_S) / total_D
-    squares_D = empty_D.index_add(0, domain_S, (kl_S - mean_D[domain_S] * tokens_S).square())
-    error_D = (number_D / (number_D - 1) * squares_D).sqrt() / total_D
-    return mean_D, error_D.masked_fill(number_D < 2, math.nan)
+    found_CD2 = torch.full((len(decided), num_domains, 2), math.nan, dtype=torch.float64)
+    for domain in set(figures[DOMAIN].tolist()):
+        is_of_S = figures[DOMAIN] == domain
+        tokens = figures[TOKENS][is_of_S].tolist()
+        for found_D2, kl_S in zip(found_CD2, figures[KL], strict=True):
+            kl = kl_S[is_of_S].tolist()
+            error = ratio_standard_error(kl, tokens)
+            found_D2[domain] = torch.tensor([math.fsum(kl) / sum(tokens), math.nan if error is None else error])
+    return [(one, *found_D2.unbind(-1)) for one, found_D2 in zip(decided, found_CD2, strict=True)]

@@ -44,18 +44,14 @@ class LayerPlan:
     @cached_property
     def possible(self) -> list[int]:
         """All counts that the layer could keep, ascending."""
-        multiple = self.options.multiple_of or 1
-        budget, counts = self.options.budget, range(multiple, self.layer.num_experts + 1, multiple)
-        allowed = [count for count in counts if budget is None or budget.allows(count)]
-        return [count for count in allowed if self._problem(count) is None]
-
-    def _problem(self, num_kept: int) -> str | None:
         from compressor.model import constants
-        from compressor.model.moe_model import count_problem
+        from compressor.model.moe_model import possible_counts
 
-        if self.options.with_constants and num_kept < self.layer.num_experts:
-            return constants.problem(self.layer, range(num_kept, self.layer.num_experts))
-        return count_problem(self._smaller, num_kept)
+        multiple, budget, num_experts = self.options.multiple_of or 1, self.options.budget, self.layer.num_experts
+        counts: Sequence[int] = possible_counts(self._smaller)
+        if self.options.with_constants:
+            counts = [num_experts] if constants.problem(self.layer) else range(1, num_experts + 1)
+        return [one for one in counts if one % multiple == 0 and (budget is None or budget.allows(one))]
 
     @cached_property
     def counts(self) -> list[int]:
@@ -99,8 +95,10 @@ class LayerPlan:
 
     def after(self, num_kept: int) -> MoELayer:
         """The layer with so many experts left. Raises OptionError where that cannot be."""
+        from compressor.model import constants
+
         if self.options.with_constants and num_kept < self.layer.num_experts:
-            if why := self._problem(num_kept):
+            if why := constants.problem(self.layer, range(num_kept, self.layer.num_experts)):
                 raise self._refused(f"{self.path}: {why}.")
             return self.layer.with_constants(range(num_kept, self.layer.num_experts))
         if self.options.replace == "never_chosen":
