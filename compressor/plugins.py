@@ -104,7 +104,7 @@ def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
     owners: dict[str, EntryPoint] = {}
     for entry in found:
         other = owners.setdefault(entry.name, entry)
-        if (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
+        if other is not entry and (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
             raise PluginError(
                 f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and "
                 f"{entry.value} (from {_distribution(entry)[0]}). Uninstall one of them."
@@ -113,7 +113,10 @@ def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
 
 
 def _distribution(entry: EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
+    if entry.dist is None:
+        return "an unknown distribution", "?"
+    metadata = entry.dist.metadata  # a file that is read anew each time
+    return metadata["Name"], metadata["Version"]
 
 
 def _load(entry: EntryPoint) -> Plugin:

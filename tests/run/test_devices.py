@@ -188,7 +188,7 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
         (2, "memory", GREEDILY, {}),
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
         pytest.param(1, "disk", GREEDILY, {}, marks=pytest.mark.nightly),
-        (2, "memory", WITH_ZEROS, {}),
+        pytest.param(2, "memory", WITH_ZEROS, {}, marks=pytest.mark.nightly),
         (1, "disk", WITH_ZEROS, {}),
     ],
 )

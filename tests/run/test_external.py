@@ -422,7 +422,7 @@ REFUSED: dict[str, tuple[Sequence[Step], str]] = {
     "cut short": ([cut_weights], "model.safetensors: damaged, cut short, or not a safetensors file"),
     "link": ([link_weights], "model.safetensors is a link; files are to be there themselves."),
     "other class": ([config(model_type="qwen3_moe")], "its model_type is 'qwen3_moe'; expected 'mixtral'."),
-    "experts": ([config(num_local_experts=4, num_experts=4)], "its config has num_local_experts = 4; expected 6."),
+    "experts": ([config(num_local_experts=4, num_experts=4)], "its config has num_local_experts = 4; expected 8."),
     "top k": ([config(num_experts_per_tok=1)], "its config has num_experts_per_tok = 1; expected 2."),
     "vocabulary": (
         [with_tensors(more_words), config(vocab_size=72)],
@@ -461,8 +461,8 @@ def test_a_step_that_is_refused(
     does(*steps)
     before = contents(model)
     with pytest.raises(PluginError) as error:
-        compressor.compress(recipe)
-    assert str(error.value).startswith("recipe passes[1].cast: ")
+        compressor.compress(recipe | {"passes": recipe["passes"][1:]})
+    assert str(error.value).startswith("recipe passes[0].cast: ")
     assert says in str(error.value)
     assert contents(model) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokens.jsonl"]
@@ -485,9 +485,15 @@ def leave_a_file(source: Path, target: Path) -> None:
     (source / "cache").write_text("")
 
 
-@pytest.mark.parametrize("step", [write_anew, write_in_place, leave_a_file])
-@pytest.mark.parametrize("weights", ["memory", "disk"])
-@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize(
+    ("only", "weights", "step"),
+    [
+        (True, "memory", write_anew),
+        (True, "disk", write_in_place),
+        (False, "memory", write_in_place),
+        (False, "disk", leave_a_file),
+    ],
+)
 def test_a_step_that_writes_where_it_reads(
     only: bool, weights: str, step: Step, recipe: Recipe, tmp_path: Path, does: Callable[..., None]
 ) -> None:
