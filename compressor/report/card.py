@@ -19,6 +19,7 @@ from compressor.report.figures import (
     summary_tables,
 )
 from compressor.report.tables import Table
+from compressor.report.verdict import verdict
 from compressor.wording import counted, human_bytes, ids_said
 
 PIPELINES = {
@@ -49,6 +50,7 @@ def model_card(record: Json) -> str:
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
     ]
+    parts += [f"**{said}**"] if (said := verdict(record)) else []
     passes = record.get("passes", [])
     tables = [*summary_tables(record), *map(random_table, passes), *_decided(passes, record)]
     parts += filter(None, [table.to_markdown() for table in tables])

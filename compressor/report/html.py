@@ -22,6 +22,7 @@ from compressor.report.figures import (
     summary_tables,
 )
 from compressor.report.tables import Table
+from compressor.report.verdict import verdict
 from compressor.wording import counted
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -44,6 +45,7 @@ def page(record: Json) -> str:
     return _rendered(
         record=record,
         title=str(record.get("output") or record["model"]["reference"]).rstrip("/").rsplit("/", 1)[-1],
+        verdict=verdict(record),
         tables=summary_tables(record),
         samples=samples(record),
         passes=passes,

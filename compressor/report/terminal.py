@@ -25,11 +25,14 @@ from compressor.report.figures import (
     summary_tables,
 )
 from compressor.report.tables import Table, show_facts
+from compressor.report.verdict import verdict
 from compressor.wording import counted, human_bytes, human_count, human_seconds
 
 
 def print_summary(record: Json, console: Console) -> None:
-    """What was done, the figures before and after, and which experts each pass kept in each layer."""
+    """The verdict, what was done, the figures before and after, and which experts each pass kept in each layer."""
+    if said := verdict(record):
+        console.print(Text(said, style="bold"), end="\n\n")
     show_facts(
         {
             "model": record["model"]["reference"],
