@@ -30,6 +30,7 @@ from compressor.errors import CheckpointError, CompressorError, PluginError, Pro
 from compressor.method import Decision, Method, OptionError, Training
 from compressor.model.adapter import structure_of
 from compressor.model.config_entry import read_entry
+from compressor.model.constants import replaced_experts
 from compressor.model.structure import Structure
 from compressor.observe.divergence import kl_divergences
 from compressor.run.job import Job
@@ -171,6 +172,8 @@ def compare(source: Checkpoint, turned: Checkpoint, structure: Structure) -> Non
         )
     if turned.quantisation is not None and "skipping" in read_entry(config):
         raise CheckpointError(f"{folder}: it is quantised, and nothing reads a quantised one that skips experts.")
+    if turned.quantisation is not None and replaced_experts(config):
+        raise CheckpointError(f"{folder}: it is quantised, and no reader puts constants beside quantised experts.")
     rows = [unquantised_skeleton(one).get_input_embeddings().weight.shape[0] for one in (turned, source)]
     if rows[0] != rows[1]:
         raise CheckpointError(f"{folder}: its vocabulary has {rows[0]} entries; expected {rows[1]}.")

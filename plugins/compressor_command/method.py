@@ -7,6 +7,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,6 +44,11 @@ class CommandOptions(Options):
         gt=0,
         description="how far, in nats a token of calibration text, its answers may be from those of the checkpoint "
         "that went in; refused beyond",
+    )
+    keeps_zeros: bool = Field(
+        default=False,
+        description="that the program keeps zeros which passes before have made (rounding to the nearest does, GPTQ "
+        "does not); a command behind such a pass is refused without",
     )
 
 
@@ -84,6 +90,8 @@ class Command(Method[CommandOptions]):
             raise OptionError("command", f"there is no program {program!r} here that can be run")
         if self.options.verify == "files" and "max_kl" in self.options.model_fields_set:
             raise OptionError("max_kl", "would have no effect with `verify: files`, which loads nothing; leave it out")
+        if not self.options.keeps_zeros:
+            layers = [replace(layer, zeros=None) for layer in layers]
         return Plan(layers, [f"{shlex.join(self.options.command)} is run, with all that this account may do"])
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint.test_quantised import packed
 from safetensors.torch import load_file, save_file
 from tiny_models import small_mixtral, token_ids, write_checkpoint, write_token_file
@@ -96,6 +97,24 @@ def test_a_program_behind_another_pass(recipe: Callable[..., Recipe], tmp_path: 
     assert left(tmp_path) == ["mended", "out"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"made by `sh -c 'test -f {tmp_path}/mended" in card
+
+
+def test_every_prefix_of_a_chain_is_a_checkpoint(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """And the rest of the chain makes of it, to the bit, what the whole one makes of the original."""
+    prune, zeros = {"expert_pruning": {"keep": 6}}, {"wanda": {}}
+    whole = recipe('cp -r "$1/." "$2"', prune, zeros, keeps_zeros=True)
+    compressor.compress(whole, allow_commands=True, output=tmp_path / "whole")
+    compressor.compress(whole | {"passes": [prune]}, output=tmp_path / "pruned")
+    compressor.compress(whole | {"passes": [zeros], "model": str(tmp_path / "pruned")}, output=tmp_path / "zeros")
+    found = [load_file(tmp_path / name / WEIGHTS) for name in ("whole", "zeros")]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    assert sum(int((one == 0).sum()) for one in found[0].values()) >= 6 * 3 * 16 * 16 // 2
+
+
+def test_a_program_that_may_fill_zeros_is_not_behind_them(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"passes\[1\]\.command: there are 2:4 zeros in 1 layer by then, and command"):
+        compressor.check(recipe("true", {"wanda": {}}), allow_commands=True)
 
 
 def other_names(name: str) -> str:
