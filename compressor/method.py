@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -142,6 +142,17 @@ class Training:
     """A checkpoint's folder → its model in memory, on the device, as `compressor.load` loads it."""
     save: Callable[[Any, Path, Path], None]
     """(model, the folder that it was loaded from, `target`): written as the checkpoint that it came from is."""
+
+
+class Matrices(Protocol):
+    """What the tensors in a checkpoint's files are matrices of; see `edit.stored_matrices`."""
+
+    @property
+    def places(self) -> Mapping[str, str]:
+        """Where each matrix is, by name on disk: `expert`, `block`, `layer`, `dense` or `other`."""
+
+    def as_stored(self, layer: str, name: str, rows: Tensor) -> Mapping[str, Tensor]:
+        """What belongs to the rows [outputs, …] of a site's matrices, of experts [E, outputs, …], by name on disk."""
 
 
 class OptionError(ValueError):
@@ -340,7 +351,7 @@ class Method(ABC, Generic[OptionsT]):
     def external(self, source: Path, target: Path, decision: Decision) -> None:
         """Write into the empty folder `target` what is to become of the checkpoint in `source`, which is only read. A
         method that defines it edits no layer. What it leaves is loaded again: it has the same experts and vocabulary.
-        Asked in the first process alone.
+        Asked in the first process alone; `matrices` says what is in the files.
         """
 
     def train(self, source: Path, target: Path, decision: Decision, training: Training) -> None:
@@ -348,6 +359,9 @@ class Method(ABC, Generic[OptionsT]):
         instead of `external`.
         """
         self.external(source, target, decision)
+
+    matrices: Matrices
+    """What the tensors of `source` are, by their names there; set by the core before it asks for `external`."""
 
     def config_changes(self, decision: Decision) -> Mapping[str, Any]:
         """Keys of config.json that the edited model has besides, or otherwise; none by default. What the core sets

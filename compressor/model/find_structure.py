@@ -403,6 +403,7 @@ class _LayerFinder:
             router_weights=router_weights,
             selection_biases=tuple(name for name in biases if prod(shapes[name]) == shapes[name][tensors[name].dim]),
         )
+        layer = dataclasses.replace(layer, shapes=_matrix_shapes(self.model, layer))
         key = self._signature(block)
         if key not in probes:
             probes[key] = probe_router(self.model, layer, self.leaf, self.config, top_k, groups[0], self.name)
@@ -468,3 +469,17 @@ def _parameters_per_expert(
     for path, names in containers.items():
         total += sum(p.numel() for p in model.get_submodule(f"{path}.{names[0]}").parameters())
     return total
+
+
+def _matrix_shapes(model: nn.Module, layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """Of one expert's matrices and of the linear maps beside them, as `LayerWeights` calls them."""
+    parameters, start = dict(model.named_parameters()), len(layer.path) + 1 if layer.path else 0
+    found = {name: parameters[at] for name, at in layer.linears.items()}
+    lists = tuple(f"{path}." for path in layer.containers)
+    for name, axis in layer.tensors.items():
+        if name in parameters and name not in layer.router_weights and not (lists and name.startswith(lists)):
+            found[name[start:]] = axis.of_expert(parameters[name], 0)  # type: ignore[assignment] # a view
+    for path, children in layer.containers.items():
+        for name, parameter in model.get_submodule(f"{path}.{children[0]}").named_parameters():
+            found[f"{path[start:]}.*.{name}"] = parameter
+    return {name: tuple(one.shape) for name, one in found.items() if one.ndim == 2}

@@ -98,6 +98,8 @@ class MoELayer:
     linears: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Weights of the decoder layer's other linear maps (attention, shared experts): name in the decoder layer → name in
     the model. None that is used in several places."""
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Of one expert's matrices and of `linears`, by their names in `LayerWeights`; empty where only statistics are."""
     router_weights: tuple[str, ...] = ()
     """The router's tensors with one row per expert: what its logits are computed with."""
     selection_biases: tuple[str, ...] = ()

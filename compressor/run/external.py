@@ -26,6 +26,7 @@ from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import Backend
+from compressor.edit.stored_matrices import StoredMatrices
 from compressor.errors import CheckpointError, CompressorError, PluginError, ProgramError
 from compressor.method import Decision, Method, OptionError, Training
 from compressor.model.adapter import structure_of
@@ -65,6 +66,7 @@ def carry_out(
     torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
     target.mkdir(parents=True)
     training.work.mkdir(exist_ok=True)
+    method.matrices = StoredMatrices(source, piece.adapters)
     job.progress.say(f"{method.name}: turning the checkpoint into another one")
     with _left_alone(source, target.parent):
         try:

@@ -1,0 +1,69 @@
+"""From folder to folder, one file after another: what is asked for is stored in fewer bits, all else as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compressor.plugin import CheckpointError
+from compressor_quantization.rounding import grid_for
+from compressor_quantization.schemes import Scheme, config_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+_EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""Names of experts' matrices, in a group of their own where other matrices have another scheme: by `experts` in it
+transformers knows which one is theirs."""
+
+
+def write(source: Path, target: Path, schemes: Mapping[str, tuple[Scheme, bool]]) -> None:
+    """Store matrices otherwise: `schemes` are by name on disk, with whether the matrix is an expert's. Of each file
+    only as much as it will hold is in memory. Raises CheckpointError, naming the tensor.
+    """
+    weight_map: dict[str, str] = {}
+    sizes, stays = 0, []
+    for path in sorted(source.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                tensor = file.get_tensor(name)
+                if name in schemes:
+                    tensors |= _stored(name, tensor, schemes[name][0])
+                    continue
+                tensors[name] = tensor
+                if name.endswith(".weight") and tensor.ndim == 2:
+                    stays.append(name.removesuffix(".weight"))
+        save_file(tensors, target / path.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, path.name)
+        sizes += sum(tensor.nbytes for tensor in tensors.values())
+    if (source / _INDEX).exists():
+        index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(weight_map.items()))}
+        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = config_of(_groups(schemes), sorted(stays))
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(name: str, weight_OI: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    try:
+        grid = grid_for(weight_OI, scheme)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be stored as {scheme.name}: {error}.") from error
+    return {name.removesuffix("weight") + key: one.contiguous() for key, one in scheme.stored(weight_OI, grid).items()}
+
+
+def _groups(schemes: Mapping[str, tuple[Scheme, bool]]) -> list[tuple[Scheme, list[str]]]:
+    """Each scheme with what it is for: all linear maps, or experts first where theirs is another one."""
+    of_experts, of_others = (
+        list(dict.fromkeys(s for s, own in schemes.values() if own is is_own)) for is_own in (True, False)
+    )
+    if not set(of_others) - set(of_experts):
+        return [(of_experts[0], ["Linear"])]
+    return [(of_experts[0], [_EXPERTS]), (of_others[0], ["Linear"])]
