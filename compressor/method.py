@@ -264,10 +264,6 @@ class Method(ABC, Generic[OptionsT]):
         """What the layer's statistic keeps of every token of the calibration text until the layer is done, roughly."""
         return 0.0
 
-    def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
-        """What it keeps beside that, however long the text is, of so many sources; `hidden` is a token's width."""
-        return 0
-
     @property
     def held_out(self) -> bool:
         """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be
@@ -358,11 +354,12 @@ class Method(ABC, Generic[OptionsT]):
         Asked in the first process alone; `matrices` says what is in the files.
         """
 
-    def train(self, source: Path, target: Path, decision: Decision, training: Training) -> None:
+    def train(self, source: Path, target: Path, decision: Decision, training: Training) -> Mapping[str, float] | None:
         """The same for a method that needs text, the original or more time than a run may have: it defines this one
-        instead of `external`.
+        instead of `external`. Numbers that it returns are in the record's `checks`.
         """
         self.external(source, target, decision)
+        return None
 
     matrices: Matrices
     """What the tensors of `source` are, by their names there; set by the core before it asks for `external`."""

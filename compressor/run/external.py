@@ -47,15 +47,15 @@ def carry_out(
     target: Path,
     training: Training,
     given: Path | None,
-) -> None:
+) -> dict[str, float]:
     """Have the method write another checkpoint into `target`, unless a run before has left it there, whole; `given`:
-    the model as files, where a pass before has written them. Raises PluginError where it fails, touches what it was
-    given, or leaves what cannot be compared.
+    the model as files, where a pass before has written them. Returns what the method tells of it. Raises PluginError
+    where it fails, touches what it was given, or leaves what cannot be compared.
     """
     name = f"turned {target.name}"
     noted = job.journal.noted(name) if job.journal is not None else None
     if noted is not None and _is_there(target, noted["fingerprint"]):
-        return
+        return dict(noted["told"])
     stage = target.with_name(f"{target.name}.source")
     for left in (stage, target):  # by a run that was stopped
         shutil.rmtree(left, ignore_errors=True)
@@ -70,7 +70,7 @@ def carry_out(
     job.progress.say(f"{method.name}: turning the checkpoint into another one")
     with _left_alone(source, target.parent):
         try:
-            method.train(source.folder, target, decision, training)
+            told = dict(method.train(source.folder, target, decision, training) or {})
         except (OptionError, ProgramError):  # they get their place
             raise
         except Exception as error:  # whatever it calls may fail in any way; the run stops, naming it
@@ -81,9 +81,10 @@ def carry_out(
         if method.leaves_model:
             compare(source, turned, piece.moe.structure)
     if job.journal is not None and method.leaves_model:
-        job.journal.note(name, {"fingerprint": headers.fingerprint(target, turned.shards)})
+        job.journal.note(name, {"fingerprint": headers.fingerprint(target, turned.shards), "told": told})
     for left in (stage, training.work):
         shutil.rmtree(left, ignore_errors=True)
+    return told
 
 
 def training(

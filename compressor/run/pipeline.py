@@ -344,17 +344,18 @@ def _turned(
     """What an external step has made of the model, in `target`, and how its logits on `probe` differ; `turned`: the
     files that the one before has left.
     """
+    told: dict[str, float] = {}
     given = piece.logits(probe) if resolved.method.leaves_model else None
     if folder is not None:
         with job.loaded.at_pass(resolved), job.loaded.at(*resolved.path):
-            external.carry_out(job, piece, resolved.method, decision, probe, folder, target, training, turned)
+            told = external.carry_out(job, piece, resolved.method, decision, probe, folder, target, training, turned)
     job.processes.wait()
     torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
     if given is None:
-        return piece, {}
+        return piece, told
     with job.loaded.at(*resolved.path), external.refused_by_name():
         smaller = _as_served(job, target)
-        checks = external.difference(given, smaller.logits(probe), resolved.method.max_kl)
+        checks = told | external.difference(given, smaller.logits(probe), resolved.method.max_kl)
     job.processes.wait()  # its files are moved next
     return smaller, checks
 
