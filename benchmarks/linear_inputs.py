@@ -44,8 +44,9 @@ class Choices(Statistic):
 
 def observing(moe: MoEModel, batches: list[TokenBatch], name: str | None, **options: Any) -> Callable[[], None]:
     """What observes for a method, by its name; None: choices alone."""
-    kind = load_plugins().methods[name] if name else None
-    method = kind(kind.options_type(**options)) if kind else None
+    plugins = load_plugins()
+    kind = plugins.methods[name] if name else None
+    method = kind(kind.options_type(**options), plugins.criteria) if kind else None
     original = layerwise.Original(MoEModel(copy.deepcopy(moe.model))) if method and method.needs_original else None
 
     def run() -> None:
@@ -73,7 +74,9 @@ def main() -> None:
     ways = {
         "wanda": ("wanda", {}),
         "wanda, attention": ("wanda", {"attention": True}),
+        "reap": ("expert_pruning", {"keep": 0.5, "criterion": "reap"}),
         "output_scale (original too)": ("output_scale", {}),
+        "router_healing (original too)": ("router_healing", {"min_tokens": 1}),
     }
     print("| model | " + " | ".join(ways) + " |\n|---|" + "--:|" * len(ways))
     for name, moe in models().items():
