@@ -264,6 +264,10 @@ class Method(ABC, Generic[OptionsT]):
         """What the layer's statistic keeps of every token of the calibration text until the layer is done, roughly."""
         return 0.0
 
+    def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
+        """What it keeps beside that, however long the text is, of so many sources; `hidden` is a token's width."""
+        return 0
+
     @property
     def held_out(self) -> bool:
         """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be

@@ -66,8 +66,9 @@ class Work:
     """What a run works on. Bytes of weights as numbers to compute with: `bytes_total`, `bytes_outside` of layers,
     `bytes_by_layer`; of files `bytes_stored` and `bytes_after`. `tokens` of the largest pass, `batch_tokens` of a
     batch; `hidden` a token's width, `num_experts` of the largest layer, `itemsize` bytes of a number, `per_token` kept
-    by a search; `measured_tokens` of all candidates together; `streams` 2 in progressive mode and beside an original
-    (`has_original`); `copies` of all weights at most; `reading`: bytes to read and cut the text.
+    by a search, `sums` by a layer's statistic in all; `measured_tokens` of all candidates together; `streams` 2 in
+    progressive mode and beside an original (`has_original`); `copies` of all weights at most; `reading`: bytes to read
+    and cut the text.
     """
 
     bytes_total: int
@@ -93,6 +94,7 @@ class Work:
     in_memory: bool = False
     is_quantised: bool = False
     reading: int = 0
+    sums: int = 0
     has_original: bool = False
     num_turned: int = 0
     """External steps, each of which turns a checkpoint, written first where weights are in memory, into another."""
@@ -139,7 +141,7 @@ class Work:
         weights, answers = self._held(place.weights, num_gpus), min(self.batch_tokens, _COMPARED) * self.vocabulary
         copies = self.copies if place.weights == "memory" else 1
         beside = self._held("disk") if self.has_original else 0
-        observing = weights + beside + self.text(place) + max(self.batch, _SEARCH if self.per_token else 0)
+        observing = weights + beside + self.text(place) + self.sums + max(self.batch, _SEARCH if self.per_token else 0)
         comparing = copies * weights + max(self.batch, 2 * self.itemsize * answers)
         differing = weights + (3 * self.itemsize + 2 * 8) * answers
         largest = max(self.bytes_by_layer.values(), default=0) if self.changes_values else 0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.model.expert_outputs import CONSTANTS, evaluate_pairs, places_of_choices
-from compressor.model.modules import forward_replaced, tensor_at
+from compressor.model.modules import forward_replaced, shared_tensors
 from compressor.model.structure import MoELayer, Structure
 
 KEY = "approximate_experts"
@@ -257,9 +257,6 @@ def refuse_constants(model: nn.Module, structure: Structure, constants: Mapping[
                 raise ValueError(f"{path}: expert {expert} should answer [{width}], found {list(value.shape)}")
     if constants and (why := problem_of_all(structure, model.config)):
         raise UnsupportedModelError(f"{type(model).__name__}: {why}.")
-    owners: dict[int, str] = {}
-    for layer in structure.layers:
-        for name in layer.experts_tensors:
-            other = owners.setdefault(id(tensor_at(model, name)), layer.path)
-            if layer.path != other and {layer.path, other} & constants.keys():
-                raise UnsupportedModelError(f"{layer.path} and {other} share their experts ({name}).")
+    for path, other, name in shared_tensors(model, {layer.path: layer.experts_tensors for layer in structure.layers}):
+        if {path, other} & constants.keys():
+            raise UnsupportedModelError(f"{path} and {other} share their experts ({name}).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names: what stands in two places has two."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def shared_tensors(model: nn.Module, names: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, str]]:
+    """(a path, the first with the same tensor, the tensor's name), of tensors by path that stand in several places."""
+    owners: dict[int, str] = {}
+    for path, own in names.items():
+        for name in own:
+            if (other := owners.setdefault(id(tensor_at(model, name)), path)) != path:
+                yield path, other, name
 
 
 def units_of(model: nn.Module) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from compressor.model.constants import (
     write_replaced,
 )
 from compressor.model.masking import masked_router, relabelled, router_weights, selection_biases, top_k_set, write_top_k
-from compressor.model.modules import named_tensors, tensor_at
+from compressor.model.modules import named_tensors, shared_tensors, tensor_at
 from compressor.model.routed_tokens import RealTokens
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.skipping import install as skipping
@@ -316,14 +316,11 @@ def _refuse_bad_ids(model: nn.Module, layers: Sequence[MoELayer]) -> None:
 
 def _refuse_shared_tensors(model: nn.Module, layers: Sequence[MoELayer], kept: Mapping[str, Sequence[int]]) -> None:
     """Layers that share weights must keep the same experts."""
-    owners: dict[int, str] = {}
-    for layer in layers:
-        for name in layer.tensors:
-            other = owners.setdefault(id(tensor_at(model, name)), layer.path)
-            if list(kept[other]) != list(kept[layer.path]):
-                raise UnsupportedModelError(
-                    f"{layer.path} and {other} share their weights ({name}), so they must keep the same experts."
-                )
+    for path, other, name in shared_tensors(model, {layer.path: layer.tensors for layer in layers}):
+        if list(kept[other]) != list(kept[path]):
+            raise UnsupportedModelError(
+                f"{path} and {other} share their weights ({name}), so they must keep the same experts."
+            )
 
 
 def switch_off(model: nn.Module, layer: MoELayer, ids: Sequence[int]) -> None:

@@ -62,16 +62,21 @@ def _tasks(evaluation: Json) -> Iterator[str]:
 
 
 def _chance(record: Json) -> Iterator[str]:
-    """How many random decisions lose more, in the mean over texts of KL, or else of the logarithm of perplexity."""
+    """How many random decisions lose more, in the mean over texts of KL, or else of the logarithm of perplexity; and on
+    which text the fewest do, if fewer.
+    """
     for done in record.get("passes", []):
         random = done.get("random") or {}
-        by_text = list((random.get("kl") or {}).values())
-        if not by_text:
-            by_text = [_logarithms(one) for one in (random.get("perplexity") or {}).values()]
+        by_text = random.get("kl") or {name: _logarithms(one) for name, one in random.get("perplexity", {}).items()}
         if by_text:
-            ours = statistics.fmean(one["ours"] for one in by_text)
-            others = [statistics.fmean(draw) for draw in zip(*(one["random"] for one in by_text), strict=True)]
-            yield f"better than {sum(other > ours for other in others)} of {counted(len(others), 'random choice')}"
+            ours = statistics.fmean(one["ours"] for one in by_text.values())
+            others = [statistics.fmean(draw) for draw in zip(*(one["random"] for one in by_text.values()), strict=True)]
+            beaten = sum(other > ours for other in others)
+            fewest, where = min(
+                (sum(other > one["ours"] for other in one["random"]), name) for name, one in by_text.items()
+            )
+            but = f" ({fewest} on {where})" if fewest < beaten else ""
+            yield f"better than {beaten} of {counted(len(others), 'random choice')}{but}"
 
 
 def _logarithms(one: Json) -> Json:

@@ -35,10 +35,12 @@ from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
 from compressor.method import Method, OptionError, Plan, check_skipping, is_external
 from compressor.model.adapter import Adapter, structure_of
+from compressor.model.modules import shared_tensors
 from compressor.model.moe_model import refuse_quantised
 from compressor.model.skipping.install import fitting_rules
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import MoELayer, Structure
+from compressor.observe.rehearsal import Rehearsal, rehearse
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.run import readiness
 from compressor.run.memory import Problem, disk_problem, placement, work_of
@@ -254,21 +256,22 @@ def _preview(
     notes = (
         ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules) + _constants_notes(structure.layers)
     )
-    given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
-    layers, changes_values = _check_passes(loaded, given, notes, is_quantised=is_quantised)
-    _check_external(loaded, notes)
-    _check_random(loaded, structure.layers, layers)
     with loaded.at("model"):
         dtype = _dtype(loaded.recipe.dtype, config, stored)
-    plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
     model = _on_meta(cls, config, dtype)
+    rehearsal = rehearse(model, structure)
+    given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
+    layers, changes_values = _check_passes(loaded, given, notes, model, rehearsal, is_quantised=is_quantised)
+    _check_external(loaded, notes)
+    _check_random(loaded, structure.layers, layers)
+    plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
     with loaded.at("passes"):
         pairs = zip(structure.layers, layers, strict=True)
         refuse_constants(model, structure, [old.path for old, new in pairs if new.constants and not old.constants])
     work = work_of(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
     work = dataclasses.replace(work, changes_values=changes_values)
     problems = {
-        "disk": disk_problem(loaded, structure, work, config, is_live=is_live),
+        "disk": disk_problem(loaded, structure, work, config, rehearsal.carries, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
     }
     devices = tuple(live_on) or _devices(loaded.recipe)
@@ -336,7 +339,13 @@ def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Seque
 
 
 def _check_passes(
-    loaded: LoadedRecipe, layers: Sequence[MoELayer], notes: list[str], *, is_quantised: bool
+    loaded: LoadedRecipe,
+    layers: Sequence[MoELayer],
+    notes: list[str],
+    model: Any,
+    rehearsal: Rehearsal,
+    *,
+    is_quantised: bool,
 ) -> tuple[Sequence[MoELayer], bool]:
     """The layers as they will be after all passes, whose notes are added, and whether numbers change. Raises
     RecipeError at the option that cannot be met by what the passes before it leave.
@@ -344,6 +353,8 @@ def _check_passes(
     changes_values, turned = False, ""
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
+        with loaded.at_pass(resolved):
+            _refuse_undecidable(resolved.method, layers, plan, model, rehearsal)
         if turned and (stored := next((layer.bits for layer in layers if layer.bits), None)):
             raise loaded.error(
                 resolved.path,
@@ -375,6 +386,31 @@ def _check_passes(
         number = sum(layer.zeros == zeros for layer in layers)
         notes.append(f"weights of {counted(number, 'MoE layer')} will have {zeros} zeros, stored as numbers")
     return layers, changes_values
+
+
+def _refuse_undecidable(
+    method: Method[Any], layers: Sequence[MoELayer], plan: Plan, model: Any, rehearsal: Rehearsal
+) -> None:
+    """Raise OptionError where text cannot tell which experts of a layer stay."""
+    if not method.needs_text:
+        return
+    for layer in (layer for layer in layers if layer.path in rehearsal.unreached):
+        statistic = method.statistic(layer)
+        if statistic is not None and not statistic.optional:
+            raise OptionError(
+                None,
+                f"{layer.path}: no text comes to this layer (a layer for images, say), so its experts cannot be "
+                f"judged. Prune the other layers only: name them under `keep:`",
+            )
+    pairs = zip(layers, plan.layers, strict=True)
+    smaller = {old.path for old, new in pairs if new.num_with_weights < old.num_with_weights}
+    for path, other, name in shared_tensors(model, {layer.path: layer.tensors for layer in layers}):
+        if {path, other} & smaller:
+            raise OptionError(
+                None,
+                f"{path} and {other} share their weights ({name}), so they must keep the same experts, and each would "
+                f"be decided by the text that comes to it. Decide without text (`criterion: aimer`), or leave both",
+            )
 
 
 def with_rules(layers: Sequence[MoELayer], rules: Mapping[str, SkipRule]) -> Sequence[MoELayer]:

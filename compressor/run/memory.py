@@ -15,7 +15,7 @@ from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
 from compressor.method import Method, is_external
 from compressor.model.structure import MoELayer, Structure
-from compressor.recipe.schema import LoadedRecipe, Recipe
+from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.wording import human_bytes
 
 Problem = tuple[tuple[str | int, ...], str]
@@ -47,7 +47,7 @@ def work_of(
     batches = [size for sizes in by_pass for size in sizes] or [0]
     batches += batch_sizes(measured, evaluation.batch_size) if evaluation else []
     batches += [evaluation.batch_size * _TASK_LENGTH] if evaluation and evaluation.tasks else []
-    vocabulary = getattr(text, "vocab_size", 0)
+    vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     tokens = sum(batch_sizes(measured, 1)) if is_compared or loaded.passes else 0
     return Work(
         bytes_total=outside + sum(by_layer.values()),
@@ -57,11 +57,12 @@ def work_of(
         bytes_after=stored[1],
         tokens=max(map(sum, by_pass), default=0),
         batch_tokens=max(batches),
-        hidden=getattr(text, "hidden_size", 0),
+        hidden=hidden,
         num_experts=max((layer.num_experts for layer in layers), default=0),
         vocabulary=vocabulary,
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
+        sums=max((_sums(loaded, one, layer, hidden) for one in loaded.passes for layer in layers), default=0),
         measured_tokens=max(_measured_tokens(one.method, layers) for one in loaded.passes) if loaded.passes else 0,
         streams=2 if any(one.method.progressive or one.method.needs_original for one in loaded.passes) else 1,
         num_passes=max(1, len(loaded.passes)),
@@ -86,6 +87,11 @@ def batch_sizes(sources: Sequence[BaseSource], batch_size: int) -> list[int]:
     return found
 
 
+def _sums(loaded: LoadedRecipe, resolved: ResolvedPass, layer: MoELayer, hidden: int) -> int:
+    """Bytes of a layer's figures while it is observed."""
+    return resolved.method.bytes_of_sums(layer, hidden, len(loaded.sources_of(resolved)))
+
+
 def _measured_tokens(method: Method[Any], layers: Sequence[MoELayer]) -> int:
     """Tokens of a pass's candidates, all of which are on their way at the end, and of what they are compared with."""
     wanted = method.measuring(layers)
@@ -93,9 +99,9 @@ def _measured_tokens(method: Method[Any], layers: Sequence[MoELayer]) -> int:
 
 
 def disk_problem(
-    loaded: LoadedRecipe, structure: Structure, work: Work, config: Any, *, is_live: bool
+    loaded: LoadedRecipe, structure: Structure, work: Work, config: Any, carries: str | None = None, *, is_live: bool
 ) -> Problem | None:
-    """Why weights cannot be read one layer at a time; None if they can."""
+    """Why weights cannot be read one layer at a time; None if they can. `carries`: see `Rehearsal`."""
     recipe, evaluation = loaded.recipe, loaded.recipe.evaluate
     if is_live:
         return ("weights",), "the model given is in memory already"
@@ -107,6 +113,12 @@ def disk_problem(
     outside = [layer.path for layer in structure.layers if not f"{layer.path}.".startswith(tuple(work.bytes_by_layer))]
     if outside:
         return ("weights",), f"{outside[0]} is in no list of layers that could be read one by one"
+    wanted_of = [one.method.measuring(structure.layers) for one in loaded.passes] if carries else ()
+    if any(wanted is not None and wanted.candidates for wanted in wanted_of):
+        return ("passes",), (
+            f"{carries} is given more than the outputs of the layers before it, so from disk it cannot be measured "
+            f"what a layer's experts are worth (another `share`, such as `even`, measures nothing)"
+        )
     for key, wanted in (
         ("speed", bool(evaluation and evaluation.speed)),
         ("each_pass", bool(evaluation and evaluation.each_pass)),

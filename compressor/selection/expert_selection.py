@@ -181,6 +181,11 @@ class ExpertSelection(Method[OptionsT]):
         top_k = options.top_k or layer.top_k
         return most_bytes_of_token(layer, ranks, top_k, has_residual=options.progressive)
 
+    def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
+        """Constants: Σ w_i w_j E_i of every pair of experts, float64."""
+        plan = LayerPlan(layer, self._kinds[-1].options)
+        return 8 * num_domains * layer.num_experts**2 * hidden if plan.options.with_constants and plan.changes else 0
+
     def _greedy_search(self, plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
         from compressor.selection.deciding import fixed
         from compressor.selection.greedy import GreedySearch

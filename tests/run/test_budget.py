@@ -91,6 +91,20 @@ def test_tasks_logits_and_second_streams_cost_more() -> None:
     assert other.memory(FROM_DISK) - WORK.memory(FROM_DISK) == pytest.approx(TASKS + more, abs=2)
 
 
+def test_sums_of_constants_are_counted(recipe: Recipe) -> None:
+    def sums(kind: str) -> list[int]:
+        loaded = load_recipe(
+            recipe, overrides=[f"passes.0.expert_pruning.replace={kind}"], methods=load_plugins().methods
+        )
+        layer = compressor.MoEModel(compressor.load(tiny_folder("mixtral"))[0]).layers[0]
+        return [loaded.passes[0].method.bytes_of_sums(layer, 32, num_domains) for num_domains in (1, 3)]
+
+    assert sums("constants") == sums("measured") == [8 * 8**2 * 32, 3 * 8 * 8**2 * 32]
+    assert sums("none") == [0, 0]
+    more = dataclasses.replace(WORK, sums=10**9).memory(BOTH) - WORK.memory(BOTH)
+    assert more == pytest.approx(1.05 * 10**9, abs=2)
+
+
 def test_a_quantised_layer_is_held_as_stored_and_as_numbers() -> None:
     packed = dataclasses.replace(WORK, bytes_stored=7_000_000_000, is_quantised=True)
     assert packed.memory(FROM_DISK) - WORK.memory(FROM_DISK) == pytest.approx(1.05 * 425_000_000, abs=2)
