@@ -72,7 +72,7 @@ def test_plugins_and_plans(make_layer: Callable[..., compressor.MoELayer]) -> No
     [pruning] = [one for one in plugins.plugins if one.name == "expert-pruning"]
     assert repr(Plugins((pruning, *plugins.plugins[-1:]), {})) == "Plugins(expert-pruning, wanda)"
     assert repr(Plugins((), {})) == "Plugins()"
-    assert repr(pruning).endswith(": expert_pruning)")
+    assert repr(pruning).startswith(f"Plugin(expert-pruning {compressor.__version__}: expert_pruning, frequency, ")
     recipe = {"model": "demo", "calibration": {"data": [{"demo": "code"}]}, "passes": [{"expert_pruning": {"keep": 6}}]}
     loaded = load_recipe(recipe, methods=plugins.methods)
     assert repr(loaded) == "LoadedRecipe(demo: expert_pruning)"
