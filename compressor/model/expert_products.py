@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -303,6 +304,11 @@ def _output(
     return ()
 
 
+def _unwatched(module: nn.Module) -> Callable[..., Any]:
+    """The module's own code, although it may be watched meanwhile."""
+    return partial(type(module).forward, module)
+
+
 def _runner(model: nn.Module, layer: MoELayer, expert: int, like: Tensor) -> Callable[[], Tensor]:
     """What runs one expert on one token, in the dtype and on the device of `like`: its output, as float32."""
     experts, probe = model.get_submodule(layer.experts), layer.router_probe
@@ -311,15 +317,16 @@ def _runner(model: nn.Module, layer: MoELayer, expert: int, like: Tensor) -> Cal
 
     def forward(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         values = dict(zip(probe.experts_order or (0, 1, 2), (hidden_TH, index_TK, weights_TK), strict=True))
-        return experts(*(values[place] for place in range(3)))  # type: ignore[no-any-return]
+        return _unwatched(experts)(*(values[place] for place in range(3)))  # type: ignore[no-any-return]
 
     def run() -> Tensor:
         with torch.no_grad(), _directly(experts):
             if probe.call == "scaled inputs":
-                return experts(hidden.expand(layer.num_experts, -1)).view(layer.num_experts, -1)[expert].float()  # type: ignore[no-any-return]
+                answers = _unwatched(experts)(hidden.expand(layer.num_experts, -1))
+                return answers.view(layer.num_experts, -1)[expert].float()  # type: ignore[no-any-return]
             if layer.containers:
                 (path, children), *_ = layer.containers.items()
-                return model.get_submodule(f"{path}.{children[expert]}")(hidden).float()  # type: ignore[no-any-return]
+                return _unwatched(model.get_submodule(f"{path}.{children[expert]}"))(hidden).float()  # type: ignore[no-any-return]
             index = torch.tensor([[expert]], device=hidden.device)
             return evaluate_stacked(forward, hidden, index, like.dtype).float()
 

@@ -7,15 +7,17 @@ so that figures of several files, processes or domains can be joined later.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from compressor.errors import shortened
 from compressor.machine.distributed import Processes
-from compressor.model.expert_products import matrix_names, show_inputs
+from compressor.model.expert_products import expert_matrices, matrix_names, own_tensors, show_inputs
+from compressor.model.modules import tensor_at
 from compressor.model.routed_tokens import RankedChunk, RoutedTokens
 from compressor.model.structure import MoELayer
 from compressor.observe.reductions import Rule, Statistics
@@ -88,13 +90,33 @@ class LinearSite:
     layer: MoELayer
     name: str
     place: Literal["expert", "block", "layer"]
+    weight: Callable[[int | None], Tensor] = field(repr=False, compare=False)
+    """The matrix [outputs, inputs] of an expert, None of another map: there while its layer is observed, up to the call
+    of `InputStatistic.tensors`.
+    """
 
 
 def linear_sites(model: Any, layer: MoELayer) -> list[LinearSite]:
     """The linear maps of a MoE layer and of the decoder layer around it. The model may be without weights."""
+
+    @cache
+    def input_dims() -> Mapping[str, int]:
+        return expert_matrices(model, layer).input_dims
+
+    def of_expert(name: str, expert: int | None) -> Tensor:
+        owned = (own for own in own_tensors(model, layer) if own.name == name and own.expert in (None, expert))
+        matrix = next(owned).of(expert or 0)
+        return matrix if input_dims()[name] else matrix.T
+
+    def beside(at: str, expert: int | None) -> Tensor:
+        return tensor_at(model, at).detach()
+
+    places: dict[str, Literal["block", "layer"]] = {
+        at: "block" if layer.holds(at) else "layer" for at in layer.linears.values()
+    }
     return [
-        *(LinearSite(layer, name, "expert") for name in matrix_names(model, layer)),
-        *(LinearSite(layer, name, "block" if layer.holds(at) else "layer") for name, at in layer.linears.items()),
+        *(LinearSite(layer, name, "expert", partial(of_expert, name)) for name in matrix_names(model, layer)),
+        *(LinearSite(layer, name, places[at], partial(beside, at)) for name, at in layer.linears.items()),
     ]
 
 

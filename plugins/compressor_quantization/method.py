@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,10 @@ from compressor.plugin import Column, Decision, Description, Method, OptionError
 from compressor_quantization.schemes import Scheme, SchemeName
 
 if TYPE_CHECKING:
-    from compressor.plugin import Gathered, MoELayer
+    from torch import Tensor
+
+    from compressor.plugin import Gathered, InputStatistic, LinearSite, MoELayer
+    from compressor_quantization.rounding import Grid
 
 
 class QuantizationOptions(Options):
@@ -29,6 +32,15 @@ class QuantizationOptions(Options):
     )
     group_size: int | Literal["channel"] | None = Field(
         default=None, description="inputs that share a scale, or `channel`: all of an output's; 128 by default"
+    )
+    method: Literal["rtn", "gptq"] = Field(
+        default="rtn", description="each weight to the nearest number, or so that errors make up for each other on text"
+    )
+    min_tokens: int = Field(
+        default=128, ge=1, description="an expert that fewer tokens come to is rounded to the nearest, `gptq` only"
+    )
+    dampening: float = Field(
+        default=0.01, gt=0, description="added to each input's Σ x², as a share of their mean, `gptq` only"
     )
     attention: bool | SchemeName = Field(
         default=False, description="linear maps outside the MoE blocks as well, by the same scheme or another one"
@@ -45,7 +57,12 @@ class Quantization(Method[QuantizationOptions]):
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = QuantizationOptions
-    needs_text = False
+    expert_ids = ("to_nearest",)
+
+    @property
+    def needs_text(self) -> bool:
+        """What inputs a matrix is given matters where errors are to make up for each other."""
+        return self.options.method == "gptq"
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every matrix must be one that the scheme can store, and that is read again."""
@@ -63,9 +80,18 @@ class Quantization(Method[QuantizationOptions]):
             raise OptionError(
                 "dense", "transformers reads one scheme of all that are no experts: give that of `attention`"
             )
+        self._check_method(layers)
         for layer in layers:
             self._check_layer(layer, has_others=bool(others - {schemes["expert"]}))
         return Plan([replace(layer, bits=_bits(schemes["expert"], layer)) for layer in layers], changes_values=True)
+
+    def _check_method(self, layers: Sequence[MoELayer]) -> None:
+        changed = [name for name in ("min_tokens", "dampening") if name in self.options.model_fields_set]
+        if self.options.method == "rtn" and changed:
+            raise OptionError(changed[0], "`method: rtn` looks at no text, so it would have no effect; leave it out")
+        for layer in layers if self.options.method == "gptq" else ():
+            if layer.watch_problem:
+                raise OptionError("method", f"{layer.path}: its experts cannot be observed: {layer.watch_problem}")
 
     def _check_layer(self, layer: MoELayer, *, has_others: bool) -> None:
         if layer.constants:
@@ -103,19 +129,45 @@ class Quantization(Method[QuantizationOptions]):
         group = None if size == "channel" else size
         return {place: Scheme(one, None if one.startswith("FP8") else group) for place, one in names.items()}
 
+    def input_statistic(self, site: LinearSite) -> InputStatistic | None:
+        """What rounds a site's matrices when its layer has been seen, `gptq` only."""
+        from compressor_quantization.gptq import Rounded
+
+        scheme = self._schemes.get(site.place) if self.options.method == "gptq" else None
+        if scheme is None or site.layer.shapes[site.name][0] == 1:
+            return None
+        return Rounded(site, scheme, self.options.min_tokens, self.options.dampening)
+
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
-        """Nothing but the scheme of each layer: weights are rounded to the nearest."""
+        """The scheme of each layer; with `gptq` the rounded matrices as well, and the experts with too few tokens."""
         scheme = self._schemes["expert"]
-        return Decision(
-            {"layers": {layer.path: {"scheme": scheme.name, "bits": _bits(scheme, layer)} for layer in layers}}
-        )
+        decided: dict[str, Any] = {
+            layer.path: {"scheme": scheme.name, "bits": _bits(scheme, layer)} for layer in layers
+        }
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for layer in layers if self.options.method == "gptq" else ():
+            own = tensors.setdefault(layer.path, {})
+            nearest: set[int] = set()
+            for place, own_scheme in self._schemes.items():
+                found = _of_place(statistics[layer.path], place, own_scheme)
+                if place == "expert" and not found:
+                    raise KeyError(f"matrices of experts as {scheme}")
+                for name, figures in found.items():
+                    if place == "expert":
+                        nearest |= {*figures["nearest"].nonzero().flatten().tolist()}
+                    own |= {f"{name}.{key}": one for key, one in figures.items() if key != "nearest"}
+            decided[layer.path]["to_nearest"] = sorted(nearest)
+        return Decision({"layers": decided}, tensors)
 
     def describe(self, decision: Decision) -> Description:
         """The experts' scheme, and what else is stored otherwise."""
         also = [f"{key}: {self._schemes[place].name}" for key, place in _ALSO.items() if place in self._schemes]
         size = self.options.group_size or 128
+        is_unseen = any(layer.get("to_nearest") for layer in decision["layers"].values())
+        unseen = [Column("to_nearest", "experts with too few tokens, rounded to the nearest")] if is_unseen else []
         in_groups = [] if self._schemes["expert"].is_float else [f"scales of whole numbers: {_groups_said(size)}"]
-        return Description([Column("scheme"), Column("bits", "bits a weight of the experts")], [*in_groups, *also])
+        columns = [Column("scheme"), Column("bits", "bits a weight of the experts"), *unseen]
+        return Description(columns, [f"rounded by {self.options.method}", *in_groups, *also])
 
     def external(self, source: Path, target: Path, decision: Decision) -> None:
         """Write the checkpoint with these matrices stored otherwise."""
@@ -123,10 +175,39 @@ class Quantization(Method[QuantizationOptions]):
 
         schemes = self._schemes
         places = {name: place for name, place in self.matrices.places.items() if place in schemes}
-        write(source, target, {name: (schemes[place], place == "expert") for name, place in places.items()})
+        stored = {name: (schemes[place], place == "expert") for name, place in places.items()}
+        write(source, target, stored, self._known(decision))
+
+    def _known(self, decision: Decision) -> dict[str, tuple[Tensor, Grid]]:
+        """The decision's matrices by name on disk, as codes and their grid."""
+        from compressor_quantization.rounding import Grid
+
+        found: dict[str, tuple[Tensor, Grid]] = {}
+        for path, tensors in decision.tensors.items():
+            for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
+                parts = {
+                    key: self.matrices.as_stored(path, name, tensors[f"{name}.{key}"])
+                    for key in ("codes", "scale", "zero")
+                    if f"{name}.{key}" in tensors
+                }
+                for on_disk, codes_OI in parts["codes"].items():
+                    zero = parts["zero"][on_disk] if "zero" in parts else None
+                    scheme = self._schemes[self.matrices.places[on_disk]]
+                    found[on_disk] = codes_OI, Grid(scheme, parts["scale"][on_disk], zero)
+        return found
 
 
 _ALSO = {"attention": "layer", "dense": "block"}
+
+
+def _of_place(figures: Mapping[str, Tensor], place: str, scheme: Scheme) -> dict[str, dict[str, Tensor]]:
+    """What was found there by this scheme: site → name → tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, one in sorted(figures.items()):
+        name, _, leaf = key.removeprefix("inputs.").partition(f".{place}.{scheme}.")
+        if key.startswith("inputs.") and leaf:
+            found.setdefault(name, {})[leaf] = one
+    return found
 
 
 def _groups_said(size: int | str) -> str:

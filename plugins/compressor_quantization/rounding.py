@@ -34,6 +34,19 @@ class Grid:
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
         return _spread(self.scale.float(), self.scheme, shape), _spread(zero.float(), self.scheme, shape)
 
+    def codes(self, numbers_OI: Tensor) -> Tensor:
+        """Numbers on the grid as q, one byte each: int8, of floats their bits."""
+        scale_OI, zero_OI = self.wide(numbers_OI.shape)
+        if self.scheme.is_float:
+            return (numbers_OI / scale_OI).to(torch.float8_e4m3fn).view(torch.int8)
+        return (numbers_OI / scale_OI).add_(zero_OI).round_().to(torch.int8)
+
+    def numbers(self, codes_OI: Tensor) -> Tensor:
+        """The inverse of `codes`."""
+        scale_OI, zero_OI = self.wide(codes_OI.shape)
+        whole_OI = codes_OI.view(torch.float8_e4m3fn) if self.scheme.is_float else codes_OI
+        return (whole_OI.float() - zero_OI) * scale_OI
+
     def rounded(self, weight_OI: Tensor) -> Tensor:
         """The nearest numbers of the grid, float32 as they are before they are rounded to the model's dtype."""
         scale_OI, zero_OI = self.wide(weight_OI.shape)

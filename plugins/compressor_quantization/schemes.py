@@ -23,6 +23,9 @@ class Scheme:
     name: SchemeName
     group: int | None = None
 
+    def __str__(self) -> str:
+        return self.name if self.is_float else f"{self.name}-{self.group or 'channel'}"
+
     @property
     def is_float(self) -> bool:
         """Whether weights are 8-bit floats."""

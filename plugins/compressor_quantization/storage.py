@@ -17,16 +17,25 @@ from compressor_quantization.schemes import Scheme, config_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compressor_quantization.rounding import Grid
+
 _INDEX = "model.safetensors.index.json"
 _EXPERTS = r"re:.*\.experts\.\d+\..*"
 """Names of experts' matrices, in a group of their own where other matrices have another scheme: by `experts` in it
 transformers knows which one is theirs."""
 
 
-def write(source: Path, target: Path, schemes: Mapping[str, tuple[Scheme, bool]]) -> None:
+def write(
+    source: Path,
+    target: Path,
+    schemes: Mapping[str, tuple[Scheme, bool]],
+    known: Mapping[str, tuple[Tensor, Grid]] | None = None,
+) -> None:
     """Store matrices otherwise: `schemes` are by name on disk, with whether the matrix is an expert's. Of each file
-    only as much as it will hold is in memory. Raises CheckpointError, naming the tensor.
+    only as much as it will hold is in memory; `known` are matrices found before, as codes and their grid. Raises
+    CheckpointError, naming the tensor.
     """
+    known = known or {}
     weight_map: dict[str, str] = {}
     sizes, stays = 0, []
     for path in sorted(source.glob("*.safetensors")):
@@ -35,7 +44,7 @@ def write(source: Path, target: Path, schemes: Mapping[str, tuple[Scheme, bool]]
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 tensor = file.get_tensor(name)
                 if name in schemes:
-                    tensors |= _stored(name, tensor, schemes[name][0])
+                    tensors |= _stored(name, tensor, schemes[name][0], known.get(name))
                     continue
                 tensors[name] = tensor
                 if name.endswith(".weight") and tensor.ndim == 2:
@@ -51,11 +60,13 @@ def write(source: Path, target: Path, schemes: Mapping[str, tuple[Scheme, bool]]
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored(name: str, weight_OI: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _stored(name: str, weight_OI: Tensor, scheme: Scheme, known: tuple[Tensor, Grid] | None) -> dict[str, Tensor]:
     try:
-        grid = grid_for(weight_OI, scheme)
+        grid = known[1] if known else grid_for(weight_OI, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be stored as {scheme.name}: {error}.") from error
+    if known:
+        weight_OI = grid.numbers(known[0])
     return {name.removesuffix("weight") + key: one.contiguous() for key, one in scheme.stored(weight_OI, grid).items()}
 
 
