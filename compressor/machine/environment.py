@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ _PACKAGES = (
 
 def versions(plugins: Mapping[str, str]) -> dict[str, str]:
     """Python and every library that can change a figure, and the distributions that plugins came from."""
+    return {**_libraries(), **plugins}
+
+
+@cache
+def _libraries() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -36,7 +42,7 @@ def versions(plugins: Mapping[str, str]) -> dict[str, str]:
 
             if package == "moe-compressor":
                 found[package] = __version__
-    return {**found, **plugins}
+    return found
 
 
 def gpus() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,13 @@ def picture_page(title: str, tables: Sequence[Table], pictures: Sequence[tuple[s
 
 
 def _rendered(**given: Any) -> str:
+    return _template().render(**given)
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(**given)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def summary(record: Json) -> str:
