@@ -33,7 +33,9 @@ class FineTuningOptions(Options):
         default="distill", description="KL to the original's next token, or the text's own next token"
     )
     steps: int = Field(default=200, ge=1, description="batches trained on; text that ends is begun again")
-    learning_rate: float = Field(default=1e-3, gt=0, description="at its largest, after the first twentieth")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="at its largest; all weights want less, such as 0.0001"
+    )
     rank: int = Field(default=16, ge=1, description="of lora's matrices")
     save_every: int = Field(default=50, ge=1, description="steps after which a stopped run can resume")
 

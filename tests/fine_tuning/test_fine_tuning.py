@@ -194,6 +194,18 @@ def test_between_other_passes(recipe: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nightly
+def test_stored_in_eight_bits_behind_it(recipe: dict[str, Any], tmp_path: Path) -> None:
+    model = str(write_checkpoint(small_mixtral(hidden_size=32, intermediate_size=32), tmp_path / "model"))
+    prune = {"expert_pruning": {"keep": 2, "criterion": "frequency"}}
+    store = {"quantization": {"scheme": "W8A16", "group_size": 32}}
+    passes = [prune, tune(learning_rate=0.001, steps=20, rank=2), store]
+    record = compressor.compress({**recipe, "model": model, "passes": passes}, output=tmp_path / "out").record
+    trained, stored = (one["checks"] for one in record["passes"][1:])
+    assert trained["held_out_loss_after"] < trained["held_out_loss_before"]
+    assert 0 < stored["external_difference"] < 0.1
+
+
 def test_all_weights_towards_the_text(recipe: dict[str, Any], tmp_path: Path) -> None:
     model = str(write_checkpoint(small_mixtral().bfloat16(), tmp_path / "model"))
     passes = [tune(train="full", loss="next_token")]
