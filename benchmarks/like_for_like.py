@@ -9,7 +9,8 @@ Each cell (model, share that goes, seed of the calibration text, way) is one run
 calibrated on the training split of three domains, and what it leaves answers held-out text: KL of its next-token
 distribution from the original's over the whole vocabulary, share of tokens whose likeliest next one is the same, loss;
 with the first seed tasks too. Cells are kept by sequence as JSON lines (`--cells`). Those that are there are not
-measured again, so the table can be made in pieces (`--only`, `--seeds`, `--ratios`); it is printed from all of them.
+measured again, so the table can be made in pieces (`--only`, `--seeds`, `--ratios`); it is printed from all of them
+that are of the models given.
 
 All domains count the same. Errors are of differences: what a way has above the search at even counts, sequence by
 sequence and seed by seed; its variance over sequences and over seeds is added up. `random` is ten draws against the
@@ -85,7 +86,7 @@ class Row:
 
 
 def rows(num_kept: int, num_experts: int) -> Iterator[Row]:
-    """All ways but chance. Where counts differ, no layer goes below a quarter of its experts."""
+    """All ways but chance. Where counts differ, no layer goes below a quarter of its experts but where that is said."""
     even, mean = {"keep": num_kept}, {"keep": {"mean": num_kept, "min": num_experts // 4}}
     measured = mean | {"share": "measured"}
     for (answers, replaced), (counts, kept) in itertools.product(
@@ -101,6 +102,10 @@ def rows(num_kept: int, num_experts: int) -> Iterator[Row]:
     cheaper = {"measured_counts": 3, "measured_tokens": 2048}
     yield Row("search", "measured, 3 on 2,048 tokens", "re-routed", ({"expert_pruning": measured | cheaper},))
     yield Row("chosen by KL", "measured", "measured", ({"expert_pruning": mean | {"choose": "measured"}},))
+    chosen = {"keep": {"mean": num_kept}, "choose": "measured"}
+    yield Row("chosen by KL", "measured, no least", "re-routed", ({"expert_pruning": chosen},))
+    chosen |= {"replace": "measured"}
+    yield Row("chosen by KL", "measured, no least", "either", ({"expert_pruning": chosen},))
 
 
 def random_row(num_kept: int, draw: int) -> Row:
@@ -374,7 +379,7 @@ def _compared(cells: Sequence[Cell] | None, reference: Sequence[Cell]) -> tuple[
 def main() -> None:
     """Measure what is missing; print the tables, and the circumstances as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="demo, or folders; none: only print")
+    parser.add_argument("models", nargs="*", help="demo, or folders; none: only print, all models")
     parser.add_argument("--cells", type=Path, default=Path("like_for_like.jsonl"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5], help="share of the experts that goes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text")
@@ -385,7 +390,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     measure(args)
-    settings = list(settings_of(cells_of(args.cells)))
+    names = {Path(reference).name for reference in args.models}
+    settings = list(settings_of([one for one in cells_of(args.cells) if not names or one["model"] in names]))
     print("\n".join([*overview(settings), *tables(settings)]))
     print(json.dumps({**versions({}), **hardware("cpu")}))
 

@@ -6,9 +6,9 @@
     python benchmarks/train_demo.py train --model-type olmoe --experts 64 --top-k 8 --expert-width 64 --output olmoe
 
 ``prepare`` trains the tokenizer on the train split and writes it, with the token ids of both splits, to the
-cache folder. ``train`` makes a Mixtral from random weights, or an OLMoE, whose router does not renormalise. It
-ran on CPU, CUDA is untried; the learning rate follows the clock, so that a run of ``--minutes`` ends annealed on
-any machine (its figures depend on the speed).
+cache folder. ``train`` makes a Mixtral from random weights, a Qwen3-MoE, or an OLMoE, whose router does not
+renormalise. It ran on CPU, CUDA is untried; the learning rate follows the clock, so that a run of ``--minutes``
+ends annealed on any machine (its figures depend on the speed).
 
 The matrices inside the layers are trained with Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon:
 momentum, then the nearest orthogonal matrix by five Newton-Schulz steps; every expert is a matrix of its
@@ -37,6 +37,7 @@ from transformers import (
     OlmoeConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 from compressor.data.demo import corpus
@@ -211,11 +212,13 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = (
-        OlmoeConfig(**shape, num_experts=args.experts, norm_topk_prob=False)
-        if args.model_type == "olmoe"
-        else MixtralConfig(**shape, num_local_experts=args.experts, sliding_window=None)
-    )
+    if args.model_type == "olmoe":
+        config: Any = OlmoeConfig(**shape, num_experts=args.experts, norm_topk_prob=False)
+    elif args.model_type == "qwen3_moe":
+        experts = {"num_experts": args.experts, "moe_intermediate_size": args.expert_width, "norm_topk_prob": True}
+        config = Qwen3MoeConfig(**shape, **experts, head_dim=args.hidden // 4, max_window_layers=args.layers)
+    else:
+        config = MixtralConfig(**shape, num_local_experts=args.experts, sliding_window=None)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -357,7 +360,7 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="auto")
     training.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    training.add_argument("--model-type", choices=("mixtral", "olmoe"), default="mixtral")
+    training.add_argument("--model-type", choices=("mixtral", "olmoe", "qwen3_moe"), default="mixtral")
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--hidden", type=int, default=128)
     training.add_argument("--expert-width", type=int, default=256)
