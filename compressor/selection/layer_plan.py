@@ -375,11 +375,12 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
     nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
     number = sum(len(layer.constants) for layer in there)
     will = "never be chosen" if options.replace == "never_chosen" else "answer constants"
+    condition = ""
     if options.replace == "measured":
-        will += ", if the model's answers lose less than where tokens choose among the others,"
+        condition = ", if the model's answers lose less so than where tokens choose among the others"
     notes = [
-        f"{number:,} experts of {len(there)} layers will {will}, which `compressor.load` and vLLM from 0.33 "
-        f"on read, and transformers alone refuses"
+        f"{number:,} experts of {len(there)} layers will {will}{condition}; `compressor.load` and vLLM from 0.33 on "
+        f"read that, and transformers alone refuses it"
     ]
     if nested:
         notes.append(f"vLLM would refuse it, since it takes one number before the experts', and {nested[0]} has more")
