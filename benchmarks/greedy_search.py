@@ -30,7 +30,7 @@ from compressor.selection.activation_sums import ExpertSums
 from compressor.selection.greedy import GreedySearch, Search
 from compressor.selection.objective import Objective
 from compressor.selection.token_grams import TokenGrams, num_ranks
-from compressor.selection.token_state import TokenState
+from compressor.selection.token_state import TokenState, bytes_of_token
 
 COMMON = {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 64}
 
@@ -168,7 +168,9 @@ def search_alone(layer: MoELayer, rule: RoutingRule, num_tokens: int) -> dict[st
     ended = time.perf_counter()
     return {
         "search tokens": whole.num_tokens,
-        "bytes a token": round(state.bytes_per_token),
+        "bytes a token": bytes_of_token(
+            ranks, ranks, whole.score_TN.shape[1], layer.top_k, rescales_all=rule.rescales_all
+        ),
         "seconds": {
             "prepare": round(prepared - started, 2),
             "remove": round(removed - prepared, 2),

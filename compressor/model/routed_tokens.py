@@ -109,6 +109,18 @@ class RoutedTokens:
         return len(self.hidden_TH)
 
     @property
+    def wanted_TH(self) -> Tensor:
+        """What the layer should put out: its target, or its own output, once `ranked_outputs` has been through."""
+        wanted_TH = self.output_TH if self.target_TH is None else self.target_TH
+        assert wanted_TH is not None
+        return wanted_TH
+
+    @property
+    def squared_output(self) -> Tensor:
+        """Σ of its squares, float64, on the CPU."""
+        return self.wanted_TH.float().square().sum(dtype=torch.float64).cpu()
+
+    @property
     def can_evaluate(self) -> bool:
         """Whether it can be asked what an expert answers to a token; `layer.watch_problem` says why not."""
         return self.layer.watch_problem is None

@@ -104,13 +104,11 @@ class ExpertSums(RankedStatistic):
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Add what is known of a batch as a whole."""
-        wanted_TH = tokens.output_TH if tokens.target_TH is None else tokens.target_TH
-        assert wanted_TH is not None
-        self._squared_output_B.append(wanted_TH.float().square().sum(dtype=torch.float64).cpu())
+        self._squared_output_B.append(tokens.squared_output)
         self._num_tokens_B.append(tokens.num_tokens)
         self._domain_B.append(self._domain(tokens))
         if self.outputs and self._domain_B[-1] not in self._outputs:  # a domain without a token
-            self._add_outputs(self._domain_B[-1], tokens.index_TK.reshape(-1), wanted_TH.double())
+            self._add_outputs(self._domain_B[-1], tokens.index_TK.reshape(-1), tokens.wanted_TH.double())
 
     def largest(self) -> Tensor:
         """[E] float64: the largest magnitude of a number in each expert's outputs, over all tokens of all processes."""

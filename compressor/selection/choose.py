@@ -166,24 +166,14 @@ def by_criterion(
         raise ChoiceError(
             f"the criterion {criterion.name} needs its own figures, `{criterion.own_figures}…`; observe again with it"
         )
-    score_E = blended_scores(
-        criterion,
-        figures,
-        domains,
-        blend,
-        num_kept=num_kept,
-        num_groups=layer.num_groups,
-        seed=_seed_of(layer, seed),
-        protected=fixed.staying,
-        forbidden=fixed.forbidden,
-    )
+    asked: dict[str, Any] = {"num_groups": layer.num_groups, "protected": fixed.staying, "forbidden": fixed.forbidden}
+    of_layer = {"num_kept": num_kept, "seed": _seed_of(layer, seed)}
+    score_E = blended_scores(criterion, figures, domains, blend, **of_layer, **asked)
     if score_E.shape != (layer.num_experts,):
         raise ChoiceError(
             f"the criterion {criterion.name} answers scores {list(score_E.shape)}, expected [{layer.num_experts}]"
         )
-    _, dropped = kept_by_score(
-        score_E, num_kept, num_groups=layer.num_groups, protected=fixed.staying, forbidden=fixed.forbidden
-    )
+    _, dropped = kept_by_score(score_E, num_kept, **asked)
     found = kept_and_dropped(layer, dropped) | {"search": criterion.name}
     known = torch.where(score_E.isfinite(), score_E, 0.0)
     if float(known.min()) >= 0.0 and float(known.sum()) > 0.0:

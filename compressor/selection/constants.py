@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, islice
 from math import comb, sqrt
 
@@ -37,6 +38,7 @@ from compressor.observe.reductions import Rule
 from compressor.observe.statistic import RankedStatistic
 from compressor.selection.choose import AGAIN, Choice, Fixed, kept_and_dropped, losses
 from compressor.selection.objective import Blend, Objective
+from compressor.selection.pair_losses import searched
 from compressor.selection.scores import ChoiceError
 
 VALUES, ERRORS = "constants.value", "constants.error"
@@ -86,9 +88,8 @@ class ConstantErrors(RankedStatistic):
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Add the size of the layer's output."""
-        assert tokens.output_TH is not None
-        squared = float(tokens.output_TH.float().square().sum(dtype=torch.float64))
-        self._squared_output[tokens.domain] = self._squared_output.get(tokens.domain, 0.0) + squared
+        so_far = self._squared_output.get(tokens.domain, 0.0)
+        self._squared_output[tokens.domain] = so_far + float(tokens.squared_output)
 
     def again(self) -> bool:
         """No; but by now the constants are those of all processes."""
@@ -136,7 +137,8 @@ def by_constants(
         value_S, dropped = _best_set(errors_DEE, sets, objective)
         found = {"search": "exact", "sets": len(value_S)}
     else:
-        dropped, before, swaps = _searched(errors_DEE, num_dropped, objective, fixed)
+        value = partial(minimised, objective)
+        dropped, before, swaps = searched(errors_DEE, num_dropped, value, 1, fixed.staying, fixed.forbidden)
         found = {"search": "greedy", "swaps": swaps}
         found["loss_before_swaps"] = lost_by(figures, before, objective)[0]["loss"]
     lost, cost = lost_by(figures, dropped, objective)
@@ -189,35 +191,3 @@ def _best_set(errors_DEE: Tensor, sets: Iterable[Sequence[int]], objective: Obje
         if float(value_S.min()) < best:
             best, dropped = float(value_S.min()), list(part[int(value_S.argmin())])
     return torch.cat(found), dropped
-
-
-def _searched(
-    errors_DEE: Tensor, num_dropped: int, objective: Objective, fixed: Fixed
-) -> tuple[list[int], list[int], int]:
-    """(experts to replace, those before the swaps, how many swaps): greedy, then best swaps."""
-    size = errors_DEE.shape[1]
-    own_ED, is_in_E = errors_DEE.diagonal(dim1=1, dim2=2).T, torch.zeros(size, dtype=torch.bool)
-    is_in_E[list(fixed.forbidden)] = True
-    stays_E, goes_E = torch.zeros(size, dtype=torch.bool), is_in_E.clone()
-    stays_E[list(fixed.staying)] = True
-
-    def state() -> tuple[Tensor, Tensor]:
-        """[E, D] Σ_{j in P} F_ej; [D] e(P)."""
-        with_ED = errors_DEE[:, :, is_in_E].sum(-1).T
-        return with_ED, with_ED[is_in_E].sum(0)
-
-    for _ in range(num_dropped - int(is_in_E.sum())):
-        with_ED, squared_D = state()
-        value_E = minimised(objective, squared_D + own_ED + 2 * with_ED)
-        is_in_E[int(value_E.masked_fill(is_in_E | stays_E, torch.inf).argmin())] = True
-    before = is_in_E.nonzero()[:, 0].tolist()
-    for swaps in range(size * size):
-        with_ED, squared_D = state()
-        change_EED = (own_ED - 2 * with_ED)[:, None] + (own_ED + 2 * with_ED)[None, :] - 2 * errors_DEE.permute(1, 2, 0)
-        possible_EE = (is_in_E & ~goes_E)[:, None] & ~(is_in_E | stays_E)[None, :]
-        value_EE = minimised(objective, squared_D + change_EED).masked_fill(~possible_EE, torch.inf)
-        back, gone = divmod(int(value_EE.argmin()), size)
-        if not float(value_EE[back, gone]) < (1 - 1e-12) * float(minimised(objective, squared_D)):
-            return is_in_E.nonzero()[:, 0].tolist(), before, swaps
-        is_in_E[back], is_in_E[gone] = False, True
-    raise AssertionError("every swap loses less than the one before")

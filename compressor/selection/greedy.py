@@ -241,7 +241,6 @@ class GreedySearch(RankedStatistic):
         self._seen_again = 0
         self._found: list[Found] | None = None
         self._ranks: list[int] = []
-        self._bytes_per_token = 0.0
         self._path: list[tuple[int, Tensor]] = []
 
     # Observe
@@ -269,10 +268,8 @@ class GreedySearch(RankedStatistic):
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Note what is known of a batch as a whole."""
-        wanted_TH = tokens.output_TH if tokens.target_TH is None else tokens.target_TH
-        assert wanted_TH is not None
         self._domains.append(tokens.domain)
-        self._squared_output_B.append(wanted_TH.float().square().sum(dtype=torch.float64).cpu())
+        self._squared_output_B.append(tokens.squared_output)
         self._num_batches += 1
 
     def update(self, tokens: RoutedTokens) -> None:
@@ -362,11 +359,8 @@ class GreedySearch(RankedStatistic):
             losses_B = search.losses()
             on_path.append(Found(search.kept, losses_B, losses_B, 0, search.uncovered()))
         self._found = [self._improved(search, one) for one in on_path]
-        size = max((state.bytes_per_token for state in self._states), default=0.0)
         ranks = list(dict.fromkeys(state.num_ranks for state in self._states))
-        by_process = self.processes.exchange([ranks, size])
-        self._ranks = max((ranks for ranks, _ in by_process), key=len)
-        self._bytes_per_token = max(size for _, size in by_process)
+        self._ranks = max(self.processes.exchange(ranks), key=len)
 
     def _improved(self, search: Search, start: Found) -> Found:
         """After swaps, from the path and from the other starts; the best of them."""
@@ -400,8 +394,8 @@ class GreedySearch(RankedStatistic):
 
         greedy.counts [C] int64; greedy.kept [C, E] bool; greedy.squared_error and greedy.before_swaps [C, B] float64;
         greedy.num_swaps [C]; greedy.coverage [C]: share of tokens short of ranks; greedy.order [S]: experts as they
-        went; greedy.path_squared_error [S, B]; greedy.ranks: ranks looked at; greedy.top_k: experts that
-        a token then chooses; greedy.bytes_per_token.
+        went; greedy.path_squared_error [S, B]; greedy.ranks: ranks looked at; greedy.top_k: experts that a token then
+        chooses.
         """
         self._search()
         found = self._found
@@ -422,7 +416,6 @@ class GreedySearch(RankedStatistic):
             "greedy.path_squared_error": path_SB,
             "greedy.ranks": torch.tensor(self._ranks),
             "greedy.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
-            "greedy.bytes_per_token": torch.tensor(self._bytes_per_token, dtype=torch.float64),
         }
 
 

@@ -20,7 +20,7 @@ token, M = K + 1 ranks, D domains, B batches, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -155,37 +155,51 @@ def fewest_losses(
     forbidden: Sequence[int] = (),
 ) -> list[int]:
     """The experts to keep for the least Σ_{i, j dropped} M_ij: greedy, then swaps; lowest id first, even groups."""
-    num_experts = len(pairs_EE)
-    group_E = torch.arange(num_experts) // (num_experts // num_groups)
-    to_drop = (num_experts - num_kept) // num_groups
-    diagonal_E = pairs_EE.diagonal()
-    is_dropped_E = torch.zeros(num_experts, dtype=torch.bool)
-    with_dropped_E = torch.zeros(num_experts, dtype=torch.float64)  # Σ_{j dropped} M_ej
-    stays_E = torch.zeros(num_experts, dtype=torch.bool)
-    stays_E[list(protected)] = True
-    first = torch.zeros(num_experts, dtype=torch.bool)
-    first[list(forbidden)] = True
-    for _ in range(to_drop * num_groups):
-        full_E = torch.bincount(group_E[is_dropped_E], minlength=num_groups)[group_E] >= to_drop
-        more_E = diagonal_E + 2 * with_dropped_E
-        more_E = more_E.masked_fill(is_dropped_E | stays_E | full_E, torch.inf)
-        waiting = first & ~is_dropped_E & ~full_E
-        if waiting.any():
-            more_E = more_E.masked_fill(~waiting, torch.inf)
-        expert = int(more_E.argmin())
-        is_dropped_E[expert] = True
-        with_dropped_E += pairs_EE[:, expert]
-    while True:
-        back_E = diagonal_E - 2 * with_dropped_E  # change when a dropped expert comes back
-        gone_E = diagonal_E + 2 * with_dropped_E  # change when a kept one goes
-        change_EE = back_E[:, None] + gone_E[None, :] - 2 * pairs_EE
-        possible_EE = is_dropped_E[:, None] & ~is_dropped_E[None, :] & (group_E[:, None] == group_E[None, :])
-        possible_EE &= ~first[:, None] & ~stays_E[None, :]
-        change_EE = change_EE.masked_fill(~possible_EE, torch.inf)
-        best = int(change_EE.argmin())
-        back, gone = divmod(best, num_experts)
-        if not float(change_EE[back, gone]) < -1e-12 * float(pairs_EE.abs().sum()):
-            break
-        is_dropped_E[back], is_dropped_E[gone] = False, True
-        with_dropped_E += pairs_EE[:, gone] - pairs_EE[:, back]
-    return [int(expert) for expert in (~is_dropped_E).nonzero()[:, 0]]
+    dropped, _, _ = searched(
+        pairs_EE[None], len(pairs_EE) - num_kept, lambda loss_D: loss_D[..., 0], num_groups, protected, forbidden
+    )
+    return [expert for expert in range(len(pairs_EE)) if expert not in dropped]
+
+
+def searched(
+    pairs_DEE: Tensor,
+    num_dropped: int,
+    value: Callable[[Tensor], Tensor],
+    num_groups: int = 1,
+    protected: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+) -> tuple[list[int], list[int], int]:
+    """(experts to drop, those before the swaps, how many swaps) for the least value(Σ_{i, j dropped} M_ij) of D
+    matrices; `value` answers one number for [..., D]. Forbidden ones first, then the lowest id; even groups.
+    """
+    size = pairs_DEE.shape[1]
+    own_ED, group_E = pairs_DEE.diagonal(dim1=1, dim2=2).T, torch.arange(size) // (size // num_groups)
+    is_in_E, stays_E, first_E = (torch.zeros(size, dtype=torch.bool) for _ in range(3))
+    stays_E[list(protected)] = first_E[list(forbidden)] = True
+    rounding = 1e-12 * float(value(pairs_DEE.abs().sum((1, 2))))
+
+    def state() -> tuple[Tensor, Tensor]:
+        """[E, D] Σ_{j dropped} M_ej; [D] Σ_{i, j dropped} M_ij."""
+        with_ED = pairs_DEE[:, :, is_in_E].sum(-1).T
+        return with_ED, with_ED[is_in_E].sum(0)
+
+    for _ in range(num_dropped):
+        with_ED, loss_D = state()
+        full_E = torch.bincount(group_E[is_in_E], minlength=num_groups)[group_E] >= num_dropped // num_groups
+        barred_E = is_in_E | stays_E | full_E
+        if (waiting_E := first_E & ~barred_E).any():
+            barred_E = ~waiting_E
+        value_E = value(loss_D + own_ED + 2 * with_ED)
+        is_in_E[int(value_E.masked_fill(barred_E, torch.inf).argmin())] = True
+    before = is_in_E.nonzero()[:, 0].tolist()
+    may_swap_EE = ~first_E[:, None] & ~stays_E[None, :] & (group_E[:, None] == group_E[None, :])
+    for swaps in range(size * size):
+        with_ED, loss_D = state()
+        change_EED = (own_ED - 2 * with_ED)[:, None] + (own_ED + 2 * with_ED)[None, :] - 2 * pairs_DEE.permute(1, 2, 0)
+        possible_EE = may_swap_EE & is_in_E[:, None] & ~is_in_E[None, :]
+        value_EE = value(loss_D + change_EED).masked_fill(~possible_EE, torch.inf)
+        back, gone = divmod(int(value_EE.argmin()), size)
+        if not float(value_EE[back, gone]) < float(value(loss_D)) - rounding:
+            return is_in_E.nonzero()[:, 0].tolist(), before, swaps
+        is_in_E[back], is_in_E[gone] = False, True
+    raise AssertionError("every swap loses less than the one before")

@@ -43,11 +43,9 @@ class SetLosses(RankedStatistic):
 
     def end_batch(self, tokens: RoutedTokens) -> None:
         """Run the router once for every set, and the experts that it then chooses."""
-        wanted_TH = tokens.output_TH if tokens.target_TH is None else tokens.target_TH
-        assert wanted_TH is not None
-        errors = [squared_error(tokens, kept, wanted_TH, self.top_k) for kept in self.sets]
+        errors = [squared_error(tokens, kept, tokens.wanted_TH, self.top_k) for kept in self.sets]
         self._errors_BS.append(torch.stack(errors).cpu())
-        self._squared_output_B.append(wanted_TH.float().square().sum(dtype=torch.float64).cpu())
+        self._squared_output_B.append(tokens.squared_output)
 
     def tensors(self) -> dict[str, Tensor]:
         """squared_error [B, S] and squared_output [B], float64."""

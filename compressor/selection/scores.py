@@ -82,30 +82,16 @@ def blended_scores(
     figures: Mapping[str, Tensor],
     domains: Sequence[str],
     blend: Blend,
-    *,
-    num_kept: int,
-    num_groups: int = 1,
-    seed: int = 0,
-    protected: Sequence[int] = (),
-    forbidden: Sequence[int] = (),
+    **asked: Any,
 ) -> Tensor:
     """[E] float64: one score an expert, NaN without figures. One domain, or `pooled`: the criterion's of the figures
     added up; else each domain's scores as shares of their sum, averaged by `mean` or weights, or by `worst` the
-    largest.
+    largest. `asked`: what else `expert_figures` takes.
     """
+    own = criterion.own_figures if criterion.statistic is not None else None
 
     def scored(of_domains: Sequence[int], given: Mapping[str, Tensor] = figures) -> Tensor:
-        one = expert_figures(
-            given,
-            of_domains,
-            num_kept=num_kept,
-            num_groups=num_groups,
-            seed=seed,
-            protected=protected,
-            forbidden=forbidden,
-            own=criterion.own_figures if criterion.statistic is not None else None,
-        )
-        return criterion.score(one).double()
+        return criterion.score(expert_figures(given, of_domains, own=own, **asked)).double()
 
     everything = range(len(domains))
     if len(domains) <= 1 or blend == "pooled":

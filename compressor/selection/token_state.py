@@ -75,13 +75,6 @@ class TokenState:
         """⟨v',v'⟩ − ⟨v,v⟩ of these changes, kept where all of them change with every expert that goes."""
         self.with_target_after_Tk = torch.zeros_like(self.squared_after_Tk)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """What a token takes in all."""
-        held = [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor) and len(tensor)]
-        own = sum(tensor.numel() * tensor.element_size() for tensor in held) / max(1, self.grams.num_tokens)
-        return self.grams.bytes_per_token + own
-
     # Which ranks are chosen
 
     def keep(self, is_left_N: Tensor) -> None:
