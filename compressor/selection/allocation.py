@@ -11,10 +11,6 @@ Solved exactly by dynamic programming over the layers: the best cost of layers l
 A greedy choice, dropping what costs least one expert after another, is not exact: c_l need not be convex, since the
 best sets of r and of r − 1 experts may have little in common.
 
-The cost is a layer's squared loss: what layers change meets in the residual stream, where the squares of errors that
-have nothing to do with each other add up. On the demo model the loss itself, absolute or relative to the layer's own
-output, empties some layers to the minimum and does worse (README.md has the figures).
-
 Dimensions: L layers, C counts from 0 to the largest number of experts.
 """
 

@@ -319,7 +319,8 @@ class ExpertSelection(Method[OptionsT]):
         if decision.get("replace") == "constants":
             found = {path: _constants(decision, path) for path in decision["layers"]}
             return moe.replaced({path: one for path, one in found.items() if one})
-        return moe.masked(_kept(decision), top_k=decision.get("top_k"))
+        kept = {path: layer["kept"] for path, layer in decision["layers"].items()}
+        return moe.masked(kept, top_k=decision.get("top_k"))
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Remove the experts that are not kept, let them answer constants, or never be chosen."""
@@ -362,10 +363,6 @@ def _constants(decision: Decision, path: str) -> dict[int, Tensor]:
     values_EH = decision.tensors.get(path, {}).get(_CONSTANTS, ())
     kept = set(decision["layers"][path]["kept"])
     return {expert: value_H for expert, value_H in enumerate(values_EH) if expert not in kept}
-
-
-def _kept(decision: Decision) -> dict[str, list[int]]:
-    return {path: layer["kept"] for path, layer in decision["layers"].items()}
 
 
 def _check_criterion(name: str | None, criteria: Mapping[str, Any]) -> None:

@@ -79,9 +79,7 @@ class Search:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go to this set."""
-        self.is_left_N = torch.ones(self.layer.num_choices, dtype=torch.bool)
-        self.is_left_N[: self.layer.num_experts] = False
-        self.is_left_N[list(kept)] = True
+        self.is_left_N = _left(self.layer, kept)
         for state in self.states:
             state.keep(self.is_left_N.to(state.loss_T.device))
 
@@ -321,10 +319,7 @@ class GreedySearch(RankedStatistic):
         """[T] bool: tokens that have no rank to spare for one of the sets found."""
         short_T = torch.zeros(state.grams.num_tokens, dtype=torch.bool, device=state.loss_T.device)
         for one in found:
-            is_left_N = torch.ones(self.layer.num_choices, dtype=torch.bool, device=short_T.device)
-            is_left_N[: self.layer.num_experts] = False
-            is_left_N[list(one.kept)] = True
-            state.keep(is_left_N)
+            state.keep(_left(self.layer, one.kept).to(short_T.device))
             short_T |= state.short() | (state.next_T >= state.num_ranks)
         return short_T
 
@@ -417,6 +412,13 @@ class GreedySearch(RankedStatistic):
             "greedy.ranks": torch.tensor(self._ranks),
             "greedy.top_k": torch.tensor(self.layer.top_k if self.top_k is None else self.top_k),
         }
+
+
+def _left(layer: MoELayer, kept: Sequence[int]) -> Tensor:
+    """[N] bool: these experts, and all that stands behind the experts."""
+    is_left_N = torch.arange(layer.num_choices) >= layer.num_experts
+    is_left_N[list(kept)] = True
+    return is_left_N
 
 
 def ranks_looked_at(layer: MoELayer, fewest: int, top_k: int | None, wanted: int | None) -> int:

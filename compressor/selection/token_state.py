@@ -307,10 +307,7 @@ class TokenState:
 
         With g = a_e / (D − a_e) their output grows by 1 + g, so the loss changes by 2g (⟨u,u⟩ − ⟨u,z⟩) + g² ⟨u,u⟩.
         """
-        factor_T = self._factor(self.divisor_T)
-        squared_T = self.squared_T * factor_T.square()
-        slope_T = (2 * (squared_T - self.with_target_T * factor_T)).float()
-        squared_T = squared_T.float()
+        slope_T, squared_T = self._slope_and_square()
         borders = [0, *torch.bincount(self.batch_T, minlength=self.num_batches).cumsum(0).tolist()]
         for batch in range(self.num_batches):
             for start in range(borders[batch], borders[batch + 1], _TOKENS_AT_ONCE):
@@ -318,6 +315,12 @@ class TokenState:
                 growth_cN = self._growth(part)
                 row_E = slope_T[part] @ growth_cN + squared_T[part] @ growth_cN.square_()
                 self.removal_BE[batch] += row_E.double()
+
+    def _slope_and_square(self) -> tuple[Tensor, Tensor]:
+        """[T] float32: 2 (⟨u,u⟩ − ⟨u,z⟩) and ⟨u,u⟩."""
+        factor_T = self._factor(self.divisor_T)
+        squared_T = self.squared_T * factor_T.square()
+        return (2 * (squared_T - self.with_target_T * factor_T)).float(), squared_T.float()
 
     def _growth(self, part: slice) -> Tensor:
         """[c, N] float32: g of every expert that is left and not chosen, else 0."""
@@ -365,10 +368,7 @@ class TokenState:
 
     def _shrinking(self, first: int, last: int) -> Tensor:
         """[B, last − first]: what changes for tokens that would not choose the expert that comes back."""
-        factor_T = self._factor(self.divisor_T)
-        squared_T = self.squared_T * factor_T.square()
-        slope_T = (2 * (squared_T - self.with_target_T * factor_T)).float()
-        squared_T = squared_T.float()
+        slope_T, squared_T = self._slope_and_square()
         total = torch.zeros(self.num_batches, last - first, dtype=torch.float64, device=self.loss_T.device)
         for start in range(0, self.grams.num_tokens, _TOKENS_AT_ONCE):
             part = slice(start, start + _TOKENS_AT_ONCE)
