@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -58,7 +59,9 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _end_of(said: IO[bytes]) -> str:
+    """Without colours, and of a line that was written over and over (a progress bar) what stood there last."""
     size = said.seek(0, os.SEEK_END)
     said.seek(max(0, size - _SAID))
-    text = said.read().decode(errors="replace").strip()
+    text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", said.read().decode(errors="replace"))
+    text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")).strip()
     return f" It said last:\n{text}" if text else " It said nothing."

@@ -59,6 +59,10 @@ def test_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("script", "says"),
     [
         ("echo first >&2; echo the reason >&2; exit 3", "sh ended with status 3. It said last:\nfirst\nthe reason"),
+        (
+            r"printf '\033[31;1mred\033[0m\r\n10 %%\r100 %%\n' >&2; exit 1",
+            "sh ended with status 1. It said last:\nred\n100 %",
+        ),
         ("echo not an error; exit 1", "sh ended with status 1. It said nothing."),
         ("kill -9 $$", "sh was ended by SIGKILL. It said nothing."),
     ],
