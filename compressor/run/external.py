@@ -66,6 +66,8 @@ def carry_out(
     torch.nn.Module.to(piece.model, "meta")  # its weights are not needed any more
     target.mkdir(parents=True)
     training.work.mkdir(exist_ok=True)
+    if job.journal is not None and type(method).train is not Method.train:
+        job.journal.note(f"begun {target.name}", {})  # what it keeps in its work folder would be lost
     method.matrices = StoredMatrices(source, piece.adapters)
     job.progress.say(f"{method.name}: turning the checkpoint into another one")
     with _left_alone(source, target.parent):

@@ -168,6 +168,7 @@ def tune(**options: Any) -> dict[str, Any]:
     return {"fine_tuning": {"steps": 12, "learning_rate": 0.01, **options}}
 
 
+@pytest.mark.slow
 def test_between_other_passes(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Towards the original, beside the experts, which stay those that the pass before has left."""
     prune = {"expert_pruning": {"keep": 2, "criterion": "frequency"}}

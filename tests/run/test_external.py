@@ -289,6 +289,7 @@ def norm(folder: Path) -> torch.Tensor:
     return load_file(folder / WEIGHTS)["model.norm.weight"].float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["memory", pytest.param("disk", marks=pytest.mark.nightly)])
 def test_each_reads_what_the_one_before_has_left(weights: str, chain: Recipe, model: Path, tmp_path: Path) -> None:
     record = compressor.compress({**chain, "weights": weights}).record
@@ -305,6 +306,7 @@ def test_each_reads_what_the_one_before_has_left(weights: str, chain: Recipe, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other.jsonl", "out", "tokens.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["disk", pytest.param("memory", marks=pytest.mark.nightly)])
 def test_edits_go_on_behind_one(weights: str, chain: Recipe, model: Path, tmp_path: Path) -> None:
     """Ids in their decisions are those of the original."""
@@ -336,6 +338,19 @@ def test_a_stopped_chain_goes_on_where_it_was(
     compressor.compress(chain, resume=True)
     assert [source.name for source, _ in Nudge.given[2:]] == ["1.nudge"]
     torch.testing.assert_close(norm(tmp_path / "out"), 3 * 2 * norm(model))
+
+
+def test_a_stopped_one_goes_on_where_nothing_was_observed(
+    chain: Recipe, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain |= {"passes": [{"nudge": {}}]}
+    del chain["evaluate"]
+    with monkeypatch.context() as within:
+        within.setattr(Nudge, "stops", True)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress(chain)
+    compressor.compress(chain, resume=True)
+    torch.testing.assert_close(norm(tmp_path / "out"), 3 * norm(model))
 
 
 def test_a_quantised_one_that_nobody_has_announced(chain: Recipe, tmp_path: Path, does: Callable[..., None]) -> None:
