@@ -7,10 +7,11 @@ user can mend it, 130 interrupted, 141 whoever read the output is gone (`| head`
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +73,7 @@ CommandsOption = Annotated[
     bool, typer.Option("--allow-commands", help="Run the programs that the recipe's passes name.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -100,6 +102,7 @@ def run(
     allow_commands: CommandsOption = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Run a recipe: prune, measure before and after, and save the smaller model.
 
@@ -127,10 +130,9 @@ def run(
             progress=Progress.detect(quiet=quiet),
             processes=processes,
         )
-        if not quiet and processes.is_first:
-            with _printing():
-                print_summary(result.record, _console())
-                print(f"\nWritten to {result.folder}.{_how_to_load(result.record, result.folder)}")
+        if processes.is_first:
+            done = f"\nWritten to {result.folder}.{_how_to_load(result.record, result.folder)}"
+            _show(result.record, print_summary, done, as_json=json_, quiet=quiet)
 
 
 def _how_to_load(record: dict[str, Any], folder: Path | None) -> str:
@@ -193,6 +195,7 @@ def check(
     allow_commands: CommandsOption = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Say whether `run` with the same options can work, what will be kept and dropped, and what it needs.
 
@@ -208,13 +211,16 @@ def check(
 
     folder = OutputFolder(target, overwrite=overwrite, resume=resume)
     preview = check.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
-    if not quiet:
-        with _printing():
-            print_plan(preview.plan, _console())
+    _show(preview.plan, print_plan, as_json=json_, quiet=quiet)
 
 
 @app.command()
-def inspect(model: ModelArgument, trust_remote_code: TrustOption = False, without: WithoutOption = None) -> None:
+def inspect(
+    model: ModelArgument,
+    trust_remote_code: TrustOption = False,
+    without: WithoutOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
     _calm()
     from compressor.plugins import load_plugins
@@ -223,20 +229,22 @@ def inspect(model: ModelArgument, trust_remote_code: TrustOption = False, withou
 
     adapters = load_plugins(without or []).adapters
     info = check.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters)
-    with _printing():
-        print_inspection(info, _console())
+    _show(info, print_inspection, as_json=json_)
 
 
 @app.command()
-def methods(without: WithoutOption = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method: show this one only.", show_default=False)] = None,
+    without: WithoutOption = None,
+    json_: JsonOption = False,
+) -> None:
     """List the installed plugins, their methods, and the options of each."""
     _calm()
     from compressor.plugins import load_plugins
-    from compressor.report.terminal import print_methods
+    from compressor.report.terminal import methods_json, print_methods
 
-    plugins = load_plugins(without or []).plugins
-    with _printing():
-        print_methods(plugins, _console())
+    plugins = load_plugins(without or []).only(name)
+    _show(methods_json(plugins), lambda _, console: print_methods(plugins, console), as_json=json_)
 
 
 @app.command()
@@ -254,13 +262,14 @@ def apply(
     ] = False,
     without: WithoutOption = None,
     quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Apply a decision made before to the original model, on disk: no calibration, the same experts."""
     _calm()
     from compressor.machine.progress import Progress
     from compressor.run.apply import apply
 
-    apply(
+    result = apply(
         decision,
         model,
         output,
@@ -271,9 +280,7 @@ def apply(
         without=without or [],
         progress=Progress.detect(quiet=quiet),
     )
-    if not quiet:
-        with _printing():
-            print(f"Written to {output}.")
+    _show(result.record, lambda _, console: None, f"Written to {output}.", as_json=json_, quiet=quiet)
 
 
 @app.command()
@@ -297,6 +304,7 @@ def decide(
     without: WithoutOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Decide again from figures gathered before: another ratio, criterion or blend. Needs no model."""
     _calm()
@@ -307,11 +315,8 @@ def decide(
     overrides = [*(set_ or []), *_settings(keep=keep, criterion=criterion, blend=blend)]
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
     decided = decide_again.decide(statistics, method, **where, overrides=overrides, without=without or [])
-    if not quiet:
-        file = decision_file(output)
-        with _printing():
-            print_decisions(decided, _console())
-            print(f"\nWritten to {output}. `compressor apply {file} MODEL --output FOLDER` makes the smaller model.")
+    then = f"`compressor apply {decision_file(output)} MODEL --output FOLDER` makes the smaller model."
+    _show(decided, print_decisions, f"\nWritten to {output}. {then}", as_json=json_, quiet=quiet)
 
 
 @app.command()
@@ -328,6 +333,7 @@ def evaluate(
     device_memory: DeviceMemoryOption = None,
     without: WithoutOption = None,
     quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Measure a model as a recipe's `evaluate:` says, without changing anything."""
     _calm()
@@ -347,8 +353,7 @@ def evaluate(
             processes=processes,
         )
         if processes.is_first:
-            with _printing():
-                print_summary(record, _console())
+            _show(record, print_summary, as_json=json_)
 
 
 @app.command()
@@ -359,7 +364,7 @@ def compare(
         typer.Option("--recipe", help="Measure folders without a record by `evaluate:` of this recipe."),
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="Their original; with --recipe.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    json_: JsonOption = False,
     page: Annotated[Path | None, typer.Option("--page", help="Write tables and picture to this HTML file.")] = None,
     set_: SetOption = None,
     without: WithoutOption = None,
@@ -367,8 +372,6 @@ def compare(
 ) -> None:
     """Show outputs side by side: bytes, bits a weight, and how far they are from their original."""
     _calm()
-    import json
-
     from compressor.machine.progress import Progress
     from compressor.report.comparison import comparison_page
     from compressor.report.terminal import print_comparison
@@ -382,11 +385,7 @@ def compare(
             page.write_text(comparison_page(found), encoding="utf-8")
         except OSError as error:
             raise DiskError(f"{page}: it cannot be written there: {error.strerror}.") from error
-    with _printing():
-        if json_:
-            print(json.dumps(found, indent=1))
-        elif not quiet:
-            print_comparison(found, _console())
+    _show(found, print_comparison, as_json=json_, quiet=quiet)
 
 
 def _calm() -> None:
@@ -407,6 +406,23 @@ def _printing() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise
         raise CompressorError(f"standard output cannot be written: {error.strerror}.") from error
+
+
+def _show(
+    found: Any,
+    as_tables: Callable[[Any, Console], object],
+    then: str | None = None,
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Print what a command has found, as JSON or, unless quiet, as tables with a last line below."""
+    with _printing():
+        if as_json:
+            print(json.dumps(found, indent=1))
+        elif not quiet:
+            as_tables(found, _console())
+            print(*filter(None, [then]), sep="", end="\n" if then else "")
 
 
 def _console() -> Console:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -76,6 +76,15 @@ class Plugins:
     def adapters(self) -> tuple[Adapter, ...]:
         """The adapters of all plugins."""
         return tuple(adapter for plugin in self.plugins for adapter in plugin.adapters)
+
+    def only(self, method: str | None) -> tuple[Plugin, ...]:
+        """The plugins; of one method alone, if it is named. Raises PluginError where there is no such method."""
+        if method is None:
+            return self.plugins
+        if method not in self.methods:
+            raise PluginError(f"there is no method {method!r}{did_you_mean(method, self.methods)}")
+        [owner] = [plugin for plugin in self.plugins if self.methods[method] in plugin.methods]
+        return (replace(owner, methods=(self.methods[method],)),)
 
     def versions(self) -> dict[str, str]:
         """Those of everything that a run depends on, by distribution: the plugins' own too."""

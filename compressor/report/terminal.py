@@ -166,6 +166,28 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
         console.print(Text("No plugins are installed."))
 
 
+def methods_json(plugins: Sequence[Any]) -> list[Json]:
+    """The same; options as JSON Schema."""
+    return [
+        {
+            "plugin": plugin.name,
+            "distribution": plugin.distribution,
+            "version": plugin.version,
+            "methods": [
+                {
+                    "name": one.name,
+                    "version": one.version,
+                    "about": one.__doc__,
+                    "options": one.options_type.model_json_schema(),
+                }
+                for one in plugin.methods
+            ],
+            "criteria": {one.name: one.source for one in plugin.criteria},
+        }
+        for plugin in plugins
+    ]
+
+
 def _type_name(annotation: Any) -> str:
     """As a recipe's author would say it: without None, and without what checks a value."""
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -393,6 +393,38 @@ def test_methods(cli: Cli) -> None:
     assert "expert_pruning" not in answer.out
 
 
+def test_one_method(cli: Cli, refused: Callable[..., str]) -> None:
+    answer = cli("methods", "wanda")
+    assert answer.out.startswith("wanda  (from moe-compressor ")
+    assert "pattern: 2:4 | 4:8 | unstructured; default 2:4" in answer.out
+    assert "expert_pruning" not in answer.out
+    assert "reap" in cli("methods", "expert_pruning").out  # criteria are what it may be asked for
+    refused("methods", "wand", says="there is no method 'wand'; did you mean 'wanda'?")
+
+
+def test_everything_as_json(cli: Cli, recipe: WriteRecipe, done: Path) -> None:
+    """What is printed as tables is there as JSON, alone on standard output."""
+    statistics, decision = (done / "compressor" / name for name in ("statistics.safetensors", "decision.json"))
+    model = record_of(done)["model"]["reference"]
+    found = {
+        "check": ("check", recipe(), "--quiet"),
+        "inspect": ("inspect", model),
+        "methods": ("methods", "wanda"),
+        "decide": ("decide", statistics, "--keep", "6", "--output", "again.json"),
+        "apply": ("apply", decision, model, "--output", "applied", "--quiet"),
+        "evaluate": ("evaluate", done, "--recipe", done.parent / "recipe.yaml", "--quiet"),
+    }
+    answers = {name: json.loads(cli(*arguments, "--json").out) for name, arguments in found.items()}
+    assert answers["check"]["layers"][0]["kept"] == 6
+    assert answers["inspect"]["layers"][0]["num_experts"] == 8
+    [wanda] = answers["methods"][0]["methods"]
+    assert wanda["options"]["properties"]["pattern"]["enum"] == ["2:4", "4:8", "unstructured"]
+    assert answers["decide"] == json.loads(Path("again.json").read_text())
+    assert answers["apply"] == record_of(Path("applied"))
+    ours, theirs = (one["evaluation"]["after"]["perplexity"] for one in (answers["evaluate"], record_of(done)))
+    assert ours == theirs
+
+
 def test_evaluate(cli: Cli, done: Path) -> None:
     answer = cli("evaluate", done, "--recipe", done.parent / "recipe.yaml", "--quiet")
     assert (answer.status, answer.err) == (0, "")
