@@ -89,7 +89,7 @@ def test_every_mistake_in_a_recipe_at_once(refused: Refused, tmp_path: Path) -> 
     ]
     assert "seed: found -1, expected a number of at least 0" in message
     assert "unknown key; did you mean 'keep'?" in message
-    assert "unknown method; did you mean 'expert_pruning'? Known methods: dynamic_skipping, " in message
+    assert "unknown method; did you mean 'expert_pruning'? Known methods: command, dynamic_skipping, " in message
 
 
 def test_yaml_that_is_none(refused: Refused, tmp_path: Path) -> None:
