@@ -59,7 +59,7 @@ class Rounded(InputStatistic):
         factor_II = None
         if hessian_II is not None and self._tokens[expert or 0] >= self._min_tokens:
             factor_II = inverse_factor(hessian_II, self._dampening)
-        numbers_OI = grid.rounded(weight_OI)
+        numbers_OI = weight_OI
         if factor_II is not None and hessian_II is not None:
             numbers_OI = gptq(weight_OI, hessian_II.diagonal(), factor_II, grid)
         codes = grid.codes(numbers_OI), grid.scale, torch.tensor(factor_II is None)
@@ -95,22 +95,17 @@ def gptq(weight_OI: Tensor, squares_I: Tensor, factor_II: Tensor, grid: Grid) ->
     q = round(w_i),  e = (w_i − q) / U_ii,  w_j ← w_j − e · U_ij  for the inputs j behind i
     """
     order_I = order_of(squares_I)
-    left_OI = weight_OI.float()[:, order_I]
-    is_zero_OI = left_OI == 0
-    scale_OI, zero_OI = (one[:, order_I] for one in grid.wide(weight_OI.shape))
-    found_OI = torch.empty_like(left_OI)
-    for start in range(0, left_OI.shape[1], _AT_ONCE):
+    scale_OI, zero_OI = grid.wide(weight_OI.shape)
+    left_IO, scale_IO, zero_IO = (one.float().T[order_I].contiguous() for one in (weight_OI, scale_OI, zero_OI))
+    found_IO, is_zero_IO, is_symmetric = torch.empty_like(left_IO), left_IO == 0, grid.zero_point is None
+    for start in range(0, len(left_IO), _AT_ONCE):
         block = slice(start, start + _AT_ONCE)
-        own_OB, errors_OB = left_OI[:, block].clone(), torch.empty_like(left_OI[:, block])
-        factor_BB = factor_II[block, block]
-        for i in range(own_OB.shape[1]):
+        own_BO, errors_BO, factor_BB = left_IO[block], torch.empty_like(left_IO[block]), factor_II[block, block]
+        for i, own_O in enumerate(own_BO):
             at = start + i
-            number_O = round_to(grid.scheme, own_OB[:, i], scale_OI[:, at], zero_OI[:, at])
-            number_O.masked_fill_(is_zero_OI[:, at], 0)
-            found_OI[:, at] = number_O
-            errors_OB[:, i] = (own_OB[:, i] - number_O) / factor_BB[i, i]
-            own_OB[:, i + 1 :].addr_(errors_OB[:, i], factor_BB[i, i + 1 :], alpha=-1)
-        left_OI[:, block.stop :] -= errors_OB @ factor_II[block, block.stop :]
-    numbers_OI = torch.empty_like(found_OI)
-    numbers_OI[:, order_I] = found_OI
-    return numbers_OI
+            number_O = round_to(grid.scheme, own_O, scale_IO[at], None if is_symmetric else zero_IO[at])
+            found_IO[at] = number_O.masked_fill_(is_zero_IO[at], 0)
+            errors_BO[i] = (own_O - number_O) / factor_BB[i, i]
+            own_BO[i + 1 :].addr_(factor_BB[i, i + 1 :], errors_BO[i], alpha=-1)
+        left_IO[block.stop :] -= factor_II[block, block.stop :].T @ errors_BO
+    return found_IO[order_I.argsort()].T.contiguous()

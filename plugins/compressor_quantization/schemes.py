@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 SchemeName = Literal["W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "FP8_BLOCK", "FP8_DYNAMIC"]
 _BLOCK = 128
-_NUMBERS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,28 +96,37 @@ class Scheme:
         )
         return QuantizationScheme(targets=list(targets), weights=weights, format="pack-quantized")
 
-    def stored(self, weight_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """What a matrix becomes, name → tensor, by the library's own compressor, computed in float32. Numbers that are
-        on the grid stay as they are.
-        """
+    def stored(self, codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """What a matrix becomes, name → tensor, of its codes."""
         import torch
-        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        described = self.described(["Linear"])
-        compress = BaseCompressor.get_value_from_registry(described.format).compress
-        rows = max(_BLOCK, _NUMBERS_AT_ONCE // weight_OI.shape[1] // _BLOCK * _BLOCK)
-        per_scale = self.block_of(weight_OI.shape[1])[0]
-        found: list[dict[str, Tensor]] = []
-        for start in range(0, len(weight_OI), rows):
-            of_scale = slice(start // per_scale, -(-(start + rows) // per_scale))
-            state = {"weight": weight_OI[start : start + rows].float(), "weight_scale": grid.scale[of_scale].float()}
-            if grid.zero_point is not None:
-                state["weight_zero_point"] = grid.zero_point[of_scale]
-            found.append(compress(state, described))
-        made = {key: torch.cat([one[key] for one in found]) for key in found[0]}
-        if "weight_shape" in made:
-            made["weight_shape"] = torch.tensor(weight_OI.shape)
-        return made | {"weight_scale": grid.scale}
+        if self.is_float:
+            return {"weight": codes_OI.view(torch.float8_e4m3fn), "weight_scale": grid.scale}
+        made = {
+            "weight_packed": packed(codes_OI, self.bits),
+            "weight_scale": grid.scale,
+            "weight_shape": torch.tensor(codes_OI.shape),
+        }
+        if grid.zero_point is not None:
+            made["weight_zero_point"] = pack_to_int32(grid.zero_point, self.bits, packed_dim=0)
+        return made
+
+
+def packed(codes_OI: Tensor, bits: int) -> Tensor:
+    """int32 [O, I · bits / 32]: as the library's `pack_to_int32`, which takes ten times as long on a processor."""
+    import sys
+
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    if sys.byteorder != "little" or codes_OI.shape[1] * bits % 32:
+        return pack_to_int32(codes_OI, bits)  # type: ignore[no-any-return]
+    bytes_OI = (codes_OI.contiguous() + 2 ** (bits - 1)).view(torch.uint8)  # int8 wraps around
+    if bits == 4:
+        bytes_OI = bytes_OI[:, ::2] | bytes_OI[:, 1::2] << 4
+    words_OW: Tensor = bytes_OI.contiguous().view(torch.int32)
+    return words_OW
 
 
 def config_of(schemes: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -39,16 +41,15 @@ def write(
     weight_map: dict[str, str] = {}
     sizes, stays = 0, []
     for path in sorted(source.glob("*.safetensors")):
-        tensors: dict[str, Tensor] = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+        with safe_open(path, "pt") as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+
+            def stored(name: str) -> dict[str, Tensor]:
                 tensor = file.get_tensor(name)
-                if name in schemes:
-                    tensors |= _stored(name, tensor, schemes[name][0], known.get(name))
-                    continue
-                tensors[name] = tensor
-                if name.endswith(".weight") and tensor.ndim == 2:
-                    stays.append(name.removesuffix(".weight"))
+                return _stored(name, tensor, schemes[name][0], known.get(name)) if name in schemes else {name: tensor}
+
+            tensors = {name: one for made in pool.map(stored, file.keys()) for name, one in made.items()}
+        both = [name for name, one in tensors.items() if name.endswith(".weight") and one.ndim == 2]
+        stays += [name.removesuffix(".weight") for name in both if name not in schemes]
         save_file(tensors, target / path.name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
         sizes += sum(tensor.nbytes for tensor in tensors.values())
@@ -65,9 +66,8 @@ def _stored(name: str, weight_OI: Tensor, scheme: Scheme, known: tuple[Tensor, G
         grid = known[1] if known else grid_for(weight_OI, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be stored as {scheme.name}: {error}.") from error
-    if known:
-        weight_OI = grid.numbers(known[0])
-    return {name.removesuffix("weight") + key: one.contiguous() for key, one in scheme.stored(weight_OI, grid).items()}
+    made = scheme.stored(known[0] if known else grid.codes(weight_OI), grid)
+    return {name.removesuffix("weight") + key: one.contiguous() for key, one in made.items()}
 
 
 def _groups(schemes: Mapping[str, tuple[Scheme, bool]]) -> list[tuple[Scheme, list[str]]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from compressor_quantization.rounding import grid_for
-from compressor_quantization.schemes import Scheme
+from compressor_quantization.schemes import Scheme, packed
 
 SHRUNK = [1 - 0.04 * step for step in range(8)]
 
@@ -99,3 +100,10 @@ def test_bits_a_weight() -> None:
     assert Scheme("W4A16_ASYM", 128).bits_of((256, 256)) == 4 + 20 / 128
     assert Scheme("W8A16").bits_of((64, 256)) == 8 + 16 / 256
     assert Scheme("FP8_BLOCK").bits_of((256, 192)) == 8 + 4 * 16 / (256 * 192)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_as_the_library_does(bits: int) -> None:
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 64), generator=torch.Generator().manual_seed(0))
+    for one in (codes.to(torch.int8), codes.to(torch.int8)[:, :36], codes.to(torch.int8)[:, :35]):
+        assert torch.equal(packed(one, bits), pack_to_int32(one, bits))
