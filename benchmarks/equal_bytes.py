@@ -20,13 +20,16 @@ Pass = dict[str, Any]
 
 
 def ways(num_experts: int) -> dict[str, list[Pass]]:
-    """Each way's passes, by what its folder is called. Bits: of linear maps, attention too, not of routers, norms and
-    embeddings.
+    """Each way's passes, by what its folder is called. `drop`: as many in every layer; `measured`: shared out by measured
+    KL. Bits: of linear maps, attention too, not of routers, norms and embeddings.
     """
     drop, merge = (
         {share: {method: {"keep": num_experts * (100 - share) // 100}} for share in (25, 50)}
         for method in ("expert_pruning", "expert_merging")
     )
+    measured: dict[int, Pass] = {
+        share: {"expert_pruning": {"keep": {"mean": num_experts * (100 - share) // 100}}} for share in (25, 50)
+    }
     int8, int4 = ({"quantization": {"scheme": f"W{n}A16", "attention": True, "dense": True}} for n in (8, 4))
     scaled: Pass = {"output_scale": {}}
     tuned: Pass = {"fine_tuning": {"steps": 100}}
@@ -39,6 +42,10 @@ def ways(num_experts: int) -> dict[str, list[Pass]]:
         "drop25-int4": [drop[25], int4],
         "drop25-scaled-int4": [drop[25], scaled, int4],
         "drop25-tuned-int4": [drop[25], tuned, int4],
+        "measured25-int4": [measured[25], int4],
+        "measured25-tuned-int4": [measured[25], tuned, int4],
+        "measured50-int4": [measured[50], int4],
+        "measured50-tuned-int8": [measured[50], tuned, int8],
         "drop50": [drop[50]],
         "drop50-int8": [drop[50], int8],
         "drop50-scaled-int8": [drop[50], scaled, int8],
