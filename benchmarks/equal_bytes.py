@@ -20,8 +20,8 @@ Pass = dict[str, Any]
 
 
 def ways(num_experts: int) -> dict[str, list[Pass]]:
-    """Each way's passes, by what its folder is called. `drop`: as many in every layer; `measured`: shared out by what is
-    measured. Bits: of linear maps, attention too, not of routers, norms and embeddings.
+    """Each way's passes, by what its folder is called. `drop`: as many in every layer; `measured`: shared out
+    by measured KL. Bits: of linear maps, attention too, not of routers, norms and embeddings.
     """
     drop, merge = (
         {share: {method: {"keep": num_experts * (100 - share) // 100}} for share in (25, 50)}
