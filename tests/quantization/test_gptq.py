@@ -138,6 +138,7 @@ def test_nearer_than_to_the_nearest(run: dict[str, Any], tmp_path: Path) -> None
     assert "rounded by gptq" in records["gptq"]["description"]["notes"]
 
 
+@pytest.mark.nightly
 def test_experts_with_too_few_tokens_are_named(run: dict[str, Any], tmp_path: Path) -> None:
     """With so few that all are rounded to the nearest, the same bytes are written."""
     few = {**run, "passes": passes(method="gptq", min_tokens=10**6), "weights": "disk"}

@@ -121,7 +121,7 @@ READ = {
 
 @pytest.mark.parametrize(
     "name",
-    ["mixtral", "deepseek_v3", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("qwen2_moe", "qwen3_moe"))],
+    ["mixtral", *(pytest.param(one, marks=pytest.mark.nightly) for one in READ if one != "mixtral")],
 )
 def test_read_by_the_description_and_by_transformers(name: str, tmp_path: Path) -> None:
     """The same numbers, and they are the nearest ones of each grid; what is not asked for is as it was."""
@@ -149,7 +149,7 @@ def test_read_by_the_description_and_by_transformers(name: str, tmp_path: Path) 
             assert torch.equal(model.state_dict()[key], one), (key, dequantise)
 
 
-FEW_CASES = ("mixtral W4A16", "mixtral FP8_BLOCK", "qwen3_moe W4A16_ASYM")
+FEW_CASES = ("mixtral FP8_BLOCK", "qwen3_moe W4A16_ASYM")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,7 @@ def test_behind_pruning_from_memory_and_from_disk(tokens: dict[str, Any], tmp_pa
     assert "quantization" in (tmp_path / "disk" / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_interrupted_while_it_writes(tokens: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shard_up(write_model("mixtral", tmp_path / "model"))
     run = recipe(source, {"scheme": "FP8_DYNAMIC"}, {"expert_pruning": {"keep": 6}}, weights="disk", **tokens)
