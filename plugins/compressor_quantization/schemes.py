@@ -114,7 +114,7 @@ class Scheme:
 
 
 def packed(codes_OI: Tensor, bits: int) -> Tensor:
-    """int32 [O, I · bits / 32]: as the library's `pack_to_int32`, which takes ten times as long on a processor."""
+    """int32 [O, I · bits / 32]: as the library's `pack_to_int32`, which takes four times as long on a processor."""
     import sys
 
     import torch
