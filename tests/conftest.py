@@ -43,6 +43,28 @@ def _no_power_cut() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _structures_found_once() -> Iterator[None]:
+    """Of a class of transformers' own and an equal config a structure is found once a session: a third of the time of
+    all tests went into that. Those that are about finding it call `find_structure` themselves.
+    """
+    from compressor.model import adapter
+
+    find, found = adapter.find_structure, {}
+
+    def once(factory: Any, config: Any) -> Any:
+        if not (isinstance(factory, type) and factory.__module__.startswith("transformers.models.")):
+            return find(factory, config)
+        key = (factory, type(config), config.to_json_string(use_diff=False))
+        if key not in found:
+            found[key] = find(factory, config)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "find_structure", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _tiny_models_removed() -> Iterator[None]:
     yield
     if "tiny_models" in sys.modules:
