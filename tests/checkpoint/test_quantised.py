@@ -89,8 +89,11 @@ def dequantised(source: Path, folder: Path) -> Path:
 
 
 KINDS = [
-    *("mixtral", "mxfp4", "pack-quantized"),
-    *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("qwen3_moe", "deepseek_v3", "float-quantized")),
+    *("mxfp4", "pack-quantized"),
+    *(
+        pytest.param(kind, marks=pytest.mark.nightly)
+        for kind in ("mixtral", "qwen3_moe", "deepseek_v3", "float-quantized")
+    ),
 ]
 
 

@@ -162,7 +162,13 @@ class Recorded(Statistic):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["mixtral", "switch_transformers", "diffusion_gemma", "gemma4", "deepseek_v4", "ernie4_5_moe"]
+    "model_type",
+    [
+        "mixtral",
+        "switch_transformers",
+        "gemma4",
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in ("diffusion_gemma", "deepseek_v4", "ernie4_5_moe")),
+    ],
 )
 def test_walk_from_disk_sees_the_same(model_type: str, tmp_path: Path) -> None:
     tiny.tiny_model(model_type).save_pretrained(tmp_path)
@@ -214,7 +220,7 @@ PASSES = {
 }
 
 
-_NIGHTLY = ("criterion", "greedy", "uneven", "progressive")
+_NIGHTLY = ("criterion", "greedy", "uneven", "progressive", "skipping", "twice, top-1")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,11 @@ def test_run_from_disk_gives_the_same(
 
 @pytest.mark.parametrize(
     ("passes", "weights"),
-    [(PASSES["progressive"], "disk"), (PASSES["greedy"], "memory"), (PASSES["prune, skip"], "disk")],
+    [
+        (PASSES["progressive"], "disk"),
+        pytest.param(PASSES["greedy"], "memory", marks=pytest.mark.nightly),
+        pytest.param(PASSES["prune, skip"], "disk", marks=pytest.mark.nightly),
+    ],
 )
 def test_hidden_states_in_files_change_nothing(
     recipe: Recipe, tmp_path: Path, passes: list[Any], weights: str, monkeypatch: pytest.MonkeyPatch

@@ -185,7 +185,7 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
     [
         (1, "memory", PRUNE_AND_SKIP, {}),
         pytest.param(2, "memory", PRUNE_AND_SKIP, {"each_pass": True, "random": 1}, marks=pytest.mark.nightly),
-        (2, "memory", GREEDILY, {}),
+        pytest.param(2, "memory", GREEDILY, {}, marks=pytest.mark.nightly),
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
         pytest.param(1, "disk", GREEDILY, {}, marks=pytest.mark.nightly),
         pytest.param(2, "memory", WITH_ZEROS, {}, marks=pytest.mark.nightly),
@@ -215,7 +215,7 @@ def test_a_run_there_finds_what_one_on_the_cpu_finds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_gpus", "weights"), [(2, "memory"), (1, "disk")])
+@pytest.mark.parametrize(("num_gpus", "weights"), [pytest.param(2, "memory", marks=pytest.mark.nightly), (1, "disk")])
 def test_scales_are_fitted_there_beside_the_original(
     make_recipe: Any, gpus: Any, tmp_path: Path, num_gpus: int, weights: str
 ) -> None:

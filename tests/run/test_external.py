@@ -620,7 +620,7 @@ def test_stopped_within_it(weights: str, recipe: Recipe, tmp_path: Path, does: C
     ("weights", "where", "times"),
     [
         ("disk", "measure", 1),
-        ("memory", "write_record", 2),
+        pytest.param("memory", "write_record", 2, marks=pytest.mark.nightly),
         pytest.param("memory", "measure", 1, marks=pytest.mark.nightly),
         pytest.param("disk", "write_record", 2, marks=pytest.mark.nightly),
     ],

@@ -101,7 +101,10 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return layers
 
 
-@pytest.mark.parametrize(("after", "progressive"), [(1, False), (2, True), (3, True), (5, False)])
+@pytest.mark.parametrize(
+    ("after", "progressive"),
+    [(1, False), (3, True), *(pytest.param(*one, marks=pytest.mark.nightly) for one in ((2, True), (5, False)))],
+)
 def test_goes_on_and_ends_with_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, progressive: bool
 ) -> None:
@@ -119,7 +122,7 @@ def test_goes_on_and_ends_with_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.nightly), "disk"])
 def test_stopped_before_it_is_known_where_the_text_stands(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
@@ -392,7 +395,7 @@ def other_kind(path: Path) -> None:
         pytest.param(f"{FIRST}/{LAYER}", cut, 1, True, marks=pytest.mark.nightly),
         (f"{FIRST}/{LAYER}", Path.unlink, 1, True),
         pytest.param(f"{FIRST}/done.json", cut, 0, True, marks=pytest.mark.nightly),
-        (f"{FIRST}/done.json", Path.unlink, 0, False),
+        pytest.param(f"{FIRST}/done.json", Path.unlink, 0, False, marks=pytest.mark.nightly),
         (f"{SECOND}/{LAYER}", cut, 1, True),
         pytest.param(f"{SECOND}/{LAYER}", Path.unlink, 1, False, marks=pytest.mark.nightly),
         (f"{SECOND}/streams-0-model.layers.1/standing.json", cut, 0, False),
