@@ -68,7 +68,7 @@ class ExpertSelection(Method[OptionsT]):
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Possible counts only; few enough sets to look at all of them; nothing asked for that has no effect."""
         _check_criterion(self.options.criterion, self.criteria)
-        self._check_text()
+        _check_text(self.options, needs_text=self.needs_text)
         options, wanted = self.options, self.measuring(layers)
         check_top_k(layers, options.top_k)
         check_names(layers, options)
@@ -81,7 +81,7 @@ class ExpertSelection(Method[OptionsT]):
             if options.is_measured:
                 check_measured(plans, one.options)
             searched += filter(None, [plan.search_note() for plan in plans])
-        notes = self._criterion_notes(plans) or sorted(set(searched))
+        notes = _criterion_notes(self.criteria, plans, needs_text=self.needs_text) or sorted(set(searched))
         notes += rounding_notes(plans, options)
         if options.budget:
             notes += sharing_notes(plans, planned, wanted)
@@ -94,26 +94,6 @@ class ExpertSelection(Method[OptionsT]):
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         after = [plan.after(planned[plan.path]) for plan in plans]
         return Plan(after, notes if options.replace == "none" else [*notes, *constants_notes(after, options)])
-
-    def _criterion_notes(self, plans: Sequence[LayerPlan]) -> list[str]:
-        if self.options.criterion is None or not any(plan.changes for plan in plans):
-            return []
-        criterion = self.criteria[self.options.criterion]
-        notes = [f"experts are kept by their score: {criterion.name} ({criterion.source})"]
-        if not self.needs_text:
-            notes.append(
-                "no calibration text is read for it, so super experts are not known and not protected (with "
-                "`gather: [outputs]` some is, and they are)"
-            )
-        return sorted(notes)
-
-    def _check_text(self) -> None:
-        idle = {"progressive": self.options.progressive, "blend": self.options.blend != "mean"}
-        for option in (option for option, given in idle.items() if given and not self.needs_text):
-            raise OptionError(
-                option,
-                f"it would have no effect, since `criterion: {self.options.criterion}` looks at no text; leave it out.",
-            )
 
     # observe, decide, edit
 
@@ -166,7 +146,7 @@ class ExpertSelection(Method[OptionsT]):
             if plan.route == "exact":
                 parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
             if plan.route == "greedy":
-                parts.append(self._greedy_search(plan, sums))
+                parts.append(_greedy_search(plan, sums))
         return JoinedStatistic(parts)
 
     def bytes_per_token(self, layer: MoELayer) -> float:
@@ -185,28 +165,6 @@ class ExpertSelection(Method[OptionsT]):
         """Constants: Σ w_i w_j E_i of every pair of experts, float64."""
         plan = LayerPlan(layer, self._kinds[-1].options)
         return 8 * num_domains * layer.num_experts**2 * hidden if plan.options.with_constants and plan.changes else 0
-
-    def _greedy_search(self, plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
-        from compressor.selection.deciding import fixed
-        from compressor.selection.greedy import GreedySearch
-
-        layer, fewest = plan.layer, min(plan.counts)
-
-        def protected() -> list[int]:
-            return fixed(plan, sums.largest(), fewest).staying
-
-        budget, starts = self.options.budget, self.options.starts
-        many_go = not budget and layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts  # of a mean, the path
-        return GreedySearch(
-            layer,
-            [fewest] if budget else plan.counts,
-            top_k=self.options.top_k,
-            blend=self.options.blend,
-            protected=protected,
-            forbidden=plan.forbidden,
-            num_ranks=self.options.ranks,
-            num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
-        )
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
         """Counts of every layer, where a mean is shared out by them."""
@@ -372,6 +330,51 @@ def _check_criterion(name: str | None, criteria: Mapping[str, Any]) -> None:
         raise OptionError(
             "criterion", f"there is no criterion {name!r}{did_you_mean(name, criteria)} Known are {known}."
         )
+
+
+def _check_text(options: SelectionOptions, *, needs_text: bool) -> None:
+    """Raise OptionError where an option is about text and none is read."""
+    idle = {"progressive": options.progressive, "blend": options.blend != "mean"}
+    for option in (option for option, given in idle.items() if given and not needs_text):
+        raise OptionError(
+            option, f"it would have no effect, since `criterion: {options.criterion}` looks at no text; leave it out."
+        )
+
+
+def _criterion_notes(criteria: Mapping[str, Any], plans: Sequence[LayerPlan], *, needs_text: bool) -> list[str]:
+    name = plans[0].options.criterion
+    if name is None or not any(plan.changes for plan in plans):
+        return []
+    notes = [f"experts are kept by their score: {name} ({criteria[name].source})"]
+    if not needs_text:
+        notes.append(
+            "no calibration text is read for it, so super experts are not known and not protected (with "
+            "`gather: [outputs]` some is, and they are)"
+        )
+    return sorted(notes)
+
+
+def _greedy_search(plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
+    from compressor.selection.deciding import fixed
+    from compressor.selection.greedy import GreedySearch
+
+    layer, options, fewest = plan.layer, plan.options, min(plan.counts)
+
+    def protected() -> list[int]:
+        return fixed(plan, sums.largest(), fewest).staying
+
+    budget, starts = options.budget, options.starts
+    many_go = not budget and layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts  # of a mean, the path
+    return GreedySearch(
+        layer,
+        [fewest] if budget else plan.counts,
+        top_k=options.top_k,
+        blend=options.blend,
+        protected=protected,
+        forbidden=plan.forbidden,
+        num_ranks=options.ranks,
+        num_starts=(_STARTS_WHERE_MANY_GO if many_go else 0) if starts is None else starts,
+    )
 
 
 def _replacing(options: SelectionOptions, decision: Decision, statistics: Gathered) -> Decision:
