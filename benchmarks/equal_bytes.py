@@ -19,7 +19,7 @@ DOMAINS = ("code", "prose", "arithmetic")
 Pass = dict[str, Any]
 
 
-def ways(num_experts: int) -> dict[str, list[Pass]]:
+def ways(num_experts: int, group_size: int) -> dict[str, list[Pass]]:
     """Each way's passes, by what its folder is called. `drop`: as many in every layer; `measured`: shared out
     by measured KL. Bits: of linear maps, attention too, not of routers, norms and embeddings.
     """
@@ -30,7 +30,8 @@ def ways(num_experts: int) -> dict[str, list[Pass]]:
     measured: dict[int, Pass] = {
         share: {"expert_pruning": {"keep": {"mean": num_experts * (100 - share) // 100}}} for share in (25, 50)
     }
-    int8, int4 = ({"quantization": {"scheme": f"W{n}A16", "attention": True, "dense": True}} for n in (8, 4))
+    how = {"group_size": group_size, "attention": True, "dense": True}
+    int8, int4 = ({"quantization": {"scheme": f"W{n}A16", **how}} for n in (8, 4))
     scaled: Pass = {"output_scale": {}}
     tuned: Pass = {"fine_tuning": {"steps": 100}}
     zeros: Pass = {"wanda": {}}
@@ -76,9 +77,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--output", type=Path, default=Path("runs/equal_bytes"))
     parser.add_argument("--only", nargs="+", help="ways by name; default all")
+    parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    known = ways(compressor.inspect(arguments.model)["layers"][0]["num_experts"])
+    known = ways(compressor.inspect(arguments.model)["layers"][0]["num_experts"], arguments.group_size)
     folders = [arguments.output / way for way in arguments.only or known]
     for folder in folders:
         if not folder.exists():
