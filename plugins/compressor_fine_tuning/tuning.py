@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from compressor.plugin import Training
     from compressor_fine_tuning.method import FineTuningOptions
 
-_STATE = "state.pt"
+_STATE = "state.safetensors"
+_WEIGHT, _MOMENT = "weight.", "moment."
+"""Tensors of it: what is trained, by name, and what the optimiser keeps of each, by its number and key."""
 _WARMING = 0.05
 _LARGEST_NORM = 1.0
 
@@ -149,9 +153,11 @@ def _train(model: Any, teacher: Any | None, options: FineTuningOptions, training
 
 
 def _save(path: Path, done: int, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-    state = {"done": done, "trained": {name: one.detach() for name, one in trained.items()}}
+    tensors = {f"{_WEIGHT}{name}": one.detach().contiguous() for name, one in trained.items()}
+    for number, kept in optimiser.state_dict()["state"].items():
+        tensors |= {f"{_MOMENT}{number}.{key}": one.contiguous() for key, one in kept.items()}
     partial = path.with_name(f"{path.name}.partial")
-    torch.save({**state, "optimiser": optimiser.state_dict()}, partial)
+    save_file(tensors, partial, {"done": str(done)})
     partial.replace(path)
 
 
@@ -160,8 +166,14 @@ def _resumed(path: Path, trained: dict[str, nn.Parameter], optimiser: torch.opti
     """How many steps a run before has done, whose state is taken over."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, one in trained.items():
-        one.copy_(state["trained"][name])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["done"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        for name, one in trained.items():
+            one.copy_(file.get_tensor(f"{_WEIGHT}{name}"))
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            if name.startswith(_MOMENT):
+                number, _, key = name.removeprefix(_MOMENT).partition(".")
+                moments.setdefault(int(number), {})[key] = file.get_tensor(name)
+        done = int(file.metadata()["done"])
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    return done
