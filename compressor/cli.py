@@ -244,7 +244,7 @@ def methods(
     from compressor.report.terminal import methods_json, print_methods
 
     plugins = load_plugins(without or []).only(name)
-    _show(methods_json(plugins), lambda _, console: print_methods(plugins, console), as_json=json_)
+    _show(methods_json(plugins) if json_ else plugins, print_methods, as_json=json_)
 
 
 @app.command()
@@ -422,7 +422,8 @@ def _show(
             print(json.dumps(found, indent=1))
         elif not quiet:
             as_tables(found, _console())
-            print(*filter(None, [then]), sep="", end="\n" if then else "")
+            if then:
+                print(then)
 
 
 def _console() -> Console:

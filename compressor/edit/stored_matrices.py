@@ -77,7 +77,7 @@ class StoredMatrices:
         units = units_of(model)
         stacks = {unit.rpartition(".")[0] for unit in units for one in layers if f"{one.path}.".startswith(f"{unit}.")}
         inside = tuple(f"{unit}." for unit in units if unit.rpartition(".")[0] in stacks)
-        beside = {name for one in layers for name, at in one.linears.items() if not one.holds(at)}
+        beside = {name for one in layers for name in one.linears if one.place_of(name) == "layer"}
         found: dict[str, Place] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear) and path.startswith(inside):
@@ -85,7 +85,7 @@ class StoredMatrices:
                 found[f"{path}.weight"] = "layer" if is_beside else "dense"
         for one in layers:
             found |= dict.fromkeys(_routing(model, one), "other")
-            found |= {at: "block" if one.holds(at) else "layer" for at in one.linears.values()}
+            found |= {at: one.place_of(name) for name, at in one.linears.items()}
             found |= {name: "expert" for name in self._conversion.tensors if one.in_experts(name)}
         single = (name for name, one in self._conversion.tensors.items() if one.ndim == 2 and one.shape[0] == 1)
         return found | dict.fromkeys(single, "other")  # gates of shared experts, which choose too

@@ -187,6 +187,14 @@ class MoELayer:
         """Whether a tensor or module is inside the block."""
         return not self.path or name.startswith(f"{self.path}.")
 
+    def place_of(self, name: str) -> Literal["expert", "block", "layer"]:
+        """Where one of its matrices is, by its name in `LayerWeights`: an expert's, beside the experts in their block,
+        or elsewhere in the decoder layer, as attention is.
+        """
+        if name not in self.linears:
+            return "expert"
+        return "block" if self.holds(self.linears[name]) else "layer"
+
     @property
     def names(self) -> list[str]:
         """What a recipe may call the layer: the path of its block, or its number."""

@@ -111,13 +111,9 @@ def linear_sites(model: Any, layer: MoELayer) -> list[LinearSite]:
     def beside(at: str, expert: int | None) -> Tensor:
         return tensor_at(model, at).detach()
 
-    places: dict[str, Literal["block", "layer"]] = {
-        at: "block" if layer.holds(at) else "layer" for at in layer.linears.values()
-    }
-    return [
-        *(LinearSite(layer, name, "expert", partial(of_expert, name)) for name in matrix_names(model, layer)),
-        *(LinearSite(layer, name, places[at], partial(beside, at)) for name, at in layer.linears.items()),
-    ]
+    weights = {name: partial(of_expert, name) for name in matrix_names(model, layer)}
+    weights |= {name: partial(beside, at) for name, at in layer.linears.items()}
+    return [LinearSite(layer, name, layer.place_of(name), weight) for name, weight in weights.items()]
 
 
 class InputStatistic(ABC):

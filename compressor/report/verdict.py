@@ -56,9 +56,10 @@ def _tasks(evaluation: Json) -> Iterator[str]:
     ]
     if changed:
         yield f"{', '.join(changed)} (of {counted(len(paired), 'task')}, p < {SIGNIFICANT})"
+    elif len(paired) > 1:
+        yield f"no task of {len(paired)} has changed significantly"
     elif paired:
-        who = f"no task of {len(paired)}" if len(paired) > 1 else next(iter(paired))
-        yield f"{who} has changed significantly" if len(paired) > 1 else f"{who} has not changed significantly"
+        yield f"{next(iter(paired))} has not changed significantly"
 
 
 def _chance(record: Json) -> Iterator[str]:

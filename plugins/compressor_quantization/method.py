@@ -106,7 +106,7 @@ class Quantization(Method[QuantizationOptions]):
                 None, f"{layer.path}: transformers reads its experts as it reads attention, so in one scheme with it"
             )
         for name, shape in layer.shapes.items():
-            place = _place(layer, name)
+            place = layer.place_of(name)
             scheme = self._schemes.get(place)
             if scheme is None or shape[0] == 1:
                 continue
@@ -212,13 +212,6 @@ def _of_place(figures: Mapping[str, Tensor], place: str, scheme: Scheme) -> dict
 
 def _groups_said(size: int | str) -> str:
     return "one for each output" if size == "channel" else f"one for each {size} inputs"
-
-
-def _place(layer: MoELayer, name: str) -> str:
-    """Where one of a layer's matrices is, as `LinearSite` has it."""
-    if name not in layer.linears:
-        return "expert"
-    return "block" if layer.holds(layer.linears[name]) else "layer"
 
 
 def _bits(scheme: Scheme, layer: MoELayer) -> float:
