@@ -27,6 +27,7 @@ def ways(num_experts: int, group_size: int) -> dict[str, list[Pass]]:
         {share: {method: {"keep": num_experts * (100 - share) // 100}} for share in (25, 50)}
         for method in ("expert_pruning", "expert_merging")
     )
+    ream = {share: {"expert_merging": {**merge[share]["expert_merging"], "grouping": "ream"}} for share in merge}
     measured: dict[int, Pass] = {
         share: {"expert_pruning": {"keep": {"mean": num_experts * (100 - share) // 100}}} for share in (25, 50)
     }
@@ -54,6 +55,8 @@ def ways(num_experts: int, group_size: int) -> dict[str, list[Pass]]:
         "drop50-int4": [drop[50], int4],
         "merge25-int4": [merge[25], int4],
         "merge50-int8": [merge[50], int8],
+        "ream25-int4": [ream[25], int4],
+        "ream50-int8": [ream[50], int8],
         "2of4": [zeros],
         "2of4-int8": [zeros, int8],
         "2of4-int4": [zeros, int4],

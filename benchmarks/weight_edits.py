@@ -43,6 +43,7 @@ def main() -> None:
         reap = {"expert_pruning": {"keep": keep, "criterion": "reap"}}
         zeros = {"wanda": {"pattern": "unstructured", "sparsity": 1 - keep / 8}}
         uniform = {"expert_merging": {"keep": keep, "weights": "uniform"}}
+        ream = {"expert_merging": {"keep": keep, "grouping": "ream"}}
         ways: dict[str, list[dict[str, Any]]] = {
             "expert_pruning, searched": [searched],
             "expert_pruning, searched + output_scale": [searched, {"output_scale": {}}],
@@ -51,6 +52,7 @@ def main() -> None:
             "expert_pruning, reap + output_scale": [reap, {"output_scale": {}}],
             "expert_merging": [merging],
             "expert_merging, uniform": [uniform],
+            "expert_merging, ream": [ream],
             "expert_merging + output_scale": [merging, {"output_scale": {}}],
             "wanda, unstructured": [zeros],
             **({"wanda, 2:4": [{"wanda": {}}]} if keep == 4 else {}),

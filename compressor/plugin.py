@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from compressor.selection.allocation import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.expert_selection import ExpertSelection
+    from compressor.selection.healing import Healing
     from compressor.selection.options import SelectionOptions
     from compressor.selection.pair_losses import fewest_losses
     from compressor.selection.reference import kept_at_random
@@ -80,6 +81,7 @@ _NAMES = {
     "selection.allocation": "allocate",
     "selection.criteria": "Criterion ExpertFigures",
     "selection.expert_selection": "ExpertSelection",
+    "selection.healing": "Healing",
     "selection.options": "SelectionOptions",
     "selection.pair_losses": "fewest_losses",
     "selection.reference": "kept_at_random",
@@ -103,6 +105,7 @@ __all__ = [
     "FileName",
     "FilePath",
     "Gathered",
+    "Healing",
     "InputStatistic",
     "JoinedStatistic",
     "LayerWeights",

@@ -97,6 +97,7 @@ FOR_PLUGINS = [
     "FileName",
     "FilePath",
     "Gathered",
+    "Healing",
     "InputStatistic",
     "JoinedStatistic",
     "LayerWeights",

@@ -90,7 +90,7 @@ class Product:
 
 class ExpertProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, `seen` is told of every product with one of the experts' tensors, and `used` of every other
-    operation on one. Outputs of tensors named in `doubled` are as if these were twice as large.
+    operation on one. The first so many outputs (None: all) of tensors in `doubled` are as if these were twice as large.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class ExpertProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         owned: Sequence[OwnTensor],
         seen: Callable[[Product], None],
         used: Callable[[str], None] | None = None,
-        doubled: Sequence[str] = (),
+        doubled: Mapping[str, int | None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owned = sorted(owned, key=lambda own: own.tensor.data_ptr())
         self._starts = [own.tensor.data_ptr() for own in self._owned]
-        self._seen, self._used, self._doubled = seen, used or (lambda name: None), doubled
+        self._seen, self._used, self._doubled = seen, used or (lambda name: None), doubled or {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass every operation through."""
@@ -117,7 +117,10 @@ class ExpertProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 product = own, place
             else:
                 self._used(own.name)
-                given[place] = 2 * value if own.name in self._doubled else value
+                if own.name in self._doubled:
+                    first = self._doubled[own.name]
+                    given[place] = value.clone()
+                    given[place][..., :first] *= 2
         if product is None or places is None:
             return func(*given, **kwargs)
         own, place = product
@@ -126,7 +129,10 @@ class ExpertProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*given, **kwargs)
         if own.name not in self._doubled:
             return out
-        return 2 * out - given[0] if places[0] else 2 * out  # what a product is added to is doubled in its own right
+        twice = 2 * out - given[0] if places[0] else 2 * out  # what a product is added to is doubled in its own right
+        part = (..., slice(self._doubled[own.name]), *([slice(None)] if place == places[0] else []))
+        out[part] = twice[part]
+        return out
 
     def _owner(self, value: Any) -> OwnTensor | None:
         if not isinstance(value, Tensor) or value.is_meta or not value.numel():
@@ -258,11 +264,15 @@ def show_inputs(model: nn.Module, tokens: RoutedTokens, names: Sequence[str], ta
 class ExpertMatrices:
     """How an expert uses its tensors. `input_dims`: matrix → the dimension that its inputs are summed over, in the
     order of their use. `output`: the tensors in which the expert's output is linear, the last matrix and what is added
-    to it; empty where there is no such thing (a norm stands behind them).
+    to it; empty where there is no such thing (a norm stands behind them). `last`: the matrix used last, whose inputs
+    are the expert's neurons. `neurons`: the other tensors in which each neuron has rows of its own, and whether these
+    stand side by side, or one in each part of as many rows as there are neurons.
     """
 
     input_dims: Mapping[str, int]
     output: tuple[str, ...]
+    last: str
+    neurons: Mapping[str, bool]
 
 
 def expert_matrices(model: nn.Module, layer: MoELayer, expert: int = 0) -> ExpertMatrices:
@@ -284,24 +294,53 @@ def expert_matrices(model: nn.Module, layer: MoELayer, expert: int = 0) -> Exper
     for name in dict.fromkeys(own.name for own in owned if own.single.ndim == 2):
         if dims.get(name) is None:
             raise UnsupportedModelError(f"{layer.path}: how its experts use {name} cannot be seen.")
+    last = [name for name, is_matrix in order if is_matrix][-1]
+    known = {name: dim for name, dim in dims.items() if dim is not None}
     return ExpertMatrices(
-        {name: dim for name, dim in dims.items() if dim is not None}, _output(run, owned, order, answer)
+        known, _output(run, owned, order, last, answer), last, _neurons(run, owned, expert, last, known)
     )
 
 
 def _output(
-    run: Callable[[], Tensor], owned: Sequence[OwnTensor], order: Sequence[tuple[str, bool]], answer: Tensor
+    run: Callable[[], Tensor], owned: Sequence[OwnTensor], order: Sequence[tuple[str, bool]], last: str, answer: Tensor
 ) -> tuple[str, ...]:
     """The tensors which the output doubles with; tried, the likeliest first."""
-    last = [name for name, is_matrix in order if is_matrix][-1]
     others = list(dict.fromkeys(name for name, is_matrix in order if not is_matrix))
     for number in range(len(others) + 1):
         for added in combinations(others, number):
-            with ExpertProducts(owned, lambda product: None, doubled=(last, *added)):
+            with ExpertProducts(owned, lambda product: None, doubled=dict.fromkeys((last, *added))):
                 doubled = run()
             if torch.allclose(doubled, 2 * answer, rtol=1e-2, atol=1e-3 * float(answer.abs().max())):
                 return (last, *added)
     return ()
+
+
+def _neurons(
+    run: Callable[[], Tensor], owned: Sequence[OwnTensor], expert: int, last: str, input_dims: Mapping[str, int]
+) -> dict[str, bool]:
+    """Which rows are a neuron's, told by which inputs of the last matrix change when the first rows are doubled: as
+    many as half of the neurons. Tensors of which that cannot be told are not there.
+    """
+
+    def inner(doubled: Mapping[str, int | None]) -> Tensor:
+        rows: list[Tensor] = []
+
+        def seen(product: Product) -> None:
+            if product.own.name == last:
+                rows.extend(one[0] for number, one in product.parts if number == expert and len(one))
+
+        with ExpertProducts(owned, seen, doubled=doubled):
+            run()
+        return rows[0]
+
+    before_I, found = inner({}), dict[str, bool]()
+    half = -(-len(before_I) // 2)
+    for name, single in {own.name: own.single for own in owned if own.name != last and own.single.ndim}.items():
+        parts, rest = divmod(single.shape[1 - input_dims[name] if name in input_dims else -1], len(before_I))
+        end = max((inner({name: half}) != before_I).nonzero().flatten().tolist(), default=-1) + 1
+        if parts and not rest and 0 < end <= half:
+            found[name] = end <= -(-half // parts) and parts > 1
+    return found
 
 
 def _unwatched(module: nn.Module) -> Callable[..., Any]:

@@ -69,6 +69,25 @@ class Expert(ExpertTensors):
             self._owner, {name: self._views[name] if dim else self._views[name].T for name, dim in dims.items()}
         )
 
+    @property
+    def neurons(self) -> ExpertTensors:
+        """Those in which each neuron, an input of the last matrix, has numbers of its own, as [neurons, …]: experts in
+        which the neurons stand in another order, in all of these, answer the same. Raises UnsupportedModelError where
+        that cannot be seen.
+        """
+        used, matrices = self._used(), self.matrices
+        found = {used.last: matrices[used.last].T}
+        width = len(found[used.last])
+        for name in {**used.input_dims, **used.neurons}:
+            if name not in found and name not in used.neurons:
+                raise UnsupportedModelError(f"{self._owner}: which rows of {name} are which neuron's cannot be seen.")
+            if name not in found:
+                rows = matrices[name] if name in used.input_dims else self._views[name]
+                each = len(rows) // width
+                sizes = (width, each) if used.neurons[name] else (each, width)
+                found[name] = rows.view(*sizes, *rows.shape[1:]).transpose(0, 0 if used.neurons[name] else 1)
+        return ExpertTensors(self._owner, found)
+
     def scale(self, factor: float) -> None:
         """Have the expert answer so many times as much: its last matrix, and what is added to it. Raises ValueError
         where a norm or the like behind them would undo it.

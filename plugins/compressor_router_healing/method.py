@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from compressor.plugin import Column, Decision, Description, Method, OptionError, Options, Plan
+from compressor.plugin import Decision, Healing, OptionError, Options, Plan
 
 if TYPE_CHECKING:
     from compressor.plugin import Gathered, LayerWeights, MoELayer, Statistic
 
-_ROUNDING = 1e-6
-"""Of the original's output: no less is called a fall."""
 _ALIKE = 0.02
 """Of the largest logit: what rounding explains where a router's rows are multiplied with what its experts see."""
 
@@ -27,26 +25,22 @@ class RouterHealingOptions(Options):
     )
 
 
-class RouterHealing(Method[RouterHealingOptions]):
+class RouterHealing(Healing[RouterHealingOptions]):
     """Move router rows and scale experts so that layers put out what the original did, where held-out text agrees."""
 
     name = "router_healing"
     version = "1"
     api = 2
     options_type: ClassVar[type[Options]] = RouterHealingOptions
-    needs_original = fits_weights = True
-    held_out = needs_held_out = True
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must let its experts be watched, and have one matrix of router rows for experts alone."""
         for layer in layers:
-            if layer.watch_problem:
-                raise OptionError(None, f"{layer.path}: its experts cannot be compared: {layer.watch_problem}")
             if len(layer.router_weights) != 1 or layer.num_extra_choices:
                 raise OptionError(
                     None, f"{layer.path}: its router has more than one row for each expert, and rows for nothing else"
                 )
-        return Plan(layers, changes_values=True)
+        return super().check(layers)
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """What the router sees, and the Gram matrix of the candidates' outputs."""
@@ -63,6 +57,7 @@ class RouterHealing(Method[RouterHealingOptions]):
         """Rows and scales of the layers whose loss on held-out text falls."""
         decided: dict[str, dict[str, Any]] = {}
         tensors: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for layer in layers:
             figures = {name.removeprefix("fit."): one for name, one in statistics[layer.path].items()}
             if (tokens := int(figures["tokens"])) < self.options.min_tokens:
@@ -73,20 +68,11 @@ class RouterHealing(Method[RouterHealingOptions]):
                 )
             before, after = figures["losses"].tolist()
             decided[layer.path] = {"loss": before, "healed": after, "scales": None}
-            if before - after > _ROUNDING:
-                decided[layer.path]["scales"] = figures["scales"].tolist()
-                tensors[layer.path] = {name: figures[name] for name in ("rows", "hidden", "logits")}
-        if not tensors:
-            raise OptionError(None, "in no layer does the loss on held-out text fall: leave this pass out")
+            found[layer.path] = figures
+        for path in self.falls(decided, "healed"):
+            decided[path]["scales"] = found[path]["scales"].tolist()
+            tensors[path] = {name: found[path][name] for name in ("rows", "hidden", "logits")}
         return Decision({"layers": decided}, tensors)
-
-    def describe(self, decision: Decision) -> Description:
-        """The losses on held-out text, and the scales where they fell."""
-        layers = decision["layers"]
-        columns = [Column("loss", "held-out loss"), Column("healed"), Column("scales", detail=True)]
-        left = sum(layer["scales"] is None for layer in layers.values())
-        left_alone = f"in {left} of {len(layers)} layers the loss does not fall, and nothing changes"
-        return Description(columns, [left_alone] if left else [])
 
     def edit(self, layer: LayerWeights, decision: Decision) -> None:
         """Add to the router's rows, and fold each expert's scale into its last matrix and what is added to it. Raises
