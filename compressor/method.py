@@ -256,6 +256,12 @@ class Method(ABC, Generic[OptionsT]):
         """Whether weights are fitted to its text: then a text that is measured too is refused."""
         return False
 
+    def plainer(self) -> tuple[Method[OptionsT], str] | None:
+        """(the same without what it adds if a recipe says nothing of it, what that is), which is taken where the model,
+        a later pass or the memory allows no more; None where it adds nothing.
+        """
+        return None
+
     def sources(self) -> Sequence[BaseSource]:
         """Calibration text of the method's own, used instead of the recipe's for this pass; none by default."""
         return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.layer_edits import refuse_constants
-from compressor.errors import PluginError, UnsupportedModelError
+from compressor.errors import CompressorError, PluginError, UnsupportedModelError
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
@@ -235,6 +236,35 @@ def _check_evaluation(loaded: LoadedRecipe, cls: Any, config: Any) -> None:
         raise loaded.error(place, f"{cannot} on {source.title}, as this method has it")
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What is known of a model by class, config and headers."""
+
+    found: Checkpoint | None
+    config: Any
+    cls: Any
+    left_out: LeftOut | None
+    adapters: Sequence[Adapter]
+    live_on: Sequence[str]
+    """The devices that hold the weights already."""
+    structure: Structure
+    rules: Mapping[str, SkipRule]
+    dtype: torch.dtype
+    model: Any
+    """On the meta device."""
+    rehearsal: Rehearsal
+
+    @property
+    def stored(self) -> Checkpoint | None:
+        """The checkpoint whose weights are read, if they are."""
+        return None if self.live_on else self.found
+
+    @property
+    def quantisation(self) -> Mapping[str, Any] | None:
+        """What its weights are quantised by."""
+        return self.stored.quantisation if self.stored else None
+
+
 def _preview(
     loaded: LoadedRecipe,
     found: Checkpoint | None,
@@ -246,52 +276,68 @@ def _preview(
     live_on: Sequence[str],
 ) -> Preview:
     """What follows from class, config and headers; `live_on`: the devices that hold the weights already."""
-    is_live = bool(live_on)
     _check_evaluation(loaded, cls, config)
-    stored = None if is_live else found
-    quantisation = stored.quantisation if stored else None
     with loaded.at("model"):
         structure = structure_of(cls, config, adapters)
         rules = fitting_rules(structure, config)
-    notes = (
-        ([left_out_note(left_out)] if left_out else []) + _skipping_notes(rules) + _constants_notes(structure.layers)
-    )
-    with loaded.at("model"):
-        dtype = _dtype(loaded.recipe.dtype, config, stored)
+        dtype = _dtype(loaded.recipe.dtype, config, None if live_on else found)
     model = _on_meta(cls, config, dtype)
-    rehearsal = rehearse(model, structure)
-    given, is_quantised = with_rules(structure.layers, rules), quantisation is not None
-    layers, changes_values = _check_passes(loaded, given, notes, model, rehearsal, is_quantised=is_quantised)
+    given = (found, config, cls, left_out, adapters, live_on)
+    return _as_can_be(loaded, _Look(*given, structure, rules, dtype, model, rehearse(model, structure)))
+
+
+def _as_can_be(loaded: LoadedRecipe, look: _Look) -> Preview:
+    """What a recipe does, with plainer methods if it is refused with theirs, which is noted then."""
+    try:
+        return _planned(loaded, look)
+    except CompressorError as error:
+        plainer = [(one, one.method.plainer()) for one in loaded.passes]
+        without = {one.method.name: found[1] for one, found in plainer if found}
+        if not without:
+            raise
+        passes = (dataclasses.replace(one, method=found[0]) if found else one for one, found in plainer)
+        preview = _planned(dataclasses.replace(loaded, passes=tuple(passes)), look)
+        preview.plan["notes"] += [f"{name} does without {what}: {error}" for name, what in without.items()]
+        return preview
+
+
+def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
+    """What a recipe does with a model. Raises CompressorError where it cannot."""
+    structure, is_live, is_quantised = look.structure, bool(look.live_on), look.quantisation is not None
+    notes = [left_out_note(look.left_out)] if look.left_out else []
+    notes += _skipping_notes(look.rules) + _constants_notes(structure.layers)
+    layers, changes_values = _check_passes(loaded, look, notes)
     _check_external(loaded, notes)
     _check_random(loaded, structure.layers, layers)
-    plan_json = {"model": loaded.recipe.model, **_about(config, structure, layers, dtype), "notes": notes}
-    with loaded.at("passes"):
-        pairs = zip(structure.layers, layers, strict=True)
-        refuse_constants(model, structure, [old.path for old, new in pairs if new.constants and not old.constants])
-    work = work_of(loaded, model, config, structure.layers, dtype, (*plan_json["bytes"].values(),))
+    about = _about(look.config, structure, layers, look.dtype)
+    plan_json = {"model": loaded.recipe.model, **about, "notes": notes}
+    work = work_of(loaded, look.model, look.config, structure.layers, look.dtype, (*plan_json["bytes"].values(),))
     work = dataclasses.replace(work, changes_values=changes_values)
+    in_memory = f"the checkpoint is quantised ({format_of(look.quantisation)})" if look.quantisation is not None else ""
     problems = {
-        "disk": disk_problem(loaded, structure, work, config, rehearsal.carries, is_live=is_live),
-        "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
+        "disk": disk_problem(loaded, structure, work, look.config, look.rehearsal.carries, is_live=is_live),
+        "memory": (("weights",), in_memory) if in_memory else None,
     }
-    devices = tuple(live_on) or _devices(loaded.recipe)
+    devices = tuple(look.live_on) or _devices(loaded.recipe)
     place = placement(loaded, work, problems, devices, is_live=is_live)
     if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
         with loaded.at("model"):
-            sizes = _stored(stored, structure, layers, left_out, adapters) if stored else None
+            stored = look.stored
+            sizes = _stored(stored, structure, layers, look.left_out, look.adapters) if stored else None
         if sizes is not None:
             work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
             place = placement(loaded, work, problems, devices)
             plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
-        if quantisation is not None:
-            notes.append(_quantised_note(quantisation, dtype, loaded.recipe.model, is_estimate=sizes is None))
-    used, limits = devices[: place.num_gpus], _limits(model)
+        if look.quantisation is not None:
+            notes.append(_quantised_note(look.quantisation, look.dtype, loaded.recipe.model, is_estimate=sizes is None))
+    used, limits = devices[: place.num_gpus], _limits(look.model)
     if loaded.recipe.device == "auto" and not is_live:
         notes.append(auto_note(used, place))
     available = loaded.recipe.memory or available_memory()
     plan_json["needs"] = work.to_json(place, device=used[0], available=available)
-    auto_class = classes.auto_class(cls, config)
-    return Preview(found, structure, auto_class, left_out, plan_json, limits, place, used, work.tokens_at_once)
+    auto_class = classes.auto_class(look.cls, look.config)
+    found = (look.found, structure, auto_class, look.left_out, plan_json, limits)
+    return Preview(*found, place, used, work.tokens_at_once, loaded=loaded)
 
 
 def _about(config: Any, structure: Structure, after: Sequence[MoELayer], dtype: torch.dtype) -> dict[str, Any]:
@@ -338,23 +384,16 @@ def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Seque
         )
 
 
-def _check_passes(
-    loaded: LoadedRecipe,
-    layers: Sequence[MoELayer],
-    notes: list[str],
-    model: Any,
-    rehearsal: Rehearsal,
-    *,
-    is_quantised: bool,
-) -> tuple[Sequence[MoELayer], bool]:
+def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[Sequence[MoELayer], bool]:
     """The layers as they will be after all passes, whose notes are added, and whether numbers change. Raises
     RecipeError at the option that cannot be met by what the passes before it leave.
     """
-    changes_values, turned = False, ""
+    structure, is_quantised = look.structure, look.quantisation is not None
+    layers, changes_values, turned = with_rules(structure.layers, look.rules), False, ""
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         with loaded.at_pass(resolved):
-            _refuse_undecidable(resolved.method, layers, plan, model, rehearsal)
+            _refuse_undecidable(resolved.method, layers, plan, look.model, look.rehearsal)
         if turned and (stored := next((layer.bits for layer in layers if layer.bits), None)):
             raise loaded.error(
                 resolved.path,
@@ -385,6 +424,9 @@ def _check_passes(
     for zeros in dict.fromkeys(layer.zeros for layer in layers if layer.zeros):
         number = sum(layer.zeros == zeros for layer in layers)
         notes.append(f"weights of {counted(number, 'MoE layer')} will have {zeros} zeros, stored as numbers")
+    with loaded.at("passes"):
+        pairs = zip(structure.layers, layers, strict=True)
+        refuse_constants(look.model, structure, [a.path for a, b in pairs if b.constants and not a.constants])
     return layers, changes_values
 
 

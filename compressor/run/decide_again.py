@@ -53,7 +53,7 @@ def decide(
     names = _passes_to_decide_on(passes, about, named, method)
     layers = [MoELayer.described(layer) for layer in about["layers"]]
     try:
-        made.check(layers)
+        made = _fitting(made, layers)
         wanted = made.measuring(layers)
         if wanted is not None and not wanted.candidates:
             raise OptionError(
@@ -75,6 +75,19 @@ def decide(
     if file is not None:
         _write_decision(file, decided, with_page=file != Path(output or ""))
     return decided
+
+
+def _fitting(method: Method[Any], layers: Sequence[MoELayer]) -> Method[Any]:
+    """The method, or its plainer one where these layers allow no more. Raises OptionError where neither can be."""
+    try:
+        method.check(layers)
+    except OptionError:
+        plainer = method.plainer()
+        if plainer is None:
+            raise
+        method = plainer[0]
+        method.check(layers)
+    return method
 
 
 def _write_decision(file: Path, decided: Mapping[str, Any], *, with_page: bool) -> None:

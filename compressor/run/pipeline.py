@@ -115,7 +115,7 @@ def compress(
     if record is not None:
         return CompressionResult(record, job.recipe.output, None, None)
     with job.timed("check"):
-        subject = _subject(job, model, tokenizer, folder)
+        job, subject = _subject(job, model, tokenizer, folder)
     result = _run(job, subject, None) if folder is None else _run_in_folder(job, subject, folder)
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
@@ -407,14 +407,14 @@ def _record_before(job: Job) -> dict[str, Any] | None:
         return None
 
     def fingerprint() -> str:
-        subject = _subject(job, None, None, None)
-        return fingerprint_of(_identity(job, subject, _read_texts(job, subject)))
+        as_can_be, subject = _subject(job, None, None, None)
+        return fingerprint_of(_identity(as_can_be, subject, _read_texts(as_can_be, subject)))
 
     return record_before(job.recipe.output, fingerprint, job.progress)
 
 
-def _subject(job: Job, model: Any, tokenizer: Any, folder: OutputFolder | None) -> Subject:
-    """Everything that can be known, or refused, before weights are read."""
+def _subject(job: Job, model: Any, tokenizer: Any, folder: OutputFolder | None) -> tuple[Job, Subject]:
+    """Everything that can be known, or refused, before weights are read; the job as it can be carried out."""
     live_on = devices_of(model) if model is not None else ()
     preview = check.check(
         job.loaded,
@@ -425,9 +425,11 @@ def _subject(job: Job, model: Any, tokenizer: Any, folder: OutputFolder | None) 
         tokenizer=tokenizer,
         progress=job.progress,
     )
+    assert preview.loaded is not None
+    job = dataclasses.replace(job, loaded=preview.loaded)
     if model is None:
-        return _in_checkpoint(job, preview)
-    return Subject(preview.checkpoint, model, model.config, preview, None, live_on)
+        return job, _in_checkpoint(job, preview)
+    return job, Subject(preview.checkpoint, model, model.config, preview, None, live_on)
 
 
 def _in_checkpoint(job: Job, preview: Preview) -> Subject:

@@ -50,8 +50,10 @@ class ConstantErrors(RankedStatistic):
 
     own_rules: Mapping[str, Rule] = {VALUES: "same", ERRORS: "summed"}
 
-    def __init__(self, layer: MoELayer) -> None:
-        self.layer = layer
+    def __init__(self, layer: MoELayer, *, must: bool = True) -> None:
+        self.layer, self.must = layer, must
+        self._is_known = True
+        """Whether constants can stand for its experts, as far as was seen. Where they `must`, not is an error."""
         self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """Domain → G [E, E], W [E, E], A [E, E, H]; float64."""
         self._squared_output: dict[str, float] = {}
@@ -64,9 +66,12 @@ class ConstantErrors(RankedStatistic):
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
         """Add some tokens. Raises UnsupportedModelError where the block changes what its experts have answered."""
         if tokens.lift is not None or not tokens.at_block:
-            raise UnsupportedModelError(
-                f"{self.layer.path}: its block changes what its experts answer, so constants cannot stand for them."
-            )
+            if self.must:
+                raise UnsupportedModelError(
+                    f"{self.layer.path}: its block changes what its experts answer, so constants cannot stand for them."
+                )
+            self._is_known = False
+            return
         size, (_, num_chosen, hidden) = self.layer.num_experts, chunk.outputs_cMH.shape
         if tokens.domain not in self._sums:
             empty = torch.zeros(size, size, dtype=torch.float64, device=chunk.outputs_cMH.device)
@@ -93,6 +98,7 @@ class ConstantErrors(RankedStatistic):
 
     def again(self) -> bool:
         """No; but by now the constants are those of all processes."""
+        self._is_known = all(self.processes.exchange(self._is_known))
         squared: dict[str, float] = {}
         for of_process in self.processes.exchange(self._squared_output):
             squared = {name: squared.get(name, 0.0) + of_process.get(name, 0.0) for name in {**squared, **of_process}}
@@ -108,8 +114,12 @@ class ConstantErrors(RankedStatistic):
         return False
 
     def tensors(self) -> dict[str, Tensor]:
-        """constants.value [E, H] float32, 0 of an expert that no token chose; constants.error [D, E, E] float64."""
+        """constants.value [E, H] float32, 0 of an expert that no token chose; constants.error [D, E, E] float64. None
+        where the experts cannot answer constants.
+        """
         assert self._values_EH is not None, "`again` has been asked"
+        if not self._is_known:
+            return {}
         errors_DEE = [self._errors(*of_domain).cpu() for of_domain in self._sums.values()]
         empty = torch.zeros(0, self.layer.num_experts, self.layer.num_experts, dtype=torch.float64)
         return {VALUES: self._values_EH, ERRORS: torch.stack(errors_DEE) if errors_DEE else empty}

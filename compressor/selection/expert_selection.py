@@ -93,7 +93,7 @@ class ExpertSelection(Method[OptionsT]):
         if options.top_k is not None:
             notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
         after = [plan.after(planned[plan.path]) for plan in plans]
-        return Plan(after, notes if options.replace == "none" else [*notes, *constants_notes(after, options)])
+        return Plan(after, notes if options.replacement == "none" else [*notes, *constants_notes(after, options)])
 
     # observe, decide, edit
 
@@ -118,7 +118,7 @@ class ExpertSelection(Method[OptionsT]):
     def needs_text(self) -> bool:
         """Not for a criterion that looks at none, unless figures of text are to be gathered besides."""
         criterion, options = self.criteria.get(self.options.criterion or ""), self.options
-        is_measured = options.is_measured or options.chooses or options.replace in ("constants", "measured")
+        is_measured = options.is_measured or options.chooses or options.replacement in ("constants", "measured")
         return criterion is None or criterion.needs_text or bool(options.gather) or is_measured
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
@@ -142,7 +142,7 @@ class ExpertSelection(Method[OptionsT]):
             parts.append(PairLosses(layer))
         for plan in plans:
             if plan.options.with_constants:
-                parts.append(ConstantErrors(layer))
+                parts.append(ConstantErrors(layer, must=self.options.replace is not None))
             if plan.route == "exact":
                 parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
             if plan.route == "greedy":
@@ -170,15 +170,28 @@ class ExpertSelection(Method[OptionsT]):
         """Counts of every layer, where a mean is shared out by them."""
         if not self.options.is_measured and not self._compares:
             return None
-        tokens, _ = measured_amount(self.options, len(layers))
+        tokens, _ = measured_amount(self._kinds[0].options, len(layers))
         return Measuring(tokens, sum(one._num_candidates(layers) for one in self._kinds))
 
     @cached_property
     def _kinds(self) -> Sequence[Self]:
         """The same method for each that may stand in the place of experts that go."""
-        if self.options.replace != "measured":
+        if self.options.replacement != "measured":
             return [self]
         return [type(self)(options, self.criteria) for options in self.options.kinds]
+
+    def _known(self, statistics: Gathered) -> Sequence[Self]:
+        """Those of them that the figures tell of, where it is left to us whether constants are asked for."""
+        from compressor.selection.constants import ERRORS
+
+        lacks = self.options.replace is None and any(ERRORS not in figures for figures in statistics.values())
+        return self._kinds[:1] if lacks else self._kinds
+
+    def plainer(self) -> tuple[Self, str] | None:
+        """Without constants, where nobody asked for them."""
+        if self.options.replace is not None or len(self._kinds) == 1:
+            return None
+        return type(self)(self.options.model_copy(update={"replace": "none"}), self.criteria), "constants"
 
     @property
     def _compares(self) -> bool:
@@ -202,7 +215,7 @@ class ExpertSelection(Method[OptionsT]):
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
         if len(self._kinds) > 1:
-            return [decision for one in self._kinds for decision in one.candidates(layers, layer, statistics)]
+            return [found for one in self._known(statistics) for found in one.candidates(layers, layer, statistics)]
         found: dict[tuple[int, ...], Choice] = {}
         plans = [LayerPlan(layer, way) for way in self._ways(layers)]
         for count in self._measured_counts(layer, len(layers)):
@@ -218,7 +231,7 @@ class ExpertSelection(Method[OptionsT]):
         several kinds the one whose measured counts cost least, else the first.
         """
         if len(self._kinds) > 1:
-            return min([one.decide(layers, statistics) for one in self._kinds], key=_summed_kl)
+            return min(self._decisions(layers, statistics), key=_summed_kl)
         plans = [LayerPlan(layer, self.options) for layer in layers]
         decision, costs = Decision({"layers": {}}), dict[str, float]()
         num_kept = [(plan, plan.counts[0]) for plan in plans if not self.options.budget]
@@ -237,6 +250,18 @@ class ExpertSelection(Method[OptionsT]):
             decision["padded"] = True
         return _replacing(self.options, decision, statistics)
 
+    def _decisions(self, layers: Sequence[MoELayer], statistics: Gathered) -> list[Decision]:
+        """What is decided of each kind; of those that the figures tell of, where it is left to us."""
+        found, refused = list[Decision](), list[OptionError]()
+        for one in self._known(statistics):
+            try:
+                found.append(one.decide(layers, statistics))
+            except OptionError as error:
+                refused.append(error)
+        if refused and (self.options.replace is not None or not found):
+            raise refused[0]
+        return found
+
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
         from compressor.selection.deciding import decided
@@ -247,7 +272,7 @@ class ExpertSelection(Method[OptionsT]):
         """What is asked for, other ways of sharing out and of choosing experts, as far as the figures can tell."""
         if not self._compares:
             return {}
-        by_kind = [one._named(layers, statistics) for one in self._kinds]
+        by_kind = [one._named(layers, statistics) for one in self._known(statistics)]
         by_kind.sort(key=lambda found: _summed_kl(next(iter(found.values()))))
         return {name: decision for found in by_kind for name, decision in found.items()}
 
@@ -381,8 +406,8 @@ def _replacing(options: SelectionOptions, decision: Decision, statistics: Gather
     """The decision with what becomes of experts that go; each layer's constants [E, H] if they answer some."""
     from compressor.selection.constants import values_of
 
-    if options.replace != "none":
-        decision["replace"] = options.replace
+    if options.replacement != "none":
+        decision["replace"] = options.replacement
     if options.with_constants:
         changed = [path for path, one in decision["layers"].items() if one["dropped"]]
         decision.tensors = {path: {_CONSTANTS: values_of(statistics[path])} for path in changed}

@@ -101,7 +101,7 @@ class LayerPlan:
             if why := constants.problem(self.layer, range(num_kept, self.layer.num_experts)):
                 raise self._refused(f"{self.path}: {why}.")
             return self.layer.with_constants(range(num_kept, self.layer.num_experts))
-        if self.options.replace == "never_chosen":
+        if self.options.replacement == "never_chosen":
             fewer_experts(self.layer, num_kept, self.options.count_option)
             return self.layer.with_constants(range(num_kept, self.layer.num_experts))
         return fewer_experts(self.layer, num_kept, self.options.count_option, self.options.top_k)
@@ -179,10 +179,10 @@ class LayerPlan:
     def _check_constants(self) -> None:
         from compressor.model.constants import never_chosen_problem, problem
 
-        if self.options.replace == "none" or self.options.num_kept(self.layer) == self.layer.num_experts:
+        if self.options.replacement == "none" or self.options.num_kept(self.layer) == self.layer.num_experts:
             return
         why = problem(self.layer)
-        if self.options.replace == "never_chosen":
+        if self.options.replacement == "never_chosen":
             why = why or never_chosen_problem(self.layer, [])
         if why:
             raise OptionError("replace", f"{self.path}: {why}.")
@@ -326,7 +326,7 @@ def measured_amount(options: SelectionOptions, num_layers: int) -> tuple[int, in
     """(tokens, counts of a layer) that are measured: of C counts in L layers, C·(L + 1)/2 forwards of these tokens are
     no more than one run over the paper's calibration text, where fewer than 3 counts would not be needed for that.
     """
-    forwards = (num_layers + 1) / 2
+    forwards = (num_layers + 1) / 2 * options.num_kinds
     tokens = options.measured_tokens or max(256, min(_TOKENS, int(_PAPER_TOKENS / 3 / forwards) // 256 * 256))
     return tokens, options.measured_counts or max(3, min(_COUNTS, int(_PAPER_TOKENS / tokens / forwards)))
 
@@ -340,8 +340,8 @@ def measured_ways(
     found = [options]
     if options.budget and options.chooses:
         found += [options.model_copy(update={"criterion": name}) for name in _RIVALS if name in criteria]
-    tokens = measured_amount(options, num_layers)[0]
-    return found[: max(1, int(_PAPER_TOKENS / tokens / (num_layers + 1) * 2) // max(1, num_counts))]
+    tokens, forwards = measured_amount(options, num_layers)[0], (num_layers + 1) / 2 * options.num_kinds
+    return found[: max(1, int(_PAPER_TOKENS / tokens / forwards) // max(1, num_counts))]
 
 
 def sharing_notes(plans: Sequence[LayerPlan], planned: Mapping[str, int], wanted: Measuring | None) -> list[str]:
@@ -374,9 +374,9 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
     there = [layer for layer in layers if layer.constants]
     nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
     number = sum(len(layer.constants) for layer in there)
-    will = "never be chosen" if options.replace == "never_chosen" else "answer constants"
+    will = "never be chosen" if options.replacement == "never_chosen" else "answer constants"
     condition = ""
-    if options.replace == "measured":
+    if options.replacement == "measured":
         condition = ", if the model's answers lose less so than where tokens choose among the others"
     notes = [
         f"{number:,} experts of {len(there)} layers will {will}{condition}; `compressor.load` and vLLM from 0.33 on "
@@ -391,7 +391,7 @@ def rivals(
     options: SelectionOptions, criteria: Mapping[str, Any], domains: Sequence[str], *, several: bool
 ) -> dict[str, dict[str, Any]]:
     """What is asked for, and what it is compared with where KL is to choose: in words → other values of options. Six at
-    most. `several`: whether sets chosen in several ways were measured.
+    most, of all kinds together. `several`: whether sets chosen in several ways were measured.
     """
     shares: list[str | None] = [options.share or "measured"] if options.budget else [None]
     asked = options.criterion or "search"
@@ -405,8 +405,12 @@ def rivals(
     for share, way in product(shares, ways):
         of_share = {"share": share} if share else {}
         found[f"{way}, {share} counts" if share else way] = {**ways[way], **of_share, "choose": "given"}
-    kind = ", constants" if options.with_constants else ""
-    return {f"{name}{kind}": changes for name, changes in list(found.items())[:_MOST_RIVALS]}
+    kind, most = ", constants" if options.with_constants else "", _MOST_RIVALS // options.num_kinds
+    names = list(found)[:most]
+    even = next((name for name, changes in found.items() if changes.get("share") == "even"), None)
+    if even is not None and even not in names:
+        names[-1] = even
+    return {f"{name}{kind}": found[name] for name in names}
 
 
 def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dict[str, int]:

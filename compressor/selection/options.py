@@ -162,12 +162,13 @@ class SelectionOptions(Options):
     measured_tokens: StrictInt | None = Field(
         default=None, ge=256, description="tokens of the calibration text that they are measured on; default 3840"
     )
-    replace: Literal["none", "constants", "never_chosen", "measured"] = Field(
-        default="none",
+    replace: Literal["none", "constants", "never_chosen", "measured"] | None = Field(
+        default=None,
         description="what answers in the place of the experts that go: none (tokens choose among the others), or "
         "constants (the router stays as it is, and such an expert answers its mean), or never_chosen (as none, but the "
         "router keeps its rows, and its bias switches them off: other counts in other layers in a format of vLLM's), "
-        "or measured (none or constants, whichever loses less of the model's answers)",
+        "or measured (none or constants, whichever loses less of the model's answers); default measured for a mean of "
+        "which no more is said, where the model's files and later passes take constants, else none",
     )
     choose: Literal["measured", "given"] | None = Field(
         default=None,
@@ -241,6 +242,7 @@ class SelectionOptions(Options):
         "where more than 60 % of the experts go",
     )
     seed: StrictInt | None = Field(default=None, ge=0, description="for the criterion random; default 0")
+    _num_kinds: int = 1
 
     @model_validator(mode="after")
     def _one_of_keep_and_drop(self) -> SelectionOptions:
@@ -285,6 +287,14 @@ class SelectionOptions(Options):
         return self
 
     @property
+    def replacement(self) -> Literal["none", "constants", "never_chosen", "measured"]:
+        """`replace`, or what is done without it."""
+        if self.replace is not None:
+            return self.replace
+        says_more = self.top_k is not None or self.padded or self.multiple_of or self.ranks or self.starts
+        return "measured" if self._is_left_to_measuring and self.choose != "given" and not says_more else "none"
+
+    @property
     def with_constants(self) -> bool:
         """Whether the experts that go answer constants."""
         return self.replace == "constants"
@@ -292,14 +302,26 @@ class SelectionOptions(Options):
     @property
     def kinds(self) -> Sequence[Self]:
         """The same for each that may stand in the place of experts that go: one, unless that is measured."""
-        kinds = ("none", "constants") if self.replace == "measured" else (self.replace,)
-        return [self.model_copy(update={"replace": kind}) for kind in kinds]
+        kinds = ("none", "constants") if self.replacement == "measured" else (self.replacement,)
+        found = [self.model_copy(update={"replace": kind}) for kind in kinds]
+        for one in found:
+            one._num_kinds = len(kinds)
+        return found
+
+    @property
+    def num_kinds(self) -> int:
+        """How many of them share what measuring may cost."""
+        return self._num_kinds
+
+    @property
+    def _is_left_to_measuring(self) -> bool:
+        """Whether it is a mean of which no more is said."""
+        return self.is_measured and not self.share and self.criterion is None and self.search == "auto"
 
     @property
     def chooses(self) -> bool:
         """Whether several choices are measured and the best is taken."""
-        says_no_more = self.is_measured and not self.share and self.criterion is None and self.search == "auto"
-        return self.choose == "measured" or (self.choose is None and says_no_more)
+        return self.choose == "measured" or (self.choose is None and self._is_left_to_measuring)
 
     @property
     def is_measured(self) -> bool:

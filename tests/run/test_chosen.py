@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model, token_ids, write_checkpoint, write_token_file
+from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, write_token_file
 
 import compressor
 from compressor import RecipeError
@@ -17,7 +17,8 @@ from compressor.observe import forward
 from compressor.observe.divergence import kl_divergences
 from compressor.observe.statistic import Gathered
 from compressor.recipe.schema import load_recipe
-from compressor.selection.layer_plan import measured_ways, rivals
+from compressor.selection.layer_plan import measured_amount, measured_ways, rivals
+from compressor.testing.tiny import tiny_model
 from compressor_expert_pruning import ExpertPruning, ExpertPruningOptions
 from compressor_expert_pruning.criteria import CRITERIA
 
@@ -53,11 +54,46 @@ def test_what_is_compared() -> None:
     for given in ({"keep": 6}, {"keep": {"mean": 6}, "share": "measured"}, {"keep": {"mean": 6}, "choose": "given"}):
         assert len(rivals(options(**given), BY_NAME, ["one", "two"], several=False)) == 1
         assert ExpertPruning(options(**given), BY_NAME).alternatives([], Gathered({})) == {}
-    of_constants = options(keep={"mean": 6}, replace="measured").kinds[1]
-    assert list(rivals(of_constants, BY_NAME, ["one"], several=True))[:2] == [
-        "each layer's best, constants",
-        "search, measured counts, constants",
-    ]
+    for given in ({}, {"replace": "measured"}):  # of two kinds six together
+        both = options(keep={"mean": 6}, **given).kinds
+        assert [name for kind in both for name in rivals(kind, BY_NAME, ["one"], several=True)] == [
+            "each layer's best",
+            "search, measured counts",
+            "search, even counts",
+            "each layer's best, constants",
+            "search, measured counts, constants",
+            "search, even counts, constants",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("given", "replacement"),
+    [
+        ({}, "measured"),
+        ({"choose": "measured", "protect": {"1": [0]}, "blend": "worst"}, "measured"),
+        ({"replace": "none"}, "none"),
+        ({"choose": "given"}, "none"),
+        ({"share": "measured"}, "none"),
+        ({"criterion": "ean"}, "none"),
+        ({"padded": True}, "none"),
+        ({"multiple_of": 2}, "none"),
+        ({"top_k": 1}, "none"),
+        ({"ranks": 4}, "none"),
+        ({"keep": 6}, "none"),
+        ({"keep": 6, "choose": "measured"}, "none"),
+    ],
+)
+def test_constants_are_among_the_choices_of_a_bare_mean(given: dict[str, Any], replacement: str) -> None:
+    assert options(**{"keep": {"mean": 6}, **given}).replacement == replacement
+
+
+@pytest.mark.parametrize(("num_layers", "tokens", "counts"), [(4, 3840, 8), (8, 3840, 7), (32, 2560, 3), (48, 1536, 3)])
+def test_two_kinds_cost_no_more_than_one(num_layers: int, tokens: int, counts: int) -> None:
+    """C counts of each kind in L layers are C·(L + 1) forwards: at most 128 × 2048 tokens."""
+    for kind in options(keep={"fraction": 0.5}).kinds:
+        assert measured_amount(kind, num_layers) == (tokens, counts)
+        ways = measured_ways(kind, BY_NAME, num_layers, counts)
+        assert 2 * len(ways) * counts * (num_layers + 1) / 2 * tokens <= 128 * 2048
 
 
 def test_how_many_ways_are_measured() -> None:
@@ -81,7 +117,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
     return {
         "model": str(model),
         "calibration": {"batch_size": 3, "data": [{"tokens": str(one), "name": one.stem} for one in texts]},
-        "passes": [{"expert_pruning": {"keep": {"mean": 5}}}],
+        "passes": [{"expert_pruning": {"keep": {"mean": 5}, "replace": "none"}}],
     }
 
 
@@ -152,3 +188,72 @@ def test_without_the_model_nothing_is_compared(recipe: dict[str, Any], tmp_path:
         compressor.decide(files, keep={"mean": 5})
     decided = compressor.decide(files[0], keep={"mean": 5})["passes"][0]["decision"]
     assert sum(len(layer["kept"]) for layer in decided["layers"].values()) == 5 * len(decided["layers"])
+
+
+# Constants among the choices, where nobody asked for them ----------------------------------------------------
+
+
+BARE: dict[str, Any] = {"expert_pruning": {"keep": {"mean": 5}, "measured_counts": 2, "measured_tokens": 256}}
+
+
+def test_constants_are_measured_without_being_asked_for(recipe: dict[str, Any], tmp_path: Path) -> None:
+    both = {**recipe, "passes": [BARE]}
+    memory = compressor.compress(both, output=tmp_path / "memory", overrides=["weights=memory"])
+    compressor.compress(both, output=tmp_path / "disk", overrides=["weights=disk"])
+    for file in ("compressor/decision.json", "compressor/decision.safetensors", "model.safetensors"):
+        first, second = (tmp_path / place / file for place in ("memory", "disk"))
+        assert first.exists() == second.exists()
+        assert not first.exists() or first.read_bytes() == second.read_bytes()
+    done = memory.record["passes"][0]
+    assert done["options"]["replace"] is None
+    costs = {name: one["cost"] for name, one in done["decision"]["chosen"]["alternatives"].items()}
+    assert [name.endswith("constants") for name in costs] == [False] * 3 + [True] * 3 or [
+        name.endswith("constants") for name in costs
+    ] == [True] * 3 + [False] * 3
+    name = done["decision"]["chosen"]["name"]
+    assert costs[name] == min(costs.values())
+    assert done["decision"].get("replace", "none") == ("constants" if name.endswith("constants") else "none")
+    figures = tmp_path / "disk" / "compressor" / "statistics.safetensors"
+    kinds = [compressor.decide(figures, keep={"mean": 5}, replace=kind) for kind in ("none", "constants")]
+    least = min((one["passes"][0]["decision"] for one in kinds), key=lambda one: float(one["budget"]["summed_kl"]))
+    assert compressor.decide(figures, keep={"mean": 5})["passes"][0]["decision"] == least
+
+
+@pytest.mark.parametrize(
+    ("name", "behind", "why"),
+    [
+        ("mixtral", [{"output_scale": {}}], "output_scale would edit weights"),
+        ("mixtral", [BARE], "which cannot be"),
+        ("gpt_oss", [], "its files hold all experts in one tensor"),
+    ],
+)
+def test_what_takes_no_constants_gets_none(recipe: dict[str, Any], name: str, behind: list[Any], why: str) -> None:
+    first = {"expert_pruning": {"keep": {"mean": 6}}}
+    plan = compressor.check({**recipe, "model": str(tiny_folder(name)), "passes": [first, *behind]})
+    [note] = [note for note in plan.plan["notes"] if note.startswith("expert_pruning does without constants: ")]
+    assert why in note
+    assert plan.loaded is not None
+    assert [one.method.options.replace for one in plan.loaded.passes if one.spec.method == "expert_pruning"] == [
+        "none" for one in (first, *behind) if "expert_pruning" in one
+    ]
+
+
+def test_what_takes_constants_gets_them(recipe: dict[str, Any]) -> None:
+    plan = compressor.check({**recipe, "passes": [BARE, {"dynamic_skipping": {}}]})
+    assert any("will answer constants, if the model's answers lose less so" in note for note in plan.plan["notes"])
+    assert plan.loaded is not None
+    assert plan.loaded.passes[0].method.options.replace is None
+
+
+def test_where_neither_can_be_it_is_said_without_constants(recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"a mean of 9 is 27 experts in 3 layers, which cannot be"):
+        compressor.check({**recipe, "passes": [{"expert_pruning": {"keep": {"mean": 9}}}]})
+
+
+def test_where_no_constant_can_stand_in_a_block_none_is_measured(recipe: dict[str, Any]) -> None:
+    """A norm stands between the experts and what comes out of the block, which only the run sees."""
+    run = {**recipe, "model": "live", "passes": [BARE]}
+    done = compressor.compress(run, tiny_model("axk1")).record["passes"][0]["decision"]
+    assert list(done["chosen"]["alternatives"]) == [
+        "each layer's best", "search, measured counts", "search, even counts"
+    ]  # fmt: skip

@@ -138,6 +138,10 @@ def test_a_block_that_changes_what_experts_answer_is_refused(random_batch):
     tokens.lift = lambda outputs: 2 * outputs
     with pytest.raises(UnsupportedModelError, match="constants cannot stand for them"):
         figures_of([tokens])
+    statistic = ConstantErrors(tokens.layer, must=False)  # nobody asked for constants: then there are none
+    statistic.update(tokens)
+    assert not statistic.again()
+    assert statistic.tensors() == {}
 
 
 # The choice ------------------------------------------------------------------------------------------------
