@@ -101,11 +101,11 @@ def rows(num_kept: int, num_experts: int) -> Iterator[Row]:
     yield Row("search", "by loss", "re-routed", ({"expert_pruning": mean | {"share": "loss"}},))
     cheaper = {"measured_counts": 3, "measured_tokens": 2048}
     yield Row("search", "measured, 3 on 2,048 tokens", "re-routed", ({"expert_pruning": measured | cheaper},))
-    yield Row("chosen by KL", "measured", "measured", ({"expert_pruning": mean | {"choose": "measured"}},))
-    chosen = {"keep": {"mean": num_kept}, "choose": "measured"}
-    yield Row("chosen by KL", "measured, no least", "re-routed", ({"expert_pruning": chosen},))
-    chosen |= {"replace": "measured"}
-    yield Row("chosen by KL", "measured, no least", "either", ({"expert_pruning": chosen},))
+    chosen = {"choose": "measured", "replace": "none"}
+    yield Row("chosen by KL", "measured", "measured", ({"expert_pruning": mean | chosen},))
+    bare = {"keep": {"mean": num_kept}}
+    yield Row("chosen by KL", "measured, no least", "re-routed", ({"expert_pruning": bare | chosen},))
+    yield Row("the default", "measured, no least", "either", ({"expert_pruning": bare},))
 
 
 def random_row(num_kept: int, draw: int) -> Row:
