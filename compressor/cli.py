@@ -56,6 +56,10 @@ SetOption = Annotated[
 WithoutOption = Annotated[
     list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.")
 ]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="Load this Python file as a plugin too. May be given again.", metavar="FILE.py"),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")]
 ResumeOption = Annotated[
@@ -101,6 +105,7 @@ def run(
     disk: DiskOption = None,
     allow_commands: CommandsOption = False,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     quiet: QuietOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -114,7 +119,7 @@ def run(
 
     set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
     with Processes.joined() as processes, _notes_shown():
-        _loaded(recipe, model, output, set_, without, allow_commands=allow_commands)
+        _loaded(recipe, model, output, set_, without, plugin, allow_commands=allow_commands)
         from compressor.report.terminal import print_summary
         from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
 
@@ -127,6 +132,7 @@ def run(
             resume=resume,
             allow_commands=allow_commands,
             without=without or [],
+            plugin_files=plugin or [],
             progress=Progress.detect(quiet=quiet),
             processes=processes,
         )
@@ -165,6 +171,7 @@ def _loaded(
     output: Path | None,
     set_: list[str],
     without: list[str] | None,
+    plugin: list[Path] | None,
     *,
     allow_commands: bool,
 ) -> tuple[LoadedRecipe, Plugins, Path]:
@@ -172,7 +179,7 @@ def _loaded(
     from compressor.plugins import load_plugins
     from compressor.recipe.schema import load_recipe
 
-    plugins = load_plugins(without or [])
+    plugins = load_plugins(without or [], files=plugin or [])
     given: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria, "allow_commands": allow_commands}
     loaded = load_recipe(recipe, overrides=set_, model=model, output=output, **given)
     if loaded.recipe.output is None:
@@ -194,6 +201,7 @@ def check(
     resume: ResumeOption = False,
     allow_commands: CommandsOption = False,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     quiet: QuietOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -203,7 +211,7 @@ def check(
     """
     _calm()
     set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
-    loaded, plugins, target = _loaded(recipe, model, output, set_, without, allow_commands=allow_commands)
+    loaded, plugins, target = _loaded(recipe, model, output, set_, without, plugin, allow_commands=allow_commands)
     from compressor.checkpoint.output import OutputFolder
     from compressor.machine.progress import Progress
     from compressor.report.terminal import print_plan
@@ -219,6 +227,7 @@ def inspect(
     model: ModelArgument,
     trust_remote_code: TrustOption = False,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Show a model's experts, and what fewer of them would save. Reads no weights."""
@@ -227,7 +236,7 @@ def inspect(
     from compressor.report.terminal import print_inspection
     from compressor.run import check
 
-    adapters = load_plugins(without or []).adapters
+    adapters = load_plugins(without or [], files=plugin or []).adapters
     info = check.inspect(model, trust_remote_code=trust_remote_code, adapters=adapters)
     _show(info, print_inspection, as_json=json_)
 
@@ -236,6 +245,7 @@ def inspect(
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method: show this one only.", show_default=False)] = None,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     json_: JsonOption = False,
 ) -> None:
     """List the installed plugins, their methods, and the options of each."""
@@ -243,7 +253,7 @@ def methods(
     from compressor.plugins import load_plugins
     from compressor.report.terminal import methods_json, print_methods
 
-    plugins = load_plugins(without or []).only(name)
+    plugins = load_plugins(without or [], files=plugin or []).only(name)
     _show(methods_json(plugins) if json_ else plugins, print_methods, as_json=json_)
 
 
@@ -261,6 +271,7 @@ def apply(
         bool, typer.Option("--hard-link", help="Link files of weights that stay as they are, instead of copying them.")
     ] = False,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     quiet: QuietOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -278,6 +289,7 @@ def apply(
         other_model=other_model,
         hard_link=hard_link,
         without=without or [],
+        plugin_files=plugin or [],
         progress=Progress.detect(quiet=quiet),
     )
     _show(result.record, lambda _, console: None, f"Written to {output}.", as_json=json_, quiet=quiet)
@@ -302,6 +314,7 @@ def decide(
         ),
     ] = None,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     json_: JsonOption = False,
@@ -314,7 +327,9 @@ def decide(
 
     overrides = [*(set_ or []), *_settings(keep=keep, criterion=criterion, blend=blend)]
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
-    decided = decide_again.decide(statistics, method, **where, overrides=overrides, without=without or [])
+    decided = decide_again.decide(
+        statistics, method, **where, overrides=overrides, without=without or [], plugin_files=plugin or []
+    )
     then = f"`compressor apply {decision_file(output)} MODEL --output FOLDER` makes the smaller model."
     _show(decided, print_decisions, f"\nWritten to {output}. {then}", as_json=json_, quiet=quiet)
 
@@ -332,6 +347,7 @@ def evaluate(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     quiet: QuietOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -349,6 +365,7 @@ def evaluate(
             against=against,
             overrides=[*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory)],
             without=without or [],
+            plugin_files=plugin or [],
             progress=Progress.detect(quiet=quiet),
             processes=processes,
         )
@@ -368,6 +385,7 @@ def compare(
     page: Annotated[Path | None, typer.Option("--page", help="Write tables and picture to this HTML file.")] = None,
     set_: SetOption = None,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show outputs side by side: bytes, bits a weight, and how far they are from their original."""
@@ -379,7 +397,7 @@ def compare(
 
     progress = Progress.detect(quiet=quiet)
     measured: dict[str, Any] = {"recipe": recipe, "against": against, "overrides": set_ or [], "progress": progress}
-    found = pipeline.compare(folders, **measured, without=without or [])
+    found = pipeline.compare(folders, **measured, without=without or [], plugin_files=plugin or [])
     if page is not None:
         try:
             page.write_text(comparison_page(found), encoding="utf-8")

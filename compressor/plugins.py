@@ -1,21 +1,28 @@
 """Plugins: who offers which compression methods, criteria and adapters.
 
 A plugin is a module with functions marked `@hookimpl` (`compressor.plugin`), announced under the entry-point group
-`compressor` of its distribution. The core knows no plugin by name: its own come through the same door.
+`compressor` of its distribution; or, for a quick try, a file that the user names. The core knows no plugin by name: its
+own come through the same door.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
-from types import FunctionType
+from pathlib import Path
+from types import FunctionType, ModuleType, new_class
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compressor.errors import PluginError, shortened
-from compressor.wording import did_you_mean
+from compressor.wording import did_you_mean, digest
 
 if TYPE_CHECKING:
     from compressor.method import Method
@@ -35,6 +42,8 @@ _NOT_TO_OVERRIDE = {
     "criteria": "the core sets it; a plugin offers its own by the hook `compressor_criteria`",
 }
 """Names that were in the contract's first version, or that instances get from the core → what there is instead."""
+
+_LOG = logging.getLogger("compressor.trace")
 
 HookT = TypeVar("HookT", bound=Callable[[], Sequence[Any]])
 
@@ -93,10 +102,12 @@ class Plugins:
         return versions({plugin.distribution: plugin.version for plugin in self.plugins})
 
 
-def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> Plugins:
-    """Import every installed plugin but those `without`; `found` replaces the entry points, for tests. Raises
-    PluginError, naming plugin and distribution, for what cannot be imported or is invalid, equal names, an unknown
-    `without`.
+def load_plugins(
+    without: Iterable[str] = (), found: Iterable[EntryPoint] | None = None, files: Iterable[str | Path] = ()
+) -> Plugins:
+    """Import every installed plugin but those `without`, and Python `files`, each a plugin of its name; `found`
+    replaces the entry points, for tests. Raises PluginError, naming plugin and where it is from, for what cannot be
+    imported or is invalid, equal names, an unknown `without`.
     """
     installed = _by_name(entry_points(group=GROUP) if found is None else found)
     blocked = set(without)
@@ -104,8 +115,15 @@ def load_plugins(without: Iterable[str] = (), found: Iterable[EntryPoint] | None
     if unknown:
         known = ", ".join(entry.name for entry in installed) or "none"
         raise PluginError(f"--without {min(unknown)}: no such plugin is installed; installed are: {known}.")
-    plugins = tuple(_load(entry) for entry in installed if entry.name not in blocked)
-    return Plugins(plugins, _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
+    plugins = [_load(_of_entry(entry)) for entry in installed if entry.name not in blocked]
+    for source in map(_of_file, files):
+        if source.name in [plugin.name for plugin in plugins]:
+            raise PluginError(
+                f"{source}: there is another plugin called {source.name!r}. Give the file another name, or run with "
+                f"--without {source.name} where the other one is installed."
+            )
+        plugins.append(_load(source))
+    return Plugins(tuple(plugins), _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
 
 
 def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
@@ -128,41 +146,114 @@ def _distribution(entry: EntryPoint) -> tuple[str, str]:
     return metadata["Name"], metadata["Version"]
 
 
-def _load(entry: EntryPoint) -> Plugin:
+@dataclass(frozen=True)
+class _Source:
+    """Where a plugin comes from: what a record calls it and its version, its module, and what helps where it fails."""
+
+    name: str
+    distribution: str
+    version: str
+    place: str
+    module: str
+    load: Callable[[], Any]
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} (from {self.place})"
+
+
+def _of_entry(entry: EntryPoint) -> _Source:
     distribution, version = _distribution(entry)
-    who = f"plugin {entry.name!r} (from {distribution} {version})"
-    answers = _answers(entry, who)
+    remedy = f"Mend or uninstall it, or run with --without {entry.name}."
+    return _Source(entry.name, distribution, version, f"{distribution} {version}", entry.value, entry.load, remedy)
+
+
+def _of_file(file: str | Path) -> _Source:
+    """A file's version is its content's, so that a record tells which it was, and no run goes on with another one."""
+    path = Path(file)
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        raise PluginError(f"--plugin {path}: it cannot be read: {error.strerror}.") from error
+
+    def load() -> ModuleType:
+        module = ModuleType(f"plugin_file_{path.stem}")
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module  # where annotations of its classes are looked up
+        exec(compile(code, path, "exec"), vars(module))
+        return module
+
+    return _Source(path.stem, path.name, digest([code]), str(path), path.name, load, "Mend it, or leave out --plugin.")
+
+
+def _load(source: _Source) -> Plugin:
+    answers = _answers(source)
     for name, answer in answers.items():
         if not isinstance(answer, list | tuple):
             kind = name.removeprefix("compressor_")
-            raise PluginError(f"{who}: {name}() answers {answer!r}, expected a list of {kind}.")
+            raise PluginError(f"{source}: {name}() answers {answer!r}, expected a list of {kind}.")
         for offered in answer:
-            HOOKS[name](offered, who)
-    return Plugin(entry.name, distribution, version, *(tuple(answers.get(name, ())) for name in HOOKS))
+            HOOKS[name](offered, str(source))
+    methods, adapters, criteria = (tuple(answers.get(name, ())) for name in HOOKS)
+    if os.environ.get("COMPRESSOR_TRACE") == "1":
+        methods = tuple(map(_logged_method, methods))
+        criteria = tuple(replace(one, score=_logged(f"{one.name}.score", one.score)) for one in criteria)
+    return Plugin(source.name, source.distribution, source.version, methods, adapters, criteria)
 
 
-def _answers(entry: EntryPoint, who: str) -> dict[str, Any]:
+def _logged(name: str, function: Callable[..., Any], where: Any = None) -> Callable[..., Any]:
+    """The function, each of whose calls is logged with the layer or linear map that it is given (or `where`) and how
+    long it took; so are those of the statistic that it makes.
+    """
+
+    @functools.wraps(function)
+    def call(*given: Any) -> Any:
+        started = time.perf_counter()
+        answer = function(*given)
+        seconds = time.perf_counter() - started
+        layers = [getattr(one, "layer", one) for one in (*given, where)]
+        path = next((f" {layer.path}" for layer in layers if isinstance(getattr(layer, "path", None), str)), "")
+        site = next((f" {one.name}" for one in (*given, where) if hasattr(one, "place")), "")
+        _LOG.warning("%s%s%s: %.1f ms", name, path, site, 1000 * seconds)
+        if name.endswith("statistic") and hasattr(answer, "__dict__"):
+            steps = [step for step in ("update", "add", "again", "tensors") if hasattr(answer, step)]
+            vars(answer).update({step: _logged(f"{name}.{step}", getattr(answer, step), given[-1]) for step in steps})
+        return answer
+
+    return call
+
+
+def _logged_method(method: type[Method[Any]]) -> type[Method[Any]]:
+    from compressor.method import Method
+
+    theirs = {name: one for name, one in vars(Method).items() if isinstance(one, FunctionType) and name[0] != "_"}
+    own = {name: getattr(method, name) for name in theirs if getattr(method, name) is not theirs[name]}
+    logged = {name: _logged(f"{method.name}.{name}", function) for name, function in own.items()}
+    names = {"__module__": method.__module__, "__doc__": method.__doc__, **logged}
+    return new_class(method.__name__, (method,), exec_body=lambda namespace: namespace.update(names))
+
+
+def _answers(source: _Source) -> dict[str, Any]:
     """Hook → what a plugin answers to it."""
     try:
         marked = {
             name: function
-            for name, function in vars(entry.load()).items()
+            for name, function in vars(source.load()).items()
             if isinstance(function, FunctionType) and hasattr(function, "is_compressor_hook")
         }
         for name in marked.keys() - HOOKS:
-            raise PluginError(f"{who}: there is no hook {name!r}{did_you_mean(name, HOOKS)}")
+            raise PluginError(f"{source}: there is no hook {name!r}{did_you_mean(name, HOOKS)}")
         answers = {name: function() for name, function in marked.items()}
     except PluginError:
         raise
-    except Exception as error:  # a plugin may fail in any way; the run stops, naming it
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way; the run stops, naming it
         moved = isinstance(error, ImportError) and error.name == "compressor"
         raise PluginError(
-            f"{who} cannot be loaded: {type(error).__name__}: {error}."
-            f"{' What plugins use is in compressor.plugin.' if moved else ''} Mend or uninstall it, or run with "
-            f"--without {entry.name}."
+            f"{source} cannot be loaded: {type(error).__name__}: {error}."
+            f"{' What plugins use is in compressor.plugin.' if moved else ''} {source.remedy}"
         ) from error
     if not answers:
-        raise PluginError(f"{who}: {entry.value} has no function marked @hookimpl, called {' or '.join(HOOKS)}.")
+        raise PluginError(f"{source}: {source.module} has no function marked @hookimpl, called {' or '.join(HOOKS)}.")
     return answers
 
 
@@ -171,6 +262,7 @@ def _verify_adapter(adapter: Any, who: str) -> None:
 
     if not isinstance(adapter, Adapter) or not isinstance(getattr(adapter, "name", None), str):
         raise PluginError(f"{who}: {adapter!r} is not an instance of compressor.plugin.Adapter with a `name`.")
+    _refuse_other_signatures(type(adapter), who)
 
 
 def _verify_criterion(criterion: Any, who: str) -> None:
@@ -180,6 +272,8 @@ def _verify_criterion(criterion: Any, who: str) -> None:
         raise PluginError(f"{who}: {criterion!r} is not an instance of compressor.plugin.Criterion.")
     if not criterion.name.isidentifier():
         raise PluginError(f"{who}: {criterion.name!r} is no name for a criterion; use letters, digits and _.")
+    if problem := _call_problem(criterion.score, ["figures"]):
+        raise PluginError(f"{who}: the criterion {criterion.name} cannot be asked as score(figures): {problem}.")
     if criterion.statistic is not None and not criterion.needs_text:
         raise PluginError(f"{who}: the criterion {criterion.name} has a statistic, which needs text; set `needs_text`.")
 
@@ -212,6 +306,43 @@ def _verify_method(method: Any, who: str) -> None:
             f"of them out."
         )
     _refuse_other_names(method, who)
+    _refuse_other_signatures(method, who)
+
+
+def _call_problem(function: Any, arguments: Sequence[str]) -> str | None:
+    """Why a function cannot be called with so many arguments, as the core calls it: by position."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _own(kind: type) -> Iterator[tuple[type, str, Any]]:
+    """What a plugin's classes define: class, name and value of everything without a _."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] != "compressor":
+            yield from ((base, name, value) for name, value in vars(base).items() if not name.startswith("_"))
+
+
+def _refuse_other_signatures(kind: type, who: str) -> None:
+    """Raise PluginError where a class overrides a name of the contract by what the core cannot ask as it does."""
+    contract = next(base for base in kind.__mro__ if base.__module__.partition(".")[0] == "compressor")
+    for base, name, own in _own(kind):
+        theirs = inspect.getattr_static(contract, name, None)
+        if isinstance(theirs, property) and isinstance(own, FunctionType):
+            raise PluginError(
+                f"{who}: {base.__name__}.{name} is a function, where the contract has a property: put @property above "
+                f"it, or write `{name} = …`."
+            )
+        if not isinstance(theirs, FunctionType) or isinstance(own, staticmethod | classmethod):
+            continue
+        asked = [*inspect.signature(theirs).parameters]
+        if problem := _call_problem(own, asked):
+            raise PluginError(
+                f"{who}: {base.__name__}.{name} cannot be asked as {name}({', '.join(asked[1:])}), which the contract "
+                f"has: {problem}."
+            )
 
 
 def _refuse_other_names(method: type[Method[Any]], who: str) -> None:
@@ -220,19 +351,16 @@ def _refuse_other_names(method: type[Method[Any]], who: str) -> None:
     """
     ours = [base for base in method.__mro__ if base.__module__.partition(".")[0] == "compressor"]
     contract = {name for base in ours for name in (*vars(base), *inspect.get_annotations(base))} - {*_NOT_TO_OVERRIDE}
-    for base in method.__mro__:
-        if base in ours:
+    for base, name, _ in _own(method):
+        if name in contract:
             continue
-        for name in (name for name in vars(base) if not name.startswith("_") and name not in contract):
-            if name in _NOT_TO_OVERRIDE:
-                raise PluginError(
-                    f"{who}: {base.__name__}.{name} is not for a method to define: {_NOT_TO_OVERRIDE[name]}."
-                )
-            if alike := difflib.get_close_matches(name, contract, n=1, cutoff=_ALIKE):
-                raise PluginError(
-                    f"{who}: {base.__name__}.{name} overrides nothing; did you mean {alike[0]!r}? A name of the "
-                    f"method's own that is so like one of the contract's should begin with _."
-                )
+        if name in _NOT_TO_OVERRIDE:
+            raise PluginError(f"{who}: {base.__name__}.{name} is not for a method to define: {_NOT_TO_OVERRIDE[name]}.")
+        if alike := difflib.get_close_matches(name, contract, n=1, cutoff=_ALIKE):
+            raise PluginError(
+                f"{who}: {base.__name__}.{name} overrides nothing; did you mean {alike[0]!r}? A name of the "
+                f"method's own that is so like one of the contract's should begin with _."
+            )
 
 
 HOOKS: Mapping[str, Callable[[Any, str], None]] = {
@@ -252,7 +380,7 @@ def _by_unique_name(plugins: Iterable[Plugin], kind: Literal["method", "criterio
             if one.name in found:
                 raise PluginError(
                     f"two plugins offer a {kind} called {one.name!r}: {owners[one.name]} and {plugin.name}. "
-                    f"Run with --without one of them."
+                    f"Run with --without one of them, or rename it in a file of yours."
                 )
             found[one.name] = one
             owners[one.name] = plugin.name

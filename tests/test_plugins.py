@@ -171,7 +171,8 @@ def test_equal_method_names(install: Install) -> None:
     with pytest.raises(PluginError) as error:
         load_plugins(found=found)
     assert str(error.value) == (
-        "two plugins offer a method called 'keep_first': one and two. Run with --without one of them."
+        "two plugins offer a method called 'keep_first': one and two. Run with --without one of them, or rename it in "
+        "a file of yours."
     )
     assert list(load_plugins(["two"], found).methods) == ["keep_first"]
 
@@ -308,6 +309,69 @@ def test_a_slip_in_a_base_class_is_found_and_names_of_its_own_are_not_refused(in
 
 def test_the_same_plugin_whole_is_taken(install: Install) -> None:
     assert list(load_plugins(found=install({"half": offer("[Half]", WHOLE)})).methods) == ["half"]
+
+
+# --- overrides that cannot be asked
+
+ADAPTER = """
+from compressor.plugin import Adapter, Criterion, hookimpl
+class Mine(Adapter):
+    name = "mine"
+    def explains(self, config): return False
+    def structure(self, {}): ...
+@hookimpl
+def compressor_adapters(): return [Mine()]
+@hookimpl
+def compressor_criteria(): return [Criterion("mine", lambda {}: figures, "this test")]
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            offer("[Half]", WHOLE.replace("edit(self, moe, decision)", "edit(self, moe)")),
+            "Half.edit cannot be asked as edit(layer, decision), which the contract has: too many positional arguments",
+        ),
+        (
+            offer("[Half]", WHOLE.replace("decide(self, layers,", "decide(self, layers, more,")),
+            "Half.decide cannot be asked as decide(layers, statistics), which the contract has: missing a required "
+            "argument: 'statistics'.",
+        ),
+        (
+            offer("[Half]", WHOLE + "    def preview(self, moe, decision, *, exact): ...\n"),
+            "Half.preview cannot be asked as preview(moe, decision), which the contract has: missing a required",
+        ),
+        (
+            offer("[Half]", WHOLE + "    def needs_text(self): return False\n"),
+            "Half.needs_text is a function, where the contract has a property: put @property above it, or write "
+            "`needs_text = …`.",
+        ),
+        (offer("[Half]", WHOLE + "    describe = 3\n"), "Half.describe cannot be asked as describe(decision), which "),
+        (
+            ADAPTER.format("factory", "figures"),
+            "Mine.structure cannot be asked as structure(factory, config), which the contract has: too many",
+        ),
+        (
+            ADAPTER.format("factory, config", "figures, options"),
+            "the criterion mine cannot be asked as score(figures): missing a required argument: 'options'.",
+        ),
+    ],
+)
+def test_overrides_that_cannot_be_asked(source: str, says: str, install: Install) -> None:
+    with pytest.raises(PluginError) as error:
+        load_plugins(found=install({"slip": source}))
+    assert str(error.value).startswith(f"plugin 'slip' (from slip 1.2): {says}")
+
+
+def test_overrides_that_can(install: Install) -> None:
+    """Other names, more that is optional, static and class methods, `*args`."""
+    body = (
+        WHOLE.replace("edit(self, moe, decision)", "edit(self, *given)")
+        + "    def describe(self, it, more=None): ...\n    @staticmethod\n    def cost(kl): ...\n"
+        + "    @classmethod\n    def config_changes(cls, decision): ...\n    needs_text = False\n"
+    )
+    assert list(load_plugins(found=install({"half": offer("[Half]", body)})).methods) == ["half"]
 
 
 # --- a third party's plugin

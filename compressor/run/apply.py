@@ -58,6 +58,7 @@ def apply(
     other_model: bool = False,
     hard_link: bool = False,
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Apply a decision made before, a decision.json, a record.json or what `decide` returns, to the original model.
@@ -70,7 +71,7 @@ def apply(
     A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
     meant: a fine-tuned version, say.
     """
-    progress, plugins, output = progress or Progress(), load_plugins(without), Path(output)
+    progress, plugins, output = progress or Progress(), load_plugins(without, files=plugin_files), Path(output)
     decided = _Decided.read(decision, plugins.methods)
     methods = [decided.method_of(done) for done in decided.passes]
     refuse_output_over_input(output, model)

@@ -26,6 +26,7 @@ def decide(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Decide again from figures gathered before: another count, criterion or blend, without the model.
@@ -43,7 +44,7 @@ def decide(
     if file is not None and os.path.exists(file) and not overwrite:
         raise RecipeError(f"{file} exists. Choose another output, or say --overwrite.")
     files = [Path(statistics)] if isinstance(statistics, str | Path) else [Path(file) for file in statistics]
-    plugins = load_plugins(without)
+    plugins = load_plugins(without, files=plugin_files)
     named = ", ".join(map(str, files))
     if method not in plugins.methods:
         raise RecipeError(f"there is no method {method!r}; known are {', '.join(sorted(plugins.methods))}.")

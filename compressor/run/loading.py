@@ -38,13 +38,14 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer or None) from a folder that `compress` has written: as `from_pretrained`, with missing or
     unexpected tensors refused and experts skipped as its config says; `auto` is spread over all GPUs.
     """
     found = find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     verify_files(found.folder)
-    adapters = load_plugins(without).adapters
+    adapters = load_plugins(without, files=plugin_files).adapters
     place = _place_of(found, gpus() or ("cpu",), adapters) if device == "auto" else device
     model = load_model(found, dtype=dtype, device=place, adapters=adapters)
     return model, load_tokenizer(found)

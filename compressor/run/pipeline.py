@@ -81,6 +81,7 @@ def compress(
     resume: bool = False,
     allow_commands: bool = False,
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> CompressionResult:
@@ -92,7 +93,8 @@ def compress(
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
     interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
-    the beginning. A recipe's passes run programs only with `allow_commands`.
+    the beginning. A recipe's passes run programs only with `allow_commands`. Plugins are those installed, but
+    those `without`, and `plugin_files`: Python files, each a plugin of its name.
 
     Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
     first one writes and speaks, and all return when the output is there.
@@ -100,7 +102,7 @@ def compress(
     Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
     output's name then. What was observed until then is kept in a hidden folder beside it.
     """
-    plugins = load_plugins(without)
+    plugins = load_plugins(without, files=plugin_files)
     how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
     loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
     job = Job.of(loaded, plugins, progress, processes)
@@ -128,6 +130,7 @@ def evaluate(
     against: str | None = None,
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def evaluate(
     another model, which is measured first and let go of, with `before` and what a run's evaluation says of both.
     Raises EvaluationError where that has another tokenizer or vocabulary.
     """
-    plugins, found = load_plugins(without), []
+    plugins, found = load_plugins(without, files=plugin_files), []
     for reference in (model_reference, *filter(None, [against])):
         of_plugins: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
         loaded = load_recipe(recipe, overrides=overrides, model=reference, **of_plugins, allow_commands=True)
@@ -170,6 +173,7 @@ def compare(
     against: str | None = None,
     overrides: Sequence[str] = (),
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Outputs side by side, by their records, as JSON: `original`, `text`, and `outputs` in the order given, each with
@@ -180,11 +184,13 @@ def compare(
     other text or of another original. Without, CheckpointError and EvaluationError name these.
     """
     if recipe is None or against is None:
-        if recipe is not against or overrides or [*without]:
+        if recipe is not against or any((overrides, [*without], [*plugin_files])):
             raise RecipeError("what is measured, the `recipe`, and its original, `against`, go together; give both.")
         return side_by_side(folders)
-    how: dict[str, Any] = {"overrides": overrides, "without": without, "progress": progress}
-    return side_by_side(folders, against, lambda folder: evaluate(recipe, folder, against=against, **how))
+    how: dict[str, Any] = {"overrides": overrides, "without": without, "plugin_files": plugin_files}
+    return side_by_side(
+        folders, against, lambda folder: evaluate(recipe, folder, against=against, progress=progress, **how)
+    )
 
 
 def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:

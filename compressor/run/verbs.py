@@ -26,13 +26,14 @@ def check(
     overwrite: bool = False,
     allow_commands: bool = False,
     without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do, and what it needs: `.plan` as JSON, its layers and notes.
 
     Raises CompressorError, one of its kinds, where it could not work.
     """
-    plugins = load_plugins(without)
+    plugins = load_plugins(without, files=plugin_files)
     how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
     loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
     target = loaded.recipe.output
@@ -47,10 +48,15 @@ def check(
     )
 
 
-def inspect(model_reference: str, *, trust_remote_code: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
+def inspect(
+    model_reference: str,
+    *,
+    trust_remote_code: bool = False,
+    without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
+) -> dict[str, Any]:
     """A model's MoE layers, sizes and notes, as JSON, from its config alone. Raises UnsupportedModelError where its
     structure is not understood.
     """
-    return checking.inspect(
-        model_reference, trust_remote_code=trust_remote_code, adapters=load_plugins(without).adapters
-    )
+    adapters = load_plugins(without, files=plugin_files).adapters
+    return checking.inspect(model_reference, trust_remote_code=trust_remote_code, adapters=adapters)

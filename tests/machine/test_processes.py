@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from in_threads import Threads, together
+from test_plugin_files import HALVE
 from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, write_token_file
 
 from compressor import MoEModel, PluginError, ProcessError, Processes, RecipeError, compress
@@ -627,6 +628,25 @@ def test_what_breaks_one_process_ends_all(
     assert ended.err.count(says) == 1 or not says
     assert "Written to" not in ended.out
     assert_nothing_left(recipe.parent)
+
+
+@pytest.mark.nightly
+def test_a_plugins_file_in_two_processes(text: Path, tmp_path: Path, forked: Callable[..., Ended]) -> None:
+    """Both read it; and a run that was killed while it decided goes on with the same file only."""
+    recipe, halve = write_recipe(text, tmp_path / "r.yaml", "mixtral", "halve: {}"), tmp_path / "halve.py"
+    kill = "        import os\n        os.kill(os.getpid(), 9)\n"
+    halve.write_text(HALVE.replace("        found = {}\n", "        found = {}\n" + kill))
+    words = ("run", recipe, "--plugin", halve, "--output", tmp_path / "out")
+    assert -signal.SIGKILL in forked(*words).statuses
+    halve.write_text(HALVE)
+    ended = forked(*words, "--resume")
+    assert ended.statuses[0] == 2
+    assert ended.err.count("versions.halve.py was 'sha256:") == 1
+    ended = forked(*words, "--overwrite")
+    assert ended.statuses == [0, 0], ended.err
+    compress(recipe, output=tmp_path / "one", plugin_files=[halve])
+    decisions = [json.loads((tmp_path / one / "compressor" / "decision.json").read_text()) for one in ("out", "one")]
+    assert_near(*decisions)
 
 
 @pytest.mark.slow
