@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, DiskError, ProcessError
+from compressor.errors import CompressorError, DiskError, PluginError, ProcessError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -404,6 +404,33 @@ def compare(
         except OSError as error:
             raise DiskError(f"{page}: it cannot be written there: {error.strerror}.") from error
     _show(found, print_comparison, as_json=json_, quiet=quiet)
+
+
+plugin_app = typer.Typer(help="Write a plugin of your own.", no_args_is_help=True)
+app.add_typer(plugin_app, name="plugin")
+
+
+@plugin_app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Its name in recipes, such as rare_zeros.", show_default=False)],
+    method: Annotated[bool, typer.Option("--method", help="A method that changes weights.")] = False,
+    criterion: Annotated[bool, typer.Option("--criterion", help="A criterion that scores experts.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="An adapter that explains an architecture.")] = False,
+    folder: Annotated[Path | None, typer.Option("--folder", help="The project's folder; default NAME.")] = None,
+    without: WithoutOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a small project that is a plugin, and works: code, recipe, tests, README, CI."""
+    from compressor.plugin_kit.new import new_project
+    from compressor.plugins import load_plugins
+
+    kinds = [kind for kind, asked in (("method", method), ("criterion", criterion), ("adapter", adapter)) if asked]
+    if len(kinds) != 1:
+        raise PluginError("say what it shall be, and only one: --method, --criterion or --adapter.")
+    place = folder or Path(name)
+    files = new_project(name, kinds[0], place, load_plugins(without or []))  # type: ignore[arg-type]
+    then = f"\nThen: cd {place}; compressor run recipe.yaml --plugin {name}.py. Its README tells the rest."
+    _show(files, lambda found, console: print(*found, sep="\n"), then, quiet=quiet)
 
 
 def _calm() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from tiny_models import tiny_folder
 
 import compressor
 from compressor.errors import PluginError
+from compressor.plugin import InputStatistic
 from compressor.plugins import load_plugins
 
 Cli = Callable[..., Any]
@@ -407,28 +407,6 @@ def test_recipe_with_a_third_partys_method(tmp_path: Path) -> None:
     assert [layer.num_experts for layer in compressor.MoEModel(compressor.load(tmp_path / "out")[0]).layers] == [4] * 3
 
 
-def test_the_tutorials_plugin_works(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
-    """The code in docs/plugins.md, as it stands there, installed as a distribution and run by its recipe."""
-    tutorial = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
-    [source] = re.findall(r"```python\n(# my_least_used.py\n.*?)```", tutorial, re.DOTALL)
-    [passes] = re.findall(r"```yaml\n(passes:\n.*?)```", tutorial, re.DOTALL)
-    write_distribution(tmp_path, "my-least-used", {"least-used": ""}, source)
-    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(32))}))
-    recipe = {
-        "model": str(tiny_folder("mixtral")),
-        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
-        "output": str(tmp_path / "out"),
-        **yaml.safe_load(passes),
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    install_from(tmp_path)
-    answer = cli("run", "--quiet", tmp_path / "recipe.yaml")
-    assert (answer.status, answer.err) == (0, "")
-    record = json.loads((tmp_path / "out" / "compressor" / "record.json").read_text())
-    assert record["passes"][0]["method"] == "least_used"
-    assert all(len(layer["kept"]) == 6 for layer in record["passes"][0]["decision"]["layers"].values())
-
-
 CHANGES = """    def config_changes(self, decision):
         return {changes}
 
@@ -501,32 +479,15 @@ def page_source(name: str) -> str:
     return str(source)
 
 
-def test_the_tutorials_method_that_changes_weights(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:
-    """As docs/plugins.md has it, by its recipe: in memory, from disk and applied alike; half of each output is zero."""
+def test_the_pages_statistic_of_inputs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
-    [passes] = re.findall(r"```yaml\n# my_zeros.yaml\n(.*?)```", page, re.DOTALL)
-    write_distribution(tmp_path, "my-zeros", {"zeros": ""}, page_source("my_zeros.py"))
-    install_from(tmp_path)
-    (tmp_path / "ids.jsonl").write_text(
-        "".join(json.dumps({"input_ids": list(range(i, i + 32))}) + "\n" for i in range(30))
-    )
-    recipe = {
-        "model": str(tiny_folder("mixtral")),
-        "calibration": {"data": [{"tokens": str(tmp_path / "ids.jsonl")}]},
-        **yaml.safe_load(passes),
-    }
-    for weights in ("memory", "disk"):
-        path = tmp_path / f"{weights}.yaml"
-        path.write_text(yaml.safe_dump({**recipe, "weights": weights, "output": str(tmp_path / weights)}))
-        answer = cli("run", "--quiet", path)
-        assert (answer.status, answer.err) == (0, "")
-    decision = tmp_path / "disk" / "compressor" / "decision.json"
-    compressor.apply(decision, str(tiny_folder("mixtral")), tmp_path / "apply")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "disk", "apply")]
-    assert files[0] == files[1] == files[2]
-    for name, tensor in load_file(tmp_path / "disk" / "model.safetensors").items():
-        if "experts." in name:
-            assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all(), name
+    [source] = re.findall(r"```python\n(class Squares\(InputStatistic\):.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "InputStatistic": InputStatistic}
+    exec(source, names)
+    squares = names["Squares"](2)
+    squares.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), 1)
+    squares.update(torch.tensor([[2.0, 1.0]]), 1)
+    assert squares.tensors()["squares"].tolist() == [[0, 0], [14, 5]]
 
 
 def test_a_criterion_with_a_statistic_of_its_own(tmp_path: Path, cli: Cli, install_from: InstallFrom) -> None:

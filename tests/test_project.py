@@ -32,8 +32,9 @@ PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "__ini
 ORDER = (
     "__main__",
     "cli",
-    "run",
+    "plugin_kit",
     "testing",
+    "run",
     "plugin",
     "plugins",
     "recipe",

@@ -32,6 +32,7 @@ from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.errors import CompressorError, UnsupportedModelError, VerificationError
+from compressor.model.adapter import Adapter, structure_of
 from compressor.model.expert_products import own_tensors
 from compressor.model.masking import dropped_experts
 from compressor.model.modules import named_tensors
@@ -97,14 +98,15 @@ def check_model(
     load: Callable[[Path], Any] | None = None,
     statistics: bool = True,
     trust_remote_code: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> Report:
     """Run all checks on a copy of a live model. `inputs` are arguments of its forward, at least two sequences; `load`
     reads a folder as a user without this library would (`from_pretrained`). `trust_remote_code` lets its code run
-    again. Raises UnsupportedModelError without a structure; all else ends up in the report.
+    again; `adapters` may explain it. Raises UnsupportedModelError without a structure; all else ends up in the report.
     """
     if load is None:
         load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
-    subject = _Subject(model, inputs, load, trust_remote_code)
+    subject = _Subject(model, inputs, load, trust_remote_code, adapters)
     report = Report(type(model).__name__)
     checks: list[tuple[str, Callable[[_Subject], Iterator[Check]]]] = [
         ("keep all", _keep_all),
@@ -133,9 +135,10 @@ class _Subject:
     inputs: Mapping[str, Tensor]
     load: Callable[[Path], Any]
     trust_remote_code: bool
+    adapters: Sequence[Adapter]
 
     def __post_init__(self) -> None:
-        self.moe = MoEModel(copy.deepcopy(self.model).eval())
+        self.moe = self.copy()
         self.untouched = answers(self.moe.model, self.inputs)
 
     def module(self, path: str) -> nn.Module:
@@ -152,8 +155,11 @@ class _Subject:
         ids = self.inputs["input_ids"]
         return RealTokens(torch.ones(ids.numel(), dtype=torch.bool, device=ids.device))
 
+    def explained(self, model: Any) -> MoEModel:
+        return MoEModel(model, structure_of(type(model), model.config, self.adapters))
+
     def copy(self) -> MoEModel:
-        return MoEModel(copy.deepcopy(self.model).eval())
+        return self.explained(copy.deepcopy(self.model).eval())
 
     def masked(self, kept: Kept, *, top_k: int | None = None) -> Tensor:
         """What the model answers where only these experts can be chosen."""
@@ -167,9 +173,8 @@ class _Subject:
         return moe, answers(moe.model, self.inputs)
 
     def load_with_compressor(self, folder: Path) -> Any:
-        return load_model(
-            Checkpoint(str(folder), folder, self.trust_remote_code), dtype=str(self.dtype).removeprefix("torch.")
-        )
+        dtype, found = str(self.dtype).removeprefix("torch."), Checkpoint(str(folder), folder, self.trust_remote_code)
+        return load_model(found, dtype=dtype, adapters=self.adapters)
 
     def saved(self, name: str, moe: MoEModel, folder: Path, load: Callable[[Path], Any]) -> Iterator[Check]:
         save(moe, folder)
@@ -243,7 +248,7 @@ def _uneven(subject: _Subject) -> Iterator[Check]:
     yield _close("uneven", found, masked)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         yield from subject.saved("uneven saved", moe, Path(first), subject.load_with_compressor)
-        again = MoEModel(subject.load_with_compressor(Path(first)))
+        again = subject.explained(subject.load_with_compressor(Path(first)))
         yield from subject.saved("uneven saved twice", again, Path(second), subject.load_with_compressor)
         try:
             subject.load(Path(first))
@@ -268,15 +273,15 @@ def _on_disk(subject: _Subject) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as name:
         source = Checkpoint(subject.model.config.model_type, Path(name) / "source", subject.trust_remote_code)
         subject.model.save_pretrained(source.folder)
-        loaded = load_model(source)
+        loaded = load_model(source, adapters=subject.adapters)
         yield _layer_by_layer(subject, source, loaded)
-        before = meta_model(source)
+        before = meta_model(source, subject.adapters)
         for suffix, kept in wanted.items():
             if kept is None:
                 yield Check(f"edited on disk{suffix}", None, "no such numbers of experts are possible")
                 continue
             live, edited = Path(name) / f"live{suffix}", Path(name) / f"edited{suffix}"
-            moe, after = MoEModel(copy.deepcopy(loaded)), copy.deepcopy(before)
+            moe, after = subject.explained(copy.deepcopy(loaded)), copy.deepcopy(before)
             moe.keep(kept)
             after.keep(kept)
             try:
@@ -295,7 +300,7 @@ def _on_disk(subject: _Subject) -> Iterator[Check]:
 
 
 def _layer_by_layer(subject: _Subject, source: Checkpoint, loaded: Any) -> Check:
-    weights = StreamedWeights(load_model(source, device="meta"), source)
+    weights = StreamedWeights(load_model(source, device="meta", adapters=subject.adapters), source)
     outside = [
         layer.path
         for layer in subject.moe.layers

@@ -1,0 +1,1 @@
+"""`compressor plugin new`: a small project that is a plugin."""
