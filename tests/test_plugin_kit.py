@@ -1,4 +1,4 @@
-"""`compressor plugin new`: the project works, docs/plugins.md builds the same one, and what is refused."""
+"""`compressor plugin new`: the project works, docs/plugins.md builds the same one, what is refused; contract.md."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from contract_reference import BESIDE, COMMAND, GROUPS, contract, names_and_signatures
 from test_plugins import Cli, InstallFrom, write_distribution
 
+import compressor.plugin
 from compressor.plugin_kit.new import Kind, new_project, rendered
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
@@ -137,6 +139,15 @@ def test_the_tutorial_builds_the_same_project() -> None:
                 [line.strip() for line in text.split("\n") if line] for text in ("".join(blocks), files[path])
             )
             assert told == written, path
+
+
+def test_the_reference_of_the_contract() -> None:
+    """Whose names and signatures are those of the classes; of the sentences only that there are some."""
+    page, made = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8"), contract()
+    assert names_and_signatures(page) == names_and_signatures(made), COMMAND
+    assert sorted(" ".join(GROUPS.values()).split()) == sorted([*compressor.plugin.__all__, *BESIDE])
+    assert len(names_and_signatures(page)) > 300
+    assert "* `edit(layer: LayerWeights, decision: Decision) -> None`: Apply the decision to one layer" in page
 
 
 @pytest.mark.nightly
