@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from compressor._version import __version__
 from compressor.errors import CompressorError, DiskError, PluginError, ProcessError
@@ -32,16 +33,53 @@ _LONGEST_SAYING = 30.0
 _READER_GONE = 141
 """The status of a command that SIGPIPE has ended."""
 
+
+class _Commands(TyperGroup):
+    """Commands whose help says of a value what it is, not its type, and nothing where there is none to give."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _in_plain_words(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found: Any = super().get_command(ctx, cmd_name)
+        if found is not None:
+            _in_plain_words([*found.params, found.get_help_option(ctx)])
+        return found
+
+
+def _in_plain_words(parameters: list[Any]) -> list[Any]:
+    for one in parameters:
+        if one.param_type_name == "argument":
+            one.display_type_rich = lambda ctx: None
+        if one.metavar is None:
+            one.metavar = "" if getattr(one, "is_flag", False) else one.name.upper()
+    return parameters
+
+
 app = typer.Typer(
     name="compressor",
+    cls=_Commands,
     help="Make Mixture-of-Experts language models smaller, and measure what it costs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+
+def _names_of_recipes(incomplete: str) -> list[str]:
+    from compressor.recipe.shipped import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        help="The recipe: a YAML file, or the name of one of ours (`compressor recipes`).",
+        show_default=False,
+        autocompletion=_names_of_recipes,
+    ),
+]
 ModelArgument = Annotated[str, typer.Argument(help="A hub id, a local folder, or demo.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Take this model instead of the recipe's.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Write here instead of the recipe's output.")]
@@ -54,7 +92,7 @@ SetOption = Annotated[
     ),
 ]
 WithoutOption = Annotated[
-    list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.")
+    list[str] | None, typer.Option("--without", help="Do not load this plugin. May be given again.", metavar="PLUGIN")
 ]
 PluginOption = Annotated[
     list[Path] | None,
@@ -68,11 +106,19 @@ ResumeOption = Annotated[
 ]
 WeightsOption = Annotated[
     str | None,
-    typer.Option("--weights", help="memory: all at once; disk: one decoder layer at a time; auto: as they fit."),
+    typer.Option(
+        "--weights", help="memory: all at once; disk: one decoder layer at a time; auto: as they fit.", metavar="WHERE"
+    ),
 ]
-MemoryOption = Annotated[str | None, typer.Option("--memory", help="Memory that the run may use, such as 16GB.")]
-DeviceMemoryOption = Annotated[str | None, typer.Option("--device-memory", help="The same on the accelerator.")]
-DiskOption = Annotated[str | None, typer.Option("--disk", help="Disk that the run may use, its output included.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Memory that the run may use, such as 16GB.", metavar="SIZE")
+]
+DeviceMemoryOption = Annotated[
+    str | None, typer.Option("--device-memory", help="The same on the accelerator.", metavar="SIZE")
+]
+DiskOption = Annotated[
+    str | None, typer.Option("--disk", help="Disk that the run may use, its output included.", metavar="SIZE")
+]
 CommandsOption = Annotated[
     bool, typer.Option("--allow-commands", help="Run the programs that the recipe's passes name.")
 ]
@@ -255,6 +301,25 @@ def methods(
 
     plugins = load_plugins(without or [], files=plugin or []).only(name)
     _show(methods_json(plugins) if json_ else plugins, print_methods, as_json=json_)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe: print it, as a file to begin with.", show_default=False, autocompletion=_names_of_recipes
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """List the recipes that come with this; or print one: `compressor recipes quickstart > recipe.yaml`."""
+    from compressor.recipe.shipped import described
+    from compressor.report.terminal import print_recipes
+
+    found = described(name)
+    then = "`compressor run NAME` runs one, `compressor recipes NAME` prints it." if name is None else None
+    _show(found, print_recipes if name is None else lambda one, _: print(one[0]["text"], end=""), then, as_json=json_)
 
 
 @app.command()

@@ -348,9 +348,9 @@ def test_commands_are_documented(name: str) -> None:
         assert parameter.help, f"{name}: {parameter.name}"
 
 
-def test_the_readme_names_every_command() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in COMMANDS if f"compressor {name}" not in readme] == []
+def test_the_documents_name_every_command() -> None:
+    written = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"| `compressor {name}" not in written] == []
 
 
 # --- what the wheel holds
@@ -375,6 +375,7 @@ def test_wheel_holds_the_code_and_nothing_else(wheel: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    expected |= {f"compressor/recipes/{path.name}" for path in (ROOT / "recipes").glob("*")}
     assert {name for name in names if not name.startswith(information)} == expected
     assert "compressor/py.typed" in names
     assert {f"compressor/data/demo/model/{name}" for name in MODEL_FILES} <= names

@@ -38,6 +38,7 @@ from compressor.errors import CalibrationError, CompressorError, RecipeError, sh
 from compressor.method import OptionError
 from compressor.recipe.document import TOO_LARGE, Document, KeyPath, MistakeError, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
+from compressor.recipe.shipped import find_recipe
 from compressor.wording import did_you_mean, digest
 
 if TYPE_CHECKING:
@@ -352,15 +353,15 @@ def load_recipe(
     criteria: Mapping[str, Any] | None = None,
     allow_commands: bool = False,
 ) -> LoadedRecipe:
-    """Read and check a recipe: a YAML file's path, a mapping with the same keys, or a Recipe. `overrides`
-    (`passes.0.expert_pruning.keep=4`) are applied in order; `model` and `output` replace the recipe's, `live` names a
-    model at hand where it has none. With `methods` (by name, and `criteria`) the passes are checked as well, and those
-    that run programs refused unless `allow_commands`. Raises one RecipeError that lists every mistake, in the order of
-    the file.
+    """Read and check a recipe: the path of a YAML file, the name of one of ours, a mapping with the same keys, or a
+    Recipe. `overrides` (`passes.0.expert_pruning.keep=4`) are applied in order; `model` and `output` replace the
+    recipe's, `live` names a model at hand where it has none. With `methods` (by name, and `criteria`) the passes are
+    checked as well, and those that run programs refused unless `allow_commands`. Raises one RecipeError that lists
+    every mistake, in the order of the file.
     """
     if not isinstance(source, str | Path | Mapping | Recipe):
         raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")
-    document = Document(Path(source) if isinstance(source, str) else source)
+    document = Document(find_recipe(Path(source)) if isinstance(source, str | Path) else source)
     for override in overrides:
         document.override(override)
     for key, value in (("model", model), ("output", output)):

@@ -166,6 +166,16 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
         console.print(Text("No plugins are installed."))
 
 
+def print_recipes(recipes: Sequence[Json], console: Console) -> None:
+    """The recipes that come with the library, as `shipped.described` gives them."""
+    for one in recipes:
+        about = Text(one["name"], style="bold") + Text(
+            f"  {one['model']}: {', '.join(one['passes'])}", style="not bold dim"
+        )
+        console.print(about)
+        console.print(Padding(Text(one["purpose"]), (0, 0, 0, 4), expand=False))
+
+
 def methods_json(plugins: Sequence[Any]) -> list[Json]:
     """The same; options as JSON Schema."""
     return [

@@ -17,6 +17,8 @@ Dimensions: L layers, C counts from 0 to the largest number of experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def _with_one_layer_more(costs_C: Tensor, after_T: Tensor) -> Tensor:
 
 def possible_totals(counts: Sequence[Sequence[int]]) -> list[int]:
     """All sums of one count a layer, ascending."""
-    totals = {0}
+    reached = 1  # bit n: whether n can be reached
     for possible in counts:
-        totals = {total + count for total in totals for count in possible}
-    return sorted(totals)
+        reached = reduce(or_, (reached << count for count in possible), 0)
+    return [total for total, bit in enumerate(reversed(f"{reached:b}")) if bit == "1"]
