@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.method import Decision, Method, OptionError, OptionsT, Plan
-from compressor.model.structure import MoELayer
 from compressor.report.description import Description
+
+if TYPE_CHECKING:
+    from compressor.model.structure import MoELayer
 
 
 class Healing(Method[OptionsT]):
