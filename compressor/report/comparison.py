@@ -14,6 +14,8 @@ from compressor.report.tables import Table
 from compressor.wording import human_bytes
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 860, 380, 62, 130, 44, 16
+_LETTER, _LINE = 7, 13
+"""Of a label, at most."""
 
 
 def comparison_tables(found: Json) -> list[Table]:
@@ -137,14 +139,22 @@ def picture(found: Json) -> str:
     front = sorted((x(num_bytes), y(kl)) for num_bytes, kl, one in points if one["on_front"])
     joined = " ".join(f"{right_of:.1f},{down:.1f}" for right_of, down in front)
     parts.append(f'<polyline points="{joined}" fill="none" stroke="#3266a8" stroke-width="1.5"/>')
-    parts += [_dot(x(num_bytes), y(kl), one) for num_bytes, kl, one in points]
+    labels: list[tuple[float, float, float]] = []  # where each begins and ends, and how far down it stands
+    for num_bytes, kl, one in points:
+        start, label = x(num_bytes) + 7, y(kl) - 5
+        end = start + _LETTER * len(one["name"])
+        for first, last, other in sorted(labels, key=lambda placed: -placed[2]):
+            if first < end and start < last and abs(other - label) < _LINE:
+                label = other - _LINE
+        labels.append((start, end, label))
+        parts.append(_dot(x(num_bytes), y(kl), label, one))
     return "\n".join([*parts, "</svg>"])
 
 
-def _dot(across: float, down: float, one: Json) -> str:
+def _dot(across: float, down: float, label: float, one: Json) -> str:
     name, colour = escape(one["name"]), "#3266a8" if one["on_front"] else "#d1662f"
     said = f"{name}: {human_bytes(one['bytes'])}, KL {one['mean']['kl']:.4g}"
     return (
         f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'
-        f'<text x="{across + 7:.1f}" y="{down - 5:.1f}">{name}</text>'
+        f'<text x="{across + 7:.1f}" y="{label:.1f}">{name}</text>'
     )

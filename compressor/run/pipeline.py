@@ -47,7 +47,7 @@ from compressor.model.config_entry import read_entry
 from compressor.model.moe_model import MoEModel
 from compressor.observe.activation_offload import Parking
 from compressor.observe.layerwise import Original
-from compressor.plugins import load_plugins
+from compressor.plugins import Plugins, load_plugins
 from compressor.recipe.schema import Recipe, ResolvedPass, load_recipe
 from compressor.run import check, controls, external, passes, readiness
 from compressor.run.job import Job, open_journal
@@ -138,32 +138,58 @@ def evaluate(
     another model, which is measured first and let go of, with `before` and what a run's evaluation says of both.
     Raises EvaluationError where that has another tokenizer or vocabulary.
     """
-    plugins, found = load_plugins(without, files=plugin_files), []
-    for reference in (model_reference, *filter(None, [against])):
+    plugins = load_plugins(without, files=plugin_files)
+    return _measuring(recipe, against, overrides, plugins, progress, processes)(model_reference)
+
+
+def _measuring(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    against: str | None,
+    overrides: Sequence[str],
+    plugins: Plugins,
+    progress: Progress | None,
+    processes: Processes | None = None,
+) -> Callable[[str], dict[str, Any]]:
+    """What makes the record of one model after the other, as `evaluate` does; the original is measured once."""
+    beside: tuple[Job, Preview] | None = None
+    known: tuple[Texts, Yardstick | None, Measured | None, dict[str, Any]] | None = None
+
+    def asked(reference: str) -> tuple[Job, Preview]:
         of_plugins: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
         loaded = load_recipe(recipe, overrides=overrides, model=reference, **of_plugins, allow_commands=True)
         if loaded.recipe.evaluate is None:
             raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
         # it is measured as it is: nothing of it need be known but how it runs
-        asked = loaded.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
-        only = loaded.recipe.model_copy(update={"output": None, "evaluate": asked})
+        wanted = loaded.recipe.evaluate.model_copy(update={"random": 0, "speed": False, "each_pass": False})
+        only = loaded.recipe.model_copy(update={"output": None, "evaluate": wanted})
         job = Job.of(dataclasses.replace(loaded, recipe=only, passes=()), plugins, progress, processes)
-        how = (job.loaded, plugins.adapters, job.progress)
-        found.append((job, check.measuring(*how, is_compared=against is not None)))
-    if against is not None:
-        _refuse_other_text(model_reference, found[0][1], against, found[1][1])
-    (job, subject), *others = [(job, _in_checkpoint(job, preview)) for job, preview in found]
-    texts = _read_texts(job, subject)
-    yardstick = _yardstick(job, subject, texts, has_original=against is not None)
-    record: dict[str, Any] = {"format": FORMAT, "model": {"reference": model_reference, **subject.about()}}
-    if not others:
-        text = [sequences.to_json() for sequences in texts.perplexity]
-        return record | {"evaluation": {"text": text, "after": _alone_measured(job, subject, yardstick).to_json()}}
-    before = _alone_measured(*others[0], yardstick, is_original=True)
-    gc.collect()  # its weights are not to be there beside the other's
-    after = _alone_measured(job, subject, yardstick)
-    record["against"] = {"reference": against, **others[0][1].about()}
-    return record | {"evaluation": compared(before, after, texts.perplexity)}
+        return job, check.measuring(job.loaded, plugins.adapters, job.progress, is_compared=against is not None)
+
+    def record_of(reference: str) -> dict[str, Any]:
+        nonlocal beside, known
+        job, preview = asked(reference)
+        if against is not None:
+            beside = beside or asked(against)
+            _refuse_other_text(reference, preview, against, beside[1])
+        subject = _in_checkpoint(job, preview)
+        if known is None:
+            texts = _read_texts(job, subject)
+            yardstick, before = _yardstick(job, subject, texts, has_original=beside is not None), None
+            about: dict[str, Any] = {}
+            if beside is not None:
+                original = _in_checkpoint(*beside)
+                before = _alone_measured(beside[0], original, yardstick, is_original=True)
+                about = {"against": {"reference": against, **original.about()}}
+            known = texts, yardstick, before, about
+        texts, yardstick, before, about = known
+        gc.collect()  # the weights of others are not to be there beside these
+        after = _alone_measured(job, subject, yardstick)
+        alone = {"text": [one.to_json() for one in texts.perplexity], "after": after.to_json()}
+        found = alone if before is None else compared(before, after, texts.perplexity)
+        model = {"reference": reference, **subject.about()}
+        return {"format": FORMAT, "model": model, **about, "evaluation": found}
+
+    return record_of
 
 
 def compare(
@@ -187,10 +213,8 @@ def compare(
         if recipe is not against or any((overrides, [*without], [*plugin_files])):
             raise RecipeError("what is measured, the `recipe`, and its original, `against`, go together; give both.")
         return side_by_side(folders)
-    how: dict[str, Any] = {"overrides": overrides, "without": without, "plugin_files": plugin_files}
-    return side_by_side(
-        folders, against, lambda folder: evaluate(recipe, folder, against=against, progress=progress, **how)
-    )
+    plugins = load_plugins(without, files=plugin_files)
+    return side_by_side(folders, against, _measuring(recipe, against, overrides, plugins, progress))
 
 
 def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:

@@ -112,3 +112,16 @@ def test_the_page_is_whole() -> None:
     text = text_of(comparison_page(FOUND))
     for said in ("2 outputs of demo", "half<b>", "1.00 kB", "+20.0 ± 19.0", "by bytes on disk"):
         assert said in text
+
+
+def test_labels_of_outputs_that_are_alike_stand_above_each_other() -> None:
+    found = copy.deepcopy(FOUND)
+    near = [output(f"output-{number}", 500 + number, 0.1 + number / 1000, on_front=False) for number in range(6)]
+    found["outputs"] += near
+    drawn = [one for one in ElementTree.fromstring(picture(found)).iter("text") if "-" in (one.text or "")]
+    boxes = [(float(one.attrib["x"]), float(one.attrib["y"]), 7 * len(one.text or "")) for one in drawn]
+    assert len(boxes) == 7
+    for number, (left, down, wide) in enumerate(boxes):
+        for other_left, other_down, other_wide in boxes[:number]:
+            beside = left >= other_left + other_wide or other_left >= left + wide
+            assert beside or abs(down - other_down) >= 12.9

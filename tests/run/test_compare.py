@@ -136,21 +136,27 @@ def test_folders_that_are_none(made: Path, folder: Folder) -> None:
             compressor.compare([made / "keep6"], **settings)
 
 
-def test_a_folder_without_a_record_is_measured(made: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_a_record_are_measured_and_their_original_once(
+    made: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And no other one."""
-    bare, asked = folder("keep6"), []
+    bare, asked, measured = [folder("keep6"), folder("keep4")], [], pipeline._alone_measured
+    original = str(made / "model")
+    alone = [compressor.evaluate(recipe(made, 6), str(one), against=original)["evaluation"] for one in bare]
 
-    def evaluate(recipe: Any, model: str, *, against: str, **_: Any) -> Json:
-        asked.append((model, against))
-        record = record_of(made / "keep6")
-        return {"model": {"fingerprint": "its own"}, "against": record["model"], "evaluation": record["evaluation"]}
+    def watched(job: Any, *arguments: Any, **how: Any) -> Any:
+        asked.append(job.recipe.model)
+        return measured(job, *arguments, **how)
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
-    shutil.rmtree(bare / "compressor")
-    found = compressor.compare([made / "keep4", bare], recipe=recipe(made, 6), against=str(made / "model"))
-    assert asked == [(str(bare), str(made / "model"))]
+    monkeypatch.setattr(pipeline, "_alone_measured", watched)
+    for one in bare:
+        shutil.rmtree(one / "compressor")
+    found = compressor.compare([made / "keep4", *bare], recipe=recipe(made, 6), against=original)
+    assert asked == [original, *map(str, bare)]
     before = compressor.compare([made / "keep4", made / "keep6"])["outputs"]
-    assert found["outputs"] == [before[0], before[1] | {"folder": str(bare), "methods": []}]
+    assert found["outputs"][0] == before[0] | {"name": str(made / "keep4")}
+    assert [one["methods"] for one in found["outputs"][1:]] == [[], []]
+    assert [one["fidelity"] for one in found["outputs"][1:]] == [one["fidelity"] for one in alone]
 
 
 def test_records_of_other_text_are_measured_again(made: Path, folder: Folder) -> None:
