@@ -12,7 +12,6 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.errors import shortened
 from compressor.machine.memory_estimate import PLACEMENTS, Placement
 from compressor.model.structure import MoELayer, Structure, layers_said
-from compressor.recipe.schema import LoadedRecipe
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Preview:
     tokenizer: Any | None = None
     tasks: LoadedTasks | None = None
     """Those to measure, with their documents."""
-    loaded: LoadedRecipe | None = None
-    """The recipe as it can be carried out, perhaps with `plainer` methods; None where nothing is."""
+    loaded: Any = None
+    """The `LoadedRecipe` as it can be carried out, perhaps with `plainer` methods; None where nothing is."""
 
     def __repr__(self) -> str:
         experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
