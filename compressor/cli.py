@@ -323,6 +323,29 @@ def recipes(
 
 
 @app.command()
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write it here, such as recipe.schema.json.", metavar="FILE")
+    ] = None,
+    without: WithoutOption = None,
+) -> None:
+    """Print the JSON Schema of recipes, with the options of what is installed: by it editors complete and check.
+
+    `# yaml-language-server: $schema=recipe.schema.json` in a recipe names the file beside it.
+    """
+    from compressor.plugins import load_plugins
+    from compressor.recipe.json_schema import recipe_schema
+
+    plugins = load_plugins(without or [])
+    found = recipe_schema(plugins.methods, plugins.criteria)
+    if output is None:
+        return _show(found, lambda _, console: None, as_json=True)
+    with _written(output):
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return _show(found, lambda _, console: None, f"Written to {output}.")
+
+
+@app.command()
 def apply(
     decision: Annotated[Path, typer.Argument(help="A decision.json or record.json that a run has written.")],
     model: ModelArgument,
@@ -464,10 +487,8 @@ def compare(
     measured: dict[str, Any] = {"recipe": recipe, "against": against, "overrides": set_ or [], "progress": progress}
     found = pipeline.compare(folders, **measured, without=without or [], plugin_files=plugin or [])
     if page is not None:
-        try:
+        with _written(page):
             page.write_text(comparison_page(found), encoding="utf-8")
-        except OSError as error:
-            raise DiskError(f"{page}: it cannot be written there: {error.strerror}.") from error
     _show(found, print_comparison, as_json=json_, quiet=quiet)
 
 
@@ -496,6 +517,14 @@ def new(
     files = new_project(name, kinds[0], place, load_plugins(without or []))  # type: ignore[arg-type]
     then = f"\nThen: cd {place}; compressor run recipe.yaml --plugin {name}.py. Its README tells the rest."
     _show(files, lambda found, console: print(*found, sep="\n"), then, quiet=quiet)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{file}: it cannot be written there: {error.strerror}.") from error
 
 
 def _calm() -> None:

@@ -173,7 +173,7 @@ def _bytes(value: object) -> object:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Bytes = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(_bytes, json_schema_input_type=float | str)]
 """A number of bytes; in a recipe also `16GB` (powers of 1000) or `16GiB` (of 1024)."""
 
 
