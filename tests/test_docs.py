@@ -1,0 +1,41 @@
+"""The documentation: what it quotes is what is said, every page is found, and it builds without a warning."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("compressor", "plugins")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [one for bold in re.findall(r"^\*\*(`.*?)\*\*", text, re.M) for one in re.findall(r"`([^`]+)`", bold)]
+    assert len(quoted) > 10
+    assert [one for one in quoted if one not in source] == []
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = re.findall(r"^([\w./*-]+)$", (DOCS / "index.md").read_text(encoding="utf-8"), re.M)
+    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    assert pages - set(listed) == set()
+    assert {name for name in listed if "/" not in name} - pages == set()
+
+
+@pytest.mark.nightly
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", "docs", ".", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "docs" / "index.html").exists()
