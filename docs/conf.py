@@ -1,4 +1,4 @@
-"""The documentation as pages: `sphinx-build -W -c docs . build/site` from the repository's root, with `[docs]` installed.
+"""The documentation as pages: `sphinx-build -W -c docs . build/site` from the root, with `[docs]` installed.
 
 Its source is the repository itself: the Markdown files stay where they belong, and read on GitHub as they do here.
 """
