@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.data.sequences import TokenBatch
+    from compressor.machine.memory_estimate import Work
     from compressor.machine.progress import Progress
     from compressor.model.layer_weights import LayerWeights
     from compressor.model.moe_model import MoEModel
@@ -274,6 +275,10 @@ class Method(ABC, Generic[OptionsT]):
         """What it keeps beside that, however long the text is, of so many sources; `hidden` is a token's width."""
         return 0
 
+    def bytes_of_training(self, layers: Sequence[MoELayer], work: Work) -> int:
+        """What `train` holds in memory at its peak, of a model of this size, roughly; 0 where that is no model."""
+        return 0
+
     @property
     def held_out(self) -> bool:
         """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be
@@ -305,6 +310,9 @@ class Method(ABC, Generic[OptionsT]):
 
     def check_domains(self, domains: Sequence[str]) -> None:
         """Say whether the names of the calibration sources are what the options expect. Raises OptionError."""
+
+    def check_tokens(self, most: int) -> None:
+        """Say whether so many calibration tokens, as many as its sources may have, are enough. Raises OptionError."""
 
     @abstractmethod
     def check(self, layers: Sequence[MoELayer]) -> Plan:

@@ -24,6 +24,7 @@ from compressor.plugins import PLUGIN_API, hookimpl
 if TYPE_CHECKING:
     from compressor.data.sources import FileName, FilePath, TaskSource
     from compressor.machine.distributed import Processes
+    from compressor.machine.memory_estimate import Work
     from compressor.method import (
         Decision,
         Measuring,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "data.sources": "FileName FilePath TaskSource",
     "machine.distributed": "Processes",
+    "machine.memory_estimate": "Work",
     "method": "Decision Measuring Method OptionError Options Plan Training check_layer_names fewer_experts",
     "model.adapter": "Adapter",
     "model.find_structure": "find_structure",
@@ -133,6 +135,7 @@ __all__ = [
     "TaskSource",
     "Training",
     "UnsupportedModelError",
+    "Work",
     "allocate",
     "check_layer_names",
     "count_problem",

@@ -126,6 +126,7 @@ FOR_PLUGINS = [
     "TaskSource",
     "Training",
     "UnsupportedModelError",
+    "Work",
     "allocate",
     "check_layer_names",
     "count_problem",

@@ -95,6 +95,8 @@ class Work:
     is_quantised: bool = False
     reading: int = 0
     sums: int = 0
+    training: int = 0
+    """Bytes that a pass which trains has of models, their gradients and activations; nothing else is there then."""
     has_original: bool = False
     num_turned: int = 0
     """External steps, each of which turns a checkpoint, written first where weights are in memory, into another."""
@@ -146,7 +148,7 @@ class Work:
         differing = weights + (3 * self.itemsize + 2 * 8) * answers
         largest = max(self.bytes_by_layer.values(), default=0) if self.changes_values else 0
         editing = weights + largest * 4 // self.itemsize + (largest if place.weights == "disk" else 0)
-        return round(_MARGIN * max(observing, comparing, differing, editing))
+        return round(_MARGIN * max(observing, comparing, differing, editing, self.training))
 
     def _held(self, weights: Weights, num_gpus: int = 1) -> int:
         if weights == "memory":

@@ -611,7 +611,8 @@ def _check_order(name: str, layers: Sequence[MoELayer], plan: Plan) -> None:
 
 def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
     """Whether the pass's text has different names, and those that its options speak of."""
-    titles = [source.title for source in loaded.sources_of(resolved)]
+    sources = loaded.sources_of(resolved)
+    titles = [source.title for source in sources]
     twice = [title for title in titles if titles.count(title) > 1]
     if twice:
         raise loaded.error(resolved.path, f"two of its sources are called {twice[0]!r}; tell them apart with `name:`")
@@ -623,6 +624,8 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
         )
     with loaded.at_pass(resolved):
         resolved.method.check_domains(titles)
+        if all(lengths := [source.lengths() for source in sources]):
+            resolved.method.check_tokens(sum(map(sum, lengths)))
 
 
 def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def work_of(
     batches += [evaluation.batch_size * _TASK_LENGTH] if evaluation and evaluation.tasks else []
     vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     tokens = sum(batch_sizes(measured, 1)) if is_compared or loaded.passes else 0
-    return Work(
+    work = Work(
         bytes_total=outside + sum(by_layer.values()),
         bytes_outside=outside,
         bytes_by_layer=by_layer,
@@ -75,6 +75,8 @@ def work_of(
         num_turned=sum(is_external(one.method) for one in loaded.passes),
         reading=max((source.memory() for sources in (*calibration, measured) for source in sources), default=0),
     )
+    training = max((one.method.bytes_of_training(layers, work) for one in loaded.passes), default=0)
+    return dataclasses.replace(work, training=training)
 
 
 def batch_sizes(sources: Sequence[BaseSource], batch_size: int) -> list[int]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from compressor.plugin import Decision, Method, OptionError, Options, Plan
 
 if TYPE_CHECKING:
-    from compressor.plugin import Gathered, MoELayer, Training
+    from compressor.plugin import Gathered, MoELayer, Training, Work
 
 Part = Literal["attention", "shared", "router"]
 
@@ -68,6 +68,26 @@ class FineTuning(Method[FineTuningOptions]):
         return [at for at, part in beside.items() if part in parts] + (
             list(layer.router_weights) if "router" in parts else []
         )
+
+    def bytes_of_training(self, layers: Sequence[MoELayer], work: Work) -> int:
+        """The model and what it is distilled from, 4 bytes each of what is trained, its gradient and Adam's two means,
+        and what a batch's tokens leave for going back: of 12 vectors and each chosen expert's in every layer, and
+        probabilities of every word, of both models.
+        """
+        hidden, itemsize = work.hidden, 4 if self.options.train == "full" else work.itemsize
+        teacher = work.bytes_total if self.options.loss == "distill" else 0
+        trained = work.bytes_total // work.itemsize
+        if self.options.train == "lora":
+            shapes = [
+                ({at: layer.shapes[name] for name, at in layer.linears.items()}).get(one, (layer.num_experts, hidden))
+                for layer in layers
+                for one in self._trained(layer)
+            ]
+            trained = self.options.rank * sum(map(sum, shapes))
+            teacher += work.bytes_total + itemsize * sum(rows * columns for rows, columns in shapes)
+        vectors = [12 + layer.top_k * (3 + 5 * layer.parameters_per_expert / (3 * hidden**2)) for layer in layers]
+        of_token = itemsize * hidden * sum(vectors) + 4 * 6 * work.vocabulary
+        return teacher + 16 * trained + round(work.batch_tokens * of_token)
 
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Any]:
         """Which weights are trained: how is learnt when they are."""

@@ -42,6 +42,15 @@ class RouterHealing(Healing[RouterHealingOptions]):
                 )
         return super().check(layers)
 
+    def check_tokens(self, most: int) -> None:
+        """Few are not enough."""
+        if most < self.options.min_tokens:
+            raise OptionError(
+                "min_tokens",
+                f"the calibration text has {most:,} tokens, and {self.options.min_tokens:,} are asked for: on few "
+                f"tokens rows fit what other text has not. Give more text",
+            )
+
     def bytes_per_token(self, layer: MoELayer) -> float:
         """What the router sees, and the Gram matrix of the candidates' outputs."""
         ranks = min(layer.num_experts, 2 * layer.top_k)
@@ -60,12 +69,7 @@ class RouterHealing(Healing[RouterHealingOptions]):
         found: dict[str, dict[str, Any]] = {}
         for layer in layers:
             figures = {name.removeprefix("fit."): one for name, one in statistics[layer.path].items()}
-            if (tokens := int(figures["tokens"])) < self.options.min_tokens:
-                raise OptionError(
-                    "min_tokens",
-                    f"the calibration text has {tokens:,} tokens, and {self.options.min_tokens:,} are asked for: on "
-                    f"few tokens rows fit what other text has not. Give more text",
-                )
+            self.check_tokens(int(figures["tokens"]))
             before, after = figures["losses"].tolist()
             decided[layer.path] = {"loss": before, "healed": after, "scales": None}
             found[layer.path] = figures

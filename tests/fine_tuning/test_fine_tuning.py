@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,26 @@ def test_losses_are_those_of_tokens_that_have_a_next_one() -> None:
             tuning.token_losses(model, other, batch).double(), torch.stack(lost), rtol=1e-4, atol=1e-5
         )
     assert tuning.mean_loss(model, None, [batch]) == pytest.approx(float(sum(likely)) / 9, rel=1e-5)
+
+
+def test_memory_by_hand() -> None:
+    """100 weights of 4 bytes; a layer whose experts are twice as wide as 4 hidden numbers leaves 12 + 2 · 13 vectors
+    of a token, and 6 numbers a word.
+    """
+    layer: Any = SimpleNamespace(
+        linears={"q": "layers.0.q"}, shapes={"q": (4, 6)}, holds=lambda at: False, router_weights=("layers.0.gate",),
+        num_experts=3, top_k=2, parameters_per_expert=3 * 4 * 8,
+    )  # fmt: skip
+    work: Any = SimpleNamespace(hidden=4, itemsize=4, bytes_total=400, batch_tokens=10, vocabulary=7)
+    tokens = 10 * (4 * 4 * 38 + 6 * 4 * 7)
+
+    def found(**options: Any) -> int:
+        return of_method.FineTuning(FineTuningOptions(rank=2, **options)).bytes_of_training([layer], work)
+
+    assert found(train="full", loss="next_token") == 16 * 100 + tokens
+    assert found(train="full") == 400 + 16 * 100 + tokens
+    assert found() == 400 + 400 + 4 * 24 + 16 * 2 * (4 + 6) + tokens
+    assert found(parts=("router",)) == 400 + 400 + 4 * 12 + 16 * 2 * (3 + 4) + tokens
 
 
 def test_learning_rates_by_hand() -> None:

@@ -14,6 +14,7 @@ from tiny_models import tiny_folder, token_ids, write_token_file
 from torch import Tensor
 
 import compressor
+from compressor import RecipeError
 from compressor.machine.distributed import Processes
 from compressor.model.routing_rule import GroupRule, RoutingRule
 from compressor.plugin import Decision, OptionError, RankedChunk, UnsupportedModelError
@@ -232,6 +233,14 @@ def test_few_tokens_are_refused() -> None:
     with pytest.raises(OptionError, match=says) as error:
         RouterHealing(RouterHealingOptions()).decide([layer("a")], {"a": {"fit.tokens": torch.tensor(2048)}})  # type: ignore[arg-type]
     assert error.value.option == "min_tokens"
+
+
+def test_few_tokens_are_refused_before_any_weight_is_read(recipe: dict[str, Any]) -> None:
+    """48 sequences of 24; no more are known of before text is read."""
+    says = r"passes\[1\]\.router_healing\.min_tokens: the calibration text has 1,152 tokens, and 2,000 are asked for"
+    with pytest.raises(RecipeError, match=says):
+        compressor.check(recipe, overrides=["passes.1.router_healing.min_tokens=2000"])
+    compressor.check(recipe, overrides=["passes.1.router_healing.min_tokens=1152"])
 
 
 class Scaled:
