@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, DiskError, PluginError, ProcessError
+from compressor.errors import CompressorError, DiskError, PluginError, ProcessError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,6 +320,30 @@ def recipes(
     found = described(name)
     then = "`compressor run NAME` runs one, `compressor recipes NAME` prints it." if name is None else None
     _show(found, print_recipes if name is None else lambda one, _: print(one[0]["text"], end=""), then, as_json=json_)
+
+
+@app.command()
+def init(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--output", help="Write it here, where nothing may be yet.", metavar="FILE")
+    ] = Path("recipe.yaml"),
+    trust_remote_code: TrustOption = False,
+    without: WithoutOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a commented recipe for a model: what it can keep, and how its weights fit here. Reads no weights."""
+    _calm()
+    if output.exists():
+        raise RecipeError(f"{output}: it exists already, and is not overwritten; name another file with --output.")
+    from compressor.plugins import load_plugins
+    from compressor.run.new_recipe import new_recipe
+
+    text = new_recipe(model, load_plugins(without or []), file=output, trust_remote_code=trust_remote_code)
+    with _written(output), output.open("x", encoding="utf-8") as file:
+        file.write(text)
+    then = f"Written to {output}. `compressor check {output}` says what it will do, `compressor run {output}` does it."
+    _show({"output": str(output), "text": text}, lambda _, console: None, then, as_json=json_)
 
 
 @app.command()
