@@ -52,7 +52,13 @@ class FineTuning(Method[FineTuningOptions]):
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """There must be peft for lora, and something to train in every layer."""
         if self.options.train == "full":
-            return Plan([replace(layer, zeros=None) for layer in layers], changes_values=True)
+            return Plan(layers, changes_values=True)
+        if zeros := [layer for layer in layers if layer.zeros]:
+            raise OptionError(
+                "train",
+                f"lora may fill the {zeros[0].zeros} zeros that there are by then; `full` keeps them, or put the pass "
+                f"that makes them behind this one",
+            )
         if find_spec("peft") is None:
             raise OptionError(
                 "train", "lora needs peft, which is not installed: pip install 'moe-compressor[fine-tuning]'"

@@ -6,7 +6,7 @@ Models stay in evaluation mode: no dropout, so the same seed trains the same wei
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +76,17 @@ def order(num_batches: int, seed: int) -> Iterator[int]:
 def tuned(
     model: Any, teacher: Any | None, names: Sequence[str] | None, options: FineTuningOptions, training: Training
 ) -> Any:
-    """The model, trained and merged; `names`: weights with lora beside them, None to train all in float32."""
+    """The model, trained and merged; `names`: weights with lora beside them, None to train all in float32, but for the
+    zeros in matrices, which a pass before may have made.
+    """
     dtypes = {name: one.dtype for name, one in model.named_parameters()}
     before = {name: model.get_parameter(name).detach().cpu().clone() for name in names or ()}
     if names is None:
         wrapped = model.float().requires_grad_(True)
     else:
         wrapped = with_lora(model, names, options.rank, training.seed)
-    _train(wrapped, teacher, options, training)
+    zeros = {name: one == 0 for name, one in wrapped.named_parameters() if names is None and one.ndim > 1}
+    _train(wrapped, teacher, zeros, options, training)
     if names is None:
         for name, one in model.named_parameters():
             one.data = one.data.to(dtypes[name])
@@ -129,8 +132,12 @@ def refuse_unchanged(model: Any, before: dict[str, Tensor]) -> None:
         )
 
 
-def _train(model: Any, teacher: Any | None, options: FineTuningOptions, training: Training) -> None:
-    """All steps that are left; what is trained and the optimiser's state are written into the work folder."""
+def _train(
+    model: Any, teacher: Any | None, zeros: Mapping[str, Tensor], options: FineTuningOptions, training: Training
+) -> None:
+    """All steps that are left; what is trained and the optimiser's state are written into the work folder. Weights have
+    no gradient, and so no step, where `zeros`, by name, say so.
+    """
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
     done = _resumed(training.work / _STATE, trained, optimiser)
@@ -144,6 +151,9 @@ def _train(model: Any, teacher: Any | None, options: FineTuningOptions, training
             if not torch.isfinite(loss):
                 raise OptionError("learning_rate", f"in step {step} the loss is {loss.item()}: give a smaller one")
             torch.autograd.backward(loss)
+            for name, mask in zeros.items():
+                if (gradient := trained[name].grad) is not None:
+                    gradient.masked_fill_(mask, 0)
             nn.utils.clip_grad_norm_(trained.values(), _LARGEST_NORM)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

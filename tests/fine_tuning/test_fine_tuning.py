@@ -145,6 +145,37 @@ def test_what_did_not_move_is_refused(tmp_path: Path) -> None:
         tuning.tuned(small_mixtral().eval(), None, [Q], options, training(tmp_path))
 
 
+def test_zeros_stay_where_they_are_and_all_else_moves(tmp_path: Path) -> None:
+    """Also in a run that is stopped and goes on."""
+    options = FineTuningOptions(train="full", loss="next_token", steps=4, save_every=2, learning_rate=0.01)
+
+    def sparse() -> Any:
+        model = small_mixtral().eval()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.experts.down_proj[..., ::2] = 0
+        return model
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tuned(sparse(), None, None, options, training(tmp_path, 3))
+    model = tuning.tuned(sparse(), None, None, options, training(tmp_path))
+    for layer, before in zip(model.model.layers, sparse().model.layers, strict=True):
+        found, was = layer.mlp.experts.down_proj, before.mlp.experts.down_proj
+        assert torch.equal(found == 0, was == 0)
+        assert not torch.equal(found, was)
+
+
+def test_behind_zeros_all_weights_are_trained_or_none(make_layer: Any) -> None:
+    layers = [make_layer(8, 2, zeros="2:4")]
+    full = of_method.FineTuning(FineTuningOptions(train="full"))
+    assert full.check(layers).layers == layers
+    with pytest.raises(
+        OptionError, match="lora may fill the 2:4 zeros that there are by then; `full` keeps them"
+    ) as error:
+        of_method.FineTuning(FineTuningOptions()).check(layers)
+    assert error.value.option == "train"
+
+
 # Stopped ---------------------------------------------------------------------------------------------------
 
 
