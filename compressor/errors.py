@@ -18,6 +18,8 @@ it is shown with its traceback and exits with status 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 _LONGEST_WORD, _LONGEST_LINE = 500, 2000
 
 
@@ -78,3 +80,10 @@ class ProcessError(CompressorError):
     def __init__(self, message: str, *, ended: bool = False, told: bool = False) -> None:
         super().__init__(message)
         self.ended, self.told = ended, told
+
+
+def answered(who: str, answer: Any, kind: Any, expected: str) -> Any:
+    """What a plugin has answered. Raises PluginError where that is of no such `kind` (as isinstance has it)."""
+    if not isinstance(answer, kind):
+        raise PluginError(f"{who} answers {shortened(repr(answer), 120)}, expected {expected}.")
+    return answer

@@ -115,90 +115,71 @@ def load_plugins(
     if unknown:
         known = ", ".join(entry.name for entry in installed) or "none"
         raise PluginError(f"--without {min(unknown)}: no such plugin is installed; installed are: {known}.")
-    plugins = [_load(_of_entry(entry)) for entry in installed if entry.name not in blocked]
-    for source in map(_of_file, files):
-        if source.name in [plugin.name for plugin in plugins]:
-            raise PluginError(
-                f"{source}: there is another plugin called {source.name!r}. Give the file another name, or run with "
-                f"--without {source.name} where the other one is installed."
-            )
-        plugins.append(_load(source))
-    return Plugins(tuple(plugins), _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
+    wanted = _by_name([*(entry for entry in installed if entry.name not in blocked), *map(_File, files)])
+    plugins = tuple(map(_load, wanted))
+    return Plugins(plugins, _by_unique_name(plugins, "method"), _by_unique_name(plugins, "criterion"))
 
 
-def _by_name(found: Iterable[EntryPoint]) -> list[EntryPoint]:
+class _File:
+    """A file as an entry point. Its digest is its version: no run goes on with another one. Raises PluginError where it
+    cannot be read.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self._path = Path(file)
+        self.name, self.value = self._path.stem, self._path.name
+        try:
+            self._code = self._path.read_bytes()
+        except OSError as error:
+            raise PluginError(f"--plugin {file}: it cannot be read: {error.strerror}.") from error
+        self.version = digest([self._code])
+
+    def load(self) -> ModuleType:
+        """The code that was read, run anew each time."""
+        module = ModuleType(f"plugin_file_{self.name}")
+        module.__file__ = str(self._path)
+        sys.modules[module.__name__] = module  # where annotations of its classes are looked up
+        exec(compile(self._code, self._path, "exec"), vars(module))
+        return module
+
+
+def _by_name(found: Iterable[EntryPoint | _File]) -> list[EntryPoint | _File]:
     """Each entry point once, sorted by name."""
-    owners: dict[str, EntryPoint] = {}
+    owners: dict[str, EntryPoint | _File] = {}
     for entry in found:
         other = owners.setdefault(entry.name, entry)
         if other is not entry and (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
             raise PluginError(
                 f"two plugins are called {entry.name!r}: {other.value} (from {_distribution(other)[0]}) and "
-                f"{entry.value} (from {_distribution(entry)[0]}). Uninstall one of them."
+                f"{entry.value} (from {_distribution(entry)[0]}). Uninstall or rename one of them."
             )
     return [owners[name] for name in sorted(owners)]
 
 
-def _distribution(entry: EntryPoint) -> tuple[str, str]:
+def _distribution(entry: EntryPoint | _File) -> tuple[str, str]:
+    if isinstance(entry, _File):
+        return entry.value, entry.version
     if entry.dist is None:
         return "an unknown distribution", "?"
     metadata = entry.dist.metadata  # a file that is read anew each time
     return metadata["Name"], metadata["Version"]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a plugin comes from: what a record calls it and its version, its module, and what helps where it fails."""
-
-    name: str
-    distribution: str
-    version: str
-    place: str
-    module: str
-    load: Callable[[], Any]
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"plugin {self.name!r} (from {self.place})"
-
-
-def _of_entry(entry: EntryPoint) -> _Source:
+def _load(entry: EntryPoint | _File) -> Plugin:
     distribution, version = _distribution(entry)
-    remedy = f"Mend or uninstall it, or run with --without {entry.name}."
-    return _Source(entry.name, distribution, version, f"{distribution} {version}", entry.value, entry.load, remedy)
-
-
-def _of_file(file: str | Path) -> _Source:
-    """A file's version is its content's, so that a record tells which it was, and no run goes on with another one."""
-    path = Path(file)
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise PluginError(f"--plugin {path}: it cannot be read: {error.strerror}.") from error
-
-    def load() -> ModuleType:
-        module = ModuleType(f"plugin_file_{path.stem}")
-        module.__file__ = str(path)
-        sys.modules[module.__name__] = module  # where annotations of its classes are looked up
-        exec(compile(code, path, "exec"), vars(module))
-        return module
-
-    return _Source(path.stem, path.name, digest([code]), str(path), path.name, load, "Mend it, or leave out --plugin.")
-
-
-def _load(source: _Source) -> Plugin:
-    answers = _answers(source)
+    who = f"plugin {entry.name!r} (from {distribution} {version})"
+    answers = _answers(entry, who)
     for name, answer in answers.items():
         if not isinstance(answer, list | tuple):
             kind = name.removeprefix("compressor_")
-            raise PluginError(f"{source}: {name}() answers {answer!r}, expected a list of {kind}.")
+            raise PluginError(f"{who}: {name}() answers {answer!r}, expected a list of {kind}.")
         for offered in answer:
-            HOOKS[name](offered, str(source))
+            HOOKS[name](offered, who)
     methods, adapters, criteria = (tuple(answers.get(name, ())) for name in HOOKS)
     if os.environ.get("COMPRESSOR_TRACE") == "1":
         methods = tuple(map(_logged_method, methods))
         criteria = tuple(replace(one, score=_logged(f"{one.name}.score", one.score)) for one in criteria)
-    return Plugin(source.name, source.distribution, source.version, methods, adapters, criteria)
+    return Plugin(entry.name, distribution, version, methods, adapters, criteria)
 
 
 def _logged(name: str, function: Callable[..., Any], where: Any = None) -> Callable[..., Any]:
@@ -233,27 +214,29 @@ def _logged_method(method: type[Method[Any]]) -> type[Method[Any]]:
     return new_class(method.__name__, (method,), exec_body=lambda namespace: namespace.update(names))
 
 
-def _answers(source: _Source) -> dict[str, Any]:
+def _answers(entry: EntryPoint | _File, who: str) -> dict[str, Any]:
     """Hook → what a plugin answers to it."""
     try:
         marked = {
             name: function
-            for name, function in vars(source.load()).items()
+            for name, function in vars(entry.load()).items()
             if isinstance(function, FunctionType) and hasattr(function, "is_compressor_hook")
         }
         for name in marked.keys() - HOOKS:
-            raise PluginError(f"{source}: there is no hook {name!r}{did_you_mean(name, HOOKS)}")
+            raise PluginError(f"{who}: there is no hook {name!r}{did_you_mean(name, HOOKS)}")
         answers = {name: function() for name, function in marked.items()}
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may fail in any way; the run stops, naming it
+        option = "--plugin" if isinstance(entry, _File) else f"--without {entry.name}"
         moved = isinstance(error, ImportError) and error.name == "compressor"
         raise PluginError(
-            f"{source} cannot be loaded: {type(error).__name__}: {error}."
-            f"{' What plugins use is in compressor.plugin.' if moved else ''} {source.remedy}"
+            f"{who} cannot be loaded: {type(error).__name__}: {error}."
+            f"{' What plugins use is in compressor.plugin.' if moved else ''} "
+            f"{'Mend it, or leave out' if isinstance(entry, _File) else 'Mend or uninstall it, or run with'} {option}."
         ) from error
     if not answers:
-        raise PluginError(f"{source}: {source.module} has no function marked @hookimpl, called {' or '.join(HOOKS)}.")
+        raise PluginError(f"{who}: {entry.value} has no function marked @hookimpl, called {' or '.join(HOOKS)}.")
     return answers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_plugins import METHOD, Cli
 from tiny_models import tiny_folder, token_ids, write_token_file
 
 import compressor
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, PluginError
 
 HALVE = """
 from __future__ import annotations
@@ -133,6 +134,35 @@ def test_python_takes_a_file_and_reads_it_anew(halve: Path, recipe: Path) -> Non
     assert all(one != other for one, other in zip(_layers(compressor.compress(settings, **how)), layers, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("code", "instead", "says"),
+    [
+        ("return Plan(layers, changes_values=True)", "pass", "check(layers) answers None, expected a Plan of these"),
+        (
+            "return Choices(layer)",
+            "return Choices",
+            "statistic(layer) answers <class 'plugin_file_halve.Choices'>, exp",
+        ),
+        (
+            'return {"counts": self.counts}',
+            "return self.counts",
+            "model.layers.0.mlp: Choices.tensors() answers tensor(",
+        ),
+        ('{"layers": found}', "None", "decide(layers, statistics) answers None, expected a mapping {"),
+        ('{"layers": found}', "found", "decide(layers, statistics) answers a mapping of 'model.layers.0.mlp', 'model."),
+        (
+            ".tolist()}",
+            "}",
+            "decide(layers, statistics) answers what is no JSON: Object of type Tensor is not JSON seria",
+        ),
+    ],
+)
+def test_answers_of_another_kind(code: str, instead: str, says: str, halve: Path, recipe: Path) -> None:
+    halve.write_text(HALVE.replace(code, instead))
+    with pytest.raises(PluginError, match=f"^{re.escape(says)}|^halve: {re.escape(says)}"):
+        compressor.compress(recipe, plugin_files=[halve])
+
+
 def _layers(result: Any) -> list[Any]:
     return list(result.record["passes"][0]["decision"]["layers"].values())
 
@@ -157,24 +187,36 @@ def test_a_run_does_not_go_on_with_another_file(halve: Path, recipe: Path, cli: 
         (
             "broken.py",
             "import not_there_at_all",
-            "plugin 'broken' (from {}) cannot be loaded: ModuleNotFoundError: No module named 'not_there_at_all'. Mend "
-            "it, or leave out --plugin.",
+            "plugin 'broken' (from {} sha256:…) cannot be loaded: ModuleNotFoundError: No module named "
+            "'not_there_at_all'. Mend it, or leave out --plugin.",
         ),
-        ("script.py", "import sys; sys.exit(3)", "plugin 'script' (from {}) cannot be loaded: SystemExit: 3. Mend it"),
-        ("slip.py", "def (", "plugin 'slip' (from {}) cannot be loaded: SyntaxError: "),
-        ("zero.py", "\0", "plugin 'zero' (from {}) cannot be loaded: "),
-        ("empty.py", "", "plugin 'empty' (from {}): empty.py has no function marked @hookimpl, called compressor_meth"),
-        ("old.py", METHOD.replace("api = 2", "api = 1"), "plugin 'old' (from {}): KeepFirst was written for `api = 1`"),
+        (
+            "script.py",
+            "import sys; sys.exit(3)",
+            "plugin 'script' (from {} sha256:…) cannot be loaded: SystemExit: 3. Mend it",
+        ),
+        ("slip.py", "def (", "plugin 'slip' (from {} sha256:…) cannot be loaded: SyntaxError: "),
+        ("zero.py", "\0", "plugin 'zero' (from {} sha256:…) cannot be loaded: "),
+        (
+            "empty.py",
+            "",
+            "plugin 'empty' (from {} sha256:…): empty.py has no function marked @hookimpl, called compressor_meth",
+        ),
+        (
+            "old.py",
+            METHOD.replace("api = 2", "api = 1"),
+            "plugin 'old' (from {} sha256:…): KeepFirst was written for `api = 1`",
+        ),
         (
             "wanda.py",
             METHOD,
-            "plugin 'wanda' (from {}): there is another plugin called 'wanda'. Give the file another name, or run with "
-            "--without wanda where the other one is installed.",
+            "two plugins are called 'wanda': compressor_wanda (from moe-compressor) and wanda.py (from wanda.py). "
+            "Uninstall or rename one of them.",
         ),
         (
             "mine.py",
             METHOD.replace('"keep_first"', '"wanda"'),
-            "two plugins offer a method called 'wanda': wanda and mine. Run with --without one of them, or rename it "
+            "two plugins offer a method called 'wanda': mine and wanda. Run with --without one of them, or rename it "
             "in a file of yours.",
         ),
     ],
@@ -185,7 +227,8 @@ def test_files_that_are_refused(name: str, text: str | None, says: str, tmp_path
         path.write_text(text)
     done = cli("methods", "--plugin", path)
     assert (done.status, done.out) == (2, "")
-    assert done.err.startswith(f"error: {says.format(path)}")
+    said = re.sub(r"sha256:\w+", "sha256:…", done.err)
+    assert said.startswith(f"error: {says.format(path.name if '(from {}' in says else path)}")
 
 
 def test_a_file_instead_of_what_is_installed(tmp_path: Path, cli: Cli) -> None:
@@ -195,8 +238,7 @@ def test_a_file_instead_of_what_is_installed(tmp_path: Path, cli: Cli) -> None:
     assert done.status == 0
     [mine] = [plugin for plugin in json.loads(done.out) if plugin["plugin"] == "wanda"]
     assert (mine["distribution"], [one["name"] for one in mine["methods"]]) == ("wanda.py", ["keep_first"])
-    twice = cli("methods", "--without", "wanda", "--plugin", path, "--plugin", path)
-    assert "there is another plugin called 'wanda'" in twice.err
+    assert cli("methods", "--without", "wanda", "--plugin", path, "--plugin", path, "--json").out == done.out
 
 
 # --- what is called

@@ -76,7 +76,7 @@ def test_what_is_written(kind: Kind, new: New) -> None:
         *(f"{name}.py", f"tests/test_{name}.py"),
     }
     plugins = load_plugins(files=[project / f"{name}.py"])
-    mine = plugins.plugins[-1]
+    [mine] = [plugin for plugin in plugins.plugins if plugin.name == name]
     assert [one.name for one in (*mine.methods, *mine.criteria, *mine.adapters)] == [name]
     load_recipe(project / "recipe.yaml", methods=plugins.methods, criteria=plugins.criteria)
     [job] = yaml.safe_load((project / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()

@@ -162,7 +162,7 @@ def test_equal_entry_point_names(install: Install) -> None:
     with pytest.raises(PluginError) as error:
         load_plugins(found=sorted(install({"one": METHOD, "two": METHOD}, plugin="pruner"), key=lambda e: e.value))
     assert str(error.value) == (
-        "two plugins are called 'pruner': one (from one) and two (from two). Uninstall one of them."
+        "two plugins are called 'pruner': one (from one) and two (from two). Uninstall or rename one of them."
     )
 
 

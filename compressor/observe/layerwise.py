@@ -34,7 +34,7 @@ from torch import Tensor
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.resume_state import ObservationJournal, Snapshot
 from compressor.data.sequences import TokenBatch
-from compressor.errors import CalibrationError, PluginError, UnsupportedModelError
+from compressor.errors import CalibrationError, PluginError, UnsupportedModelError, answered
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
 from compressor.model.modules import evaluating, units_of
@@ -429,7 +429,10 @@ def _joined(
     path: str, statistic: Statistic, seen: Sequence[Sequence[int]], domains: Sequence[str], processes: Processes
 ) -> dict[str, Tensor]:
     """The figures of all processes' batches; `seen` are the numbers of those that came to the layer in each."""
-    of_each = processes.gather(statistic.tensors() if seen[processes.rank] else {})
+    own = statistic.tensors() if seen[processes.rank] else {}
+    of_each = processes.gather(
+        answered(f"{path}: {type(statistic).__name__}.tensors()", own, Mapping, "tensors by name")
+    )
     parts = [(figures, numbers) for figures, numbers in zip(of_each, seen, strict=True) if numbers]
     if len(parts) == 1:
         return dict(parts[0][0])

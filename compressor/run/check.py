@@ -30,7 +30,7 @@ from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.layer_edits import refuse_constants
-from compressor.errors import CompressorError, PluginError, UnsupportedModelError
+from compressor.errors import CompressorError, PluginError, UnsupportedModelError, answered
 from compressor.machine.environment import available_memory, gpus
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
@@ -558,7 +558,8 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
     recipe, also where the pass would undo what they did; PluginError where the plan is of other layers.
     """
     with loaded.at_pass(resolved):
-        plan = resolved.method.check(layers)
+        answer = resolved.method.check(layers)
+        plan: Plan = answered(f"{resolved.method.name}: check(layers)", answer, Plan, "a Plan of these layers")
         _verify_plan(resolved.method.name, layers, plan)
         for layer in plan.layers:
             check_skipping(layer)

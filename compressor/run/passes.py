@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.backend import Backend
-from compressor.errors import PluginError, RecipeError
+from compressor.errors import PluginError, RecipeError, answered
 from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
@@ -136,7 +137,10 @@ def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statist
         within = {name: statistic for name, statistic in inputs.items() if name not in beside}
         linears |= {layer.linears[name].removesuffix(".weight"): statistic for name, statistic in beside.items()}
         shown = [ExpertInputs(moe.model, within, beside)] if inputs else []
-        parts = [*filter(None, [method.statistic(layer)]), *shown]
+        own = answered(
+            f"{method.name}: statistic(layer)", method.statistic(layer), Statistic | None, "a Statistic or None"
+        )
+        parts = [*([] if own is None else [own]), *shown]
         if parts:
             found[layer.path] = JoinedStatistic(parts) if len(parts) > 1 else parts[0]
     if linears and method.progressive:
@@ -149,7 +153,23 @@ def statistics_of(method: Method[Any], moe: MoEModel) -> tuple[dict[str, Statist
 def decide(job: Job, resolved: ResolvedPass, layers: Sequence[MoELayer], figures: Gathered) -> Decision:
     """The pass's decision, which is the first process's."""
     with job.loaded.at_pass(resolved):
-        return agreed(Decision.of(resolved.method.decide(layers, figures)), job.processes)
+        return agreed(_decided(resolved.method, layers, figures), job.processes)
+
+
+def _decided(method: Method[Any], layers: Sequence[MoELayer], figures: Gathered) -> Decision:
+    """The method's decision. Raises PluginError for an answer that is none."""
+    who, expected = f"{method.name}: decide(layers, statistics)", 'a mapping {"layers": {PATH: {…}}}'
+    answer = answered(who, method.decide(layers, figures), Mapping, expected)
+    if not isinstance(answer.get("layers"), Mapping):
+        raise PluginError(
+            f"{who} answers a mapping of {', '.join(map(repr, answer)) or 'nothing'}, expected {expected}."
+        )
+    decision = Decision.of(answer)
+    try:
+        json.dumps(decision)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{who} answers what is no JSON: {error}. Tensors go into Decision(…, tensors).") from error
+    return decision
 
 
 def decide_measured(

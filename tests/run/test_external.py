@@ -99,8 +99,8 @@ class Nudge(Method[NoOptions]):
 def does(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Has `cast` installed, and sets what it does besides."""
 
-    def load(without: Any = ()) -> Any:
-        plugins = load_plugins(without)
+    def load(without: Any = (), **others: Any) -> Any:
+        plugins = load_plugins(without, **others)
         return dataclasses.replace(plugins, methods={**plugins.methods, "cast": Cast, "nudge": Nudge})
 
     monkeypatch.setattr(pipeline, "load_plugins", load)

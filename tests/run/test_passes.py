@@ -288,9 +288,9 @@ class Silence(KeepSix):
 
 @pytest.fixture
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(without: Any = ()) -> Any:
+    def load(without: Any, **others: Any) -> Any:
         own = {one.name: one for one in (KeepSix, KeepFirst, Merge, MergePreviewed, Silence)}
-        plugins = load_plugins(without)
+        plugins = load_plugins(without, **others)
         return dataclasses.replace(plugins, methods={**plugins.methods, **own})
 
     monkeypatch.setattr(pipeline, "load_plugins", load)
