@@ -33,6 +33,7 @@ GROUPS = {
 }
 BESIDE = {"Expert": "model.layer_weights", "ExpertTensors": "model.layer_weights"}
 """What is handed to plugins and never imported by them."""
+GROUPS["More"] = " ".join(sorted({*compressor.plugin.__all__} - {*" ".join(GROUPS.values()).split()}))
 COMMAND = "python tests/contract_reference.py > docs/contract.md"
 HEAD = f"""# What a plugin may use
 
@@ -112,7 +113,7 @@ def contract() -> str:
     """The whole page."""
     hooks, beside = (", ".join(f"`{name}`" for name in names) for names in (HOOKS, BESIDE))
     lines = [HEAD.format(hooks=hooks, beside=beside)]
-    for title, names in GROUPS.items():
+    for title, names in ((title, names) for title, names in GROUPS.items() if names):
         lines.append(f"## {title}\n")
         for name in names.split():
             lines += [*entry(name), ""]
