@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
-from markupsafe import escape
+import jinja2
 
 from compressor.report.description import Json
 from compressor.report.figures import NOTHING, fidelity_cells, metric_said, signed, union
@@ -122,23 +123,7 @@ def picture(found: Json) -> str:
     def y(kl: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - math.log10(kl)) / (high - low)
 
-    bottom = _HEIGHT - _BOTTOM
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="KL by bytes"><title>KL by bytes</title>']
-    for power in range(low, high + 1):
-        at = y(10.0**power)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    for step in range(5):
-        mark = right * step / 4
-        said = human_bytes(round(mark))
-        parts.append(f'<text x="{x(mark):.1f}" y="{bottom + 16}" text-anchor="middle">{said}</text>')
-    if found["original"]["bytes"]:
-        across = f"{x(found['original']['bytes']):.1f}"
-        parts.append(f'<line class="grid" x1="{across}" x2="{across}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{across}" y="{bottom + 32}" text-anchor="middle">the original</text>')
-    front = sorted((x(num_bytes), y(kl)) for num_bytes, kl, one in points if one["on_front"])
-    joined = " ".join(f"{right_of:.1f},{down:.1f}" for right_of, down in front)
-    parts.append(f'<polyline points="{joined}" fill="none" stroke="#3266a8" stroke-width="1.5"/>')
+    dots: list[dict[str, object]] = []
     labels: list[tuple[float, float, float]] = []  # where each begins and ends, and how far down it stands
     for num_bytes, kl, one in points:
         start, label = x(num_bytes) + 7, y(kl) - 5
@@ -147,14 +132,16 @@ def picture(found: Json) -> str:
             if first < end and start < last and abs(other - label) < _LINE:
                 label = other - _LINE
         labels.append((start, end, label))
-        parts.append(_dot(x(num_bytes), y(kl), label, one))
-    return "\n".join([*parts, "</svg>"])
-
-
-def _dot(across: float, down: float, label: float, one: Json) -> str:
-    name, colour = escape(one["name"]), "#3266a8" if one["on_front"] else "#d1662f"
-    said = f"{name}: {human_bytes(one['bytes'])}, KL {one['mean']['kl']:.4g}"
-    return (
-        f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'
-        f'<text x="{across + 7:.1f}" y="{label:.1f}">{name}</text>'
+        dots.append({"x": x(num_bytes), "y": y(kl), "label": label, "one": one, "said": human_bytes(one["bytes"])})
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        Path(__file__).with_name("comparison.svg.jinja").read_text(encoding="utf-8")
     )
+    original = found["original"]["bytes"]
+    return template.render(
+        left=_LEFT, top=_TOP, width=_WIDTH, height=_HEIGHT, right=_WIDTH - _RIGHT, bottom=_HEIGHT - _BOTTOM,
+        decades=[(y(10.0**power), f"{10.0**power:g}") for power in range(low, high + 1)],
+        marks=[(x(right * step / 4), human_bytes(round(right * step / 4))) for step in range(5)],
+        original=x(original) if original else None,
+        front=sorted((x(num_bytes), y(kl)) for num_bytes, kl, one in points if one["on_front"]),
+        dots=dots,
+    )  # fmt: skip
