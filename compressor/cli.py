@@ -330,6 +330,7 @@ def init(
     ] = Path("recipe.yaml"),
     trust_remote_code: TrustOption = False,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a commented recipe for a model: what it can keep, and how its weights fit here. Reads no weights."""
@@ -339,7 +340,8 @@ def init(
     from compressor.plugins import load_plugins
     from compressor.run.new_recipe import new_recipe
 
-    text = new_recipe(model, load_plugins(without or []), file=output, trust_remote_code=trust_remote_code)
+    plugins = load_plugins(without or [], files=plugin or [])
+    text = new_recipe(model, plugins, file=output, trust_remote_code=trust_remote_code)
     with _written(output), output.open("x", encoding="utf-8") as file:
         file.write(text)
     then = f"Written to {output}. `compressor check {output}` says what it will do, `compressor run {output}` does it."
@@ -352,6 +354,7 @@ def schema(
         Path | None, typer.Option("--output", help="Write it here, such as recipe.schema.json.", metavar="FILE")
     ] = None,
     without: WithoutOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Print the JSON Schema of recipes, with the options of what is installed: by it editors complete and check.
 
@@ -360,7 +363,7 @@ def schema(
     from compressor.plugins import load_plugins
     from compressor.recipe.json_schema import recipe_schema
 
-    plugins = load_plugins(without or [])
+    plugins = load_plugins(without or [], files=plugin or [])
     found = recipe_schema(plugins.methods, plugins.criteria)
     if output is None:
         return _show(found, lambda _, console: None, as_json=True)

@@ -188,9 +188,9 @@ def _logged(name: str, function: Callable[..., Any], where: Any = None) -> Calla
     """
 
     @functools.wraps(function)
-    def call(*given: Any) -> Any:
+    def call(*given: Any, **named: Any) -> Any:
         started = time.perf_counter()
-        answer = function(*given)
+        answer = function(*given, **named)
         seconds = time.perf_counter() - started
         layers = [getattr(one, "layer", one) for one in (*given, where)]
         path = next((f" {layer.path}" for layer in layers if isinstance(getattr(layer, "path", None), str)), "")

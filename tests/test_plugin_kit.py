@@ -99,9 +99,9 @@ def test_what_is_written(kind: Kind, new: New) -> None:
         ),
         (("Zeros", "--method"), "'Zeros' is no name for a plugin"),
         (("class", "--method"), "'class' is no name for a plugin"),
-        (("wanda", "--criterion"), "there is a method called 'wanda' already; take another name."),
-        (("reap", "--criterion"), "there is a criterion called 'reap' already; take another name."),
-        (("json", "--adapter"), "there is a Python module called 'json' already; take another name."),
+        (("wanda", "--criterion"), "there is a module or plugin called 'wanda' already; take another name."),
+        (("reap", "--criterion"), "there is a method or criterion called 'reap' already; take another name."),
+        (("json", "--adapter"), "there is a module or plugin called 'json' already; take another name."),
         (("rare_zeros", "--method", "--folder", "there"), "there exists already; name another one with --folder."),
         (
             ("rare_zeros", "--method", "--folder", "file/in"),

@@ -68,11 +68,9 @@ def _refuse_name(name: str, plugins: Plugins) -> None:
         raise PluginError(
             f"{name!r} is no name for a plugin; use lower-case letters, digits and _, such as rare_zeros."
         )
-    taken = {
-        **{plugin.name.replace("-", "_"): "a plugin" for plugin in plugins.plugins},
-        **dict.fromkeys(plugins.methods, "a method"),
-        **dict.fromkeys(plugins.criteria, "a criterion"),
-    }
     module = find_spec(name)
-    if name in taken or (module is not None and module.origin is not None):  # a folder alone is no module
-        raise PluginError(f"there is {taken.get(name, 'a Python module')} called {name!r} already; take another name.")
+    is_module = module is not None and module.origin is not None  # a folder alone is none
+    if is_module or name in {plugin.name.replace("-", "_") for plugin in plugins.plugins}:
+        raise PluginError(f"there is a module or plugin called {name!r} already; take another name.")
+    if name in plugins.methods or name in plugins.criteria:
+        raise PluginError(f"there is a method or criterion called {name!r} already; take another name.")
