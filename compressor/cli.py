@@ -165,7 +165,10 @@ def run(
 
     set_ = [*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory, disk=disk)]
     with Processes.joined() as processes, _notes_shown():
-        _loaded(recipe, model, output, set_, without, plugin, allow_commands=allow_commands)
+        loaded, _, target = _loaded(recipe, model, output, set_, without, plugin, allow_commands=allow_commands)
+        progress = Progress.detect(quiet=quiet or not processes.is_first)
+        methods = ", ".join(one.spec.method for one in loaded.passes)
+        progress.say(f"{loaded.recipe.model}: {methods}; into {target}. Looking at the model's config")
         from compressor.report.terminal import print_summary
         from compressor.run import pipeline  # torch, which takes seconds, not before the recipe is known to be right
 
@@ -179,7 +182,7 @@ def run(
             allow_commands=allow_commands,
             without=without or [],
             plugin_files=plugin or [],
-            progress=Progress.detect(quiet=quiet),
+            progress=progress,
             processes=processes,
         )
         if processes.is_first:

@@ -118,6 +118,8 @@ def compress(
         return CompressionResult(record, job.recipe.output, None, None)
     with job.timed("check"):
         job, subject = _subject(job, model, tokenizer, folder)
+    for sentence in subject.preview.said:
+        job.progress.say(sentence)
     result = _run(job, subject, None) if folder is None else _run_in_folder(job, subject, folder)
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
@@ -475,6 +477,9 @@ def _in_checkpoint(job: Job, preview: Preview) -> Subject:
 def _read_texts(job: Job, subject: Subject) -> Texts:
     evaluation, preview = readiness.evaluation_of(job.loaded), subject.preview
     measured = evaluation.texts.values() if evaluation else ()
+    read = [source.title for one in job.loaded.passes for source in job.loaded.sources_of(one)]
+    if titles := dict.fromkeys([*read, *(source.title for source in measured)]):
+        job.progress.say(f"reading text: {', '.join(titles)}")
     return read_texts(job.loaded, measured, preview.tokenizer, preview.limits.num_embeddings, job.progress)
 
 

@@ -12,6 +12,7 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.errors import shortened
 from compressor.machine.memory_estimate import PLACEMENTS, Placement
 from compressor.model.structure import MoELayer, Structure, layers_said
+from compressor.wording import counted, human_bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,18 @@ class Preview:
     def __repr__(self) -> str:
         experts = layers_said(self.structure.layers) if self.structure else "no experts looked for"
         return f"Preview({shortened(str(self.plan.get('model')), 60)}: {experts})"
+
+    @property
+    def said(self) -> list[str]:
+        """The plan in sentences: what stays, how the weights are held, and its notes, but for that of the device."""
+        layers, needs, sizes = self.plan["layers"], self.plan["needs"], self.plan["bytes"]
+        before, kept = (sum(layer[key] for layer in layers) for key in ("num_experts", "kept"))
+        where = "all in memory" if needs["weights"] == "memory" else "one decoder layer at a time from disk"
+        stay = f"{kept:,} of {before:,} experts in {counted(len(layers), 'MoE layer')} stay"
+        shrink = f"{human_bytes(sizes['before'])} become {human_bytes(sizes['after'])}"
+        room = f"about {human_bytes(needs['memory'])} of the {human_bytes(needs['available'])} that are there"
+        plan = f"{stay}, {shrink}; weights {where}, {room}"
+        return [plan, *(note for note in self.plan["notes"] if not note.startswith("device auto:"))]
 
     @property
     def layers(self) -> Sequence[MoELayer]:

@@ -269,10 +269,13 @@ def test_lines_without_a_terminal(cli: Cli, recipe: WriteRecipe, mixtral: Path, 
     answer = cli("run", recipe())
     assert answer.status == 0
     lines = answer.err.splitlines()
-    assert lines[:2] == [f"loading {mixtral}", "expert_pruning: observing ..."]
-    assert lines[2].startswith("expert_pruning: observing: done in ")
-    assert lines[3] == "saving, and loading again to compare"
-    assert len(lines) == 4
+    assert lines[0] == f"{mixtral}: expert_pruning; into {tmp_path / 'out'}. Looking at the model's config"
+    assert lines[1].startswith("12 of 16 experts in 2 MoE layers stay, ")
+    assert "; weights all in memory, about " in lines[1]
+    assert lines[2] == "28 sets of 6 experts per layer, all of them looked at"
+    assert lines[3:6] == ["reading text: ids", f"loading {mixtral}", "expert_pruning: observing ..."]
+    assert lines[6].startswith("expert_pruning: observing: done in ")
+    assert lines[7:] == ["saving, and loading again to compare"]
     assert "\r" not in answer.err
     assert answer.out.rstrip().splitlines()[-1].startswith(f"Written to {tmp_path / 'out'}. Load it with ")
     assert "\x1b" not in answer.out
