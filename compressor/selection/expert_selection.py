@@ -24,6 +24,7 @@ from compressor.report.description import Description
 from compressor.selection.findings import shown
 from compressor.selection.layer_plan import (
     LayerPlan,
+    check_blend,
     check_measured,
     check_names,
     check_top_k,
@@ -104,15 +105,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def check_domains(self, domains: Sequence[str]) -> None:
         """Weights are given to domains that exist."""
-        if isinstance(self.options.blend, str):
-            return
-        unknown = [name for name in self.options.blend if name not in domains]
-        if unknown:
-            raise OptionError(
-                "blend", f"there is no calibration source called {unknown[0]!r}; there are {', '.join(domains)}."
-            )
-        if not any(self.options.blend.get(domain) for domain in domains):
-            raise OptionError("blend", f"all of the sources {', '.join(domains)} would weigh nothing.")
+        check_blend(self.options, domains)
 
     @property
     def needs_text(self) -> bool:
@@ -123,31 +116,11 @@ class ExpertSelection(Method[OptionsT]):
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
-        from compressor.observe.statistic import JoinedStatistic
-        from compressor.selection.activation_sums import ExpertSums
-        from compressor.selection.constants import ConstantErrors
-        from compressor.selection.exact import SubsetErrors
-        from compressor.selection.pair_losses import PairLosses
-
         plans = [LayerPlan(layer, one.options) for one in self._kinds]
         if not any(plan.changes for plan in plans):
             return None
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
-        needs = {*self.options.gather, *(criterion.needs if criterion else ())}
-        sums = ExpertSums(layer, outputs="outputs" in needs)
-        parts: list[Statistic] = [sums]
-        if criterion is not None and criterion.statistic is not None:
-            parts.append(criterion.statistic(layer))
-        if "pairs" in needs:
-            parts.append(PairLosses(layer))
-        for plan in plans:
-            if plan.options.with_constants:
-                parts.append(ConstantErrors(layer, must=self.options.replace is not None))
-            if plan.route == "exact":
-                parts.append(SubsetErrors(layer, plan.counts, self.options.top_k))
-            if plan.route == "greedy":
-                parts.append(_greedy_search(plan, sums))
-        return JoinedStatistic(parts)
+        return _gathered(plans, criterion, constants_asked=self.options.replace is not None)
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
@@ -377,6 +350,32 @@ def _criterion_notes(criteria: Mapping[str, Any], plans: Sequence[LayerPlan], *,
             "`gather: [outputs]` some is, and they are)"
         )
     return sorted(notes)
+
+
+def _gathered(plans: Sequence[LayerPlan], criterion: Any, *, constants_asked: bool) -> Statistic:
+    """What is gathered of one layer for these plans of it, and for a criterion, if that decides."""
+    from compressor.observe.statistic import JoinedStatistic
+    from compressor.selection.activation_sums import ExpertSums
+    from compressor.selection.constants import ConstantErrors
+    from compressor.selection.exact import SubsetErrors
+    from compressor.selection.pair_losses import PairLosses
+
+    layer, options = plans[0].layer, plans[0].options
+    needs = {*options.gather, *(criterion.needs if criterion else ())}
+    sums = ExpertSums(layer, outputs="outputs" in needs)
+    parts: list[Statistic] = [sums]
+    if criterion is not None and criterion.statistic is not None:
+        parts.append(criterion.statistic(layer))
+    if "pairs" in needs:
+        parts.append(PairLosses(layer))
+    for plan in plans:
+        if plan.options.with_constants:
+            parts.append(ConstantErrors(layer, must=constants_asked))
+        if plan.route == "exact":
+            parts.append(SubsetErrors(layer, plan.counts, options.top_k))
+        if plan.route == "greedy":
+            parts.append(_greedy_search(plan, sums))
+    return JoinedStatistic(parts)
 
 
 def _greedy_search(plan: LayerPlan, sums: ExpertSums) -> GreedySearch:

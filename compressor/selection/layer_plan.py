@@ -271,6 +271,18 @@ def check_names(layers: Sequence[MoELayer], options: SelectionOptions) -> None:
     check_layer_names(layers, "forbid", options.forbid)
 
 
+def check_blend(options: SelectionOptions, domains: Sequence[str]) -> None:
+    """Raise OptionError where weights are given to domains that are not there, or all would weigh nothing."""
+    if isinstance(options.blend, str):
+        return
+    if unknown := [name for name in options.blend if name not in domains]:
+        raise OptionError(
+            "blend", f"there is no calibration source called {unknown[0]!r}; there are {', '.join(domains)}."
+        )
+    if not any(options.blend.get(domain) for domain in domains):
+        raise OptionError("blend", f"all of the sources {', '.join(domains)} would weigh nothing.")
+
+
 def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
     """The experts that a mean leaves in all. Raises OptionError if the layers cannot keep exactly so many."""
     from compressor.selection.allocation import possible_totals
