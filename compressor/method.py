@@ -402,6 +402,14 @@ class Method(ABC, Generic[OptionsT]):
         """
         return Description.of(decision)
 
+    def by_expert(
+        self, layers: Sequence[MoELayer], statistics: Gathered, decision: Decision
+    ) -> Mapping[str, Mapping[str, Sequence[float | None]]]:
+        """What the page's map of experts says of each, beside what becomes of it: layer path → what that is called → a
+        number for every expert that the pass saw, None where there is none. Nothing by default.
+        """
+        return {}
+
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
         """The same decision by chance, which `evaluate.random` measures under `preview`; or why there is none, as what
         follows the method's name. `layers` are as the pass saw them. The same seed makes the same decision.

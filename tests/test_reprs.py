@@ -36,7 +36,7 @@ def test_results_and_what_they_hold(moe: compressor.MoEModel) -> None:
     passes = "expert_pruning, expert_pruning, dynamic_skipping"
     assert repr(result) == f"CompressionResult(mistralai/Mixtral-8x7B-v0.1 → in memory: {passes})"
     table = result._repr_html_()
-    for cell in ("<h2>Figures</h2>", "<th>before</th>", "<td>arc_easy acc %</td>", "<td>81.2 ± 1.2</td>", "(p=0.033)"):
+    for cell in ("<h2>Figures</h2>", ">before</th>", ">arc_easy acc %</th>", ">81.2 ± 1.2</td>", "(p=0.033)"):
         assert cell in table
     assert "<html" not in table
     bare = CompressionResult({"model": {"reference": "<i>"}}, None, None, None)

@@ -10,10 +10,10 @@ Dimensions: B sequences of a batch, S positions, N predicted tokens, V vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -31,6 +31,8 @@ MOST_WHOLE = 2048
 """Ids of a vocabulary that is kept whole."""
 NUM_KEPT = 1024
 """Ids that are kept of a larger one."""
+_NUM_EXAMPLES, _CONTEXT = 3, 20
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Fidelity(Result):
     """How a model's answers to a text differ from the original's, a mean over ``tokens``: ``kl`` is KL(original ‖
     model) in nats, ``agreement`` the share of tokens whose likeliest id is the same, ``delta_nll`` by how many nats the
     text became less likely; each with its standard error over sequences, None for one. ``vocabulary``: the number of
-    ids that were told apart, or `top 1024 and the rest`, and then ``kl`` is a lower bound.
+    ids that were told apart, or `top 1024 and the rest`, and then ``kl`` is a lower bound. ``flips``: tokens
+    whose likeliest id was the text's own before only (`lost`), and now only (`gained`), with examples as text.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Fidelity(Result):
     tokens: int
     vocabulary: int | str
     fingerprint: str
+    flips: Mapping[str, Any] | None = None
 
     @property
     def exact(self) -> bool:
@@ -127,13 +131,18 @@ class Predicts(Protocol):
 
 
 def beside_original(
-    model: Predicts, sequences: Sequences, batch_size: int, original: Answers, update: Progress | None = None
+    model: Predicts,
+    sequences: Sequences,
+    batch_size: int,
+    original: Answers,
+    update: Progress | None = None,
+    decode: Decode = str,
 ) -> tuple[Perplexity, Fidelity]:
     """A model's perplexity on a text, and its fidelity to the original's answers in the same batches: one forward.
-    Raises EvaluationError as `perplexity` does, where the vocabulary is another one, and where a divergence is not
-    finite.
+    `decode` makes text of ids, for examples of flips. Raises EvaluationError as `perplexity` does, where the vocabulary
+    is another one, and where a divergence is not finite.
     """
-    found: list[tuple[list[list[float]], int]] = []
+    found: list[tuple[list[list[float]], int, dict[str, list[Any]]]] = []
 
     def watch(number: int, batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> None:
         kept = original.of(number)
@@ -143,28 +152,55 @@ def beside_original(
                 f"source {sequences.name!r}: the model tells {logits_BSV.shape[-1]} ids apart, the original "
                 f"{vocabulary}: only models of one vocabulary can be compared."
             )
-        found.append((_compared(kept, batch, logits_BSV, losses_BS), vocabulary))
+        rows, now_N = _compared(kept, batch, logits_BSV, losses_BS)
+        found.append((rows, vocabulary, _flipped(kept.get("first_N", now_N), now_N, batch, decode)))
 
     perplexity = model.perplexity(sequences, batch_size, update, watch)
     by_batch = model.processes.in_order(found)
-    return perplexity, _fidelity(sequences, [one for rows, _ in by_batch for one in rows], by_batch[0][1])
+    flips = {way: [one for *_, of in by_batch for one in of[way]] for way in ("lost", "gained")}
+    said = {way: {"tokens": sum(number for number, _ in of), "examples": [one for _, one in of[:_NUM_EXAMPLES]]}
+            for way, of in flips.items()}  # fmt: skip
+    fidelity = _fidelity(sequences, [one for rows, *_ in by_batch for one in rows], by_batch[0][1])
+    return perplexity, replace(fidelity, flips=said)
 
 
 def _compared(
     kept: Mapping[str, Tensor], batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor
-) -> list[list[float]]:
-    """Of each sequence of a batch the divergence, tokens with the same first choice, loss added: sums; and tokens."""
+) -> tuple[list[list[float]], Tensor]:
+    """Of each sequence of a batch the divergence, tokens with the same first choice, loss added: sums; and tokens. And
+    the first choices [N].
+    """
     kl, same, added = ([torch.zeros(0, dtype=torch.float64)] for _ in range(3))
+    first = [torch.zeros(0, dtype=torch.int64)]
     start = 0
     for logits_NV, losses_N in _by_chunk(batch, logits_BSV, losses_BS):
         part = slice(start, start := start + len(losses_N))
         others_NK = logits_NV if "ids_NK" not in kept else _merged(logits_NV, kept["ids_NK"][part])
         kl.append(kl_divergences(kept["logits_NK"][part].to(logits_NV.device), others_NK))
-        same.append(logits_NV.max(-1).indices.cpu() == kept["first_N"][part])
+        first.append(logits_NV.max(-1).indices.cpu())
+        same.append(first[-1] == kept["first_N"][part])
         added.append(losses_N - kept["losses_N"][part])
     counts = _predicted(batch)
     sums = [[float(one.sum()) for one in torch.split(torch.cat(parts), counts)] for parts in (kl, same, added)]
-    return [[*values, count] for *values, count in zip(*sums, counts, strict=True)]
+    return [[*values, count] for *values, count in zip(*sums, counts, strict=True)], torch.cat(first)
+
+
+def _flipped(before_N: Tensor, now_N: Tensor, batch: TokenBatch, decode: Decode) -> dict[str, list[Any]]:
+    """First choices that were the text's own before only (`lost`), or are now only (`gained`): of each sequence that
+    has some their number, and the last one, which has most text before it, as text.
+    """
+    found: dict[str, list[Any]] = {"lost": [], "gained": []}
+    split = [torch.split(one_N, _predicted(batch)) for one_N in (before_N, now_N)]
+    for ids, *both in zip(batch.input_ids.cpu(), *split, strict=True):
+        next_N = ids[1 : len(both[0]) + 1]
+        for way, (right_N, other_N) in (("lost", both), ("gained", both[::-1])):
+            flips_N = (right_N == next_N) & (other_N != next_N)
+            for at in flips_N.nonzero()[-1:, 0].tolist():
+                shown = zip(("next", "before", "now"), (next_N, *both), strict=True)
+                example = {name: decode(one[at : at + 1].tolist()) for name, one in shown}
+                example["text"] = decode(ids[max(0, at + 1 - _CONTEXT) : at + 1].tolist())
+                found[way].append([int(flips_N.sum()), example])
+    return found
 
 
 def _fidelity(sequences: Sequences, by_sequence: list[list[float]], vocabulary: int) -> Fidelity:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from pathlib import Path
 
-import jinja2
-
+from compressor.report.charts import chart, series
 from compressor.report.description import Json
 from compressor.report.figures import NOTHING, fidelity_cells, metric_said, signed, union
 from compressor.report.html import picture_page
 from compressor.report.tables import Table
 from compressor.wording import human_bytes
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 860, 380, 62, 130, 44, 16
-_LETTER, _LINE = 7, 13
-"""Of a label, at most."""
 
 
 def comparison_tables(found: Json) -> list[Table]:
@@ -27,9 +20,8 @@ def comparison_tables(found: Json) -> list[Table]:
 
 def comparison_page(found: Json) -> str:
     """The tables and the picture as one HTML page."""
-    caption = "KL to the original, nats a token (mean over texts), by bytes on disk"
     title = f"{len(found['outputs'])} outputs of {found['original']['reference']}"
-    return picture_page(title, comparison_tables(found), [(caption, picture(found))] if _points(found) else [])
+    return picture_page(title, comparison_tables(found), filter(None, [picture(found)]))
 
 
 def _name(one: Json) -> str:
@@ -105,43 +97,18 @@ def _ratio(ratio: Json | None) -> str:
 # --- the picture ---
 
 
-def _points(found: Json) -> list[tuple[float, float, Json]]:
-    """(bytes, KL, output) of those whose KL has a logarithm."""
-    return [(one["bytes"], one["mean"]["kl"], one) for one in found["outputs"] if one["mean"] and one["mean"]["kl"] > 0]
-
-
-def picture(found: Json) -> str:
-    """An SVG: KL on a logarithmic axis by bytes, a line through the outputs that no other one beats."""
-    points = _points(found)
-    right = max([found["original"]["bytes"] or 0, *(point[0] for point in points)]) * 1.02
-    powers = [math.log10(kl) for _, kl, _ in points]
-    low, high = math.floor(min(powers)), math.floor(max(powers)) + 1
-
-    def x(num_bytes: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * num_bytes / right
-
-    def y(kl: float) -> float:
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - math.log10(kl)) / (high - low)
-
-    dots: list[dict[str, object]] = []
-    labels: list[tuple[float, float, float]] = []  # where each begins and ends, and how far down it stands
-    for num_bytes, kl, one in points:
-        start, label = x(num_bytes) + 7, y(kl) - 5
-        end = start + _LETTER * len(one["name"])
-        for first, last, other in sorted(labels, key=lambda placed: -placed[2]):
-            if first < end and start < last and abs(other - label) < _LINE:
-                label = other - _LINE
-        labels.append((start, end, label))
-        dots.append({"x": x(num_bytes), "y": y(kl), "label": label, "one": one, "said": human_bytes(one["bytes"])})
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        Path(__file__).with_name("comparison.svg.jinja").read_text(encoding="utf-8")
-    )
-    original = found["original"]["bytes"]
-    return template.render(
-        left=_LEFT, top=_TOP, width=_WIDTH, height=_HEIGHT, right=_WIDTH - _RIGHT, bottom=_HEIGHT - _BOTTOM,
-        decades=[(y(10.0**power), f"{10.0**power:g}") for power in range(low, high + 1)],
-        marks=[(x(right * step / 4), human_bytes(round(right * step / 4))) for step in range(5)],
-        original=x(original) if original else None,
-        front=sorted((x(num_bytes), y(kl)) for num_bytes, kl, one in points if one["on_front"]),
-        dots=dots,
-    )  # fmt: skip
+def picture(found: Json) -> Json | None:
+    """KL on a logarithmic axis by bytes, a line through the outputs that no other one beats; None without any KL."""
+    there = [one for one in found["outputs"] if one["mean"] and one["mean"]["kl"] > 0]
+    front, others = ([(one["bytes"], one["mean"]["kl"], one["name"]) for one in there if one["on_front"] is is_front]
+                     for is_front in (True, False))  # fmt: skip
+    chance = [(one["bytes"], min(one["random"]), max(one["random"])) for one in there if one.get("random")]
+    original = [(found["original"]["bytes"], 0, "the original")]
+    drawn = [
+        series("no other is both smaller and closer", sorted(front)),
+        series("others", others, "points"),
+        series("random choices", chance, "band"),
+        series("the original", original, "mark"),
+    ]
+    title = "KL to the original, mean over texts, by bytes on disk"
+    return chart(title, drawn, x="bytes", y="KL, nats a token", log=True) if there else None

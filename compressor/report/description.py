@@ -10,6 +10,9 @@ Json = Mapping[str, Any]
 EXPERT_IDS = ("kept", "dropped")
 """What of a layer's decision are ids of experts, where its method names no others."""
 
+SEARCH_LOSS = "loss when it goes"
+"""What a search says of an expert (`Method.by_expert`): the layer's relative loss when it has let go of it."""
+
 
 @dataclass(frozen=True)
 class Column:

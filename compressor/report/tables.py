@@ -79,12 +79,17 @@ class Table:
 
     def to_html(self) -> Markup:
         """The same as HTML; everything in it is escaped."""
-        head = Markup("").join(Markup("<th>{}</th>").format(heading) for heading in self.headings)
+        kinds = [Markup(' class="number"') if column.startswith(">") else "" for column in self.columns]
+        cells = [[escape(cell).replace("\n", Markup("<br>")) for cell in row] for row in [self.headings, *self.rows]]
+        tags = [Markup('<th scope="col"{}>{}</th>'), Markup('<th scope="row"{}>{}</th>'), Markup("<td{}>{}</td>")]
         rows = [
-            Markup("").join(Markup("<td>{}</td>").format(escape(cell).replace("\n", Markup("<br>"))) for cell in row)
-            for row in self.rows
+            Markup("").join(
+                tags[0 if row is cells[0] else 1 if number == 0 else 2].format(kind, cell)
+                for number, (kind, cell) in enumerate(zip(kinds, row, strict=True))
+            )
+            for row in cells
         ]
-        body = Markup("\n").join(Markup("<tr>{}</tr>").format(row) for row in (head, *rows))
+        body = Markup("\n").join(Markup("<tr>{}</tr>").format(row) for row in rows)
         return Markup('<div class="scroll"><table>\n{}\n</table></div>').format(body)
 
     def to_markdown(self) -> str:

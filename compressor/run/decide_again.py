@@ -60,7 +60,8 @@ def decide(
             raise OptionError(
                 None, "what is asked for is chosen by what the model's answers lose: run a recipe for it."
             )
-        decision, domains = _decide_on_first(made, layers, {name: passes[name] for name in names}, about, named)
+        usable = {name: passes[name] for name in names}
+        decision, domains, experts = _decide_on_first(made, layers, usable, about, named)
     except OptionError as error:
         lost = ", ".join(about.get("dropped_figures", ()))
         lost = f" Of several files {lost} cannot be added up." if lost else ""
@@ -74,7 +75,8 @@ def decide(
     done = decided_json(made, decision, entry)
     decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
     if file is not None:
-        _write_decision(file, decided, with_page=file != Path(output or ""))
+        shown = {**decided, "passes": [done | {"experts": experts}]} if file != Path(output or "") else None
+        _write_decision(file, decided, shown)
     return decided
 
 
@@ -91,12 +93,12 @@ def _fitting(method: Method[Any], layers: Sequence[MoELayer]) -> Method[Any]:
     return method
 
 
-def _write_decision(file: Path, decided: Mapping[str, Any], *, with_page: bool) -> None:
+def _write_decision(file: Path, decided: Mapping[str, Any], shown: Mapping[str, Any] | None) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_decision(file, decided)
-        if with_page:
-            (file.parent / "report.html").write_text(page(decided), encoding="utf-8")
+        if shown:
+            (file.parent / "report.html").write_text(page(shown), encoding="utf-8")
     except OSError as error:
         raise DiskError(f"{file}: it cannot be written there: {error.strerror}. Choose another output.") from error
 
@@ -131,16 +133,17 @@ def _decide_on_first(
     passes: Mapping[str, Any],
     about: Mapping[str, Any],
     named: str,
-) -> tuple[Decision, list[str]]:
-    """(decision, domains decided by), from the first pass whose figures the method understands."""
+) -> tuple[Decision, list[str], Mapping[str, Any]]:
+    """(decision, domains decided by, what is said of each expert), from the first pass that the method understands."""
     lacking: dict[str, KeyError] = {}
     for name, figures in passes.items():
         held_out = about["passes"][name].get("held_out", ())
         domains = [domain for domain in about["passes"][name]["domains"] if domain not in held_out]
         method.check_domains(domains)
         try:
-            made = method.decide(layers, Gathered(figures, about["passes"][name]["domains"], held_out))
-            return Decision.of(made), domains
+            gathered = Gathered(figures, about["passes"][name]["domains"], held_out)
+            decision = Decision.of(method.decide(layers, gathered))
+            return decision, domains, method.by_expert(layers, gathered, decision)
         except KeyError as error:
             lacking[name] = error
     if lost := [str(error) for error in lacking.values() if error.args[0] in about.get("dropped_figures", ())]:

@@ -139,7 +139,8 @@ def _on_texts(
                 watch = answers.keep if answers is not None else None
                 found[name] = piece.perplexity(text, batch_size, update, watch)
             else:
-                found[name], fidelity[name] = beside_original(piece, text, batch_size, answers, update)
+                how = (batch_size, answers, update, getattr(yardstick.tokenizer, "decode", str))
+                found[name], fidelity[name] = beside_original(piece, text, *how)
         used[name] = _used(piece.layers, counter, piece.processes)
     return found, fidelity, used
 

@@ -14,6 +14,7 @@ What the passes work on is in memory or on disk (`edit.backend`); what is done i
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,6 +64,7 @@ from compressor.run.record import (
     identity_json,
     record_before,
     run_json,
+    write_page,
     write_record,
 )
 from compressor.run.side_by_side import side_by_side
@@ -340,8 +342,12 @@ def _apply_passes(
         with job.timed("decide"), files.kept_if_undecided(name, resolved):
             decision = passes.decide_measured(job, piece, resolved, figures, batches, name)
         entry = passes.entry_json(resolved, figures, held_out, decision, piece.original_ids, all_ids)
+        if experts := resolved.method.by_expert(piece.layers, figures, decision):
+            entry["experts"] = experts
         done.append(entry)
         files.write_decisions(done)
+        if files.folder:  # a page that is there if the run is cut off
+            write_page(files.folder.path, {**files.about, "passes": done, "unfinished": str(files.folder.target)})
         probe = probe_of(batches, piece.model)
         random = controls.beside(job, piece, resolved, decision, batches, texts.perplexity, answers, probe, name)
         with random as found, job.timed("edit"):
@@ -570,6 +576,7 @@ def _with_journal(job: Job, subject: Subject, texts: Texts, folder: OutputFolder
 def _circumstances(job: Job, subject: Subject) -> dict[str, Any]:
     return {
         "versions": job.plugins.versions(),
+        "date": datetime.date.today().isoformat(),
         "hardware": hardware(*subject.devices),
         **({"processes": job.processes.size} if job.processes.size > 1 else {}),
         "seconds": {step: round(value, 3) for step, value in job.seconds.items()},

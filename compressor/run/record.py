@@ -153,8 +153,12 @@ def counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """The record, its page and the model card, in an output's folder."""
     write_json(folder / "compressor" / RECORD, record)
-    (folder / "compressor" / "report.html").write_text(page(record), encoding="utf-8")
+    write_page(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def write_page(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / "compressor" / "report.html").write_text(page(record), encoding="utf-8")
 
 
 # Of a run --------------------------------------------------------------------------------------------------
@@ -243,6 +247,7 @@ def run_json(
         "model": about["model"],
         "tokenizer": about["tokenizer"],
         "recipe": loaded.to_mapping(),
+        "recipe_as_written": loaded.recipe.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
         "recipe_fingerprint": loaded.fingerprint,
         **({"run_fingerprint": run_fingerprint} if run_fingerprint else {}),
         "seed": loaded.recipe.seed,

@@ -16,7 +16,7 @@ from compressor.checkpoint import headers
 from compressor.checkpoint.find import find_checkpoint, with_weights
 from compressor.errors import CheckpointError, EvaluationError, RecipeError
 from compressor.evaluation.size import bytes_on_disk
-from compressor.run.record import RECORD
+from compressor.run.record import FORMAT, RECORD
 
 Json = dict[str, Any]
 _HELP = "`recipe` and `against` (--recipe, --against) measure it"
@@ -57,7 +57,11 @@ def _recorded(folder: Path) -> Json:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: it cannot be read as a record: {error}.") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    if (written := found.get("format", FORMAT)) != FORMAT:
+        raise CheckpointError(f"{path}: it is a record of format {written}; this version reads format {FORMAT}.")
+    return found
 
 
 def _problem(folder: Path, record: Json) -> str | None:

@@ -148,8 +148,8 @@ def by_criterion(
     criterion: Criterion,
     fixed: Fixed,
     seed: int,
-) -> Choice:
-    """The experts with the largest scores; those without figures go first."""
+) -> tuple[Choice, Tensor]:
+    """(the experts with the largest scores; those without figures go first, the scores [E])"""
     if criterion.needs_text and not domains:
         raise ChoiceError(
             f"the criterion {criterion.name} goes by text, and none was read for these figures; observe again with it"
@@ -178,7 +178,7 @@ def by_criterion(
     known = torch.where(score_E.isfinite(), score_E, 0.0)
     if float(known.min()) >= 0.0 and float(known.sum()) > 0.0:
         found["score_kept"] = float(known[found["kept"]].sum() / known.sum())
-    return found
+    return found, score_E
 
 
 def _seed_of(layer: MoELayer, seed: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compressor.method import OptionError
 from compressor.observe.statistic import Gathered
+from compressor.report.description import SEARCH_LOSS
 from compressor.selection import choose, constants
 from compressor.selection.choose import Choice, Fixed
 from compressor.selection.layer_plan import LayerPlan
@@ -50,7 +53,7 @@ def _best(plan: LayerPlan, statistics: Gathered, num_kept: int, criteria: Mappin
     notes, domains, blend = choose.notes(figures, staying), statistics.domains, options.blend
     if options.criterion is not None:
         criterion, seed = criteria[options.criterion], options.seed or 0
-        found = choose.by_criterion(plan.free, figures, num_kept, domains, blend, criterion, staying, seed)
+        found, _ = choose.by_criterion(plan.free, figures, num_kept, domains, blend, criterion, staying, seed)
         if options.with_constants:
             found |= constants.lost_by(figures, found["dropped"], constants.objective_of(figures, domains, blend))[0]
         return found | notes, 0.0
@@ -60,6 +63,40 @@ def _best(plan: LayerPlan, statistics: Gathered, num_kept: int, criteria: Mappin
     else:
         found, cost = _searched(plan, figures, num_kept, choose.objective_of(figures, domains, blend), staying)
     return found | notes, cost
+
+
+def by_expert(
+    plan: LayerPlan, statistics: Gathered, decided: Mapping[str, Any], criteria: Mapping[str, Any]
+) -> dict[str, list[float | None]]:
+    """Of each expert of a layer: its share of the tokens' choices, also of each domain's; its share of Σ g‖f‖, what all
+    add to the output, in size; and the score that it was chosen by, or the relative loss when the search let it go.
+    """
+    figures, domains, options, layer = statistics[plan.path], statistics.domains, plan.options, plan.layer
+    found = dict[str, Tensor]()
+    if len(figures["sums.tokens"]):
+        tokens_DE = figures["sums.tokens"][:, : layer.num_experts]
+        found = {"use %": _percent(tokens_DE.sum(0))}
+        if len(domains) > 1:
+            found |= {f"use on {name} %": _percent(of) for name, of in zip(domains, tokens_DE, strict=False)}
+        found["output %"] = _percent(figures["sums.weighted_norm"].sum(0)[: layer.num_experts])
+    search, num_kept = decided.get("search", ""), len(decided["kept"])
+    if search in criteria:
+        how = (options.blend, criteria[search], fixed(plan, largest(figures), num_kept), options.seed or 0)
+        _, found[f"score by {search}"] = choose.by_criterion(plan.free, figures, num_kept, domains, *how)
+    elif search in ("greedy", "path") and "greedy.order" in figures:
+        objective = choose.objective_of(figures, domains, options.blend)
+        lost_E = torch.full((layer.num_experts,), torch.nan, dtype=torch.float64)
+        loss_S = objective.losses(figures["greedy.path_squared_error"]).sum(-1)
+        lost_E[figures["greedy.order"]] = loss_S / objective.norm_D.sum().clamp_min(1e-300)
+        found[SEARCH_LOSS] = lost_E
+    return {
+        name: [float(f"{value:.4g}") if math.isfinite(value) else None for value in of_E.tolist()]
+        for name, of_E in found.items()
+    }
+
+
+def _percent(numbers_E: Tensor) -> Tensor:
+    return 100 * numbers_E.double() / numbers_E.double().sum().clamp_min(1e-300)
 
 
 def _searched(

@@ -298,6 +298,15 @@ class ExpertSelection(Method[OptionsT]):
         note = "what is dropped answers a constant, whatever it is given, with the weight that the router gives it"
         return replace(found, notes=[note, *found.notes])
 
+    def by_expert(
+        self, layers: Sequence[MoELayer], statistics: Gathered, decision: Decision
+    ) -> Mapping[str, Mapping[str, Sequence[float | None]]]:
+        """Use, output and score, as far as they were gathered."""
+        from compressor.selection.deciding import by_expert
+
+        plans = [LayerPlan(layer, self.options) for layer in layers if statistics.get(layer.path)]
+        return {plan.path: by_expert(plan, statistics, decision["layers"][plan.path], self.criteria) for plan in plans}
+
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
         """As many experts of every layer; what goes answers its own constant, if that is asked for."""
         from compressor.selection.reference import kept_at_random

@@ -35,7 +35,7 @@ CopyOf = Callable[[Path], Path]
 Json = dict[str, Any]
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
-OF_THIS_RUN = ("seconds", "hardware", "output")
+OF_THIS_RUN = ("seconds", "date", "hardware", "output")
 
 
 def settings(model: Path, tokens: Path, **changes: Any) -> Json:

@@ -399,7 +399,7 @@ def test_every_pass_alone(tokens, tmp_path):
     drawn = (tmp_path / "out" / "compressor" / "report.html").read_text()
     assert drawn == page(json.loads((tmp_path / "out" / "compressor" / "record.json").read_text()))
     assert "Each pass alone" in drawn
-    assert drawn.count("<svg") == 3  # losses of both, and experts per token
+    assert drawn.count('<figure class="chart"') == 3  # losses of both, and experts per token
 
 
 def test_a_pass_that_cannot_work_alone(tokens, tmp_path, monkeypatch):
@@ -428,7 +428,9 @@ def test_a_pass_that_cannot_work_alone(tokens, tmp_path, monkeypatch):
     assert len({none, pruned, more, both}) == 4
     sizes = [one["after"]["size"]["parameters"] for one in (first, last)]
     assert sizes[0] > sizes[1] == result.record["evaluation"]["after"]["size"]["parameters"]
-    assert (tmp_path / "out" / "compressor" / "report.html").read_text().count("<svg") == 4  # two prune: two each
+    assert (tmp_path / "out" / "compressor" / "report.html").read_text().count(
+        '<figure class="chart"'
+    ) == 4  # two prune: two each
 
 
 def test_tasks_alone_count_experts_too(tokens):

@@ -100,6 +100,20 @@ def test_by_hand() -> None:
     added = [math.log(3 / 2), math.log(1 / 2) + math.log(3 / 2)]  # 0 → 1; 0 → 0 and 0 → 1; 1 → 0 alike
     assert found.delta_nll == pytest.approx(sum(added) / 4, rel=1e-6)
     assert (found.tokens, found.vocabulary, found.exact) == (4, 2, True)
+    # likeliest after 0 was 1 and is 0: so both 1 that follow a 0 are lost, and the 0 that does is gained
+    lost = [{"next": "[1]", "before": "[1]", "now": "[0]", "text": text} for text in ("[0]", "[0, 0]")]
+    gained = [{"next": "[0]", "before": "[1]", "now": "[0]", "text": "[0]"}]
+    assert found.flips == {"lost": {"tokens": 2, "examples": lost}, "gained": {"tokens": 1, "examples": gained}}
+
+
+def test_few_examples_of_flips_each_the_last_of_its_sequence() -> None:
+    """The original always foresees a 1, the other one a 0."""
+    long = [0] + [1] * 30
+    found = compare(FixedLogits([[0.0, 1.0]] * 2), FixedLogits([[1.0, 0.0]] * 2), as_sequences(*[long] * 5))
+    assert found.flips is not None
+    assert found.flips["gained"] == {"tokens": 0, "examples": []}
+    assert found.flips["lost"]["tokens"] == 5 * 30
+    assert [one["text"] for one in found.flips["lost"]["examples"]] == [str([1] * 20)] * 3
 
 
 def test_equals_brute_force_over_the_whole_vocabulary(original: Any, other: Any, text: Sequences) -> None:

@@ -26,7 +26,7 @@ BY_NAME = {criterion.name: criterion for criterion in CRITERIA}
 
 def kept_of(moe_layer, figures, name, num_kept, **others):
     options = {"domains": [""], "blend": "mean", "fixed": Fixed()} | others
-    return by_criterion(moe_layer, figures, num_kept, criterion=BY_NAME[name], seed=0, **options)["kept"]
+    return by_criterion(moe_layer, figures, num_kept, criterion=BY_NAME[name], seed=0, **options)[0]["kept"]
 
 
 def gathered(*batches):

@@ -192,7 +192,7 @@ def test_what_people_see(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_page_has_none_of_the_strings_that_look_broken(name: str) -> None:
-    text = re.sub(r"<(style|svg).*?</\1>", "", page(RECORDS[name]), flags=re.DOTALL)
+    text = re.sub(r"<(style|svg|script).*?</\1>|data-chart='.*?'", "", page(RECORDS[name]), flags=re.DOTALL)
     assert not re.search(BROKEN, text), re.search(BROKEN, text)
 
 
@@ -241,8 +241,8 @@ def test_only_as_much_is_wrapped_as_must_be_and_numbers_are_not() -> None:
 def test_html_is_escaped() -> None:
     table = Table("t", ("<a>", ">b"), [("<i>", "1\n2")])
     assert table.to_html() == (
-        '<div class="scroll"><table>\n<tr><th>&lt;a&gt;</th><th>b</th></tr>\n'
-        "<tr><td>&lt;i&gt;</td><td>1<br>2</td></tr>\n</table></div>"
+        '<div class="scroll"><table>\n<tr><th scope="col">&lt;a&gt;</th><th scope="col" class="number">b</th></tr>\n'
+        '<tr><th scope="row">&lt;i&gt;</th><td class="number">1<br>2</td></tr>\n</table></div>'
     )
 
 

@@ -170,11 +170,20 @@ def test_records_of_other_text_are_measured_again(made: Path, folder: Folder) ->
     assert [one["mean"]["kl"] for one in found["outputs"]] == pytest.approx(kept, rel=1e-3)
 
 
+def test_a_record_of_a_newer_version_is_refused_by_name(folder: Folder) -> None:
+    spoilt = folder("keep4")
+    change(spoilt, "format", 3)
+    with pytest.raises(
+        CheckpointError, match=r"keep4/compressor/record\.json: it is a record of format 3; this version"
+    ):
+        compressor.compare([spoilt])
+
+
 def test_the_command(made: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folders, page = (made / "keep4", made / "keep6"), tmp_path / "page.html"
     answer = cli("compare", *folders, "--page", page)
     assert (answer.status, answer.err) == (0, "")
     assert "keep4 *" in answer.out
-    assert "<circle" in page.read_text()
+    assert "data-chart='" in page.read_text()
     assert json.loads(cli("compare", *folders, "--json").out) == compressor.compare(folders)
     assert "error: " + str(tmp_path) in cli("compare", *folders, "--page", tmp_path).err

@@ -27,7 +27,7 @@ from compressor.plugin import Decision, LayerWeights, Method, Options, Plan, Sta
 from compressor.plugins import load_plugins
 from compressor.report.figures import shown_layers
 from compressor.report.terminal import print_summary
-from compressor.run import pipeline
+from compressor.run import passes, pipeline
 from compressor.wording import ids_said
 
 PATHS = [f"model.layers.{number}.mlp" for number in range(3)]
@@ -137,6 +137,20 @@ def test_a_later_pass_behind_one_that_drops_the_last_experts() -> None:
         [4, 5, 6, 7],
         [2, 3],
     ]
+
+
+def test_a_run_that_is_cut_off_leaves_a_page_that_says_so(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "edit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.compress(recipe({"expert_pruning": {"keep": 6}}), output=tmp_path / "out")
+    [page] = tmp_path.rglob("report.html")
+    for said in ("This run was not finished", f"{tmp_path / 'out'} was not written", "18 of 24 experts stay"):
+        assert said in html.unescape(page.read_text())
 
 
 # applying and deciding

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compressor.observe.statistic import Gathered
+from compressor.report.description import SEARCH_LOSS
 from compressor.selection import choose
 from compressor.selection.activation_sums import SUMS
 from compressor.selection.choose import Fixed
 from compressor.selection.criteria import Criterion
+from compressor.selection.deciding import by_expert
+from compressor.selection.layer_plan import LayerPlan
 from compressor.selection.objective import Objective
+from compressor.selection.options import SelectionOptions
 from compressor.selection.scores import ChoiceError
 
 NONE = Fixed()
@@ -139,7 +144,7 @@ def figures_of(tokens):
 
 def test_by_criterion(make_layer):
     criterion = Criterion("frequency", lambda figures: figures.tokens, "counts")
-    found = choose.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
+    found, _ = choose.by_criterion(make_layer(4, 1), figures_of([4, 0, 1, 3]), 2, ["a"], "mean", criterion, NONE, 0)
     assert found == {"kept": [0, 3], "dropped": [1, 2], "search": "frequency", "score_kept": pytest.approx(7 / 8)}
 
 
@@ -188,3 +193,31 @@ def test_super_experts_take_no_more_room_than_there_is(make_layer):
     assert fixed(layer, largest, 2, protected=(0,)) == Fixed(protected=(0,), supers=(2,))
     groups = make_layer(6, 1, num_groups=2, num_chosen_groups=1)
     assert fixed(groups, [50.0, 60.0, 1.0, 1.0, 1.0, 1.0], 2) == Fixed(supers=(1,))
+
+
+# What is said of each expert -------------------------------------------------------------------------------
+
+
+def test_of_each_expert(make_layer):
+    """Shares in percent, of all and by domain; a score, None where no token came; or the loss when a search lets go."""
+    layer = make_layer(4, 1)
+    figures = {f"sums.{name}": float64([[4, 0, 1, 3], [0, 0, 0, 2]]) for name in SUMS}
+    figures |= {
+        "sums.largest": torch.ones(2, 4),
+        "batch.domain": torch.tensor([0]),
+        "batch.squared_output": float64([100]),
+    }
+    statistics = Gathered({layer.path: figures | PATH}, ["a", "b"])
+    plan = LayerPlan(layer, SelectionOptions(keep=2, blend="pooled"))
+    mean = Criterion("mean", lambda figures: figures.weight / figures.tokens, "here")
+    shares = {
+        "use %": [40.0, 0.0, 10.0, 50.0],
+        "use on a %": [50.0, 0.0, 12.5, 37.5],
+        "use on b %": [0.0, 0.0, 0.0, 100.0],
+        "output %": [40.0, 0.0, 10.0, 50.0],
+    }
+    found = by_expert(plan, statistics, {"kept": [0, 2], "search": "mean"}, {"mean": mean})
+    assert found == shares | {"score by mean": [1.0, None, 1.0, 1.0]}
+    found = by_expert(plan, statistics, {"kept": [2, 3], "search": "path"}, {})
+    assert found == shares | {SEARCH_LOSS: [0.1, 0.3, None, None]}  # 1 and 3 of 10
+    assert by_expert(plan, statistics, {"kept": [2, 3], "search": "exact"}, {}) == shares
