@@ -43,7 +43,7 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found: Any = super().get_command(ctx, cmd_name)
         if found is not None:
-            _in_plain_words([*found.params, found.get_help_option(ctx)])
+            _in_plain_words(found.get_params(ctx))
         return found
 
 
@@ -522,7 +522,7 @@ def compare(
     _show(found, print_comparison, as_json=json_, quiet=quiet)
 
 
-plugin_app = typer.Typer(help="Write a plugin of your own.", no_args_is_help=True)
+plugin_app = typer.Typer(cls=_Commands, help="Write a plugin of your own.", no_args_is_help=True)
 app.add_typer(plugin_app, name="plugin")
 
 

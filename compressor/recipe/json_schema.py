@@ -5,6 +5,7 @@ It says what each key is, not what keys mean together: `compressor check` does.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,9 @@ def recipe_schema(methods: Mapping[str, type[Method[Any]]], criteria: Iterable[s
 
 def _readable(schema: Any) -> Any:
     """The same without the titles that pydantic makes of names; of several forms each that fits is right."""
-    if isinstance(schema, list):
-        return [_readable(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {key: value for key, value in schema.items() if key != "title" or not isinstance(value, str)}
-    return {{"oneOf": "anyOf"}.get(key, key): _readable(value) for key, value in kept.items()}
+
+    def plain(one: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in one.items() if key != "title" or not isinstance(value, str)}
+        return {{"oneOf": "anyOf"}.get(key, key): value for key, value in kept.items()}
+
+    return json.loads(json.dumps(schema), object_hook=plain)

@@ -20,7 +20,7 @@ from compressor.model.moe_model import possible_counts
 from compressor.plugins import Plugins
 from compressor.recipe.schema import load_recipe
 from compressor.run.check import check
-from compressor.wording import counted, human_bytes, human_count, ids_said
+from compressor.wording import ids_said
 
 _TEMPLATE = Path(__file__).with_name("new_recipe.yaml.jinja")
 _WAYS: Sequence[dict[str, Any]] = ({"choose": "measured"}, {}, {"criterion": "reap"}, {"criterion": "aimer"})
@@ -37,15 +37,17 @@ def new_recipe(reference: str, plugins: Plugins, *, file: Path, trust_remote_cod
     layers = structure_of(cls, config, plugins.adapters).layers
     most = min(layer.num_experts for layer in layers)
     fewer = sorted(set.intersection(*({*possible_counts(layer)} for layer in layers)) & {*range(most)})
+    top_k = max(layer.top_k for layer in layers)
     if not fewer:
-        top_k = max(layer.top_k for layer in layers)
         raise UnsupportedModelError(f"{reference}: none of its {most} experts can go: each token chooses {top_k}.")
     keep = max((count for count in fewer if count <= 0.75 * most), default=fewer[0])
     facts: dict[str, Any] = {
         "model": reference,
         "trust_remote_code": trust_remote_code,
         "file": file,
+        "num_layers": len(layers),
         "most": most,
+        "top_k": top_k,
         "keep": keep,
         "possible": ids_said(fewer),
         "length": min(512, max_positions(config) or 512),
@@ -67,24 +69,6 @@ def _written(facts: dict[str, Any], plugins: Plugins) -> str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["quoted"] = lambda text: text if yaml.safe_load(text) == text else json.dumps(text)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    recipe = yaml.safe_load(template.render(facts))
-    plan = check(load_recipe(recipe, methods=plugins.methods, criteria=plugins.criteria), plugins.adapters).plan
-    lines = [_about(plan), *plan["notes"]]
-    wrapped = [line for one in lines for line in textwrap.wrap(one, 118)]
-    return template.render({**facts, "facts": wrapped, "fit": _fit(plan["needs"])})
-
-
-def _about(plan: dict[str, Any]) -> str:
-    layers, before = plan["layers"], plan["parameters"]["before"]
-    experts = ids_said(sorted({layer["num_experts"] for layer in layers}))
-    return (
-        f"{plan['architecture']}: {counted(len(layers), 'MoE layer')} of {experts} experts, of which a token chooses "
-        f"{ids_said(sorted({layer['top_k'] for layer in layers}))}; {human_count(before)} parameters, experts hold "
-        f"{plan['expert_parameters'] / before:.0%}; {human_bytes(plan['bytes']['before'])} become "
-        f"{human_bytes(plan['bytes']['after'])}."
-    )
-
-
-def _fit(needs: dict[str, Any]) -> str:
-    where = "all in memory" if needs["weights"] == "memory" else "from disk"
-    return f"here {where}: {human_bytes(needs['memory'])} of the {human_bytes(needs['available'])} that are there"
+    recipe = load_recipe(yaml.safe_load(template.render(facts)), methods=plugins.methods, criteria=plugins.criteria)
+    said = [line for one in check(recipe, plugins.adapters).said for line in textwrap.wrap(one, 118)]
+    return template.render({**facts, "said": said})

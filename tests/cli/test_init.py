@@ -34,9 +34,9 @@ def test_a_model_of_which_all_is_there(cli: Cli, mixtral: Path) -> None:
     assert found["text"].startswith(
         f"# {mixtral} with 6 of its 8 experts in every layer.\n# yaml-language-server: $sch"
     )
-    assert "# MixtralForCausalLM: 2 MoE layers of 8 experts, of which a token chooses 2; " in found["text"]
+    assert "# The model has 2 MoE layer(s) of 8 experts, of which a token chooses 2. By " in found["text"]
     assert "possible are 2–7" in found["text"]
-    assert "# here all in memory: " in found["text"]
+    assert "# 12 of 16 experts in 2 MoE layers stay, " in found["text"]
 
 
 def test_a_model_without_a_tokenizer(cli: Cli, make_model: MakeModel, tmp_path: Path) -> None:
