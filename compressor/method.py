@@ -292,6 +292,16 @@ class Method(ABC, Generic[OptionsT]):
         return False
 
     @property
+    def needs_matrices(self) -> bool:
+        """Whether `external` asks `matrices` for experts' own ones: refused where files hold several in one tensor."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it cannot share text out among several processes: refused there before anything is read."""
+        return False
+
+    @property
     def program(self) -> Sequence[str]:
         """The program of the user's that it runs, with its arguments: refused unless the user allows commands."""
         return ()

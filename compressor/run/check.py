@@ -13,6 +13,7 @@ import torch
 
 from compressor.checkpoint import classes
 from compressor.checkpoint.classes import architecture, max_positions, model_class, next_token_problem
+from compressor.checkpoint.conversion import is_by_expert
 from compressor.checkpoint.extra_layers import LeftOut, find_left_out
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of
@@ -394,6 +395,7 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
         plan = check_pass(loaded, resolved, layers)
         with loaded.at_pass(resolved):
             _refuse_undecidable(resolved.method, layers, plan, look.model, look.rehearsal)
+            _refuse_packed(resolved.method, layers, look.model)
         if turned and (stored := next((layer.bits for layer in layers if layer.bits), None)):
             raise loaded.error(
                 resolved.path,
@@ -452,6 +454,17 @@ def _refuse_undecidable(
                 None,
                 f"{path} and {other} share their weights ({name}), so they must keep the same experts, and each would "
                 f"be decided by the text that comes to it. Decide without text (`criterion: aimer`), or leave both",
+            )
+
+
+def _refuse_packed(method: Method[Any], layers: Sequence[MoELayer], model: Any) -> None:
+    """Raise OptionError where a method needs tensors of each expert, and files have none."""
+    for layer in layers if method.needs_matrices else ():
+        if not is_by_expert(model, layer):
+            raise OptionError(
+                None,
+                f"{layer.path}: files hold the matrices of all its experts in one tensor, and only those with a tensor "
+                f"of their own can be stored otherwise. Another program may, behind the run (docs/then-quantise.md)",
             )
 
 

@@ -54,14 +54,20 @@ class Quantization(Method[QuantizationOptions]):
     """Store weights in fewer bits, in the format that vLLM and transformers read (compressed-tensors)."""
 
     name = "quantization"
-    version = "1"
+    version = "2"
     api = 2
     options_type: ClassVar[type[Options]] = QuantizationOptions
     expert_ids = ("to_nearest",)
+    needs_matrices = True
 
     @property
     def needs_text(self) -> bool:
         """What inputs a matrix is given matters where errors are to make up for each other."""
+        return self.options.method == "gptq"
+
+    @property
+    def alone(self) -> bool:
+        """A matrix is rounded by the inputs of all processes, and what it becomes is no sum."""
         return self.options.method == "gptq"
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
@@ -138,6 +144,17 @@ class Quantization(Method[QuantizationOptions]):
             return None
         return Rounded(site, scheme, self.options.min_tokens, self.options.dampening)
 
+    def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
+        """Σ x xᵀ in float32, of each expert for each of its matrices, and of the maps beside them; `gptq` only."""
+        if self.options.method == "rtn":
+            return 0
+        places = {name: layer.place_of(name) for name in layer.shapes}
+        return sum(
+            4 * layer.shapes[name][1] ** 2 * (layer.num_experts if place == "expert" else 1)
+            for name, place in places.items()
+            if place in self._schemes
+        )
+
     def decide(self, layers: Sequence[MoELayer], statistics: Gathered) -> Decision:
         """The scheme of each layer; with `gptq` the rounded matrices as well, and the experts with too few tokens."""
         scheme = self._schemes["expert"]
@@ -179,21 +196,21 @@ class Quantization(Method[QuantizationOptions]):
         write(source, target, stored, self._known(decision))
 
     def _known(self, decision: Decision) -> dict[str, tuple[Tensor, Grid]]:
-        """The decision's matrices by name on disk, as codes and their grid."""
+        """The decision's matrices by name on disk, packed, and their grid."""
         from compressor_quantization.rounding import Grid
 
         found: dict[str, tuple[Tensor, Grid]] = {}
         for path, tensors in decision.tensors.items():
-            for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
+            for name in [key.removesuffix(".packed") for key in tensors if key.endswith(".packed")]:
                 parts = {
                     key: self.matrices.as_stored(path, name, tensors[f"{name}.{key}"])
-                    for key in ("codes", "scale", "zero")
+                    for key in ("packed", "scale", "zero")
                     if f"{name}.{key}" in tensors
                 }
-                for on_disk, codes_OI in parts["codes"].items():
+                for on_disk, words in parts["packed"].items():
                     zero = parts["zero"][on_disk] if "zero" in parts else None
                     scheme = self._schemes[self.matrices.places[on_disk]]
-                    found[on_disk] = codes_OI, Grid(scheme, parts["scale"][on_disk], zero)
+                    found[on_disk] = words, Grid(scheme, parts["scale"][on_disk], zero)
         return found
 
 

@@ -1,23 +1,24 @@
-"""Scales and zero points, without files. Dimensions: O outputs, I inputs, G groups of g inputs with a scale each.
+"""Scales and zero points, without files. Dimensions: O outputs, I inputs, N groups of g inputs with a scale each (G of
+an output), S scales that are tried.
 
-A weight w is stored as a whole number q, or an 8-bit float, and read as (q − z) · s; z is 0 where it is symmetric.
+A weight w is stored as a whole number q, or an 8-bit float, and read as (q − z) · s; z is 0 where it is symmetric. Work
+is done in pieces that stay in a processor's cache, and figures of groups are left until the last one is through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 import torch
 from torch import Tensor
 
 from compressor_quantization.schemes import Scheme
 
-_SHRUNK = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72), 8: (1.0,)}
-"""Parts of a group's range that are tried, by bits: a smaller scale cuts the largest weights and rounds all others
-less. In 8 bits cutting never pays."""
-_NUMBERS_AT_ONCE = 2**15
-"""So many stay in a processor's cache while all scales are tried."""
+_NUM_TRIED = 4
+_NUMBERS_AT_ONCE = 2**16
+_MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -30,106 +31,124 @@ class Grid:
     scale: Tensor
     zero_point: Tensor | None = None
 
-    def wide(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of every weight, float32: [O, I] each, views."""
-        zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
-        return _spread(self.scale.float(), self.scheme, shape), _spread(zero.float(), self.scheme, shape)
+    def wide(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of every weight, float32: [O, I] each."""
+        scale_OI, zero = _spread(self.scale.float(), self.scheme, shape), self.zero_point
+        return scale_OI, None if zero is None else _spread(zero.float(), self.scheme, shape)
+
+    def by_input(self, shape: torch.Size, order_I: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same with inputs first, in an order: [I, O] each."""
+        rows, columns = self.scheme.block_of(shape[1])
+
+        def spread(of_each: Tensor) -> Tensor:
+            return of_each.float().T.repeat_interleave(rows, 1)[:, : shape[0]][order_I // columns]
+
+        return spread(self.scale), None if self.zero_point is None else spread(self.zero_point)
 
     def codes(self, weight_OI: Tensor) -> Tensor:
         """The nearest q of each weight, one byte each: int8, of floats their bits. [O, I]"""
-        found, start = [], 0
-        for part_OI in some_rows(weight_OI, self.scheme):
+        found_OI, start = torch.empty_like(weight_OI, dtype=torch.int8), 0
+        for part_OI in _pieces(weight_OI, self.scheme):
             of_rows = slice(start, start := start + len(part_OI))
-            found.append(_codes(part_OI.float(), self.of_rows(of_rows)))
-        return torch.cat(found)
+            found_OI[of_rows] = self._of_rows(of_rows)._codes(part_OI.float())
+        return found_OI
 
-    def of_rows(self, rows: slice) -> Grid:
-        """The grid of some outputs, whole blocks of them but at the end."""
+    def _of_rows(self, rows: slice) -> Grid:
         per_scale = self.scheme.block_of(1)[0]
         own = slice(rows.start // per_scale, -(-rows.stop // per_scale))
         return Grid(self.scheme, self.scale[own], None if self.zero_point is None else self.zero_point[own])
+
+    def _codes(self, weight_OI: Tensor) -> Tensor:
+        scheme, scale = self.scheme, self.scale.float()
+        if scheme.is_float:
+            wide_OI = scale if scheme.name == "FP8_DYNAMIC" else self.wide(weight_OI.shape)[0]
+            return (weight_OI / wide_OI).clamp_(-_MOST, _MOST).to(torch.float8_e4m3fn).view(torch.int8)
+        zero_OG1 = None if self.zero_point is None else self.zero_point.unsqueeze(2)
+        levels_OGg = weight_OI.view(*scale.shape, -1) * scale.reciprocal().unsqueeze(2)
+        return codes_of(nearest_(levels_OGg, scheme, zero_OG1), scheme, zero_OG1).view(weight_OI.shape)
 
     def numbers(self, codes_OI: Tensor) -> Tensor:
         """What codes are read as: (q − z) · s, float32 as they are before they are rounded to the model's dtype."""
         scale_OI, zero_OI = self.wide(codes_OI.shape)
         whole_OI = codes_OI.view(torch.float8_e4m3fn) if self.scheme.is_float else codes_OI
-        return (whole_OI.float() - zero_OI) * scale_OI
+        return (whole_OI.float() - (0 if zero_OI is None else zero_OI)) * scale_OI
 
     def rounded(self, weight_OI: Tensor) -> Tensor:
         """The nearest numbers of the grid, as `numbers` has them."""
         return self.numbers(self.codes(weight_OI))
 
 
-def round_to(scheme: Scheme, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """(q − z) · s, with q the nearest of the scheme's numbers: float32 of any shape. 0 stays 0."""
+def nearest_(levels: Tensor, scheme: Scheme, zero: Tensor | None = None) -> Tensor:
+    """The nearest q − z of w / s, in place, float32 of any shape. 0 stays 0."""
     if scheme.is_float:
-        most = torch.finfo(torch.float8_e4m3fn).max
-        return (weight / scale).clamp_(-most, most).to(torch.float8_e4m3fn).float() * scale
-    levels = weight * scale.reciprocal()
+        return levels.copy_(levels.clamp_(-_MOST, _MOST).to(torch.float8_e4m3fn))
     if zero is None:
-        return levels.round_().clamp_(*scheme.levels).mul_(scale)
-    return levels.add_(zero).round_().clamp_(*scheme.levels).sub_(zero).mul_(scale)
+        return levels.round_().clamp_(*scheme.levels)
+    return levels.add_(zero).round_().clamp_(*scheme.levels).sub_(zero)
+
+
+def codes_of(levels: Tensor, scheme: Scheme, zero: Tensor | None = None) -> Tensor:
+    """One byte for each q of q − z: int8, of floats their bits."""
+    if scheme.is_float:
+        return levels.to(torch.float8_e4m3fn).view(torch.int8)
+    return (levels if zero is None else levels + zero).to(torch.int8)
 
 
 def grid_for(weight_OI: Tensor, scheme: Scheme) -> Grid:
-    """The grid on which a matrix loses least: of whole numbers each group has the scale of least squared error among
-    those tried. Raises ValueError for NaN and infinity.
+    """The grid on which a matrix loses least, of those tried. Raises ValueError for NaN and infinity."""
+    if scheme.is_float:
+        largest = torch.cat([_largest(part.float(), scheme) for part in _pieces(weight_OI, scheme)])
+        return Grid(scheme, _stored(_finite(largest) / _MOST, weight_OI.dtype))
+    size = scheme.group_of(weight_OI.shape[1])
+    parts = tried(scheme.bits, size)
+    found = [_fits(part.float().view(-1, size), scheme, parts) for part in _pieces(weight_OI, scheme)]
+    scale_SN, gain_SN, zero_1N = (torch.cat(one, 1) for one in zip(*found, strict=True))
+    best_1N = gain_SN.max(0, keepdim=True).indices
+    scale_OG, zero_OG = (one.view(len(weight_OI), -1) for one in (scale_SN.gather(0, best_1N), zero_1N))
+    return Grid(
+        scheme, _stored(_finite(scale_OG), weight_OI.dtype), None if scheme.symmetric else zero_OG.to(torch.int8)
+    )
+
+
+def tried(bits: int, size: int) -> Sequence[float]:
+    """Parts of a group's range: a smaller one cuts the largest weights and rounds all others less, which is worth more
+    the more there are. In 8 bits cutting never pays.
     """
-    dtype, size = weight_OI.dtype, scheme.group_of(weight_OI.shape[1])
-    if scheme.is_float:
-        most = torch.finfo(torch.float8_e4m3fn).max
-        parts = [_largest(part.float(), scheme) / most for part in some_rows(weight_OI, scheme)]
-        return Grid(scheme, _stored(_finite(torch.cat(parts)), dtype))
-    found = [_search(part.float().view(-1, size), scheme, dtype) for part in some_rows(weight_OI, scheme)]
-    scale_OG, zero_OG = (torch.cat(one).reshape(len(weight_OI), -1) for one in zip(*found, strict=True))
-    return Grid(scheme, scale_OG, None if scheme.symmetric else zero_OG.to(torch.int8))
+    first = min(1.06, 1.02 - 0.04 * log2(size / 64))
+    return [first - 0.06 * step for step in range(_NUM_TRIED)] if bits == 4 else [1.0]
 
 
-def some_rows(weight_OI: Tensor, scheme: Scheme) -> Sequence[Tensor]:
-    """A matrix in pieces of whole blocks of outputs, which stay in a processor's cache while all scales are tried."""
-    num_inputs = weight_OI.shape[1]
-    per_scale = scheme.block_of(num_inputs)[0]
-    return torch.split(weight_OI, max(1, _NUMBERS_AT_ONCE // num_inputs // per_scale) * per_scale)
-
-
-def _codes(weight_OI: Tensor, grid: Grid) -> Tensor:
-    scheme, scale = grid.scheme, grid.scale.float()
-    if scheme.is_float:
-        most = torch.finfo(torch.float8_e4m3fn).max
-        wide_OI = scale if scheme.name == "FP8_DYNAMIC" else grid.wide(weight_OI.shape)[0]
-        return (weight_OI / wide_OI).clamp_(-most, most).to(torch.float8_e4m3fn).view(torch.int8)
-    levels_OGg = weight_OI.view(*scale.shape, -1) * scale.reciprocal().unsqueeze(2)
-    if grid.zero_point is not None:
-        levels_OGg.add_(grid.zero_point.unsqueeze(2))
-    return levels_OGg.round_().clamp_(*scheme.levels).to(torch.int8).view(weight_OI.shape)
-
-
-def _search(groups_Ng: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale [N] in the dtype it is stored in, zero point [N]) of least squared error, of S that are tried."""
+def _fits(groups_Ng: Tensor, scheme: Scheme, parts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale [S, N], what it gains [S, N], zero point [1, N]): each part's numbers q − z have a scale that suits them
+    best, Σ w (q − z) / Σ (q − z)². What is lost is Σ w² less the gain, [Σ w (q − z)]² / Σ (q − z)².
+    """
     high_N, low_N = groups_Ng.amax(1).clamp_(min=0), groups_Ng.amin(1).clamp_(max=0)
     least, most = scheme.levels
     if scheme.symmetric:
         high_N = torch.maximum(high_N, -low_N)
         low_N = -high_N
-    part_S1 = torch.tensor(_SHRUNK[scheme.bits])[:, None]
-    tried_SN = _stored(_finite(high_N - low_N) * part_S1 / (most - least), dtype)
-    scale_SN1 = tried_SN.float().unsqueeze(2)
-    zero_SN1 = torch.zeros(1).expand(scale_SN1.shape)
-    if not scheme.symmetric:
-        zero_SN1 = (least - low_N[:, None] * part_S1[..., None] / scale_SN1).round_().clamp_(least, most)
-    inverse_SN1, lost_SN, lost_Ng = scale_SN1.reciprocal(), torch.empty(tried_SN.shape), torch.empty_like(groups_Ng)
-    for number in range(len(part_S1)) if len(part_S1) > 1 else ():
-        torch.mul(groups_Ng, inverse_SN1[number], out=lost_Ng)
-        if scheme.symmetric:
-            lost_Ng.round_().clamp_(least, most)
-        else:
-            lost_Ng.add_(zero_SN1[number]).round_().clamp_(least, most).sub_(zero_SN1[number])
-        lost_Ng.mul_(scale_SN1[number]).sub_(groups_Ng)
-        torch.linalg.vecdot(lost_Ng, lost_Ng, out=lost_SN[number])
-    best_1N = torch.zeros(1, len(groups_Ng), dtype=torch.int64)
-    if len(part_S1) > 1:
-        best_1N = lost_SN.min(0, keepdim=True).indices
-    return tried_SN.gather(0, best_1N)[0], zero_SN1[..., 0].gather(0, best_1N)[0]
+    step_N = (high_N - low_N).div_(most - least)
+    inverse_N = step_N.clamp(min=torch.finfo(torch.float32).tiny * 4).reciprocal_()
+    zero_N = torch.zeros_like(low_N) if scheme.symmetric else (least - low_N * inverse_N).round_().clamp_(least, most)
+    if len(parts) == 1:
+        return step_N[None], step_N[None], zero_N[None]
+    zero_N1 = None if scheme.symmetric else zero_N[:, None]
+    levels_Ng, products_Ng = torch.empty_like(groups_Ng), torch.empty_like(groups_Ng)
+    both_2SN = groups_Ng.new_empty(2, len(parts), len(groups_Ng))
+    for of_part, both_2N in zip(parts, both_2SN.unbind(1), strict=True):
+        torch.mul(groups_Ng, (inverse_N / of_part)[:, None], out=levels_Ng)
+        nearest_(levels_Ng, scheme, zero_N1)
+        torch.sum(torch.mul(groups_Ng, levels_Ng, out=products_Ng), 1, out=both_2N[0])
+        torch.sum(torch.mul(levels_Ng, levels_Ng, out=products_Ng), 1, out=both_2N[1])
+    scale_SN = both_2SN[0] / both_2SN[1].clamp_(min=1)
+    return scale_SN, both_2SN[0] * scale_SN, zero_N[None]
+
+
+def _pieces(weight_OI: Tensor, scheme: Scheme) -> Sequence[Tensor]:
+    """Whole blocks of outputs."""
+    num_inputs = weight_OI.shape[1]
+    per_scale = scheme.block_of(num_inputs)[0]
+    return torch.split(weight_OI, max(1, _NUMBERS_AT_ONCE // num_inputs // per_scale) * per_scale)
 
 
 def _finite(figures: Tensor) -> Tensor:

@@ -96,36 +96,38 @@ class Scheme:
         )
         return QuantizationScheme(targets=list(targets), weights=weights, format="pack-quantized")
 
-    def stored(self, codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """What a matrix becomes, name → tensor, of its codes."""
+    def stored(self, packed: Tensor, grid: Grid, shape: Sequence[int]) -> dict[str, Tensor]:
+        """What a matrix [outputs, inputs] becomes, name → tensor, of its codes as `packed` has them."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         if self.is_float:
-            return {"weight": codes_OI.view(torch.float8_e4m3fn), "weight_scale": grid.scale}
-        made = {
-            "weight_packed": packed(codes_OI, self.bits),
-            "weight_scale": grid.scale,
-            "weight_shape": torch.tensor(codes_OI.shape),
-        }
+            return {"weight": packed.view(torch.float8_e4m3fn), "weight_scale": grid.scale}
+        made = {"weight_packed": packed, "weight_scale": grid.scale, "weight_shape": torch.tensor(shape)}
         if grid.zero_point is not None:
             made["weight_zero_point"] = pack_to_int32(grid.zero_point, self.bits, packed_dim=0)
         return made
 
 
-def packed(codes_OI: Tensor, bits: int) -> Tensor:
-    """int32 [O, I · bits / 32]: as the library's `pack_to_int32`, which takes four times as long on a processor."""
+def packed(codes_OI: Tensor, scheme: Scheme) -> Tensor:
+    """int32 [O, I · bits / 32]: as the library's `pack_to_int32`, which takes four times as long on a processor; 8-bit
+    floats as they are.
+    """
     import sys
 
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+    bits = scheme.bits
+    if scheme.is_float:
+        return codes_OI
     if sys.byteorder != "little" or codes_OI.shape[1] * bits % 32:
         return pack_to_int32(codes_OI, bits)  # type: ignore[no-any-return]
     bytes_OI = (codes_OI.contiguous() + 2 ** (bits - 1)).view(torch.uint8)  # int8 wraps around
     if bits == 4:
-        bytes_OI = bytes_OI[:, ::2] | bytes_OI[:, 1::2] << 4
-    words_OW: Tensor = bytes_OI.contiguous().view(torch.int32)
+        pairs_OP = bytes_OI.view(torch.int16)
+        bytes_OI = (pairs_OP | pairs_OP >> 4).to(torch.uint8)  # the lower byte of each
+    words_OW: Tensor = bytes_OI.view(torch.int32)
     return words_OW
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from compressor.plugin import CheckpointError
 from compressor_quantization.rounding import grid_for
-from compressor_quantization.schemes import Scheme, config_of
+from compressor_quantization.schemes import Scheme, config_of, packed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +35,14 @@ def write(
     known: Mapping[str, tuple[Tensor, Grid]] | None = None,
 ) -> None:
     """Store matrices otherwise: `schemes` are by name on disk, with whether the matrix is an expert's. Of each file
-    only as much as it will hold is in memory; `known` are matrices found before, as codes and their grid. Raises
+    only as much as it will hold is in memory; `known` are matrices found before, packed, and their grid. Raises
     CheckpointError, naming the tensor.
     """
     known = known or {}
     weight_map: dict[str, str] = {}
     sizes, stays = 0, []
     for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with safe_open(path, "pt") as file, _workers() as pool:
 
             def stored(name: str) -> dict[str, Tensor]:
                 tensor = file.get_tensor(name)
@@ -61,12 +62,24 @@ def write(
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many as torch has threads, each of which computes alone: pieces are too small to be shared."""
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)  # what threads begin with that are started from now on
+
+
 def _stored(name: str, weight_OI: Tensor, scheme: Scheme, known: tuple[Tensor, Grid] | None) -> dict[str, Tensor]:
     try:
         grid = known[1] if known else grid_for(weight_OI, scheme)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be stored as {scheme.name}: {error}.") from error
-    made = scheme.stored(known[0] if known else grid.codes(weight_OI), grid)
+    words = known[0] if known else packed(grid.codes(weight_OI), scheme)
+    made = scheme.stored(words, grid, weight_OI.shape)
     return {name.removesuffix("weight") + key: one.contiguous() for key, one in made.items()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_threads import together
 from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, write_token_file
 from weight_runs import stopped_and_whole
 
@@ -14,7 +15,8 @@ import compressor
 from compressor import MoEModel, RecipeError
 from compressor.checkpoint.resume_state import ObservationJournal
 from compressor.observe.statistic import linear_sites
-from compressor_quantization.gptq import gptq, inverse_factor, order_of
+from compressor.plugins import load_plugins
+from compressor_quantization.gptq import add_squares, gptq, order_of, owed
 from compressor_quantization.rounding import Grid, grid_for
 from compressor_quantization.schemes import Scheme
 
@@ -38,6 +40,13 @@ def naive(weight_OI: torch.Tensor, hessian_II: torch.Tensor, grid: Grid, dampeni
     return found_OI
 
 
+def rounded(weight_OI: torch.Tensor, hessian_II: torch.Tensor, dampening: float, grid: Grid) -> torch.Tensor:
+    order_I = order_of(hessian_II.diagonal())
+    owed_II = owed(hessian_II, order_I, dampening)
+    assert owed_II is not None
+    return grid.numbers(gptq(weight_OI, order_I, owed_II, grid))
+
+
 def loss(weight_OI: torch.Tensor, found_OI: torch.Tensor, inputs_TI: torch.Tensor) -> float:
     return float(((weight_OI - found_OI) @ inputs_TI.T).double().square().sum())
 
@@ -49,9 +58,7 @@ def test_two_inputs_by_hand() -> None:
     hessian = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[0.6, 0.7]])
     grid = Grid(Scheme("W4A16", 2), torch.ones(1, 1))
-    factor = inverse_factor(hessian, 1e-9)
-    assert factor is not None
-    found = gptq(weight, hessian.diagonal(), factor, grid)
+    found = rounded(weight, hessian, 1e-9, grid)
     assert found.tolist() == [[1.0, 0.0]]
     assert grid.rounded(weight).tolist() == [[1.0, 1.0]]
     lost = [(weight - one) @ hessian @ (weight - one).T for one in (found, grid.rounded(weight))]
@@ -66,11 +73,11 @@ def test_against_elimination(name: str) -> None:
     inputs_TI[:, 7] = 0
     weight_OI = torch.randn(6, 160, generator=generator)
     weight_OI[:, 11::20] = 0
+    before_OI = weight_OI.clone()
     grid = grid_for(weight_OI, Scheme(name, None if name.startswith("FP8") else 32))
     hessian_II = inputs_TI.T @ inputs_TI
-    factor_II = inverse_factor(hessian_II, 0.01)
-    assert factor_II is not None
-    found = gptq(weight_OI, hessian_II.diagonal(), factor_II, grid)
+    found = rounded(weight_OI, hessian_II, 0.01, grid)
+    assert torch.equal(weight_OI, before_OI)
     expected = naive(weight_OI, hessian_II, grid, 0.01)
     assert (found != expected).float().mean() < 0.01  # a number that lies between two may go either way
     assert loss(weight_OI, found, inputs_TI) == pytest.approx(loss(weight_OI, expected, inputs_TI), rel=0.05)
@@ -83,9 +90,20 @@ def test_against_elimination(name: str) -> None:
 def test_what_cannot_be_inverted() -> None:
     """Fewer tokens than inputs are no matter; figures that are no numbers are."""
     few_TI = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    assert inverse_factor(few_TI.T @ few_TI, 0.01) is not None
-    assert inverse_factor(torch.full((4, 4), torch.nan), 0.01) is None
-    assert order_of(torch.tensor([1.0, 3.0, 3.0, 2.0])).tolist() == [1, 2, 3, 0]
+    assert owed(few_TI.T @ few_TI, torch.arange(16), 0.01) is not None
+    assert owed(torch.full((4, 4), torch.nan), torch.arange(4), 0.01) is None
+    assert order_of(torch.tensor([1.0, 3.0, 3.0, 2.0])).tolist() == [0, 3, 2, 1]
+
+
+def test_half_of_a_symmetric_matrix_is_enough() -> None:
+    """More inputs than are added up at once; `owed` fills in what lies above the diagonal."""
+    inputs_TI = torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
+    hessian_II = torch.zeros(600, 600)
+    for part_TI in inputs_TI.split(25):
+        add_squares(hessian_II, part_TI)
+    assert hessian_II[0, 599] == 0
+    assert owed(hessian_II, torch.arange(600), 0.01) is not None
+    torch.testing.assert_close(hessian_II, inputs_TI.T @ inputs_TI)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -161,6 +179,27 @@ def test_interrupted_between_layers(run: dict[str, Any], tmp_path: Path, monkeyp
     recipe = {**run, "passes": passes(method="gptq"), "weights": "disk"}
     found, whole = stopped_and_whole(recipe, tmp_path, monkeypatch, (ObservationJournal, "put"), is_last)
     assert found == whole
+
+
+def test_several_processes_are_refused_before_anything_is_read(run: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**run, "model": "nowhere", "passes": passes(method="gptq"), "output": str(tmp_path / "out")}
+    says = "passes[1].quantization: quantization cannot share its work out among 2 processes; run it in one"
+    for error in together(2, lambda processes: compressor.compress(recipe, processes=processes)):
+        assert isinstance(error, RecipeError)
+        assert says in str(error)
+
+
+def test_sums_are_counted() -> None:
+    """Σ x xᵀ of 64 and of 96 inputs of each of 8 experts, and of 64 of each of q, k and v and o; none of `rtn`."""
+    moe = MoEModel(random_model("mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=1))
+    kind = load_plugins().methods["quantization"]
+    for options, expected in (
+        ({"method": "gptq"}, 8 * (64**2 + 96**2)),
+        ({"method": "gptq", "attention": True}, 8 * (64**2 + 96**2) + 4 * 64**2),
+        ({}, 0),
+    ):
+        method = kind(kind.options_type(scheme="W4A16", **options), {})
+        assert method.bytes_of_sums(moe.layers[0], 64, 1) == 4 * expected
 
 
 def test_an_option_without_effect(run: dict[str, Any], tmp_path: Path) -> None:

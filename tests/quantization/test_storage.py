@@ -112,7 +112,7 @@ def plain(folder: Path, tensors: Tensors, target: Path) -> Any:
 
 
 READ = {
-    "mixtral": {"scheme": "W4A16", "group_size": 32},
+    "mixtral": {"scheme": "W4A16", "group_size": 32, "attention": "W8A16"},
     "qwen3_moe": {"scheme": "W8A16", "group_size": "channel", "attention": "W4A16_ASYM"},
     "qwen2_moe": {"scheme": "FP8_DYNAMIC", "attention": "W8A16", "dense": "W8A16", "group_size": 32},
     "deepseek_v3": {"scheme": "W4A16", "group_size": 8, "attention": True, "dense": True},
@@ -336,10 +336,15 @@ def test_a_quantised_checkpoint_is_not_quantised_again(tokens: dict[str, Any], t
         compressor.check(again)
 
 
-def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    source = write_checkpoint(random_model("gpt_oss"), tmp_path / "model")
-    with pytest.raises(PluginError, match="holds the matrices of all experts of a layer"):
-        compressor.compress(recipe(source, {"scheme": "FP8_DYNAMIC"}, weights="disk"), output=tmp_path / "out")
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_experts_in_one_tensor_are_refused(name: str, tmp_path: Path) -> None:
+    """By `check`, whether they would be read from memory or from disk."""
+    source = write_checkpoint(random_model(name), tmp_path / "model")
+    run = recipe(source, {"scheme": "FP8_DYNAMIC"}) | {"output": str(tmp_path / "out")}
+    with pytest.raises(
+        RecipeError, match=r"passes\[0\].quantization: .*: files hold the matrices of all its experts in "
+    ):
+        compressor.check(run)
 
 
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
