@@ -3,6 +3,7 @@
     compressor.check(recipe)            what a run would do, and what it needs; inspect(model): what it is made of
     compressor.compress(recipe)         run a recipe: observe, decide, edit, evaluate, save
     compressor.evaluate(recipe, model)  measure one model; compare(folders): several outputs side by side
+    compressor.sweep(recipe, keep)      how far one can go: each of several totals, measured
     compressor.apply, decide            as the commands of these names
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
     compressor.MoEModel(model)          a live model's MoE layers: mask, watch, remove and skip experts
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from compressor.run.apply import apply
     from compressor.run.decide_again import decide
     from compressor.run.loading import load, restore
-    from compressor.run.pipeline import compare, compress, evaluate
+    from compressor.run.pipeline import compare, compress, evaluate, sweep
     from compressor.run.record import CompressionResult
     from compressor.run.verbs import check, inspect
 
@@ -58,6 +59,7 @@ _HOME = {
     "inspect": "run.verbs",
     "load": "run.loading",
     "restore": "run.loading",
+    "sweep": "run.pipeline",
 }
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "inspect",
     "load",
     "restore",
+    "sweep",
 ]
 
 

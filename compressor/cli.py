@@ -420,7 +420,9 @@ def decide(
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder for the decision and its page; or a .json file.")],
     method: Annotated[str, typer.Option("--method", help="The method whose options follow.")] = "expert_pruning",
-    keep: Annotated[str | None, typer.Option("--keep", help="Experts to keep: 64, 0.5 or {0: 64, 1: 48}.")] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="Experts to keep: 64, 0.5 or {0: 64, 1: 48}; 64,48: each.")
+    ] = None,
     criterion: Annotated[str | None, typer.Option("--criterion", help="Criterion, such as reap.")] = None,
     blend: Annotated[str | None, typer.Option("--blend", help="mean, worst, pooled or {code: 2, prose: 1}.")] = None,
     set_: Annotated[
@@ -443,13 +445,20 @@ def decide(
     from compressor.run import decide_again
     from compressor.run.decide_again import decision_file
 
-    overrides = [*(set_ or []), *_settings(keep=keep, criterion=criterion, blend=blend)]
-    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
-    decided = decide_again.decide(
-        statistics, method, **where, overrides=overrides, without=without or [], plugin_files=plugin or []
-    )
+    shown = {"as_json": json_, "quiet": quiet}
+    given = [*(set_ or []), *_settings(criterion=criterion, blend=blend)]
+    how: dict[str, Any] = {"overwrite": overwrite, "without": without or [], "plugin_files": plugin or []}
+    if keep and "," in keep and "{" not in keep:
+        each = keep.replace(" ", "").split(",")
+        several = decide_again.decide_each(each, output, statistics, method, overrides=given, **how)
+        then = f"\nWritten to {', '.join(several)}, which `compressor apply` takes."
+        together = {"passes": [{**one["passes"][0], "method": path} for path, one in several.items()]}
+        _show(several if json_ else together, print_decisions, then, **shown)
+        return
+    given += _settings(keep=keep)
+    decided = decide_again.decide(statistics, method, output=output, overrides=given, **how)
     then = f"`compressor apply {decision_file(output)} MODEL --output FOLDER` makes the smaller model."
-    _show(decided, print_decisions, f"\nWritten to {output}. {then}", as_json=json_, quiet=quiet)
+    _show(decided, print_decisions, f"\nWritten to {output}. {then}", **shown)
 
 
 @app.command()
@@ -520,6 +529,35 @@ def compare(
         with _written(page):
             page.write_text(comparison_page(found), encoding="utf-8")
     _show(found, print_comparison, as_json=json_, quiet=quiet)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    keep: Annotated[str, typer.Option("--keep", help="What stays: 8,12,16 or 0.5; means, if the recipe has a mean.")],
+    model: ModelOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="The page; default OUTPUT-sweep.html.")] = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    without: WithoutOption = None,
+    plugin: PluginOption = None,
+    quiet: QuietOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show how far one can go: what each of several numbers of experts loses. Writes a page, and no model."""
+    _calm()
+    from compressor.machine.progress import Progress
+    from compressor.report.terminal import print_comparison
+    from compressor.run import pipeline
+
+    progress, totals = Progress.detect(quiet=quiet), keep.replace(" ", "").split(",")
+    how: dict[str, Any] = {"model_reference": model, "output": output, "overwrite": overwrite, "resume": resume}
+    how |= {"overrides": set_ or [], "without": without or [], "plugin_files": plugin or [], "progress": progress}
+    with _notes_shown():
+        found = pipeline.sweep(recipe, totals, **how)
+    then = f"\nWritten to {found['page']}, and as JSON beside it." if "page" in found else None
+    _show(found, print_comparison, then, as_json=json_, quiet=quiet)
 
 
 plugin_app = typer.Typer(cls=_Commands, help="Write a plugin of your own.", no_args_is_help=True)

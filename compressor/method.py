@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -363,6 +363,12 @@ class Method(ABC, Generic[OptionsT]):
         one of least `cost`; the decision then says under `chosen` what all of them lose. None by default.
         """
         return {}
+
+    def observing_for(self, others: Sequence[Self]) -> Self:
+        """One whose figures `others`, which differ from it in how many experts they keep, can decide by as well: what
+        `sweep` observes with. By default itself, where its figures answer any count.
+        """
+        return self
 
     def cost(self, kl: Mapping[str, float]) -> float:
         """One number of what answers lose in each domain, in nats a token: the mean, unless a method knows better."""

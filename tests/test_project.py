@@ -81,6 +81,7 @@ FOR_USERS = [
     "inspect",
     "load",
     "restore",
+    "sweep",
 ]
 FOR_PLUGINS = [
     "PLUGIN_API",

@@ -20,7 +20,7 @@ def comparison_tables(found: Json) -> list[Table]:
 
 def comparison_page(found: Json) -> str:
     """The tables and the picture as one HTML page."""
-    title = f"{len(found['outputs'])} outputs of {found['original']['reference']}"
+    title = found.get("title") or f"{len(found['outputs'])} outputs of {found['original']['reference']}"
     return picture_page(title, comparison_tables(found), filter(None, [picture(found)]))
 
 
@@ -42,13 +42,18 @@ def _all_table(found: Json) -> Table:
     ]
     if any(one["on_front"] for one in outputs):
         below.append("* no other is both smaller and closer to the original.")
-    columns = ("output", ">on disk", ">bits", ">KL, nats", ">same %", ">loss, nats")
-    return Table(f"Beside {original['reference']}", columns, rows, below)
+    columns = ["output", ">on disk", ">bits", ">KL, nats", ">same %", ">loss, nats"]
+    if "experts" in original:
+        columns.insert(1, ">experts")
+        rows = [(row[0], str(one["experts"]), *row[1:]) for row, one in zip(rows, [original, *outputs], strict=True)]
+    title = found.get("title") or f"Beside {original['reference']}"
+    return Table(title, columns, rows, [*below, *found.get("notes", ())])
 
 
 def _text_tables(found: Json) -> Iterator[Table]:
     """Each figure, text by text, with its standard error."""
-    texts = union(*(one["fidelity"] for one in found["outputs"]))
+    kl = [{text: one["kl"] for text, one in output["fidelity"].items()} for output in found["outputs"]]
+    texts = sorted(union(*kl), key=lambda text: -sum(one[text] for one in kl))  # the worst first
     titles = ("KL to the original, nats a token", "Same likeliest token, %", "Loss, nats a token")
     for number, title in enumerate(titles) if texts else ():
         rows = [

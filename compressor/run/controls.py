@@ -50,7 +50,7 @@ def beside(
         return
     with job.timed("random decisions"):
         seeds = [job.recipe.seed + number for number in range(evaluation.random)]
-        drawn = _drawn(piece, resolved.method, decision, seeds)
+        drawn = draw(piece, resolved.method, decision, seeds)
         if not isinstance(drawn, str):
             how = (piece, resolved.method, [decision, *drawn], probe, batches, texts, answers, evaluation.batch_size)
             found = job.noted(f"random {name}", lambda: {"seeds": seeds, **measure(*how)})
@@ -87,7 +87,7 @@ def with_ours(entry: dict[str, Any], ours: Mapping[str, Mapping[str, float]]) ->
     return {**entry, "random": random | found} if found else entry
 
 
-def _drawn(piece: Backend, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
+def draw(piece: Backend, method: Method[Any], decision: Decision, seeds: Sequence[int]) -> list[Decision] | str:
     """The method's random decisions, or why there are none."""
     drawn = [method.control(decision, piece.layers, seed) for seed in seeds]
     if problem := next((one for one in drawn if isinstance(one, str)), None):

@@ -93,6 +93,19 @@ def _fitting(method: Method[Any], layers: Sequence[MoELayer]) -> Method[Any]:
     return method
 
 
+def decide_each(
+    keep: Sequence[str], output: Path, *by: Any, overrides: Sequence[str], **how: Any
+) -> dict[str, dict[str, Any]]:
+    """What `decide` answers for each of several `keep`, by where it is written: `output` with its `keep` in the name.
+    Nothing is where one cannot be decided.
+    """
+    stem = str(output).removesuffix(".json")
+    asked = {f"{stem}-keep-{one}{str(output)[len(stem) :]}": [*overrides, f"--keep={one}"] for one in keep}
+    for more in asked.values():
+        decide(*by, overrides=more, **how)
+    return {path: decide(*by, output=path, overrides=more, **how) for path, more in asked.items()}
+
+
 def _write_decision(file: Path, decided: Mapping[str, Any], shown: Mapping[str, Any] | None) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ def _measured(
 ) -> Measured | None:
     """What is to be measured of the method's candidates, if they are. Raises PluginError where that cannot be."""
     method, wanted = resolved.method, resolved.method.measuring(moe.layers)
-    if wanted is None:
+    if wanted is None or not wanted.candidates:
         return None
     if method.progressive or method.needs_original:
         raise PluginError(

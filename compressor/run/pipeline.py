@@ -16,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from compressor.model.moe_model import MoEModel
 from compressor.observe.activation_offload import Parking
 from compressor.observe.layerwise import Original
 from compressor.plugins import Plugins, load_plugins
-from compressor.recipe.schema import Recipe, ResolvedPass, load_recipe
+from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.run import check, controls, external, passes, readiness
 from compressor.run.job import Job, open_journal
 from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices, recipe_for
@@ -67,7 +69,8 @@ from compressor.run.record import (
     write_page,
     write_record,
 )
-from compressor.run.side_by_side import side_by_side
+from compressor.run.side_by_side import figures_of_all, side_by_side
+from compressor.run.sweep import MOST_SEQUENCES, Total, left_out_notes, page_of, sweep_json, totals_of, write
 from compressor.run.texts import Texts, batches_of, probe_of, read_texts
 
 
@@ -128,7 +131,10 @@ def compress(
         job, subject = _subject(job, model, tokenizer, folder)
     for sentence in subject.preview.said:
         job.progress.say(sentence)
-    result = _run(job, subject, None) if folder is None else _run_in_folder(job, subject, folder)
+    with nullcontext() if folder is None else _within(job, folder):
+        result = _run(job, subject, folder)
+        if folder is not None:
+            folder.finish()
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
 
@@ -227,6 +233,97 @@ def compare(
     return side_by_side(folders, against, _measuring(recipe, against, overrides, plugins, progress))
 
 
+def sweep(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    keep: Sequence[Any],
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    overrides: Sequence[str] = (),
+    model_reference: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """How far one can go: the recipe's one pass with a `keep`, observed once and decided for each of several, such as
+    `[8, 12, 0.5]` (means, where its own is a mean). Each is measured under the method's preview, beside the original,
+    on text of `evaluate`, or else on calibration text. As JSON of the same form as that of `compare`; an output has
+    `counts` by layer, and with `evaluate.random` what as many experts by chance lose. Arguments as of `compress`.
+
+    `output` is an HTML page, by default OUTPUT-sweep.html beside the recipe's output, with the JSON beside it; no model
+    is written. Raises RecipeError, before any work, where a number cannot be kept, or no pass or several have a `keep`.
+    """
+    plugins = load_plugins(without, files=plugin_files)
+
+    def loaded_with(page: Path | None, *more: str) -> LoadedRecipe:
+        how: dict[str, Any] = {"overrides": [*overrides, *more], "model": model_reference, "allow_commands": True}
+        return recipe_for(model, tokenizer, plugins, recipe, output=page and page.with_suffix(""), **how)
+
+    def planned(loaded: LoadedRecipe) -> tuple[LoadedRecipe, dict[str, Any]]:
+        job, subject = _subject(Job.of(loaded, plugins, None, None), model, tokenizer, None)
+        return job.loaded, subject.preview.plan
+
+    asked = loaded_with(None)
+    page = page_of(output, asked.recipe.output, overwrite=overwrite)
+    if resume and (model is not None or page is None):
+        raise RecipeError("a sweep goes on (`resume`) only where a checkpoint is read and a page is written.")
+    totals, together = totals_of(keep, asked, partial(loaded_with, page), planned)
+    job, subject = _subject(Job.of(together, plugins, progress, None), model, tokenizer, None)
+    target = job.recipe.output
+    folder = None if target is None else OutputFolder(target, overwrite=overwrite, resume=resume)
+    notes = left_out_notes(asked)
+    for note in notes:
+        job.progress.say(note)
+    with nullcontext() if folder is None else _within(job, folder):
+        found = _swept(job, subject, totals, folder)
+        found["notes"] += notes
+        if page is not None:
+            found["page"] = str(page)
+            write(page, found)
+    return found
+
+
+def _swept(job: Job, subject: Subject, totals: Sequence[Total], folder: OutputFolder | None) -> dict[str, Any]:
+    """One walk for all of them, then each one's decision, and what the model answers under it."""
+    [observed] = job.loaded.passes
+    texts = _read_texts(job, subject)
+    text = texts.perplexity or [one.first(MOST_SEQUENCES) for one in texts.calibration()]
+    job = _with_journal(job, subject, texts, folder, keep=[total.name for total in totals])
+    yardstick = _yardstick(job, subject, dataclasses.replace(texts, perplexity=text), has_original=True)
+    assert yardstick is not None
+    yardstick, piece = dataclasses.replace(yardstick, tasks=None), _workpiece(job, subject)
+
+    def measured(when: str, name: str, sizes: str, total: Total, **how: Any) -> Measured:
+        found, plan = measure(job, piece, yardstick, when, subject.devices, name=name, **how), total.plan
+        assert found is not None
+        size = dataclasses.replace(found.size, parameters=plan["parameters"][sizes], bytes=plan["bytes"][sizes])
+        return dataclasses.replace(found, size=size, bytes_on_disk=plan["bytes"][sizes])
+
+    before = measured("the original", "before", "before", totals[0], is_original=True)
+    batches, held_out = _batches(job, texts.by_pass[0]), _batches(job, texts.held_out[0], held_out=True)
+    figures = passes.observe(job, piece, observed, [*batches, *held_out], _original(job, subject), observed.name)
+    records, seeds = dict[Path, Any](), range(job.recipe.seed, job.recipe.seed + yardstick.evaluation.random)
+    for number, total in enumerate(totals):
+        own, method = dataclasses.replace(job, loaded=total.loaded), total.resolved.method
+        decision = passes.decide_measured(own, piece, total.resolved, figures, batches, f"total {number}")
+        drawn, under = controls.draw(piece, method, decision, seeds), list[Measured]()
+        for which, one in enumerate([decision, *(drawn if not isinstance(drawn, str) else ())]):
+            said = total.name + (f" by chance, {which}" if which else "")
+            with piece.previewed(method.preview, one):
+                under.append(measured(said, f"total {number} {which}", "after", total))
+        random = [statistics.fmean(text.kl for text in one.fidelity.values()) for one in under[1:]]
+        records[Path(total.name)] = {
+            "model": {"reference": job.recipe.model, **subject.about()},
+            "passes": [{"method": method.name}],
+            "evaluation": compared(before, under[0], text),
+            "swept": total.swept(decision) | ({"random": random} if random else {}),
+        }
+    return sweep_json(figures_of_all(records), records, totals[0], is_calibration=not texts.perplexity)
+
+
 def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:
     """A checkpoint as it is."""
     assert subject.checkpoint is not None
@@ -302,16 +399,16 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     return CompressionResult(record, None, model, subject.preview.tokenizer)
 
 
-def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> CompressionResult:
-    """The same within the output's hidden folder, which gets the output's name at the end."""
-    resume = output.resume
-    with output as folder:
+@contextmanager
+def _within(job: Job, folder: OutputFolder) -> Iterator[None]:
+    """The output's hidden folder, which an error leaves to go on from."""
+    resume = folder.resume
+    with folder:
         if resume and not folder.resume:
             job.progress.say(f"{folder.target}: there is nothing to go on from; the run starts at the beginning")
         try:
             with disk_errors_named(folder.target):
-                result = _run(job, subject, folder)
-                folder.finish()
+                yield
         except BaseException as error:
             if folder.keeps_after(error):  # said with the error, also where progress is quiet
                 error.add_note(
@@ -319,7 +416,6 @@ def _run_in_folder(job: Job, subject: Subject, output: OutputFolder) -> Compress
                     f"anew"
                 )
             raise
-        return result
 
 
 def _apply_passes(
@@ -570,11 +666,13 @@ def _identity(job: Job, subject: Subject, texts: Texts) -> dict[str, Any]:
     return identity_json(job.loaded, subject.about(), tokenizer, *others)
 
 
-def _with_journal(job: Job, subject: Subject, texts: Texts, folder: OutputFolder | None) -> Job:
-    """The job with its journal, begun or gone on with, if another run could go on with it."""
+def _with_journal(job: Job, subject: Subject, texts: Texts, folder: OutputFolder | None, **others: Any) -> Job:
+    """The job with its journal, begun or gone on with, if another run could go on with it. `others`: what it is about
+    besides.
+    """
     if job.recipe.output is None or subject.fingerprint is None:
         return job  # a live model could be another one next time
-    identity = _identity(job, subject, texts)
+    identity = _identity(job, subject, texts) | others
     journal = open_journal(job, job.recipe.output, identity, folder)
     return dataclasses.replace(job, journal=journal, fingerprint=fingerprint_of(identity))
 

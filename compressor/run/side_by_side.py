@@ -45,7 +45,7 @@ def side_by_side(
             raise CheckpointError(f"{problem}; {_HELP}.")
     if unlike := _unlike(records):
         raise EvaluationError(f"{unlike}; {_HELP} alike.")
-    return _figures_of_all(records)
+    return figures_of_all(records)
 
 
 def _recorded(folder: Path) -> Json:
@@ -106,7 +106,7 @@ def _measured_on(record: Json) -> dict[str, str]:
     }
 
 
-def _figures_of_all(records: Mapping[Path, Json]) -> Json:
+def figures_of_all(records: Mapping[Path, Json]) -> Json:
     """The figures, in the order given."""
     first = next(iter(records.values()))
     before = first["evaluation"]["before"]

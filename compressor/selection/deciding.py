@@ -107,7 +107,8 @@ def _searched(
     observed = [int(figures[name]) for name in ("subsets.top_k", "greedy.top_k") if name in figures]
     if any(one != top_k for one in observed):
         raise ChoiceError(f"the losses were gathered for {observed[0]} experts per token, not {top_k}; {choose.AGAIN}")
-    if "subsets.counts" in figures and options.search != "greedy":
+    sets_of = figures["subsets.counts"].tolist() if "subsets.counts" in figures else ()
+    if options.search != "greedy" and (num_kept in sets_of or (sets_of and "greedy.counts" not in figures)):
         return choose.by_subsets(layer, figures, num_kept, objective, staying)
     if "greedy.counts" in figures and options.search != "exact":
         return choose.by_greedy(layer, figures, num_kept, objective, staying)

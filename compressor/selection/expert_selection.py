@@ -116,35 +116,36 @@ class ExpertSelection(Method[OptionsT]):
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
-        plans = [LayerPlan(layer, one.options) for one in self._kinds]
-        if not any(plan.changes for plan in plans):
-            return None
+        plans = [plan for one in self._all_kinds if (plan := LayerPlan(layer, one.options)).changes]
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
-        return _gathered(plans, criterion, constants_asked=self.options.replace is not None)
+        return _gathered(plans, criterion, constants_asked=self.options.replace is not None) if plans else None
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
-        plan = LayerPlan(layer, self._kinds[0].options)
-        if not plan.changes or plan.route != "greedy":
-            return 0.0
-        from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
-
-        options = self.options
-        ranks = ranks_looked_at(layer, min(plan.counts), options.top_k, options.ranks)
-        top_k = options.top_k or layer.top_k
-        return most_bytes_of_token(layer, ranks, top_k, has_residual=options.progressive)
+        return _bytes_of_search([LayerPlan(layer, one.options) for one in self._all_kinds])
 
     def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
         """Constants: Σ w_i w_j E_i of every pair of experts, float64."""
-        plan = LayerPlan(layer, self._kinds[-1].options)
-        return 8 * num_domains * layer.num_experts**2 * hidden if plan.options.with_constants and plan.changes else 0
+        plans = [LayerPlan(layer, one.options) for one in self._all_kinds if one.options.with_constants]
+        return 8 * num_domains * layer.num_experts**2 * hidden if any(plan.changes for plan in plans) else 0
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
         """Counts of every layer, where a mean is shared out by them."""
-        if not self.options.is_measured and not self._compares:
+        if not any(one.options.is_measured or one._compares for one in self._totals):
             return None
         tokens, _ = measured_amount(self._kinds[0].options, len(layers))
-        return Measuring(tokens, sum(one._num_candidates(layers) for one in self._kinds))
+        return Measuring(tokens, _num_candidates(layers, self._all_kinds))
+
+    def observing_for(self, others: Sequence[Self]) -> Self:
+        """One search for all counts, and what is measured for some mean is."""
+        found = type(self)(self.options, self.criteria)
+        found._totals = [self, *others]
+        return found
+
+    @cached_property
+    def _totals(self) -> Sequence[Self]:
+        """The methods that its figures are for: itself, unless others are decided by them too."""
+        return [self]
 
     @cached_property
     def _kinds(self) -> Sequence[Self]:
@@ -152,6 +153,10 @@ class ExpertSelection(Method[OptionsT]):
         if self.options.replacement != "measured":
             return [self]
         return [type(self)(options, self.criteria) for options in self.options.kinds]
+
+    @cached_property
+    def _all_kinds(self) -> Sequence[Self]:
+        return [kind for one in self._totals for kind in one._kinds]
 
     def _known(self, statistics: Gathered) -> Sequence[Self]:
         """Those of them that the figures tell of, where it is left to us whether constants are asked for."""
@@ -164,16 +169,13 @@ class ExpertSelection(Method[OptionsT]):
         """Without constants, where nobody asked for them."""
         if self.options.replace is not None or len(self._kinds) == 1:
             return None
-        return type(self)(self.options.model_copy(update={"replace": "none"}), self.criteria), "constants"
+        plain = [type(one)(one.options.model_copy(update={"replace": "none"}), one.criteria) for one in self._totals]
+        return plain[0].observing_for(plain[1:]), "constants"
 
     @property
     def _compares(self) -> bool:
         """Whether whole decisions are compared by what the model's answers lose."""
         return self.options.chooses or len(self._kinds) > 1
-
-    def _num_candidates(self, layers: Sequence[MoELayer]) -> int:
-        counts = [len(self._measured_counts(layer, len(layers))) for layer in layers if self.options.is_measured]
-        return len(self._ways(layers)) * max(counts, default=0)
 
     def _measured_counts(self, layer: MoELayer, num_layers: int) -> list[int]:
         return measured_counts(LayerPlan(layer, self.options), num_layers)
@@ -187,8 +189,9 @@ class ExpertSelection(Method[OptionsT]):
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
-        if len(self._kinds) > 1:
-            return [found for one in self._known(statistics) for found in one.candidates(layers, layer, statistics)]
+        if len(self._all_kinds) > 1:
+            kinds = [kind for one in self._totals for kind in one._known(statistics)]
+            return _each_once([one for kind in kinds for one in kind.candidates(layers, layer, statistics)])
         found: dict[tuple[int, ...], Choice] = {}
         plans = [LayerPlan(layer, way) for way in self._ways(layers)]
         for count in self._measured_counts(layer, len(layers)):
@@ -318,6 +321,34 @@ class ExpertSelection(Method[OptionsT]):
         return drawn
 
 
+def _bytes_of_search(plans: Sequence[LayerPlan]) -> float:
+    """What a search keeps of a token at one layer, by these plans of it."""
+    counts = [min(plan.counts) for plan in plans if plan.changes and plan.route == "greedy"]
+    if not counts:
+        return 0.0
+    from compressor.selection.greedy import most_bytes_of_token, ranks_looked_at
+
+    layer, options = plans[0].layer, plans[0].options
+    ranks = ranks_looked_at(layer, min(counts), options.top_k, options.ranks)
+    return most_bytes_of_token(layer, ranks, options.top_k or layer.top_k, has_residual=options.progressive)
+
+
+def _each_once(offered: Sequence[Decision]) -> list[Decision]:
+    """Decisions of one layer, without those that are as one before them."""
+    sets = {(one.get("replace"), *kept["kept"]): one for one in reversed(offered) for kept in one["layers"].values()}
+    return [*reversed(sets.values())]
+
+
+def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelection[Any]]) -> int:
+    """Sets of a layer that are measured at most, whatever answers in the place of the experts that go."""
+    found = 0
+    for kind in {one.options.replacement for one in methods}:
+        of_kind = [one for one in methods if one.options.replacement == kind and one.options.is_measured]
+        counts = [{n for one in of_kind for n in one._measured_counts(layer, len(layers))} for layer in layers]
+        found += max((len(one._ways(layers)) for one in of_kind), default=0) * max(map(len, counts))
+    return found
+
+
 def _summed_kl(decision: Decision) -> float:
     """What the counts of a mean cost, as far as they were measured."""
     return float(decision.get("budget", {}).get("summed_kl", 0.0))
@@ -377,21 +408,21 @@ def _gathered(plans: Sequence[LayerPlan], criterion: Any, *, constants_asked: bo
         parts.append(criterion.statistic(layer))
     if "pairs" in needs:
         parts.append(PairLosses(layer))
-    for plan in plans:
-        if plan.options.with_constants:
-            parts.append(ConstantErrors(layer, must=constants_asked))
-        if plan.route == "exact":
-            parts.append(SubsetErrors(layer, plan.counts, options.top_k))
-        if plan.route == "greedy":
-            parts.append(_greedy_search(plan, sums))
+    if any(plan.options.with_constants for plan in plans):
+        parts.append(ConstantErrors(layer, must=constants_asked))
+    if exact := [plan for plan in plans if plan.route == "exact"]:
+        parts.append(SubsetErrors(layer, sorted({n for plan in exact for n in plan.counts}), options.top_k))
+    if greedy := [plan for plan in plans if plan.route == "greedy"]:
+        parts.append(_greedy_search(greedy, sums))
     return JoinedStatistic(parts)
 
 
-def _greedy_search(plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
+def _greedy_search(plans: Sequence[LayerPlan], sums: ExpertSums) -> GreedySearch:
     from compressor.selection.deciding import fixed
     from compressor.selection.greedy import GreedySearch
 
-    layer, options, fewest = plan.layer, plan.options, min(plan.counts)
+    plan = min(plans, key=lambda one: one.counts[0])
+    layer, options, fewest = plan.layer, plan.options, plan.counts[0]
 
     def protected() -> list[int]:
         return fixed(plan, sums.largest(), fewest).staying
@@ -400,7 +431,7 @@ def _greedy_search(plan: LayerPlan, sums: ExpertSums) -> GreedySearch:
     many_go = not budget and layer.num_experts - fewest > _MANY_DROPPED * layer.num_experts  # of a mean, the path
     return GreedySearch(
         layer,
-        [fewest] if budget else plan.counts,
+        sorted({one.counts[0] for one in plans}),  # of a mean the fewest, since the path tells the others
         top_k=options.top_k,
         blend=options.blend,
         protected=protected,

@@ -20,7 +20,7 @@ from compressor.observe.measuring import KL, measured_of
 from compressor.observe.statistic import Gathered
 from compressor.selection.choose import AGAIN, Choice
 from compressor.selection.constants import ERRORS
-from compressor.selection.layer_plan import LayerPlan, allocated, planned_counts, total_kept
+from compressor.selection.layer_plan import LayerPlan, allocated, measured_counts, planned_counts, total_kept
 from compressor.selection.objective import Blend, blend_weights
 
 Costs = dict[int, float]
@@ -56,7 +56,7 @@ def shared(
         if options.share == "loss":
             by_way.append({count: chosen(of_layer[0], count)[1] ** 2 for count in of_layer[0].counts})
         elif of_layer[0].changes:
-            sets = _sets_of(of_layer[0], statistics)
+            sets = _sets_of(of_layer[0], statistics, len(plans))
             said.setdefault("measured", {})[path] = _table(sets)
             by_way = [_costs(plan, sets, chosen) for plan in of_layer]
         else:
@@ -85,8 +85,10 @@ class _Set:
     said: dict[str, Any]
 
 
-def _sets_of(plan: LayerPlan, statistics: Gathered) -> list[_Set]:
-    """Raises OptionError where no set of the layer was measured."""
+def _sets_of(plan: LayerPlan, statistics: Gathered, num_layers: int) -> list[_Set]:
+    """Those that the plan's own run would measure, if they were, or all: so what is observed for several totals decides
+    each as its own run does. Raises OptionError where no set of the layer was measured.
+    """
     found, figures, with_constants = list[_Set](), statistics.get(plan.path, {}), plan.options.with_constants
     for decided, kl_D, error_D in measured_of(figures, len(statistics.domains)) if KL in figures else ():
         if decided.get("constants", ERRORS in figures) != with_constants:
@@ -106,7 +108,9 @@ def _sets_of(plan: LayerPlan, statistics: Gathered) -> list[_Set]:
             f"{plan.path}: what its counts cost was not measured{where}; share the mean out by `loss` or `even`, or "
             f"{AGAIN}.",
         )
-    return found
+    counts = {*measured_counts(plan, num_layers)}
+    own = [one for one in found if len(one.kept) in counts]
+    return own if {len(one.kept) for one in own} == counts else found
 
 
 def _table(sets: Sequence[_Set]) -> dict[int, dict[str, Any]]:
