@@ -13,8 +13,10 @@ install() {
     echo "making .venv"
     "$python" -m venv .venv
   fi
+  # compiled is what is imported, when it is: the rest, which is most of it, takes half of an installation's time
+  unset PYTHONDONTWRITEBYTECODE
   # shellcheck disable=SC2086  # TORCH may hold several words
-  .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet ${TORCH:-torch==2.13.0}
+  .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet --no-compile ${TORCH:-torch==2.13.0}
   echo "installing moe-compressor${1:-} into .venv"
-  .venv/bin/python -m pip install --quiet --editable ".${1:-}"
+  .venv/bin/python -m pip install --quiet --no-compile --editable ".${1:-}"
 }

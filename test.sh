@@ -6,6 +6,15 @@ source ./environment.sh
 install "[test,check]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
+# types are checked beside the tests, and said after them
+said=$(mktemp)
+.venv/bin/mypy >"$said" 2>&1 &
+types=$!
+tests=0
 # one thread a worker: more threads than cores make small models many times slower
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@" || tests=$?
+checked=0
+wait "$types" || checked=$?
+cat "$said"
+rm "$said"
+exit $((tests ? tests : checked))

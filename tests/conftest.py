@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,51 @@ def _structures_found_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "find_structure", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _command_made_once() -> Iterator[None]:
+    """What a process does once for its one command: typer's objects, and where plugins are on this search path."""
+    import typer
+
+    from compressor import plugins
+
+    get_command, look, named = typer.main.get_command, plugins.entry_points, plugins._distribution
+
+    @cache
+    def on_path(path: tuple[str, ...], group: str) -> Any:
+        return look(group=group)
+
+    @cache
+    def of_distribution(distribution: Any, entry: Any) -> tuple[str, str]:
+        return named(entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(get_command))
+        patch.setattr(plugins, "entry_points", lambda group: on_path(tuple(sys.path), group))
+        patch.setattr(plugins, "_distribution", lambda entry: of_distribution(getattr(entry, "dist", None), entry))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rehearsed_once() -> Iterator[None]:
+    """As with structures: of a class of transformers' own and an equal config a forward does the same."""
+    from compressor.run import check
+
+    rehearse, seen = check.rehearse, {}
+
+    def once(model: Any, structure: Any) -> Any:
+        if not type(model).__module__.startswith("transformers.models."):
+            return rehearse(model, structure)
+        paths = tuple(layer.path for layer in structure.layers)
+        key = (type(model), model.dtype, model.config.to_json_string(use_diff=False), paths)
+        if key not in seen:
+            seen[key] = rehearse(model, structure)
+        return seen[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "rehearse", once)
         yield
 
 

@@ -20,6 +20,7 @@ import pytest
 import transformers
 
 ROOT = Path(__file__).parents[1]
+NAME = "nightly tests"
 RECORD = Path(__file__).with_name("nightly.json")
 PROVEN = (
     "compressor/checkpoint",
@@ -34,7 +35,12 @@ PROVEN = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Nightly(config, proven_now()))
+    config.pluginmanager.register(Nightly(config, proven_now()), NAME)
+
+
+def may_run(config: pytest.Config) -> bool:
+    """Whether any test that is marked so is going to be run."""
+    return config.pluginmanager.get_plugin(NAME).are_run or any("::" in argument for argument in config.args)
 
 
 def proven_now() -> dict[str, str]:

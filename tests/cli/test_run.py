@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -579,20 +578,13 @@ def test_several_sources_keep_their_names(cli: Cli, recipe: WriteRecipe, tokens:
 
 
 @pytest.mark.slow
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     heavy = (
         "print([name for name in ('torch', 'transformers', 'lm_eval', 'datasets', 'pydantic') if name in sys.modules])"
     )
     answer = in_a_process("--help", then=heavy)
     assert answer.returncode == 0
     assert answer.stdout.endswith("[]\n")
-    command = Path(sys.executable).with_name("compressor")
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([command, "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.5, seconds  # 0.5 s is the aim; room for a busy machine
 
 
 def test_version(cli: Cli) -> None:
