@@ -102,22 +102,27 @@ class Conversion:
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the model, into which some were loaded, as files have them: name on disk → tensor."""
-        from transformers.core_model_loading import revert_weight_conversion
+        return as_stored(self._model, tensors)
 
-        with quiet_transformers():
-            return dict(revert_weight_conversion(self._model, tensors))
+
+def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, of a model that is not read into."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with quiet_transformers():
+        return dict(revert_weight_conversion(model, tensors))
 
 
 def is_by_expert(model: Any, layer: MoELayer) -> bool:
     """Whether files hold each expert of a layer in tensors of its own, beside which a constant can stand."""
-    prefix, conversion = stored_prefix(model, layer.experts), Conversion(model)
-    names = conversion.as_stored({name: tensor_at(model, name) for name in layer.experts_tensors})
+    prefix = stored_prefix(model, layer.experts)
+    names = as_stored(model, {name: tensor_at(model, name) for name in layer.experts_tensors})
     return all(name.startswith(prefix) and name[len(prefix) :].partition(".")[0].isdecimal() for name in names)
 
 
 def stored_prefix(model: Any, experts: str) -> str:
     """What the names of a module's experts begin with in files, up to their numbers."""
-    [name] = Conversion(model).as_stored({f"{experts}.0.{VALUE}": torch.empty(0)})
+    [name] = as_stored(model, {f"{experts}.0.{VALUE}": torch.empty(0)})
     return name.removesuffix(f"0.{VALUE}")
 
 
@@ -148,7 +153,7 @@ def tensors_to_save(model: Any) -> dict[str, Tensor]:
 
     ignored = model._keys_to_ignore_on_save or ()
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    found = Conversion(model).as_stored(remove_tied_weights_from_state_dict(held, model))
+    found = as_stored(model, remove_tied_weights_from_state_dict(held, model))
     for path, ours in constant_experts(model).items():
         prefix = stored_prefix(model, path)
         places = {f"{prefix}{place}": f"{prefix}{expert}" for place, expert in enumerate(ours.kept)}

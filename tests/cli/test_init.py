@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tiny_models import tiny_model
+
+from compressor.recipe.shipped import shipped
 
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
@@ -75,3 +78,13 @@ def test_a_model_that_can_spare_no_expert(refused: Refused, make_model: MakeMode
 
 def test_no_model(refused: Refused) -> None:
     refused("init", "none", says="error: none: there is no such folder, nor is it a hub id")
+
+
+def test_the_commands_of_the_page(cli: Cli, mixtral: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in block.strip().splitlines():
+        command, *words = line.partition("#")[0].replace("MODEL", str(mixtral)).split()
+        assert (command, cli(*words).status) == ("compressor", 0), line
+    names = set(re.findall(r"`([a-z][\w.]*-[\w.-]+|quickstart)`", page)) - {"--install-completion"}
+    assert names == {*shipped()}, names ^ {*shipped()}

@@ -55,7 +55,7 @@ REMAIN = {
     "qwen3-30b-a3b-uniform": ("128 → 96", 48),
 }
 """Experts of each layer, before and after, on average; and layers."""
-QUICK = ("gpt-oss-20b", "mixtral-8x7b", "olmoe-1b-7b")
+QUICK = ("gpt-oss-20b", "olmoe-1b-7b")
 REAL = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly)
     for name, path in shipped().items()
