@@ -39,7 +39,7 @@ def refusal(layers, **options):
 
 
 def counts(plan):
-    return [layer.num_experts for layer in plan.layers]
+    return [layer.num_with_weights for layer in plan.layers]
 
 
 def planned(layers, **options):

@@ -62,7 +62,7 @@ def test_counts_by_layer(run, tmp_path):
 
 
 def test_a_mean(run):
-    done, folder, original = run("mixtral", keep={"mean": 5})
+    done, folder, original = run("mixtral", keep={"mean": 5}, replace="none")
     assert sum(counts(done)) == 15
     assert done["decision"]["budget"]["num_kept"] == 15
     assert json.loads((folder / "compressor" / "decision.json").read_text())["passes"][0]["decision"]["budget"]
