@@ -220,7 +220,8 @@ def test_pruning_that_leaves_nothing_to_skip_is_refused_by_check(eight, tokens, 
 @pytest.mark.parametrize("weights", ["memory", "disk"])
 def test_pruning_of_which_only_the_figures_tell_that_it_leaves_nothing_to_skip(eight, tokens, tmp_path, weights):
     """A mean that is shared out leaves some layer fewer experts than its rule normalises over."""
-    passes = [{"dynamic_skipping": {"top_k": 2, "normalise_over": 6}}, {"expert_pruning": {"keep": {"mean": 6}}}]
+    prune = {"keep": {"mean": 6}, "replace": "none"}
+    passes = [{"dynamic_skipping": {"top_k": 2, "normalise_over": 6}}, {"expert_pruning": prune}]
     with pytest.raises(
         RecipeError,
         match=r"passes\[1\]\.expert_pruning: what was decided cannot be carried out: the model skips experts, and "
