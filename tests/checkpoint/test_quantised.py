@@ -140,7 +140,7 @@ def test_decided_and_measured_as_if_dequantised(kind: str, tmp_path: Path) -> No
     assert_same(tensors_of(source), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mxfp4", pytest.param("pack-quantized", marks=pytest.mark.nightly), *KINDS[2:]])
 def test_the_plan_knows_the_bytes_of_the_files(kind: str, tmp_path: Path) -> None:
     recipe = recipe_for(shard_up(source_of(kind, tmp_path / "source")), tmp_path)
     planned = planned_for(recipe)
@@ -154,6 +154,7 @@ def test_the_plan_knows_the_bytes_of_the_files(kind: str, tmp_path: Path) -> Non
     assert any("is quantised" in note and "edited as it is stored" in note for note in planned["notes"])
 
 
+@pytest.mark.nightly
 def test_two_passes_and_progressive(tmp_path: Path) -> None:
     source = source_of("mixtral", tmp_path / "source")
     recipe = recipe_for(source, tmp_path)

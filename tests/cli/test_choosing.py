@@ -13,6 +13,8 @@ import pytest
 import yaml
 from test_plugins import write_distribution
 
+import compressor
+
 Cli = Callable[..., Any]
 Refused = Callable[..., str]
 WriteRecipe = Callable[..., Path]
@@ -27,12 +29,15 @@ def ids_file(path: Path, seed: int, num_rows: int = 4) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("domains")
+    return {name: ids_file(folder / f"{name}.jsonl", seed) for seed, name in enumerate(("code", "prose"))}
+
+
 @pytest.fixture
-def two_domains(tmp_path: Path) -> list[dict[str, Any]]:
-    return [
-        {"tokens": str(ids_file(tmp_path / f"{name}.jsonl", seed)), "name": name}
-        for seed, name in enumerate(("code", "prose"))
-    ]
+def two_domains(domains: dict[str, Path]) -> list[dict[str, Any]]:
+    return [{"tokens": str(path), "name": name} for name, path in domains.items()]
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -218,10 +223,14 @@ def test_a_third_party_criterion_is_one_function(
 # Deciding again --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gathered(cli: Cli, recipe: WriteRecipe, tmp_path: Path, two_domains: Any) -> Path:
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory, mixtral: Path, domains: dict[str, Path]) -> Path:
+    """Statistics of the two domains. Shared: never write beside them."""
+    output = tmp_path_factory.mktemp("gathered") / "out"
+    data = [{"tokens": str(path), "name": name} for name, path in domains.items()]
     passes = [{"expert_pruning": {"keep": 6, "gather": ["pairs", "outputs"]}}]
-    output = run(cli, recipe, tmp_path, "gathered", data=two_domains, passes=passes)
+    recipe = {"model": str(mixtral), "calibration": {"batch_size": 2, "data": data}, "passes": passes}
+    compressor.compress(recipe, output=output)
     return output / "compressor" / "statistics.safetensors"
 
 

@@ -189,7 +189,7 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
         pytest.param(1, "disk", GREEDILY, {}, marks=pytest.mark.nightly),
         pytest.param(2, "memory", WITH_ZEROS, {}, marks=pytest.mark.nightly),
-        (1, "disk", WITH_ZEROS, {}),
+        pytest.param(1, "disk", WITH_ZEROS, {}, marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_there_finds_what_one_on_the_cpu_finds(

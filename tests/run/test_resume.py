@@ -433,7 +433,9 @@ def test_a_damaged_piece_is_named_and_done_again(
     assert files(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("damage", [cut, other_kind, Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [cut, *(pytest.param(one, marks=pytest.mark.nightly) for one in (other_kind, Path.unlink))]
+)
 def test_a_journal_of_which_nobody_knows_what_it_is_about_is_kept(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:

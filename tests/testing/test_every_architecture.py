@@ -55,8 +55,8 @@ has. `traits` names those that can be seen in a structure; a type with another f
 added here.
 """
 
-IN_HALF = ("deepseek_v3", "gpt_oss", "jetmoe", "llama4_text", "zaya")
-"""Representatives for bfloat16: what stays in float32 there, biases that are rounded, weights that scale inputs."""
+IN_HALF = ("deepseek_v3", "gpt_oss")
+"""Representatives for bfloat16 at each push: what stays in float32 there, biases that are rounded."""
 
 REFUSED = {
     "nllb-moe": "does not run the experts that its router chose",
