@@ -87,7 +87,13 @@ def test_an_option_that_a_recipe_does_not_have_may_be_set_with_all_that_is_in_it
 
 
 COMMANDS = ["run R", "check R", "inspect M", "methods", "evaluate M --recipe R", "decide S --output d --keep 4"]
-COMMANDS += ["apply D M --output o", "compare M --recipe R --against M", "sweep R --keep 4", "init M", "schema"]
+COMMANDS += [
+    "apply D M --output o",
+    "compare M --recipe R --against M",
+    "sweep R --keep 4",
+    "init M --output new.yaml",
+    "schema",
+]
 
 
 def test_the_commands_named_here_are_all() -> None:
