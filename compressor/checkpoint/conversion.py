@@ -160,7 +160,7 @@ def tensors_to_save(model: Any) -> dict[str, Tensor]:
 
         def renamed(name: str) -> str:
             head, _, leaf = name.removeprefix(prefix).partition(".")  # noqa: B023 - called within the loop
-            is_own = name.startswith(prefix) and leaf != VALUE  # noqa: B023
+            is_own = name.startswith(prefix) and head.isdecimal() and leaf != VALUE  # noqa: B023
             return f"{places[prefix + head]}.{leaf}" if is_own else name  # noqa: B023
 
         found = {renamed(name): tensor for name, tensor in found.items()}

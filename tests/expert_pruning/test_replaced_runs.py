@@ -150,6 +150,19 @@ def test_constants_or_none_whichever_loses_less(tokens: Path, tmp_path: Path) ->
     assert again["constants"]["budget"] == alone.record["passes"][0]["decision"]["budget"]
 
 
+def test_what_is_no_experts_own_keeps_its_name(tokens: Path, tmp_path: Path) -> None:
+    """laguna's files have the router's bias among the experts: `experts.e_score_correction_bias`."""
+    model = tiny_model("laguna")
+    model.save_pretrained(tmp_path / "model")
+    compressor.compress(recipe(tokens, PASS, model=tmp_path / "model", weights="memory"), output=tmp_path / "memory")
+    compressor.compress(recipe(tokens, PASS, model=tmp_path / "model", weights="disk"), output=tmp_path / "disk")
+    assert files(tmp_path / "memory") == files(tmp_path / "disk")
+    bias = "model.layers.1.mlp.experts.e_score_correction_bias"
+    assert torch.equal(load_file(tmp_path / "disk" / "model.safetensors")[bias], model.state_dict()[
+        "model.layers.1.mlp.gate.e_score_correction_bias"
+    ])  # fmt: skip
+
+
 def test_which_of_them_is_taken_is_the_same_from_disk(tokens: Path, tmp_path: Path) -> None:
     run = recipe(tokens, {"expert_pruning": {"keep": 5, "replace": "measured"}})
     compressor.compress({**run, "weights": "memory"}, output=tmp_path / "memory")
