@@ -111,12 +111,7 @@ def compress(
     how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
     loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
     job = Job.of(loaded, plugins, progress, processes)
-    alone = next((one for one in loaded.passes if one.method.alone), None)
-    if alone is not None and job.processes.size > 1:
-        raise loaded.error(
-            alone.path,
-            f"{alone.method.name} cannot share its work out among {job.processes.size} processes; run it in one",
-        )
+    _refuse_several(job)
     if resume and (model is not None or job.recipe.output is None):
         raise RecipeError("a run goes on (`resume`) only where a checkpoint is read and an output is written.")
     folder = None
@@ -137,6 +132,16 @@ def compress(
             folder.finish()
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
+
+
+def _refuse_several(job: Job) -> None:
+    """Raise RecipeError where one of several processes would carry out what is done by one."""
+    alone = next((one for one in job.loaded.passes if one.method.alone), None)
+    if alone is not None and job.processes.size > 1:
+        raise job.loaded.error(
+            alone.path,
+            f"{alone.method.name} cannot share its work out among {job.processes.size} processes; run it in one",
+        )
 
 
 def evaluate(

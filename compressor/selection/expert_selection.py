@@ -207,7 +207,8 @@ class ExpertSelection(Method[OptionsT]):
         several kinds the one whose measured counts cost least, else the first.
         """
         if len(self._kinds) > 1:
-            return min(self._decisions(layers, statistics), key=_summed_kl)
+            all_asked = self.options.replace is not None
+            return _least_of(self._known(statistics), layers, statistics, all_asked=all_asked)
         plans = [LayerPlan(layer, self.options) for layer in layers]
         decision, costs = Decision({"layers": {}}), dict[str, float]()
         num_kept = [(plan, plan.counts[0]) for plan in plans if not self.options.budget]
@@ -225,18 +226,6 @@ class ExpertSelection(Method[OptionsT]):
         if self.options.padded:
             decision["padded"] = True
         return _replacing(self.options, decision, statistics)
-
-    def _decisions(self, layers: Sequence[MoELayer], statistics: Gathered) -> list[Decision]:
-        """What is decided of each kind; of those that the figures tell of, where it is left to us."""
-        found, refused = list[Decision](), list[OptionError]()
-        for one in self._known(statistics):
-            try:
-                found.append(one.decide(layers, statistics))
-            except OptionError as error:
-                refused.append(error)
-        if refused and (self.options.replace is not None or not found):
-            raise refused[0]
-        return found
 
     def _chosen(self, plan: LayerPlan, statistics: Gathered, num_kept: int) -> tuple[Choice, float]:
         """What is decided for a count, and its cost. Raises OptionError where the figures cannot tell."""
@@ -347,6 +336,21 @@ def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelectio
         counts = [{n for one in of_kind for n in one._measured_counts(layer, len(layers))} for layer in layers]
         found += max((len(one._ways(layers)) for one in of_kind), default=0) * max(map(len, counts))
     return found
+
+
+def _least_of(
+    kinds: Sequence[Method[Any]], layers: Sequence[MoELayer], statistics: Gathered, *, all_asked: bool
+) -> Decision:
+    """The decision whose measured counts cost least; of those that figures tell of, unless all were asked for."""
+    found, refused = list[Decision](), list[OptionError]()
+    for one in kinds:
+        try:
+            found.append(Decision.of(one.decide(layers, statistics)))
+        except OptionError as error:
+            refused.append(error)
+    if refused and (all_asked or not found):
+        raise refused[0]
+    return min(found, key=_summed_kl)
 
 
 def _summed_kl(decision: Decision) -> float:
