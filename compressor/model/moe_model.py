@@ -170,7 +170,7 @@ class MoEModel:
     def keep(self, kept: Kept, *, top_k: int | None = None, padded: bool = False) -> None:
         """Remove all experts but `kept`, in place: weights, router rows, biases, integers, and the count in the config.
 
-        Every layer must be named. With one count for all layers the result is an ordinary model of its class. With
+        Layers that are not named keep all. With one count for all the result is an ordinary model of its class. With
         other counts in other layers, no class of transformers builds it: the config then says which layer has how many
         (`config.compressor`), and `compressor.load` reads it. `padded` keeps the largest count everywhere instead, with
         surplus experts switched off by the router's bias: that loads anywhere, and saves no memory in those layers.
@@ -178,10 +178,8 @@ class MoEModel:
         `top_k` lowers the number of experts per token, in every layer. Raises ValueError or UnsupportedModelError
         before anything is changed.
         """
-        missing = [layer.path for layer in self.layers if layer.path not in kept]
-        if missing:
-            raise ValueError(f"keep() must name every MoE layer; {missing[0]} is missing")
-        checked = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in kept.items()}
+        whole = {layer.path: range(layer.num_experts) for layer in self.layers}
+        checked = {path: check_kept(self.layer(path), ids, top_k=top_k) for path, ids in {**whole, **kept}.items()}
         self._check_top_k(top_k)
         switched_off: dict[str, list[int]] = {}
         if padded:

@@ -26,6 +26,14 @@ def uneven(counts=(8, 6, 4)):
     return moe
 
 
+def test_layers_that_are_not_named_keep_all():
+    moe = MoEModel(tiny_model("mixtral"))
+    moe.keep({moe.layers[1].path: [0, 2, 5]})
+    assert [layer.num_experts for layer in moe.layers] == [8, 3, 8]
+    with pytest.raises(KeyError, match="no MoE layer at 'model.layers.9.mlp'"):
+        moe.keep({"model.layers.9.mlp": [0, 1]})
+
+
 def test_redirected_by_hand():
     # rows of the router: 0 and 1 point the same way, 2 is their opposite, 3 lies between 1 and 2
     router_EH = torch.tensor([[1.0, 0.0], [2.0, 0.1], [-1.0, 0.0], [0.0, 1.0]])
