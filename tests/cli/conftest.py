@@ -135,7 +135,9 @@ def snapshot(*folders: Path) -> dict[Path, str]:
 
 @pytest.fixture
 def refused(cli: Cli, tmp_path: Path, mixtral: Path, sharded: Path, dense: Path, tokens: Path) -> Refused:
-    """Call a command that must end with one error saying `says`, status 2, and every file and folder as before."""
+    """Call a command that must end with one error saying `says`, status 2, and every file and folder as before. What
+    a run will do may stand before it.
+    """
 
     def check(*arguments: str | Path, says: str) -> str:
         inputs = (tmp_path, mixtral, sharded, dense, tokens.parent)
@@ -143,7 +145,6 @@ def refused(cli: Cli, tmp_path: Path, mixtral: Path, sharded: Path, dense: Path,
         answer = cli(*arguments)
         assert answer.status == 2, answer
         assert answer.out == ""
-        assert answer.err.startswith("error: ")
         assert sum(line.startswith("error: ") for line in answer.err.splitlines()) == 1, answer.err
         assert "Traceback" not in answer.err
         assert says in answer.err
