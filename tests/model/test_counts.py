@@ -30,7 +30,7 @@ def test_layers_that_are_not_named_keep_all():
     moe = MoEModel(tiny_model("mixtral"))
     moe.keep({moe.layers[1].path: [0, 2, 5]})
     assert [layer.num_experts for layer in moe.layers] == [8, 3, 8]
-    with pytest.raises(KeyError, match="no MoE layer at 'model.layers.9.mlp'"):
+    with pytest.raises(KeyError, match=r"no MoE layer at 'model\.layers\.9\.mlp'"):
         moe.keep({"model.layers.9.mlp": [0, 1]})
 
 
