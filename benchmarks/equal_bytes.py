@@ -29,7 +29,8 @@ def ways(num_experts: int, group_size: int) -> dict[str, list[Pass]]:
     )
     ream = {share: {"expert_merging": {**merge[share]["expert_merging"], "grouping": "ream"}} for share in merge}
     measured: dict[int, Pass] = {
-        share: {"expert_pruning": {"keep": {"mean": num_experts * (100 - share) // 100}}} for share in (25, 50)
+        share: {"expert_pruning": {"keep": {"mean": num_experts * (100 - share) // 100}, "replace": "none"}}
+        for share in (25, 50)
     }
     how = {"group_size": group_size, "attention": True, "dense": True}
     int8, int4 = ({"quantization": {"scheme": f"W{n}A16", **how}} for n in (8, 4))

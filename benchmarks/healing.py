@@ -53,7 +53,7 @@ def main() -> None:
     for keep in arguments.keep:
         for counts, wanted in (("even", keep), ("measured", {"mean": keep})):
             for name, healing in HEALED.items():
-                found = measured([{"expert_pruning": {"keep": wanted}}, *healing], arguments.seed)
+                found = measured([{"expert_pruning": {"keep": wanted, "replace": "none"}}, *healing], arguments.seed)
                 cells = [
                     f"{found[domain][what]:.3f} ± {found[domain][f'{what}_error']:.3f}"
                     for what in ("kl", "delta_nll")
