@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference_pages import COMMAND, FIGURES, RECORD, reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -32,6 +33,13 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
     assert pages - set(listed) == set()
     assert {name for name in listed if "/" not in name} - pages == set()
+
+
+def test_the_reference_is_that_of_the_sources() -> None:
+    assert (DOCS / "reference.md").read_text(encoding="utf-8") == reference(), COMMAND
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "compressor").rglob("*.py"))
+    assert [key for keys in RECORD.values() for key in keys if f'"{key}"' not in source] == []
+    assert {path.split(".")[1] for path in FIGURES} - {*RECORD["evaluation"]} == set()
 
 
 @pytest.mark.nightly

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from reference_pages import unexplained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +129,8 @@ def test_record(done: Path, mixtral: Path) -> None:
     assert record["layers"] == [{"path": path, "num_experts": 8, "top_k": 2} for path in LAYERS]
     [about] = record["calibration"]
     assert about == {"name": "ids", "sequences": 6, "tokens": 74, "fingerprint": about["fingerprint"]}
+    assert unexplained(record) == []
+    assert unexplained({**record, "passes": [{"what": 1}], "else": 2}) == [": else", "passes[]: what"]
     [done_pass] = record["passes"]
     assert done_pass["method"] == "expert_pruning"
     assert done_pass["options"]["keep"] == 6

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from reference_pages import unexplained
 from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, write_token_file
 from transformers import AutoModelForCausalLM
 
@@ -385,6 +386,7 @@ def test_every_pass_alone(tokens, tmp_path):
     result = compressor.compress(settings, output=tmp_path / "out")
     found = result.record["evaluation"]
     prune, skip = found["alone"]
+    assert unexplained(result.record) == []
     assert (prune["method"], skip["method"]) == ("expert_pruning", "dynamic_skipping")
     alone = compressor.compress(recipe(tiny_folder("mixtral"), tokens, {"dynamic_skipping": {}}))
     assert skip["decision"] == alone.record["passes"][0]["decision"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from evaluation.test_evaluate import as_sequences
 from machine.test_processes import together
+from reference_pages import unexplained
 from tiny_models import VOCAB_SIZE, small_mixtral, tiny_folder, token_ids, word_tokenizer, write_token_file
 
 import compressor
@@ -163,6 +164,7 @@ def test_a_run_says_what_both_models_write(recipe: dict[str, Any], tmp_path: Pat
     result = compressor.compress(recipe)
     evaluation = json.loads((tmp_path / "out/compressor/record.json").read_text())["evaluation"]
     assert evaluation == result.record["evaluation"]
+    assert unexplained(result.record) == []
     before, after = (Generation.from_json(evaluation[side]["generation"]) for side in ("before", "after"))
     assert before.prompts == after.prompts == 5
     assert isinstance(after.sampled, Written)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from reference_pages import unexplained
 from rich.console import Console
 from tiny_models import random_model, tiny_folder, token_ids, write_checkpoint, write_token_file
 
@@ -178,6 +179,7 @@ def test_apply_writes_a_record_a_page_and_a_card(recipe: Callable[..., dict[str,
     assert record["model"] == whole["model"]
     assert record["layers"] == whole["layers"]
     assert record["decided_on"] == decided["model"]
+    assert unexplained(record) == []
     assert record["passes"][0]["decision"] == decided["passes"][0]["decision"]
     assert "evaluation" not in record
     assert "recipe" not in record
