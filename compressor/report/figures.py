@@ -71,7 +71,7 @@ def fidelity_cells(one: Json) -> tuple[str, str, str]:
 
     def said(key: str, factor: float, form: str) -> str:
         value, error = factor * one[key], one[f"{key}_error"]
-        shown = signed(value, form) if key == "delta_nll" else format(value, form)
+        shown = signed(value, form) if key == "delta_nll" else format(value, f"z{form}")
         return shown + (f" ± {format(factor * error, form)}" if error is not None else "")
 
     return said("kl", 1, ".4f"), said("agreement", 100, ".1f"), said("delta_nll", 1, ".4f")

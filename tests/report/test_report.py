@@ -15,7 +15,7 @@ from compressor.method import Decision
 from compressor.plugins import load_plugins
 from compressor.report import terminal
 from compressor.report.card import model_card
-from compressor.report.figures import collapse, sensible_counts
+from compressor.report.figures import collapse, fidelity_cells, sensible_counts
 from compressor.report.terminal import print_inspection, print_plan, print_summary
 from compressor.run.record import decided_json
 from compressor.wording import human_bytes, human_count
@@ -406,3 +406,10 @@ def test_only_a_hub_name_is_a_base_model(reference: str) -> None:
 def test_human_numbers(count: int, number: str, size: str) -> None:
     assert human_count(count) == number
     assert human_bytes(count) == size
+
+
+def test_what_is_nothing_has_no_sign() -> None:
+    """A KL of −1e-9 is rounding."""
+    nothing = {"kl": -1e-9, "kl_error": 0.0, "delta_nll": -1e-9, "delta_nll_error": 0.0}
+    shown = fidelity_cells(nothing | {"agreement": 1.0, "agreement_error": 0.0})
+    assert shown == ("0.0000 ± 0.0000", "100.0 ± 0.0", "0.0000 ± 0.0000")
