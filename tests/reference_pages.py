@@ -248,9 +248,9 @@ def recipe() -> Iterator[str]:
 
 def record() -> Iterator[str]:
     yield from (
-        "## record.json",
+        "## The record",
         "",
-        "In the folder `compressor` of every output; `NAME[]` is each of a list. `apply` writes",
+        "`compressor/record.json` in every output; `NAME[]` is each of a list. `apply` writes",
     )
     yield from ("one too, without what only a run knows: recipe, text, figures, seconds.", "")
     for path, meanings in RECORD.items():
