@@ -37,13 +37,11 @@ SIZE = 2
 SECONDS_TO_LEAVE = 30.0
 WARM = (
     "compressor.run.pipeline",
-    "lm_eval.evaluator",
-    "lm_eval.tasks",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mixtral.modeling_mixtral",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 )
-"""What runs import on their way."""
+"""What runs import on their way; lm-eval, which takes seconds, only nightly ones."""
 
 torch.set_num_threads(1)
 

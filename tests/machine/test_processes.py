@@ -286,7 +286,9 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "size"), [(of_everything, 4), (SkipCurves, 2), (SkipCurves, 4)])
+@pytest.mark.parametrize(
+    ("make", "size"), [(of_everything, 4), (SkipCurves, 2), pytest.param(SkipCurves, 4, marks=pytest.mark.nightly)]
+)
 def test_figures_are_those_of_one_process(
     make: Callable[[Any], Statistic], size: int, batches: list[TokenBatch]
 ) -> None:
@@ -537,9 +539,9 @@ def runs(text: Path, forked: Callable[..., Ended], request: pytest.FixtureReques
 @pytest.mark.parametrize(
     "name",
     [
-        *("exact", "disk", "edits"),
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("greedy", "criterion", "skipping", "tasks")),
-        pytest.param("progressive", marks=pytest.mark.nightly),
+        *("disk", "edits"),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("exact", "greedy", "criterion", "skipping")),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("progressive", "tasks")),
     ],
 )
 def test_a_run_in_two_processes_is_one_in_one(name: str, runs: Path) -> None:
@@ -611,7 +613,7 @@ def test_an_error_is_said_once(recipe: Path, forked: Callable[..., Ended]) -> No
 @pytest.mark.parametrize(
     ("word", "says", "status"),
     [
-        ("fails", "error: this text cannot be used\n", 2),
+        pytest.param("fails", "error: this text cannot be used\n", 2, marks=pytest.mark.nightly),
         ("has_bug", "KeyError: 'a bug'", 1),
         ("dies_busy", "", -signal.SIGKILL),
     ],

@@ -112,12 +112,12 @@ def test_how_many_ways_are_measured() -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    model = write_checkpoint(random_model("mixtral"), tmp_path / "model")
+    model = write_checkpoint(random_model("mixtral", num_hidden_layers=2), tmp_path / "model")
     texts = [write_token_file(tmp_path / f"{n}.jsonl", token_ids(6, 24, seed=n).tolist()) for n in (1, 2)]
     return {
         "model": str(model),
         "calibration": {"batch_size": 3, "data": [{"tokens": str(one), "name": one.stem} for one in texts]},
-        "passes": [{"expert_pruning": {"keep": {"mean": 5}, "replace": "none"}}],
+        "passes": [{"expert_pruning": {"keep": {"mean": 5}, "replace": "none", "measured_counts": 2}}],
     }
 
 
@@ -246,7 +246,7 @@ def test_what_takes_constants_gets_them(recipe: dict[str, Any]) -> None:
 
 
 def test_where_neither_can_be_it_is_said_without_constants(recipe: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"a mean of 9 is 27 experts in 3 layers, which cannot be"):
+    with pytest.raises(RecipeError, match=r"a mean of 9 is 18 experts in 2 layers, which cannot be"):
         compressor.check({**recipe, "passes": [{"expert_pruning": {"keep": {"mean": 9}}}]})
 
 

@@ -183,7 +183,7 @@ GREEDILY = [{"expert_pruning": {"keep": {0: 5, 1: 6}, "search": "greedy", "progr
 @pytest.mark.parametrize(
     ("num_gpus", "weights", "passes", "evaluate"),
     [
-        (1, "memory", PRUNE_AND_SKIP, {}),
+        pytest.param(1, "memory", PRUNE_AND_SKIP, {}, marks=pytest.mark.nightly),
         pytest.param(2, "memory", PRUNE_AND_SKIP, {"each_pass": True, "random": 1}, marks=pytest.mark.nightly),
         pytest.param(2, "memory", GREEDILY, {}, marks=pytest.mark.nightly),
         (1, "disk", PRUNE_AND_SKIP, {"random": 1}),
@@ -298,7 +298,9 @@ def on_two(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "mixtral4"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("deepseek_v3", "mixtral4"))]
+)
 def test_masked_removed_and_skipped_on_two_devices(name: str) -> None:
     batch = TokenBatch(token_ids(2, 12), torch.arange(24).view(2, 12) < 20)
     here, there = MoEModel(tiny_model(name)), MoEModel(on_two(name))

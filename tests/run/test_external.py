@@ -148,7 +148,7 @@ def perplexity(record: dict[str, Any], when: str = "after") -> float:
 # What becomes of it ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("weights", ["disk", pytest.param("memory", marks=pytest.mark.nightly)])
 def test_behind_another_pass(weights: str, recipe: Recipe, model: Path, tmp_path: Path) -> None:
     """Output, figures and sizes are those of what the step has written; nothing else is left, the source as it was."""
     before = contents(model)
@@ -504,9 +504,9 @@ def leave_a_file(source: Path, target: Path) -> None:
     ("only", "weights", "step"),
     [
         (True, "memory", write_anew),
-        (True, "disk", write_in_place),
+        pytest.param(True, "disk", write_in_place, marks=pytest.mark.nightly),
         (False, "memory", write_in_place),
-        (False, "disk", leave_a_file),
+        pytest.param(False, "disk", leave_a_file, marks=pytest.mark.nightly),
     ],
 )
 def test_a_step_that_writes_where_it_reads(

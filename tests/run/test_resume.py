@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,19 +43,40 @@ def recipe(model: Path, tmp_path: Path) -> Recipe:
     return recipe_for(model, tmp_path)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing has interrupted."""
+
+    recipe: Recipe
+    record: dict[str, Any]
+    files: dict[str, bytes]
+
+    def to(self, output: Path) -> Recipe:
+        """Its recipe, with another output."""
+        return deepcopy(self.recipe) | {"output": str(output)}
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Recipe, dict[str, bytes]]]:
-    """progressive → a recipe, and the files of its run that nothing has interrupted."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Whole]:
+    """progressive → the run."""
 
     @cache
-    def run(progressive: bool) -> tuple[Recipe, dict[str, bytes]]:
+    def run(progressive: bool) -> Whole:
         folder = tmp_path_factory.mktemp("whole")
         recipe = recipe_for(tiny_folder("mixtral"), folder)
         recipe["passes"][0]["expert_pruning"]["progressive"] = progressive
-        compressor.compress(recipe)
-        return recipe, files(folder / "out")
+        return Whole(recipe, compressor.compress(recipe).record, files(folder / "out"))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Of a run that was stopped, for all that must leave it as it is."""
+    folder = tmp_path_factory.mktemp("stopped")
+    recipe = recipe_for(tiny_folder("mixtral"), folder)
+    interrupted(recipe, pytest.MonkeyPatch(), 2)
+    return recipe
 
 
 def recipe_for(model: Path, tmp_path: Path) -> Recipe:
@@ -106,20 +129,24 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [(1, False), (3, True), *(pytest.param(*one, marks=pytest.mark.nightly) for one in ((2, True), (5, False)))],
 )
 def test_goes_on_and_ends_with_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, progressive: bool
+    whole: Callable[[bool], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, progressive: bool
 ) -> None:
-    recipe["passes"][0]["expert_pruning"]["progressive"] = progressive
-    whole = compressor.compress(recipe, output=tmp_path / "whole")
+    expected = whole(progressive)
+    recipe = expected.to(tmp_path / "out")
     interrupted(recipe, monkeypatch, after)
     assert not (tmp_path / "out").exists()
     layers = observed(monkeypatch)
     result = compressor.compress(recipe, resume=True)
     assert result.folder == tmp_path / "out"
     assert len(layers) == 6 - after  # two passes of three layers; what was done is not done again
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert result.record["evaluation"]["before"]["perplexity"] == whole.record["evaluation"]["before"]["perplexity"]
-    assert result.record["evaluation"]["after"]["perplexity"] == whole.record["evaluation"]["after"]["perplexity"]
+    assert files(tmp_path / "out") == expected.files
+    for when in ("before", "after"):
+        found, alone = (record["evaluation"][when] for record in (result.record, expected.record))
+        assert found["perplexity"] == alone["perplexity"]
     assert not list(tmp_path.glob(".*"))
+
+
+MEASURED = {"keep": {"mean": 6}, "measured_tokens": 256, "measured_counts": 2, "replace": "none"}
 
 
 @pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.nightly), "disk"])
@@ -137,7 +164,7 @@ def test_stopped_before_it_is_known_where_the_text_stands(
         self.experts_output_TH = self.experts_output_TH * (1 + 2**-12)
 
     monkeypatch.setattr(RoutedTokens, "ranked_outputs", rounded)
-    recipe["passes"], recipe["weights"] = [{"expert_pruning": {"keep": {"mean": 6}, "measured_tokens": 256}}], weights
+    recipe["passes"], recipe["weights"] = [{"expert_pruning": MEASURED}], weights
     compressor.compress(recipe, output=tmp_path / "whole")
     interrupted(recipe, monkeypatch, 1)
     compressor.compress(recipe, resume=True)
@@ -170,14 +197,12 @@ def test_killed_at_many_moments(recipe: Recipe, tmp_path: Path, wanted: int) -> 
         (lambda recipe: recipe["evaluate"].update(batch_size=3), "recipe.evaluate.batch_size was 8, is 3"),
     ],
 )
-def test_another_recipe_is_refused(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: Callable[[Recipe], None], says: str, tmp_path: Path
-) -> None:
-    interrupted(recipe, monkeypatch, 2)
+def test_another_recipe_is_refused(stopped: Recipe, change: Callable[[Recipe], None], says: str) -> None:
+    recipe = deepcopy(stopped)
     change(recipe)
     with pytest.raises(CheckpointError, match=f"^the run cannot go on: .*{says}"):
         compressor.compress(recipe, resume=True)
-    assert not (tmp_path / "out").exists()
+    assert not Path(recipe["output"]).exists()
 
 
 def test_another_model_is_refused(recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +233,10 @@ def test_other_text_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
         compressor.compress(recipe, resume=True)
 
 
-def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(recipe, monkeypatch, 2)
+def test_another_version_is_refused(stopped: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.machine.environment.versions", lambda _: {"torch": "1.0"})
     with pytest.raises(CheckpointError, match=r"^the run cannot go on: .*versions\.torch was '\S+', is '1\.0'"):
-        compressor.compress(recipe, resume=True)
+        compressor.compress(stopped, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -228,24 +252,26 @@ def test_another_version_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_refusal_to_go_on_costs_nothing_that_was_done(
-    recipe: Recipe,
+    stopped: Recipe,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     mistake: Recipe,
     error: type[CompressorError],
     says: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    interrupted(recipe, monkeypatch, 2)
-    kept = sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*"))
+    journal = Path(stopped["output"]).with_name(".out.partial") / "journal"
+    kept = sorted(journal.rglob("*"))
+    assert len(kept) > 2
     with pytest.raises(error, match=says):
-        compressor.compress({**recipe, **mistake}, resume=True)
-    assert sorted(path for path in (tmp_path / ".out.partial" / "journal").rglob("*")) == kept
+        compressor.compress({**stopped, **mistake}, resume=True)
+    assert sorted(journal.rglob("*")) == kept
 
 
-def test_what_was_refused_can_go_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_refused_can_go_on(
+    whole: Callable[[bool], Whole], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A mistake in the command costs nothing that was done."""
-    compressor.compress(recipe, output=tmp_path / "whole")
+    recipe = whole(False).to(tmp_path / "out")
     interrupted(recipe, monkeypatch, 2)
     recipe["passes"][0]["expert_pruning"]["keep"] = 5
     with pytest.raises(CheckpointError, match="cannot go on"):
@@ -254,7 +280,7 @@ def test_what_was_refused_can_go_on(recipe: Recipe, monkeypatch: pytest.MonkeyPa
     layers = observed(monkeypatch)
     compressor.compress(recipe, resume=True)
     assert len(layers) == 4
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == whole(False).files
 
 
 def test_an_error_that_comes_again_leaves_nothing_the_first_time(
@@ -301,23 +327,24 @@ def stopped_when_whole(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **others
     assert not Path(recipe["output"]).exists()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_run_stopped_when_its_output_was_whole_needs_only_the_name(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+    whole: Callable[[bool], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    whole = compressor.compress(recipe, output=tmp_path / "whole")
+    expected = whole(False)
+    recipe = expected.to(tmp_path / "out")
     if overwrite:
         compressor.compress({**recipe, "passes": recipe["passes"][:1]})
     stopped_when_whole(recipe, monkeypatch, overwrite=overwrite)
     monkeypatch.setattr("compressor.run.pipeline.InMemory", None)  # no model is read
     result = compressor.compress(recipe, resume=True)
     assert (result.folder, result.model) == (tmp_path / "out", None)
-    assert result.record["passes"][0]["decision"] == whole.record["passes"][0]["decision"]
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert result.record["passes"][0]["decision"] == expected.record["passes"][0]["decision"]
+    assert files(tmp_path / "out") == expected.files
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_whole_output_is_not_taken_for_another_recipes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
@@ -330,15 +357,15 @@ def test_a_whole_output_is_not_taken_for_another_recipes(
 
 
 def test_a_run_that_was_to_replace_goes_on_to_replace(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Callable[[bool], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compressor.compress(recipe, output=tmp_path / "whole")
-    compressor.compress({**recipe, "passes": recipe["passes"][:1]})
+    recipe = whole(False).to(tmp_path / "out")
+    compressor.compress({**recipe, "passes": recipe["passes"][:1], "evaluate": None})
     interrupted(recipe, monkeypatch, 2, overwrite=True)
     layers = observed(monkeypatch)
     compressor.compress(recipe, resume=True)
     assert len(layers) == 4
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == whole(False).files
 
 
 def test_live_models_do_not_go_on(recipe: Recipe, model: Path) -> None:
@@ -355,8 +382,10 @@ def test_second_run_on_one_output_is_refused(recipe: Recipe, tmp_path: Path) -> 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compressor.compress(recipe, output=tmp_path / "whole")
+def test_disk_full_in_the_journal(
+    whole: Callable[[bool], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = whole(False).to(tmp_path / "out")
     kept = ObservationJournal.put_streams
 
     def full(self: ObservationJournal, unit: str, *others: Any) -> None:
@@ -369,7 +398,7 @@ def test_disk_full_in_the_journal(recipe: Recipe, tmp_path: Path, monkeypatch: p
         with pytest.raises(DiskError, match="writing failed: No space left on device"):
             compressor.compress(recipe)
     compressor.compress(recipe, resume=True)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == whole(False).files
 
 
 EVALUATION = "evaluation before.json"
@@ -412,14 +441,13 @@ def test_a_damaged_piece_is_named_and_done_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    whole: Callable[[bool], tuple[Recipe, dict[str, bytes]]],
+    whole: Callable[[bool], Whole],
     progressive: bool,
     piece: str,
     damage: Callable[[Path], None],
     num_again: int,
 ) -> None:
-    recipe, expected = whole(progressive)
-    recipe = recipe | {"output": str(tmp_path / "out")}
+    recipe = whole(progressive).to(tmp_path / "out")
     with monkeypatch.context() as patch:  # before the last of five layers is there, all stand before the last but one
         patch.setattr(ObservationJournal, "forget_streams", lambda *_, **__: None)
         interrupted(recipe, monkeypatch, 5)
@@ -430,7 +458,7 @@ def test_a_damaged_piece_is_named_and_done_again(
     says = f"{path}: this part of the journal is damaged, and what it held is done again: "
     assert capsys.readouterr().err.count(says) == (damage is not Path.unlink)
     assert len(layers) == 1 + num_again
-    assert files(tmp_path / "out") == expected
+    assert files(tmp_path / "out") == whole(progressive).files
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Every routed-expert architecture of the installed transformers: found by code, so a newer one extends the test.
 
-Each push finds the structure of all of them and runs every check on most `REPRESENTATIVES`. All checks on all types in
-both dtypes are nightly tests (`nightly.py` says when they run).
+Each push finds the structure of all `REPRESENTATIVES` and runs every check on some. The structure of all types, and all
+checks on all of them in both dtypes, are nightly tests (`nightly.py` says when they run).
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ has. `traits` names those that can be seen in a structure; a type with another f
 added here.
 """
 
-IN_PARTS = ("qwen2_moe", "phimoe", "deepseek_v2", "gpt_oss")
+IN_PARTS = (
+    *("qwen2_moe", "phimoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "ernie4_5_moe", "llama4_text"),
+    *("minimax_m2", "zaya"),
+)
 """Representatives that tests/model, tests/edit and tests/expert_pruning look at part by part at each push, or that are
 `IN_HALF`; every check of them is nightly.
 """
@@ -120,6 +123,18 @@ def traits(structure: Structure) -> set[tuple[str, object]]:
 
 
 @pytest.mark.slow
+def test_representatives_are_found_as_the_table_says_and_others_refused():
+    rows = rows_of_the_table()
+    for name in REPRESENTATIVES:
+        structure = structure_of(name)
+        assert isinstance(structure, Structure), structure
+        if transformers.__version__ == version_of_the_table():
+            assert rows[name].startswith(" | ".join(structure_cells(name, structure)[1:])), name
+    for name, reason in REFUSED.items():
+        assert reason in structure_of(name)
+
+
+@pytest.mark.nightly
 def test_every_type_is_found_as_the_table_says_and_its_traits_have_a_representative():
     found = {name: structure_of(name) for name in candidate_types()}
     structures = {name: one for name, one in found.items() if isinstance(one, Structure)}
@@ -131,7 +146,7 @@ def test_every_type_is_found_as_the_table_says_and_its_traits_have_a_representat
     if transformers.__version__.startswith(CENSUS[0]):
         assert len(routed) == CENSUS[1]
     if transformers.__version__ == version_of_the_table():
-        rows = dict(line.removeprefix("| ").split(" | ", 1) for line in table_lines())
+        rows = rows_of_the_table()
         assert [name for name in rows if name not in ("type", "---")] == routed
         for name in structures.keys() - {kind for kind, _ in BROKEN_UPSTREAM}:
             assert rows[name].startswith(" | ".join(structure_cells(name, structures[name])[1:])), name
@@ -217,5 +232,7 @@ def version_of_the_table() -> str:
     return re.search(r"transformers (\S+)", TABLE.read_text(encoding="utf-8"))[1]
 
 
-def table_lines() -> list[str]:
-    return [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+def rows_of_the_table() -> dict[str, str]:
+    """type → the cells behind it."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    return dict(line.removeprefix("| ").split(" | ", 1) for line in lines if line.startswith("| "))
