@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,11 @@ def packed(kind: str) -> tuple[Callable[[str, torch.Tensor], Tensors], Recipe]:
 
 def source_of(kind: str, folder: Path) -> Path:
     if kind == "mxfp4":
-        model = random_model("gpt_oss", intermediate_size=32)
+        model = random_model("gpt_oss", intermediate_size=32, num_hidden_layers=2)
         return write_changed(model, folder, mxfp4, quantization_config=MXFP4)
     if kind in ("pack-quantized", "float-quantized"):
         change, about = packed(kind)
-        return write_changed("qwen3_moe", folder, change, quantization_config=about)
+        return write_changed(random_model("qwen3_moe", num_hidden_layers=2), folder, change, quantization_config=about)
     return write_changed(kind, folder, linear_fp8, quantization_config=FP8)
 
 
@@ -86,6 +88,12 @@ def dequantised(source: Path, folder: Path) -> Path:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind → a checkpoint of it, to be read only."""
+    return cache(lambda kind: source_of(kind, tmp_path_factory.mktemp("sources") / "source"))
 
 
 KINDS = [
@@ -115,8 +123,8 @@ def planned_for(recipe: Recipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decided_and_measured_as_if_dequantised(kind: str, tmp_path: Path) -> None:
-    source = source_of(kind, tmp_path / "source")
+def test_decided_and_measured_as_if_dequantised(kind: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = sources(kind)
     plain = dequantised(source, tmp_path / "plain")
     before = tensors_of(source)
     recipe = recipe_for(source, tmp_path)
@@ -169,8 +177,8 @@ def test_two_passes_and_progressive(tmp_path: Path) -> None:
     assert_same(tensors_of(again), tensors_of(tmp_path / "expected"))
 
 
-def test_layers_that_keep_different_numbers(tmp_path: Path) -> None:
-    source = source_of("mixtral", tmp_path / "source")
+def test_layers_that_keep_different_numbers(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = sources("mixtral")
     recipe = recipe_for(source, tmp_path)
     recipe["passes"] = [{"expert_pruning": {"keep": {"0": 4, "1": 6, "2": 8}}}]
     plain = dequantised(source, tmp_path / "plain")
@@ -181,16 +189,16 @@ def test_layers_that_keep_different_numbers(tmp_path: Path) -> None:
     assert after[0] == after[1]
 
 
-def test_measured_alone(tmp_path: Path) -> None:
-    source = source_of("mxfp4", tmp_path / "source")
+def test_measured_alone(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = sources("mxfp4")
     recipe = recipe_for(source, tmp_path)
     found = evaluate(recipe, str(source))
     result = compressor.compress(recipe)
     assert found["evaluation"]["after"]["perplexity"] == result.record["evaluation"]["before"]["perplexity"]
 
 
-def test_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = source_of("mixtral", tmp_path / "source")
+def test_goes_on_after_a_stop(sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sources("mixtral")
     recipe = recipe_for(source, tmp_path)
     del recipe["evaluate"]
     compressor.compress(recipe, output=tmp_path / "whole")
@@ -223,8 +231,8 @@ def spoil(source: Path, change: Callable[[Tensors], object]) -> None:
 SCALE = "model.layers.1.block_sparse_moe.experts.3.w2.weight_scale_inv"
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
-    source = source_of("mixtral", tmp_path / "source")
+def test_damage_is_named(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sources("mixtral"), tmp_path / "source"))
     spoil(source, lambda tensors: tensors[SCALE].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"model.layers.1.*holds .* NaN or infinite"):
         compressor.compress(recipe_for(source, tmp_path))
@@ -240,8 +248,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ],
     ids=["a scale is missing", "a scale of another shape", "a weight is missing"],
 )
-def test_what_does_not_fit_is_refused(change: Callable[[Tensors], object], tmp_path: Path) -> None:
-    source = source_of("mixtral", tmp_path / "source")
+def test_what_does_not_fit_is_refused(
+    change: Callable[[Tensors], object], sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(sources("mixtral"), tmp_path / "source"))
     spoil(source, change)
     with pytest.raises(CheckpointError, match=r"experts\.3\.w2|layers\.1"):
         compressor.compress(recipe_for(source, tmp_path))
@@ -256,8 +266,10 @@ def test_what_does_not_fit_is_refused(change: Callable[[Tensors], object], tmp_p
         ({"dtype": "bfloat16"}, "dtype: the checkpoint is quantised"),
     ],
 )
-def test_what_needs_numbers_is_refused_before_work_starts(change: Recipe, says: str, tmp_path: Path) -> None:
-    recipe = recipe_for(source_of("mixtral", tmp_path / "source"), tmp_path) | change
+def test_what_needs_numbers_is_refused_before_work_starts(
+    change: Recipe, says: str, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_for(sources("mixtral"), tmp_path) | change
     for act in (planned_for, compressor.compress):
         with pytest.raises(RecipeError, match=says):
             act(recipe)
@@ -282,8 +294,8 @@ def test_where_the_config_says_so() -> None:
     assert quantisation_of({"text_config": {}, "quantization_config": None}) is None
 
 
-def test_plain_transformers_loads_the_result(tmp_path: Path) -> None:
-    source = source_of("mxfp4", tmp_path / "source")
+def test_plain_transformers_loads_the_result(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = sources("mxfp4")
     compressor.compress(recipe_for(source, tmp_path))
     model, _ = compressor.load(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

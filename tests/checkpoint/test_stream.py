@@ -220,7 +220,7 @@ PASSES = {
 }
 
 
-_NIGHTLY = ("criterion", "greedy", "uneven", "progressive", "skipping", "twice, top-1")
+_NIGHTLY = ("exact", "criterion", "greedy", "uneven", "progressive", "skipping", "twice, top-1")
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ print(json.dumps([peak() - before, max(by_layer.values()), outside, sum(by_layer
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_stays_at_two_layers(tmp_path: Path) -> None:
     """On half a gigabyte of weights: what is read is let go of, and the files are not mapped."""
     if not Path("/proc/self/status").exists():

@@ -118,7 +118,7 @@ def test_a_mean_is_reached_by_the_running_model(eight, tokens, tmp_path):
         {"keep_mass": 0.8},
         pytest.param({"keep_mass": 0.8, "rule": "contribution", "precision": 1.0}, marks=pytest.mark.nightly),
         {"mean_experts": 2.5, "rule": "contribution", "precision": 1.0},
-        {"threshold": "median", "rule": "tail_mass", "precision": 1.0},
+        pytest.param({"threshold": "median", "rule": "tail_mass", "precision": 1.0}, marks=pytest.mark.nightly),
         pytest.param({"threshold": {1: 0.4}}, marks=pytest.mark.nightly),
         pytest.param({"top_k": 2}, marks=pytest.mark.nightly),
         {"top_k": 2, "normalise_over": 8},
@@ -218,7 +218,7 @@ def test_pruning_that_leaves_nothing_to_skip_is_refused_by_check(eight, tokens, 
     check(recipe(eight, tokens, passes[0], {"expert_pruning": {"keep": 8, "top_k": 3}}))
 
 
-@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("weights", ["memory", pytest.param("disk", marks=pytest.mark.nightly)])
 def test_pruning_of_which_only_the_figures_tell_that_it_leaves_nothing_to_skip(eight, tokens, tmp_path, weights):
     """A mean that is shared out leaves some layer fewer experts than its rule normalises over."""
     prune = {"keep": {"mean": 6}, "replace": "none"}

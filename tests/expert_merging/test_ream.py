@@ -127,7 +127,14 @@ def test_neurons_are_matched_at_the_least_distance():
     assert aligned(own, to).tolist() == list(best)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "dbrx", "switch_transformers", "gemma4"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gpt_oss",
+        "switch_transformers",
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in ("mixtral", "dbrx", "gemma4")),
+    ],
+)
 @torch.no_grad()
 def test_experts_with_their_neurons_in_another_order_answer_the_same_and_merge_into_themselves(model_type):
     """Halves, pairs with biases, three flat matrices, modules in a list, a scale for each expert."""

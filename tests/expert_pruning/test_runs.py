@@ -69,7 +69,9 @@ def test_a_mean(run):
     assert_as_masked(done, compressor.load(folder)[0], original)
 
 
-@pytest.mark.parametrize(("name", "options"), [("mixtral", {"keep": 8}), ("olmoe", {"keep": 6})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("mixtral", {"keep": 8}), pytest.param("olmoe", {"keep": 6}, marks=pytest.mark.nightly)]
+)
 def test_fewer_experts_per_token(run, tmp_path, name, options):
     done, folder, original = run(name, **options, top_k=1)
     assert done["decision"]["top_k"] == 1
@@ -80,7 +82,7 @@ def test_fewer_experts_per_token(run, tmp_path, name, options):
     assert (tmp_path / "applied" / "config.json").read_text() == (folder / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", pytest.param("gpt_oss", marks=pytest.mark.nightly)])
 def test_padded(run, name):
     done, folder, original = run(name, keep={1: 4, 2: 6}, padded=True)
     assert min(counts(done)) == 4

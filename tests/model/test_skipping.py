@@ -731,7 +731,9 @@ def test_rules_that_fail_leave_those_that_were_on():
         assert torch.equal(logits(moe.model), before)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "jetmoe", "llama4_text", "dbrx"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "jetmoe", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("llama4_text", "dbrx"))]
+)
 def test_contexts_within_each_other(name):
     moe = small(name, top_k=2 if name == "jetmoe" else 4)
     inputs = tiny_inputs(moe.model)
@@ -787,7 +789,9 @@ def test_padding_in_positional_arguments_and_no_mask_left_over():
     assert set(counter.tokens.values()) == {14 + 18}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "dbrx", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "dbrx", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("jetmoe", "llama4_text"))]
+)
 def test_a_model_that_skips_is_watched_unskipped(name):
     moe = small(name, top_k=2)
     inputs = tiny_inputs(moe.model)
@@ -799,7 +803,9 @@ def test_a_model_that_skips_is_watched_unskipped(name):
     assert counter.tokens == {}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "dbrx", "jetmoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("dbrx", "jetmoe"))]
+)
 def test_a_lower_top_k_masked_or_kept(name):
     """A pruning pass that also lowers top-k, over a model that skips."""
     moe, other = small(name, top_k=3), small(name, top_k=3)
@@ -919,7 +925,10 @@ def test_a_forward_that_others_wrap(name, first):
 @pytest.mark.parametrize(
     ("name", "then"),
     [
-        *(("mixtral", then) for then in ("another threshold", "off", "restored", "hooks gone")),
+        *(
+            pytest.param("mixtral", then, marks=pytest.mark.nightly)
+            for then in ("another threshold", "off", "restored", "hooks gone")
+        ),
         ("step3p7", "another threshold"),
         ("longcat_flash", "restored"),
         ("dbrx", "off"),
@@ -965,7 +974,14 @@ def test_offloaded_after_skipping():
     assert torch.equal(answers(moe.model, inputs), untouched)
 
 
-@pytest.mark.parametrize("name", ["step3p7", "longcat_flash", "dbrx", "llama4_text", "jetmoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama4_text",
+        "gpt_oss",
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in ("step3p7", "longcat_flash", "dbrx", "jetmoe")),
+    ],
+)
 def test_pickled_and_read_back(name):
     moe = small(name, top_k=2)
     inputs = tiny_inputs(moe.model)

@@ -529,7 +529,15 @@ class Stopped(Recorded):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["mixtral", "switch_transformers", "diffusion_gemma", "gemma4", "jetmoe", "openai_privacy_filter", "inkling2_loop"],
+    [
+        "mixtral",
+        "switch_transformers",
+        "gemma4",
+        *(
+            pytest.param(one, marks=pytest.mark.nightly)
+            for one in ("diffusion_gemma", "jetmoe", "openai_privacy_filter", "inkling2_loop")
+        ),
+    ],
 )
 def test_every_kind_of_model_goes_on(model_type: str, tmp_path: Path) -> None:
     moe = MoEModel(tiny.tiny_model(model_type))

@@ -72,7 +72,7 @@ def kept(record: Any, number: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("refused_to_read")
-@pytest.mark.parametrize("weights", ["memory", "disk"])
+@pytest.mark.parametrize("weights", ["disk", pytest.param("memory", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("with_text", [False, True])
 def test_by_weights_alone(recipe: Recipe, text: Recipe, weights: str, with_text: bool) -> None:
     """Also where the recipe has text, which another pass might need."""
