@@ -51,7 +51,15 @@ def slowly(layer, tokens, rule):
 
 
 @pytest.mark.parametrize("rule", ["ratio", "tail_mass", "contribution"])
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3", "longcat_flash", "phimoe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "longcat_flash",
+        "phimoe",
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in ("olmoe", "deepseek_v3")),
+    ],
+)
 def test_what_a_threshold_reaches(name, rule):
     top_k = 2 if name == "phimoe" else 4
     layer, statistic, seen = observed(name, top_k=top_k, num_experts=16)
@@ -99,7 +107,7 @@ def test_norms_are_means_over_the_tokens_that_chose_an_expert():
     assert expert_norms(none, [0]).tolist() == [0.0] * 8
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", pytest.param("olmoe", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("over", [3, 4, 8])
 def test_fixed_counts_against_the_running_model(name, over):
     """Two experts of every token: the change of the layer's output is what the layer that skips puts out."""

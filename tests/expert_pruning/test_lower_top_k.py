@@ -67,12 +67,12 @@ ROUTERS = ["mixtral", "olmoe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("keep", [8, 6])
+@pytest.mark.parametrize("keep", [pytest.param(8, marks=pytest.mark.nightly), 6])
 def test_one_expert_per_token_instead_of_two(name, keep):
     assert_exact(MoEModel(random_model(name)), TEXT, keep, 1)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["olmoe", pytest.param("mixtral", marks=pytest.mark.nightly)])
 def test_two_instead_of_four(name):
     assert_exact(MoEModel(random_model(name, num_experts_per_tok=4)), TEXT, 5, 2)
 
