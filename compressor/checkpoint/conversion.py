@@ -116,7 +116,8 @@ def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_by_expert(model: Any, layer: MoELayer) -> bool:
     """Whether files hold each expert of a layer in tensors of its own, beside which a constant can stand."""
     prefix = stored_prefix(model, layer.experts)
-    names = as_stored(model, {name: tensor_at(model, name) for name in layer.experts_tensors})
+    own = layer.experts_tensors.items()  # of the first expert: the others are stored like it
+    names = as_stored(model, {name: tensor_at(model, name).narrow(axis.dim, 0, axis.stride) for name, axis in own})
     return all(name.startswith(prefix) and name[len(prefix) :].partition(".")[0].isdecimal() for name in names)
 
 

@@ -397,13 +397,13 @@ class _LayerFinder:
             integers={place: value for place, value in self.difference.integers.items() if _inside(place[0], block)},
             containers=containers,
             id_tensors=tuple(id_tensors),
-            parameters_per_expert=_parameters_per_expert(self.model, tensors, containers),
+            parameters_per_expert=_parameters_per_expert(self, tensors, containers),
             linears=self._linears_beside(block, router),
             router_probe=None,  # type: ignore[arg-type] # it is asked next
             router_weights=router_weights,
             selection_biases=tuple(name for name in biases if prod(shapes[name]) == shapes[name][tensors[name].dim]),
         )
-        layer = dataclasses.replace(layer, shapes=_matrix_shapes(self.model, layer))
+        layer = dataclasses.replace(layer, shapes=_matrix_shapes(self, layer))
         key = self._signature(block)
         if key not in probes:
             probes[key] = probe_router(self.model, layer, self.leaf, self.config, top_k, groups[0], self.name)
@@ -424,6 +424,10 @@ class _LayerFinder:
         unit = next((unit for unit in self._units if _inside(block, unit)), block)
         start = len(unit) + 1 if unit else 0
         return {name[start:]: name for name in self._linears if _inside(name, unit) and not _inside(name, router)}
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
 
     @cached_property
     def _units(self) -> tuple[str, ...]:
@@ -459,27 +463,27 @@ class _LayerFinder:
 
 
 def _parameters_per_expert(
-    model: nn.Module, tensors: Mapping[str, ExpertAxis], containers: Mapping[str, tuple[str, ...]]
+    finder: _LayerFinder, tensors: Mapping[str, ExpertAxis], containers: Mapping[str, tuple[str, ...]]
 ) -> int:
-    parameters = dict(model.named_parameters())
+    parameters = finder.parameters
     total = 0
     for name, axis in tensors.items():
         if name in parameters:
             total += parameters[name].numel() // parameters[name].shape[axis.dim] * axis.stride
     for path, names in containers.items():
-        total += sum(p.numel() for p in model.get_submodule(f"{path}.{names[0]}").parameters())
+        total += sum(p.numel() for p in finder.model.get_submodule(f"{path}.{names[0]}").parameters())
     return total
 
 
-def _matrix_shapes(model: nn.Module, layer: MoELayer) -> dict[str, tuple[int, ...]]:
+def _matrix_shapes(finder: _LayerFinder, layer: MoELayer) -> dict[str, tuple[int, ...]]:
     """Of one expert's matrices and of the linear maps beside them, as `LayerWeights` calls them."""
-    parameters, start = dict(model.named_parameters()), len(layer.path) + 1 if layer.path else 0
+    parameters, start = finder.parameters, len(layer.path) + 1 if layer.path else 0
     found = {name: parameters[at] for name, at in layer.linears.items()}
     lists = tuple(f"{path}." for path in layer.containers)
     for name, axis in layer.tensors.items():
         if name in parameters and name not in layer.router_weights and not (lists and name.startswith(lists)):
             found[name[start:]] = axis.of_expert(parameters[name], 0)  # type: ignore[assignment] # a view
     for path, children in layer.containers.items():
-        for name, parameter in model.get_submodule(f"{path}.{children[0]}").named_parameters():
+        for name, parameter in finder.model.get_submodule(f"{path}.{children[0]}").named_parameters():
             found[f"{path[start:]}.*.{name}"] = parameter
     return {name: tuple(one.shape) for name, one in found.items() if one.ndim == 2}

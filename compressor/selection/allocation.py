@@ -38,7 +38,9 @@ def allocate(costs_LC: Tensor, total: int) -> list[int]:
         raise ValueError(f"no possible counts of {len(costs_LC)} layers add up to {total}")
     counts, left = list[int](), total
     for costs_C, here, after in zip(costs_LC.double().cpu(), best_from, best_from[1:], strict=False):
-        count = next(r for r in range(min(left + 1, len(costs_C))) if costs_C[r] + after[left - r] == here[left])
+        most = min(left, len(costs_C) - 1)
+        sums_C = costs_C[: most + 1] + after[left - most : left + 1].flip(0)
+        count = int((sums_C == here[left]).nonzero()[0])
         counts.append(count)
         left -= count
     return counts
@@ -47,8 +49,8 @@ def allocate(costs_LC: Tensor, total: int) -> list[int]:
 def _with_one_layer_more(costs_C: Tensor, after_T: Tensor) -> Tensor:
     """[total + 1]: f_l from f_{l+1}."""
     best_T = torch.full_like(after_T, _IMPOSSIBLE)
-    for count, cost in enumerate(costs_C[: len(after_T)]):
-        best_T[count:] = torch.minimum(best_T[count:], cost + after_T[: len(after_T) - count])
+    for count in costs_C[: len(after_T)].isfinite().nonzero().flatten().tolist():
+        best_T[count:] = torch.minimum(best_T[count:], costs_C[count] + after_T[: len(after_T) - count])
     return best_T
 
 

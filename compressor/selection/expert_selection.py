@@ -75,7 +75,7 @@ class ExpertSelection(Method[OptionsT]):
         check_names(layers, options)
         searched: list[str] = []
         for one in self._kinds:
-            plans = [LayerPlan(layer, one.options) for layer in layers]
+            plans = [one._plan(layer) for layer in layers]
             for plan in plans:
                 plan.check()
             planned = planned_counts(plans, one.options)
@@ -116,17 +116,17 @@ class ExpertSelection(Method[OptionsT]):
 
     def statistic(self, layer: MoELayer) -> Statistic | None:
         """Sums for every criterion, and what the search needs; nothing where nothing changes."""
-        plans = [plan for one in self._all_kinds if (plan := LayerPlan(layer, one.options)).changes]
+        plans = [plan for one in self._all_kinds if (plan := one._plan(layer)).changes]
         criterion = self.criteria[self.options.criterion] if self.options.criterion is not None else None
         return _gathered(plans, criterion, constants_asked=self.options.replace is not None) if plans else None
 
     def bytes_per_token(self, layer: MoELayer) -> float:
         """The search's Gram matrix of each token's ranks, and what it knows of each rank."""
-        return _bytes_of_search([LayerPlan(layer, one.options) for one in self._all_kinds])
+        return _bytes_of_search([one._plan(layer) for one in self._all_kinds])
 
     def bytes_of_sums(self, layer: MoELayer, hidden: int, num_domains: int) -> int:
         """Constants: Σ w_i w_j E_i of every pair of experts, float64."""
-        plans = [LayerPlan(layer, one.options) for one in self._all_kinds if one.options.with_constants]
+        plans = [one._plan(layer) for one in self._all_kinds if one.options.with_constants]
         return 8 * num_domains * layer.num_experts**2 * hidden if any(plan.changes for plan in plans) else 0
 
     def measuring(self, layers: Sequence[MoELayer]) -> Measuring | None:
@@ -172,13 +172,21 @@ class ExpertSelection(Method[OptionsT]):
         plain = [type(one)(one.options.model_copy(update={"replace": "none"}), one.criteria) for one in self._totals]
         return plain[0].observing_for(plain[1:]), "constants"
 
+    def _plan(self, layer: MoELayer) -> LayerPlan:
+        """What the options mean for a layer, thought over once."""
+        return self._plans.setdefault(id(layer), LayerPlan(layer, self.options))
+
+    @cached_property
+    def _plans(self) -> dict[int, LayerPlan]:
+        return {}
+
     @property
     def _compares(self) -> bool:
         """Whether whole decisions are compared by what the model's answers lose."""
         return self.options.chooses or len(self._kinds) > 1
 
     def _measured_counts(self, layer: MoELayer, num_layers: int) -> list[int]:
-        return measured_counts(LayerPlan(layer, self.options), num_layers)
+        return measured_counts(self._plan(layer), num_layers)
 
     def _ways(self, layers: Sequence[MoELayer]) -> list[SelectionOptions]:
         """The ways in which sets are chosen that are measured."""
@@ -209,7 +217,7 @@ class ExpertSelection(Method[OptionsT]):
         if len(self._kinds) > 1:
             all_asked = self.options.replace is not None
             return _least_of(self._known(statistics), layers, statistics, all_asked=all_asked)
-        plans = [LayerPlan(layer, self.options) for layer in layers]
+        plans = [self._plan(layer) for layer in layers]
         decision, costs = Decision({"layers": {}}), dict[str, float]()
         num_kept = [(plan, plan.counts[0]) for plan in plans if not self.options.budget]
         if self.options.budget:
@@ -296,7 +304,7 @@ class ExpertSelection(Method[OptionsT]):
         """Use, output and score, as far as they were gathered."""
         from compressor.selection.deciding import by_expert
 
-        plans = [LayerPlan(layer, self.options) for layer in layers if statistics.get(layer.path)]
+        plans = [self._plan(layer) for layer in layers if statistics.get(layer.path)]
         return {plan.path: by_expert(plan, statistics, decision["layers"][plan.path], self.criteria) for plan in plans}
 
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
@@ -304,7 +312,7 @@ class ExpertSelection(Method[OptionsT]):
         from compressor.selection.reference import kept_at_random
 
         kind = self._kinds[-1 if decision.get("replace") == "constants" else 0]
-        drawn = kept_at_random(decision, [LayerPlan(layer, kind.options).free for layer in layers], seed)
+        drawn = kept_at_random(decision, [kind._plan(layer).free for layer in layers], seed)
         if isinstance(drawn, Decision):
             drawn.tensors = decision.tensors
         return drawn

@@ -80,6 +80,16 @@ class LayerPlan:
         return "exact" if self._few_sets else "greedy"
 
     @cached_property
+    def nearest_mean(self) -> list[int]:
+        """Counts an eighth of the experts apart, those nearest the mean first."""
+        num_experts = self.layer.num_experts
+        mean = self.options.budget.total([num_experts]) if self.options.budget else num_experts
+        possible = [count for count in self.counts if self.options.top_k is not None or count < num_experts]
+        steps = [num_experts * step / 8 for step in range(9 if num_experts in possible else 8)]
+        near = {min(possible, key=lambda count: (abs(count - step), count)) for step in steps if possible}
+        return sorted(near, key=lambda count: (abs(count - mean), count))
+
+    @cached_property
     def protected(self) -> list[int]:
         """Ids that must stay."""
         return ids_for(self.layer, self.options.protect)
@@ -91,7 +101,7 @@ class LayerPlan:
 
     def has_room(self, num_kept: int) -> bool:
         """Whether so many experts can be kept with those that are protected, and without those that are forbidden."""
-        return not list(self._crowded(num_kept))
+        return not (self.protected or self.forbidden) or not any(self._crowded(num_kept))
 
     def after(self, num_kept: int) -> MoELayer:
         """The layer with so many experts left. Raises OptionError where that cannot be."""
@@ -308,12 +318,7 @@ def measured_counts(plan: LayerPlan, num_layers: int) -> list[int]:
     """The counts of a layer that are measured, ascending: an eighth of its experts apart, those nearest the mean if
     there are more than may be paid for.
     """
-    num_experts, most = plan.layer.num_experts, measured_amount(plan.options, num_layers)[1]
-    mean = plan.options.budget.total([num_experts]) if plan.options.budget else num_experts
-    possible = [count for count in plan.counts if plan.options.top_k is not None or count < num_experts]
-    steps = [num_experts * step / 8 for step in range(9 if num_experts in possible else 8)]
-    near = {min(possible, key=lambda count: (abs(count - step), count)) for step in steps if possible}
-    return sorted(sorted(near, key=lambda count: (abs(count - mean), count))[:most])
+    return sorted(plan.nearest_mean[: measured_amount(plan.options, num_layers)[1]])
 
 
 def check_measured(plans: Sequence[LayerPlan], options: SelectionOptions) -> None:
