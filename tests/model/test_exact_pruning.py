@@ -145,7 +145,7 @@ def test_losses_by_hand(name):
     assert float(found[layer.path]["batch.squared_output"][0]) == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", all_but("mixtral", "deepseek_v3"))
 def test_padding_changes_no_loss(name):
     """A batch, and the same batch with more padding of another id."""
     moe = MoEModel(tiny_model(name))

@@ -79,7 +79,10 @@ def test_against_least_squares_on_whole_outputs() -> None:
     assert relative_loss(figures, ridge) == pytest.approx(share, rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "dbrx", "switch_transformers"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_oss", "switch_transformers", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("mixtral", "dbrx"))],
+)
 def test_a_scale_multiplies_what_the_expert_answers(model_type: str) -> None:
     """Its biases too, and no other expert's."""
     model = tiny_model(model_type).eval()

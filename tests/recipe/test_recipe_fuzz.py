@@ -174,8 +174,10 @@ def fuzz(number: int, seed: int, folder: Path) -> Iterator[tuple[Any, list[str],
 
 
 @pytest.mark.slow  # it reads lm-eval's index of tasks
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
-def test_recipes_changed_at_random(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seed", "number"), [(0, 60), *(pytest.param(seed, 150, marks=pytest.mark.nightly) for seed in (0, 1, 2))]
+)
+def test_recipes_changed_at_random(seed: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
 
     def found_once(*arguments: Any) -> Any:
@@ -187,8 +189,10 @@ def test_recipes_changed_at_random(seed: int, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(check, "structure_of", found_once)
     monkeypatch.setattr(readiness, "TaskSources", TasksReadOnce)
     monkeypatch.chdir(tmp_path)
-    answers = list(fuzz(150, seed, tmp_path))
+    answers = list(fuzz(number, seed, tmp_path))
     for source, overrides, message in answers:
         assert all(len(line) <= LONGEST_LINE for line in message.split("\n")), (source, overrides)
         assert "Error" not in message.partition(": ")[0], (source, overrides, message)
-    assert 5 <= sum(not message for *_, message in answers) <= 75, "hardly any recipe is right, or wrong"
+    assert number / 30 <= sum(not message for *_, message in answers) <= number / 2, (
+        "hardly any recipe is right, or wrong"
+    )

@@ -59,7 +59,12 @@ def test_in_memory_from_disk_and_applied_are_the_same_bytes(name: str, tokens: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model_type", ["gpt_oss", "dbrx", "llama4_text", pytest.param("switch_transformers", marks=pytest.mark.nightly)]
+    "model_type",
+    [
+        "gpt_oss",
+        "dbrx",
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in ("llama4_text", "switch_transformers")),
+    ],
 )
 def test_zeros_lie_among_the_inputs_whatever_the_layout(model_type: str, tokens: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model(model_type), tmp_path / "model")
