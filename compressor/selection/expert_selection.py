@@ -33,11 +33,11 @@ from compressor.selection.layer_plan import (
     measured_amount,
     measured_counts,
     measured_ways,
-    padding_note,
     planned_counts,
     rivals,
     rounding_notes,
     sharing_notes,
+    switch_notes,
 )
 from compressor.selection.options import SelectionOptions
 from compressor.wording import did_you_mean
@@ -87,12 +87,7 @@ class ExpertSelection(Method[OptionsT]):
         if options.budget:
             notes += sharing_notes(plans, planned, wanted)
         notes += choosing_notes([name for one in self._kinds for name in one._rivals(layers, ())], wanted)
-        if options.padded:
-            notes.append(padding_note(layers, planned, options))
-        if options.progressive:
-            notes.append("each layer is observed on what comes out of the layers already pruned")
-        if options.top_k is not None:
-            notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
+        notes += switch_notes(layers, planned, options)
         after = [plan.after(planned[plan.path]) for plan in plans]
         return Plan(after, notes if options.replacement == "none" else [*notes, *constants_notes(after, options)])
 

@@ -472,6 +472,16 @@ def rounding_notes(plans: Sequence[LayerPlan], options: SelectionOptions) -> lis
     return [f"multiple_of {options.multiple_of}: {note}" for note in dict.fromkeys(notes)]
 
 
+def switch_notes(layers: Sequence[MoELayer], planned: Mapping[str, int], options: SelectionOptions) -> list[str]:
+    """What `padded`, `progressive` and `top_k` do."""
+    notes = [padding_note(layers, planned, options)] if options.padded else []
+    if options.progressive:
+        notes.append("each layer is observed on what comes out of the layers already pruned")
+    if options.top_k is not None:
+        notes.append(f"each token chooses {options.top_k} of a layer's experts, now {layers[0].top_k}")
+    return notes
+
+
 def padding_note(layers: Sequence[MoELayer], planned: Mapping[str, int], options: SelectionOptions) -> str:
     """What `padded` costs. Raises OptionError where it would do nothing, or cannot be."""
     most = max(planned.values())
