@@ -118,7 +118,7 @@ def test_a_mean_is_reached_by_the_running_model(eight, tokens, tmp_path):
         {"keep_mass": 0.8},
         pytest.param({"keep_mass": 0.8, "rule": "contribution", "precision": 1.0}, marks=pytest.mark.nightly),
         {"mean_experts": 2.5, "rule": "contribution", "precision": 1.0},
-        pytest.param({"threshold": "median", "rule": "tail_mass", "precision": 1.0}, marks=pytest.mark.nightly),
+        {"threshold": "median", "rule": "tail_mass", "precision": 1.0},
         pytest.param({"threshold": {1: 0.4}}, marks=pytest.mark.nightly),
         pytest.param({"top_k": 2}, marks=pytest.mark.nightly),
         {"top_k": 2, "normalise_over": 8},

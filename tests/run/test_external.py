@@ -506,7 +506,7 @@ def leave_a_file(source: Path, target: Path) -> None:
         (True, "memory", write_anew),
         pytest.param(True, "disk", write_in_place, marks=pytest.mark.nightly),
         (False, "memory", write_in_place),
-        pytest.param(False, "disk", leave_a_file, marks=pytest.mark.nightly),
+        (False, "disk", leave_a_file),
     ],
 )
 def test_a_step_that_writes_where_it_reads(
