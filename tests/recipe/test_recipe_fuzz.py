@@ -151,6 +151,9 @@ def fuzz(number: int, seed: int, folder: Path) -> Iterator[tuple[Any, list[str],
     plugins, draw = load_plugins(), random.Random(seed)
     keys = known_keys(plugins)
     texts = [path.read_text() for path in RECIPES]
+    texts += 4 * [
+        text for text in texts if "model: demo" in text
+    ]  # no other model is here, so no other recipe is right
     recipes = {text: yaml.safe_load(text) for text in texts}
     written = [*RAW, *(yaml.safe_dump(one, default_flow_style=True, width=10**6)[:-1] for one in VALUES)]
     for _ in range(number):
@@ -193,6 +196,6 @@ def test_recipes_changed_at_random(seed: int, number: int, tmp_path: Path, monke
     for source, overrides, message in answers:
         assert all(len(line) <= LONGEST_LINE for line in message.split("\n")), (source, overrides)
         assert "Error" not in message.partition(": ")[0], (source, overrides, message)
-    assert number / 60 <= sum(not message for *_, message in answers) <= number / 2, (
+    assert number / 30 <= sum(not message for *_, message in answers) <= number / 2, (
         "hardly any recipe is right, or wrong"
     )
