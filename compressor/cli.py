@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compressor._version import __version__
-from compressor.errors import CompressorError, DiskError, PluginError, ProcessError, RecipeError
+from compressor.errors import CompressorError, PluginError, ProcessError, RecipeError, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -345,7 +345,7 @@ def init(
 
     plugins = load_plugins(without or [], files=plugin or [])
     text = new_recipe(model, plugins, file=output, trust_remote_code=trust_remote_code)
-    with _written(output), output.open("x", encoding="utf-8") as file:
+    with writing(output), output.open("x", encoding="utf-8") as file:
         file.write(text)
     then = f"Written to {output}. `compressor check {output}` says what it will do, `compressor run {output}` does it."
     _show({"output": str(output), "text": text}, lambda _, console: None, then, as_json=json_)
@@ -370,7 +370,7 @@ def schema(
     found = recipe_schema(plugins.methods, plugins.criteria)
     if output is None:
         return _show(found, lambda _, console: None, as_json=True)
-    with _written(output):
+    with writing(output):
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return _show(found, lambda _, console: None, f"Written to {output}.")
 
@@ -526,7 +526,7 @@ def compare(
     measured: dict[str, Any] = {"recipe": recipe, "against": against, "overrides": set_ or [], "progress": progress}
     found = pipeline.compare(folders, **measured, without=without or [], plugin_files=plugin or [])
     if page is not None:
-        with _written(page):
+        with writing(page):
             page.write_text(comparison_page(found), encoding="utf-8")
     _show(found, print_comparison, as_json=json_, quiet=quiet)
 
@@ -585,14 +585,6 @@ def new(
     files = new_project(name, kinds[0], place, load_plugins(without or []))  # type: ignore[arg-type]
     then = f"\nThen: cd {place}; compressor run recipe.yaml --plugin {name}.py. Its README tells the rest."
     _show(files, lambda found, console: print(*found, sep="\n"), then, quiet=quiet)
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"{file}: it cannot be written there: {error.strerror}.") from error
 
 
 def _calm() -> None:

@@ -18,6 +18,9 @@ it is shown with its traceback and exits with status 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _LONGEST_WORD, _LONGEST_LINE = 500, 2000
@@ -80,6 +83,15 @@ class ProcessError(CompressorError):
     def __init__(self, message: str, *, ended: bool = False, told: bool = False) -> None:
         super().__init__(message)
         self.ended, self.told = ended, told
+
+
+@contextmanager
+def writing(file: Path, advice: str = "") -> Iterator[None]:
+    """The system's refusal to write within the context is a DiskError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{file}: it cannot be written there: {error.strerror}.{advice}") from error
 
 
 def answered(who: str, answer: Any, kind: Any, expected: str) -> Any:

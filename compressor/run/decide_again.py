@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import DiskError, RecipeError
+from compressor.errors import RecipeError, writing
 from compressor.method import Decision, Method, OptionError
 from compressor.model.structure import MoELayer
 from compressor.observe.statistic import Gathered
@@ -40,9 +40,23 @@ def decide(
     Raises CheckpointError where the files do not belong together, RecipeError where options are wrong, the figures
     cannot answer them or the output exists (unless `overwrite`).
     """
-    file = None if output is None else decision_file(output)
-    if file is not None and os.path.exists(file) and not overwrite:
-        raise RecipeError(f"{file} exists. Choose another output, or say --overwrite.")
+    outputs = [] if output is None else [Path(output)]
+    _refuse_existing(outputs, overwrite=overwrite)
+    decided, experts = _decided(statistics, method, overrides, without, plugin_files, options)
+    for one in outputs:
+        _write_decision(one, decided, experts)
+    return decided
+
+
+def _decided(
+    statistics: str | Path | Sequence[str | Path],
+    method: str,
+    overrides: Sequence[str],
+    without: Iterable[str],
+    plugin_files: Iterable[str | Path],
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """(what `decide` answers, what is said of each expert)."""
     files = [Path(statistics)] if isinstance(statistics, str | Path) else [Path(file) for file in statistics]
     plugins = load_plugins(without, files=plugin_files)
     named = ", ".join(map(str, files))
@@ -73,11 +87,7 @@ def decide(
         "domains": domains,
     }
     done = decided_json(made, decision, entry)
-    decided = {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}
-    if file is not None:
-        shown = {**decided, "passes": [done | {"experts": experts}]} if file != Path(output or "") else None
-        _write_decision(file, decided, shown)
-    return decided
+    return {"format": FORMAT, "model": about["model"], "statistics": about["domains"], "passes": [done]}, experts
 
 
 def _fitting(method: Method[Any], layers: Sequence[MoELayer]) -> Method[Any]:
@@ -94,26 +104,44 @@ def _fitting(method: Method[Any], layers: Sequence[MoELayer]) -> Method[Any]:
 
 
 def decide_each(
-    keep: Sequence[str], output: Path, *by: Any, overrides: Sequence[str], **how: Any
+    keep: Sequence[str],
+    output: Path,
+    statistics: Sequence[Path],
+    method: str,
+    *,
+    overwrite: bool,
+    overrides: Sequence[str],
+    without: Iterable[str],
+    plugin_files: Iterable[str | Path],
 ) -> dict[str, dict[str, Any]]:
     """What `decide` answers for each of several `keep`, by where it is written: `output` with its `keep` in the name.
     Nothing is where one cannot be decided.
     """
     stem = str(output).removesuffix(".json")
     asked = {f"{stem}-keep-{one}{str(output)[len(stem) :]}": [*overrides, f"--keep={one}"] for one in keep}
-    for more in asked.values():
-        decide(*by, overrides=more, **how)
-    return {path: decide(*by, output=path, overrides=more, **how) for path, more in asked.items()}
+    _refuse_existing([*map(Path, asked)], overwrite=overwrite)
+    found = {path: _decided(statistics, method, more, without, plugin_files, {}) for path, more in asked.items()}
+    for path, (decided, experts) in found.items():
+        _write_decision(Path(path), decided, experts)
+    return {path: decided for path, (decided, _) in found.items()}
 
 
-def _write_decision(file: Path, decided: Mapping[str, Any], shown: Mapping[str, Any] | None) -> None:
-    try:
+def _refuse_existing(outputs: Sequence[Path], *, overwrite: bool) -> None:
+    for file in map(decision_file, outputs):
+        if os.path.exists(file) and not overwrite:
+            raise RecipeError(f"{file} exists. Choose another output, or say --overwrite.")
+
+
+def _write_decision(output: Path, decided: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
+    """The decision, and a page beside it where the output is a folder."""
+    file = decision_file(output)
+    with writing(file, " Choose another output."):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_decision(file, decided)
-        if shown:
+        if file != output:
+            [done] = decided["passes"]
+            shown = {**decided, "passes": [{**done, "experts": experts}]}
             (file.parent / "report.html").write_text(page(shown), encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{file}: it cannot be written there: {error.strerror}. Choose another output.") from error
 
 
 def decision_file(output: str | Path) -> Path:

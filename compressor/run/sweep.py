@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.atomic_files import write_json
-from compressor.errors import DiskError, RecipeError
+from compressor.errors import RecipeError, writing
 from compressor.method import Decision, Method
 from compressor.recipe.schema import Evaluation, LoadedRecipe, ResolvedPass
 from compressor.report.comparison import comparison_page
@@ -148,8 +148,6 @@ def page_of(output: str | Path | None, model: Path | None, *, overwrite: bool) -
 
 def write(page: Path, found: Json) -> None:
     """The page, and the same as JSON. Raises DiskError."""
-    try:
+    with writing(page):
         write_json(page.with_suffix(".json"), found)
         page.write_text(comparison_page(found), encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{page}: it cannot be written there: {error.strerror}.") from error
