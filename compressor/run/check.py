@@ -304,7 +304,7 @@ def _as_can_be(loaded: LoadedRecipe, look: _Look) -> Preview:
 
 def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
     """What a recipe does with a model. Raises CompressorError where it cannot."""
-    structure, is_live, is_quantised = look.structure, bool(look.live_on), look.quantisation is not None
+    structure, is_live, quantisation = look.structure, bool(look.live_on), look.quantisation
     notes = [left_out_note(look.left_out)] if look.left_out else []
     notes += _skipping_notes(look.rules) + _constants_notes(structure.layers)
     layers, changes_values = _check_passes(loaded, look, notes)
@@ -314,10 +314,9 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
     plan_json = {"model": loaded.recipe.model, **about, "notes": notes}
     work = work_of(loaded, look.model, look.config, structure.layers, look.dtype, (*plan_json["bytes"].values(),))
     work = dataclasses.replace(work, changes_values=changes_values)
-    in_memory = f"the checkpoint is quantised ({format_of(look.quantisation)})" if look.quantisation is not None else ""
     problems = {
         "disk": disk_problem(loaded, structure, work, look.config, look.rehearsal.carries, is_live=is_live),
-        "memory": (("weights",), in_memory) if in_memory else None,
+        "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
     }
     devices = tuple(look.live_on) or _devices(loaded.recipe)
     place = placement(loaded, work, problems, devices, is_live=is_live)
@@ -326,11 +325,13 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
             stored = look.stored
             sizes = _stored(stored, structure, layers, look.left_out, look.adapters) if stored else None
         if sizes is not None:
-            work = dataclasses.replace(work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=is_quantised)
+            work = dataclasses.replace(
+                work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=quantisation is not None
+            )
             place = placement(loaded, work, problems, devices)
             plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
-        if look.quantisation is not None:
-            notes.append(_quantised_note(look.quantisation, look.dtype, loaded.recipe.model, is_estimate=sizes is None))
+        if quantisation is not None:
+            notes.append(_quantised_note(quantisation, look.dtype, loaded.recipe.model, is_estimate=sizes is None))
     used, limits = devices[: place.num_gpus], _limits(look.model)
     if loaded.recipe.device == "auto" and not is_live:
         notes.append(auto_note(used, place))

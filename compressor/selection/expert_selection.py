@@ -168,7 +168,7 @@ class ExpertSelection(Method[OptionsT]):
         return plain[0].observing_for(plain[1:]), "constants"
 
     def _plan(self, layer: MoELayer) -> LayerPlan:
-        """What the options mean for a layer, thought over once."""
+        """What the options mean for a layer, thought over once; it holds the layer, so that its id stays its own."""
         return self._plans.setdefault(id(layer), LayerPlan(layer, self.options))
 
     @cached_property
