@@ -232,7 +232,8 @@ class Method(ABC, Generic[OptionsT]):
 
     @property
     def progressive(self) -> bool:
-        """Whether each layer is to be observed on what comes out of the layers already edited by `preview`.
+        """Whether each layer is to be observed on what comes out of the layers already edited, by `preview` or, without
+        one, by `edit`, which then writes nothing outside the MoE block.
 
         `decide` is then asked for one layer at a time as well, and must answer the same for it as for all together.
         """
@@ -334,7 +335,7 @@ class Method(ABC, Generic[OptionsT]):
 
     def input_statistic(self, site: LinearSite) -> InputStatistic | None:
         """Make the accumulator for what one linear map is given, a matrix of a layer's experts or a map beside them, or
-        None if that is not needed. Not in progressive mode.
+        None if that is not needed. In progressive mode only a matrix of the experts.
         """
         return None
 
@@ -408,7 +409,8 @@ class Method(ABC, Generic[OptionsT]):
         """A context in which the untouched model computes what the edited one will, or None if there is no such thing.
 
         The decision may speak of some of the layers: then only they are previewed. The core compares the two on a
-        calibration batch in every run, and stops if they differ.
+        calibration batch in every run, and stops if they differ; without a preview, it compares with what the edit has
+        written before anything is removed.
         """
         return None
 

@@ -22,8 +22,9 @@ from compressor.checkpoint.load import unquantised_skeleton
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
-from compressor.edit.layer_edits import carry_out
-from compressor.edit.verify import edit_verified, ids_left, save_verified
+from compressor.edit.layer_edits import LiveWeights, as_finished, changes_structure, edit_layers, finish
+from compressor.edit.verify import compare_answers, ids_left, refuse_not_finite_answers, save_verified
+from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluation.lm_eval import TaskResult, run_tasks
 from compressor.evaluation.perplexity import Perplexity, Watch, perplexity
 from compressor.evaluation.size import RoutedSize, Size, size
@@ -162,7 +163,7 @@ class InMemory(Backend):
     def edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, name: str) -> dict[str, float]:
         untouched, self._answered = self.answers(probe), None
         with self._followed(self.moe):
-            differences, answers = edit_verified(self.moe, method, decision, carry_out, probe, untouched)
+            differences, answers = _edit_verified(self.moe, method, decision, probe, untouched)
         self._answered = probe, answers
         return differences
 
@@ -184,6 +185,39 @@ class InMemory(Backend):
 
     def save(self, folder: OutputFolder, probe: TokenBatch) -> None:
         self.stored(folder, probe, folder.path)
+
+
+def _edit_verified(
+    moe: MoEModel, method: Method[Any], decision: Decision, probe: TokenBatch, untouched: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """Edit the live model and check it on one batch, whose logits `untouched` [N, V] are: no expert "removed" changes
+    no bit, numbers written equal the same edit in float32, and the edited model equals the method's preview, or else
+    the model with these numbers before anything is removed. Raises VerificationError; returns (differences, logits).
+    """
+    if not torch.isfinite(untouched).all():
+        raise CheckpointError(
+            "the model's logits on calibration text are not finite, though its weights are: its last ones are "
+            f"damaged, or too large for {untouched.dtype}."
+        )
+    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
+    if not torch.equal(forward.logits(moe.model, probe), untouched):
+        raise VerificationError(
+            "keeping all experts changed the model's logits: this architecture's edit is not sound."
+        )
+    preview = method.preview(moe, decision)
+    expected = None
+    if preview is not None:
+        with preview:
+            expected = forward.logits(moe.model, probe)
+    endings, errors = edit_layers(method, decision, moe.layers, LiveWeights(moe))
+    if preview is None and changes_structure(endings):
+        with as_finished(moe, endings):
+            expected = forward.logits(moe.model, probe)
+    finish(moe, method, decision, endings)
+    answers = forward.logits(moe.model, probe)
+    refuse_not_finite_answers(answers, method.name)
+    compared = {} if expected is None else compare_answers(expected, answers)
+    return {"keep_all_difference": 0.0, **errors, **compared}, answers
 
 
 class AsLoaded:

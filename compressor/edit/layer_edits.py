@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +21,12 @@ from compressor.checkpoint.layerwise_weights import StoredTensor, StreamedWeight
 from compressor.errors import UnsupportedModelError
 from compressor.method import Decision, Method, OptionError
 from compressor.model.config_entry import KEY
-from compressor.model.constants import problem, problem_of_all
+from compressor.model.constants import Replacements, problem, problem_of_all
 from compressor.model.expert_products import expert_matrices
 from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
+from compressor.model.masking import masked_router
 from compressor.model.moe_model import Kept, MoEModel
+from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import MoELayer, Structure
 
 Endings = Mapping[str, Ending]
@@ -128,6 +132,15 @@ def _is_same(tensor: torch.Tensor, stored: StoredTensor) -> bool:
     return held.shape == tensor.shape and torch.equal(held, tensor)
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong within the context is an OptionError."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
+
+
 @torch.no_grad()
 def edit_layers(
     method: Method[Any], decision: Decision, layers: Sequence[MoELayer], weights: Weights, ids: Kept | None = None
@@ -140,14 +153,12 @@ def edit_layers(
     """
     endings: dict[str, Ending] = {}
     errors: list[float] = []
-    try:
+    with _refusing():
         _refuse_other_layers(decision, layers)
         for layer in layers:
             seen = range(layer.num_experts) if ids is None else ids[layer.path]
             endings[layer.path], error = _edit_layer(method, decision, layer, seen, weights)
             errors += error
-    except ValueError as error:
-        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
     return endings, {"edited_against_float32": max(errors)} if errors else {}
 
 
@@ -183,6 +194,80 @@ def _refuse_other_layers(decision: Decision, layers: Sequence[MoELayer]) -> None
         )
 
 
+@contextmanager
+def edited_meanwhile(moe: MoEModel, method: Method[Any], decision: Decision, layer: MoELayer) -> Iterator[None]:
+    """Within the context one layer, whose weights are there, computes what it will when edited. Raises OptionError
+    where the edit writes what is outside the layer's block, which has run by then.
+    """
+    tensors: Tensors = {}
+    before: dict[str, torch.Tensor] = {}
+
+    def read() -> Tensors:
+        nonlocal tensors
+        tensors = live_tensors(moe.model, layer)
+        before.update({name: tensor.clone() for name, tensor in tensors.items()})
+        return tensors
+
+    ids = range(layer.num_experts)
+    edited = LayerWeights(layer, ids, read, cache(lambda: expert_matrices(moe.model, layer)))
+    with ExitStack() as stack:
+        stack.callback(lambda: [tensors[name].copy_(own) for name, own in before.items()])
+        with _refusing():
+            method.edit(edited, decision)
+        outside = [name for name in before if not layer.holds(name) and not torch.equal(before[name], tensors[name])]
+        if outside:
+            raise OptionError(
+                None, f"the edit writes {outside[0]}, which is outside the MoE block: it cannot be `progressive`"
+            )
+        stack.enter_context(as_finished(moe, {layer.path: edited.ending}))
+        yield
+
+
+def changes_structure(endings: Endings) -> bool:
+    """Whether an edit has asked for more than other numbers."""
+    return any(one != Ending(wrote=one.wrote) for one in endings.values())
+
+
+@contextmanager
+def as_finished(moe: MoEModel, endings: Endings) -> Iterator[None]:
+    """Within the context a model with the edits' numbers computes what it will when `finish` has removed experts: they
+    are masked, or answer constants, and those that it will skip have weight 0.
+    """
+    kept = {path: list(one.kept) for path, one in endings.items() if one.kept is not None}
+    top_k = next((one.top_k for one in endings.values() if one.kept is not None), None)
+    rules = {
+        path: _of_all(one.rule, one.kept, moe.layer(path)) for path, one in endings.items() if one.rule is not None
+    }
+    with ExitStack() as stack:
+        with _refusing():
+            for path, one in endings.items():
+                stack.enter_context(_replaced(moe, moe.layer(path), one.constants or {}))
+            stack.enter_context(moe.masked(kept, top_k=top_k))
+            if rules:
+                stack.enter_context(moe.zeroed(rules))
+        yield
+
+
+@contextmanager
+def _replaced(moe: MoEModel, layer: MoELayer, constants: Replacements) -> Iterator[None]:
+    answering = {expert: value for expert, value in constants.items() if value is not None}
+    chosen = [e for e in range(layer.num_experts) if e not in constants or e in answering]
+    with ExitStack() as stack:
+        if answering:
+            stack.enter_context(moe.replaced({layer.path: answering}))
+        if len(chosen) < layer.num_experts:
+            stack.enter_context(masked_router(moe.model, layer, chosen))
+        yield
+
+
+def _of_all(rule: SkipRule, kept: Sequence[int] | None, layer: MoELayer) -> SkipRule:
+    """A rule of the experts that are left, as one of all."""
+    if rule.expert_norms is None or kept is None:
+        return rule
+    norms = dict(zip(kept, rule.expert_norms, strict=True))
+    return replace(rule, expert_norms=tuple(norms.get(expert, 1.0) for expert in range(layer.num_experts)))
+
+
 def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endings) -> None:
     """Remove and skip what the edits have asked for, and change the config as the method says. Raises OptionError where
     that cannot be.
@@ -191,7 +276,7 @@ def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endi
     rules = {path: one.rule for path, one in endings.items() if one.rule is not None}
     constants = {path: one.constants for path, one in endings.items() if one.constants}
     how = {(one.top_k, one.padded) for one in endings.values() if one.kept is not None}
-    try:
+    with _refusing():
         if len(how) > 1:
             raise ValueError("keep() was given other `top_k` or `padded` in other layers")
         if constants and kept:
@@ -206,8 +291,6 @@ def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endi
         _change_config(moe, method.config_changes(decision))
         if not kept and not rules and not constants and not any(one.wrote for one in endings.values()):
             raise ValueError("the decision says of every layer that nothing changes, so there is nothing to carry out")
-    except ValueError as error:
-        raise OptionError(None, f"what was decided cannot be carried out: {error}") from error
 
 
 def refuse_constants(model: Any, structure: Structure, paths: Sequence[str]) -> None:

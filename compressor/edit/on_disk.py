@@ -26,7 +26,7 @@ from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.backend import Backend, TaskResults
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.edit.layer_edits import StoredWeights, edit_layers, finish
+from compressor.edit.layer_edits import StoredWeights, as_finished, edit_layers, finish
 from compressor.edit.verify import compare_answers, refuse_not_finite_answers
 from compressor.errors import CheckpointError
 from compressor.evaluation.lm_eval import run_tasks
@@ -152,7 +152,8 @@ class OnDisk(Backend):
     def _edit(self, method: Method[Any], decision: Decision, probe: TokenBatch, stage: Path) -> dict[str, Any]:
         """Write the smaller checkpoint, and open it: how it was checked, and what each layer's edit has asked for."""
         expected = None
-        if method.preview(self.moe, decision) is not None:
+        has_preview = method.preview(self.moe, decision) is not None
+        if has_preview:
             with self.previewed(method.preview, decision):
                 expected = self.logits(probe)
             if not torch.isfinite(expected).all():
@@ -166,6 +167,10 @@ class OnDisk(Backend):
         endings, checks = edit_layers(method, decision, self.moe.layers, edited)
         with self._followed(after):
             finish(after, method, decision, endings)
+        if not has_preview and self.processes.is_first:  # the others' weights are as they were
+            alone = {path: partial(as_finished, self.moe, {path: one}) for path, one in endings.items()}
+            with weights.within(alone):
+                expected = self.logits(probe)
         written = Checkpoint(str(stage), stage, self.source.trust_remote_code)
         if self.processes.is_first:
             shutil.rmtree(stage, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,14 @@ from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder
 from compressor.checkpoint.save import save_checkpoint
 from compressor.data.sequences import TokenBatch
-from compressor.errors import CheckpointError, VerificationError
+from compressor.errors import VerificationError
 from compressor.evaluation.size import size
-from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter
 from compressor.model.moe_model import Kept, MoEModel, Removal
 from compressor.observe import forward
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TIES_ALLOWED = 0.25
-CarryOut = Callable[[Method[Any], MoEModel, Decision], Mapping[str, float]]
-"""Edits a live model; how far the numbers that it wrote are from the same edit in float32."""
 
 
 def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
@@ -34,35 +31,6 @@ def ids_left(ids: Kept, removals: Sequence[Removal]) -> Kept:
     for removal in removals:
         ids = {path: [of_layer[expert] for expert in removal.kept[path]] for path, of_layer in ids.items()}
     return ids
-
-
-def edit_verified(
-    moe: MoEModel, method: Method[Any], decision: Decision, carry_out: CarryOut, probe: TokenBatch, untouched: Tensor
-) -> tuple[dict[str, float], Tensor]:
-    """Edit the live model (`carry_out`) and check it on one batch, whose logits `untouched` [N, V] are: no expert
-    "removed" changes no bit, then it equals the method's preview; numbers written equal the same edit in float32.
-    Raises VerificationError; returns (differences, logits).
-    """
-    if not torch.isfinite(untouched).all():
-        raise CheckpointError(
-            "the model's logits on calibration text are not finite, though its weights are: its last ones are "
-            "damaged, or too large for {untouched.dtype}."
-        )
-    moe.keep({layer.path: range(layer.num_experts) for layer in moe.layers})
-    if not torch.equal(forward.logits(moe.model, probe), untouched):
-        raise VerificationError(
-            "keeping all experts changed the model's logits: this architecture's edit is not sound."
-        )
-    preview = method.preview(moe, decision)
-    expected = None
-    if preview is not None:
-        with preview:
-            expected = forward.logits(moe.model, probe)
-    errors = carry_out(method, moe, decision)
-    answers = forward.logits(moe.model, probe)
-    compared = {} if expected is None else compare_answers(expected, answers)
-    refuse_not_finite_answers(answers, method.name)
-    return {"keep_all_difference": 0.0, **errors, **compared}, answers
 
 
 def refuse_not_finite_answers(answers_NV: Tensor, name: str) -> None:

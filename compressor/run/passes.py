@@ -15,6 +15,7 @@ from torch import Tensor
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.sequences import Sequences, TokenBatch
 from compressor.edit.backend import Backend
+from compressor.edit.layer_edits import edited_meanwhile
 from compressor.errors import PluginError, RecipeError, answered
 from compressor.method import Decision, Method
 from compressor.model.moe_model import Kept, MoEModel
@@ -62,11 +63,13 @@ def observe(
     domains = list(dict.fromkeys(batch.domain for batch in batches))
     held_out = list(dict.fromkeys(batch.domain for batch in batches if batch.held_out))
 
-    def edited(path: str, figures: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+    @contextmanager
+    def edited(path: str, figures: Mapping[str, Tensor]) -> Iterator[None]:
         decision = decide(job, resolved, [moe.layer(path)], Gathered({path: figures}, domains, held_out))
-        context = method.preview(moe, decision)
-        assert context is not None, f"{resolved.spec.method} is progressive and has no preview"
-        return context
+        with job.loaded.at_pass(resolved):
+            preview = method.preview(moe, decision)
+            with edited_meanwhile(moe, method, decision, moe.layer(path)) if preview is None else preview:
+                yield
 
     measured = _measured(job, moe, resolved, batches, domains)
     if not (wanted or linears or measured):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.plugin import Column, Decision, Description, Method, OptionError, Options, Plan
 
@@ -29,6 +29,17 @@ class WandaOptions(Options):
     )
     attention: bool = Field(default=False, description="linear maps outside the MoE blocks as well")
     shared_experts: bool = Field(default=False, description="linear maps beside the experts of a MoE block as well")
+    progressive: bool = Field(
+        default=False, description="observe each layer on what comes out of those before it with their zeros"
+    )
+
+    @model_validator(mode="after")
+    def _progressive_in_experts(self) -> WandaOptions:
+        if self.progressive and (self.attention or self.shared_experts):
+            raise ValueError(
+                "`progressive` puts zeros into experts alone; leave `attention` and `shared_experts` out, or it"
+            )
+        return self
 
 
 class Wanda(Method[WandaOptions]):
@@ -39,6 +50,11 @@ class Wanda(Method[WandaOptions]):
     api = 2
     options_type: ClassVar[type[Options]] = WandaOptions
     expert_ids = ("without_tokens",)
+
+    @property
+    def progressive(self) -> bool:
+        """As the options say."""
+        return self.options.progressive
 
     def check(self, layers: Sequence[MoELayer]) -> Plan:
         """Every layer must let its experts be watched."""

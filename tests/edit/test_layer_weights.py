@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +16,25 @@ from safetensors.torch import load_file
 from compressor.checkpoint.find import Checkpoint
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
-from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.edit.layer_edits import NotOnDiskError, StoredWeights, carry_out, edit_layers, finish
+from compressor.edit import backend, on_disk
+from compressor.edit.backend import Backend, InMemory
+from compressor.edit.checkpoint_edit import Edit, meta_model, plan_edit
+from compressor.edit.layer_edits import (
+    LiveWeights,
+    NotOnDiskError,
+    StoredWeights,
+    carry_out,
+    edit_layers,
+    edited_meanwhile,
+    finish,
+)
+from compressor.edit.on_disk import OnDisk
+from compressor.edit.verify import random_batch
+from compressor.errors import VerificationError
+from compressor.machine.progress import Progress
 from compressor.model.layer_weights import Ending
 from compressor.model.skipping.rule import SkipRule
+from compressor.observe import layerwise
 from compressor.plugin import (
     Decision,
     LayerWeights,
@@ -27,6 +44,8 @@ from compressor.plugin import (
     Options,
     Plan,
     Processes,
+    RoutedTokens,
+    Statistic,
     UnsupportedModelError,
 )
 from compressor.run.record import agreed
@@ -278,3 +297,96 @@ def test_an_ending_survives_as_json() -> None:
         Ending(rule=SkipRule("contribution", True, beta=0.25, expert_norms=(1.0, 2.0))),
     ):
         assert Ending.from_json(json.loads(json.dumps(ending.to_json()))) == ending
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_observed_as_if_layers_before_were_edited(model_type: str) -> None:
+    """Against models of which those layers have been edited, each observed anew; and no number stays written."""
+    moe, method = MoEModel(tiny_model(model_type).eval()), Blend(NoOptions())
+    decision, before = decision_of(moe), copy.deepcopy(moe.model.state_dict())
+
+    def edited(path: str, figures: Any) -> AbstractContextManager[None]:
+        return edited_meanwhile(moe, method, decision, moe.layer(path))
+
+    seen = inputs_of(moe, edited=edited)
+    assert all(torch.equal(one, before[name]) for name, one in moe.model.state_dict().items())
+    for number, layer in enumerate(moe.layers):
+        other = MoEModel(copy.deepcopy(moe.model))
+        first = other.layers[:number]
+        if first:
+            of_first = Decision({"layers": {one.path: decision["layers"][one.path] for one in first}})
+            endings, _ = edit_layers(method, of_first, first, LiveWeights(other))
+            finish(other, method, of_first, endings)
+        torch.testing.assert_close(seen[layer.path], inputs_of(other)[layer.path], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(seen[layer.path], inputs_of(moe)[layer.path], rtol=1e-3)
+
+
+class Inputs(Statistic):
+    """What a layer is given."""
+
+    def __init__(self) -> None:
+        self.hidden: list[torch.Tensor] = []
+
+    def update(self, tokens: RoutedTokens) -> None:
+        self.hidden.append(tokens.hidden_TH.clone())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"hidden": torch.cat(self.hidden)}
+
+
+def inputs_of(moe: MoEModel, **options: Any) -> dict[str, torch.Tensor]:
+    statistics = {layer.path: Inputs() for layer in moe.layers}
+    figures = layerwise.observe(moe, [random_batch(moe.model)], statistics, Progress(), **options)
+    return {path: of["hidden"] for path, of in figures.items()}
+
+
+def test_what_runs_before_the_block_cannot_be_progressive() -> None:
+    moe = MoEModel(tiny_model("mixtral").eval())
+
+    def script(layer: LayerWeights) -> None:
+        layer.linears["self_attn.q_proj.weight"] = layer.linears["self_attn.q_proj.weight"] * 2
+
+    says = r"the edit writes model.layers.0.self_attn.q_proj.weight, which is outside the MoE block"
+    edited = edited_meanwhile(moe, Scripted(script), decision_of(moe), moe.layers[0])
+    with pytest.raises(OptionError, match=says), torch.no_grad(), edited:
+        pass
+
+
+# Without a preview, what is removed is compared with what is masked
+
+
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_another_expert_in_the_place_of_one_that_stays_is_found(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    found = Checkpoint("mine", tmp_path / "model")
+    piece = piece_of(found, tmp_path, weights)
+    decision = decision_of(piece.moe)
+    probe = random_batch(load_model(found))
+    checks = piece.edit(Blend(NoOptions()), decision, probe, "right")
+    assert checks["edited_against_preview"] < checks["tolerance"]
+    monkeypatch.setattr(backend, "finish", finished_with_another_matrix)
+    monkeypatch.setattr(on_disk, "plan_edit", planned_with_another_matrix)
+    piece = piece_of(found, tmp_path, weights)
+    with pytest.raises(VerificationError, match="does not answer as decided"):
+        piece.edit(Blend(NoOptions()), decision, probe, "wrong")
+
+
+def piece_of(found: Checkpoint, folder: Path, weights: str) -> Backend:
+    how: dict[str, Any] = {"progress": Progress(), "processes": Processes()}
+    if weights == "memory":
+        return InMemory(MoEModel(load_model(found)), found, **how)
+    return OnDisk(found, folder / "work", device="cpu", journal=None, tokens_at_once=1000, **how)
+
+
+def finished_with_another_matrix(moe: MoEModel, *others: Any) -> None:
+    finish(moe, *others)
+    down_proj = moe.model.get_submodule(moe.layers[0].experts).down_proj
+    with torch.no_grad():
+        down_proj[[0, 1]] = down_proj[[1, 0]]
+
+
+def planned_with_another_matrix(found: Any, before: Any, after: Any, left_out: Any, edited: Any) -> Edit:
+    first, second = (next(name for name in edited if name.endswith(end)) for end in ("w1.weight", "w3.weight"))
+    return plan_edit(found, before, after, left_out, {**edited, first: edited[second], second: edited[first]})

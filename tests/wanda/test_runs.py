@@ -57,6 +57,25 @@ def test_in_memory_from_disk_and_applied_are_the_same_bytes(name: str, tokens: P
             assert not has_two_of_four(tensor), tensor_name
 
 
+def test_progressive(tokens: Path, tmp_path: Path) -> None:
+    """In memory and from disk it is the same, the first layer as otherwise, and later ones are given something else."""
+    runs = {
+        "memory": {"weights": "memory", "options": {"progressive": True}},
+        "disk": {"weights": "disk", "options": {"progressive": True}},
+        "plain": {"weights": "memory", "options": {}},
+    }
+    for name, one in runs.items():
+        passes = {"wanda": one["options"]}
+        compressor.compress(recipe(tokens, passes, weights=one["weights"]), output=tmp_path / name)
+    memory, disk, plain = (
+        load_file(tmp_path / name / "compressor" / "decision.safetensors") for name in ("memory", "disk", "plain")
+    )
+    assert all(torch.equal(own, disk[name]) for name, own in memory.items())
+    same = {name.split("/")[1] for name, own in memory.items() if torch.allclose(own, plain[name], rtol=1e-4)}
+    assert same == {min(name.split("/")[1] for name in memory)}
+    assert files(tmp_path / "memory")["model.safetensors"] == files(tmp_path / "disk")["model.safetensors"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",
