@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+_PATH = re.compile(r"(?<![\w:/.~<])(?:~[\w.-]*(?:/[^\s/\"'`,;)\]}]+)+|(?:/[^\s/\"'`,;)\]}]+){2,})/?")
+"""An absolute path within a text."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -19,6 +25,24 @@ def digest(whole: str | Iterable[str | bytes]) -> str:
     for part in [whole] if isinstance(whole, str) else whole:
         found.update(part.encode() if isinstance(part, str) else part)
     return f"sha256:{found.hexdigest()[:16]}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of one on the Hugging Face hub, `owner/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII) is not None
+
+
+def without_paths(said: Any) -> Any:
+    """The same JSON or text with absolute paths cut to their last names: where things are on a machine is private."""
+    if isinstance(said, dict):
+        return {without_paths(key): without_paths(value) for key, value in said.items()}
+    if isinstance(said, list | tuple):
+        return [without_paths(one) for one in said]
+    if not isinstance(said, str):
+        return said
+    whole = PureWindowsPath(said) if "\\" in said else PurePosixPath(said)
+    is_path = whole.is_absolute() and "\n" not in said
+    return whole.name if is_path else _PATH.sub(lambda found: PurePosixPath(found[0]).name, said)
 
 
 def runs(numbers: Iterable[int]) -> list[range]:

@@ -61,6 +61,8 @@ RECORD: dict[str, dict[str, str]] = {
         "processes": "if there were several: how many",
         "seconds": "by step",
         "output": "the folder, or null",
+        "origin": "what the card says of the original: its name on the hub, licence and languages by its own card, and "
+        "how the output is `stored`, if quantised",
     },
     "model": {
         "reference": "as the recipe names it",

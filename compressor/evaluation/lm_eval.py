@@ -17,6 +17,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from compressor.errors import CompressorError, EvaluationError
 from compressor.evaluation.result import Json, Progress, Result, Run
 from compressor.machine.distributed import Processes
 from compressor.model.modules import evaluating
-from compressor.wording import digest, runs
+from compressor.wording import digest, is_hub_id, runs
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM as _HFLM
@@ -54,7 +55,7 @@ class TaskResult:
     ``correct[metric][i]`` says whether document ``doc_ids[i]`` was right, for means of rights and wrongs;
     ``fingerprint`` digests documents, prompts and answers; ``cut`` documents were asked without their prompts'
     beginnings, for which there are too few positions. A group has ``subtasks``; ``group`` is the one through which a
-    task came.
+    task came; ``dataset`` is the name that its documents have on the hub, if they are there.
     """
 
     name: str
@@ -68,6 +69,8 @@ class TaskResult:
     subtasks: tuple[str, ...] = ()
     group: str | None = None
     cut: int = 0
+    dataset: str = ""
+    dataset_config: str = ""
 
     def to_json(self) -> Json:
         """The figures as JSON types; the answers as one string of ``1`` (right) and ``0`` for each metric."""
@@ -373,6 +376,7 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         if is_mean and all(v in (0, 1) for v in values):
             correct[short] = tuple(bool(v) for v in values)
     first_filter = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    dataset = str(task.get_config("dataset_path") or "")
     return TaskResult(
         name=name,
         metrics=metrics,
@@ -386,6 +390,8 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         correct=correct,
         group=tasks.group_of(name),
         cut=cut,
+        dataset=dataset if is_hub_id(dataset) and not Path(dataset).exists() else "",
+        dataset_config=str(task.get_config("dataset_name") or ""),
     )
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from compressor.report.description import Json
 from compressor.report.figures import (
+    ACCURACIES,
     NOTHING,
     as_yaml,
     decision_notes,
     decision_table,
     experts_of,
+    metric_said,
     random_table,
     shown_layers,
     summary_tables,
 )
 from compressor.report.tables import Table
 from compressor.report.verdict import verdict
-from compressor.wording import counted, human_bytes, ids_said
+from compressor.wording import counted, human_bytes, ids_said, is_hub_id, without_paths
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -29,23 +33,22 @@ PIPELINES = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModel": "feature-extraction",
 }
+CARRIED = ("license", "license_name", "license_link", "language")
+"""What the original's card says of a smaller model too."""
 
 
 def model_card(record: Json) -> str:
-    """The output's README.md: front matter for the hub, how it was made, its figures, how to load it."""
+    """The output's README.md: front matter for the hub, how it was made, its figures, how to load it; no path of this
+    machine.
+    """
+    record = without_paths(record)
     reference, output = record["model"]["reference"], record.get("output") or "FOLDER"
     auto_class = record["model"].get("auto_class", "AutoModelForCausalLM")
-    front: dict[str, Any] = {} if "files_only" in record else {"library_name": "transformers"}
-    if auto_class in PIPELINES and "files_only" not in record:
-        front["pipeline_tag"] = PIPELINES[auto_class]
-    if is_hub_id(reference):
-        front["base_model"] = reference
     methods = [done["method"] for done in record.get("passes", [])]
-    front["tags"] = ["moe", "moe-compressor", *dict.fromkeys(method.replace("_", "-") for method in methods)]
     name = str(output).rstrip("/").rsplit("/", 1)[-1]
     given = ", as it was in memory," if record["model"].get("live") else ""
     parts = [
-        f"---\n{as_yaml(front)}---",
+        f"---\n{as_yaml(_front_matter(record, reference, auto_class, methods))}---",
         f"# {name}",
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
@@ -63,6 +66,56 @@ def model_card(record: Json) -> str:
     if versions := record.get("versions"):
         parts.append("Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(record: Json, reference: str, auto_class: str, methods: Sequence[str]) -> dict[str, Any]:
+    """What the hub reads of a card. For a pruned model's relation to its base it has no word."""
+    origin = record.get("origin", {"hub": reference if is_hub_id(reference) else None})
+    front: dict[str, Any] = {} if "files_only" in record else {"library_name": "transformers"}
+    if auto_class in PIPELINES and "files_only" not in record:
+        front["pipeline_tag"] = PIPELINES[auto_class]
+    if origin.get("hub"):
+        front["base_model"] = origin["hub"]
+        front |= {"base_model_relation": "quantized"} if origin.get("stored") else {}
+    front |= {key: origin[key] for key in CARRIED if key in origin}
+    pruned = any("kept" in one for done in record.get("passes", []) for one in _layers(done))
+    tags = ["moe", "moe-compressor", *(["pruning", "expert-pruning"] if pruned else ())]
+    return front | {"tags": [*dict.fromkeys([*tags, *(method.replace("_", "-") for method in methods)])]}
+
+
+def _layers(done: Json) -> Iterator[Json]:
+    yield from done["decision"].get("layers", {}).values()
+
+
+def carried_over(card: Path) -> dict[str, Any]:
+    """What the card of an original says of a smaller model too; nothing where it is none, or cannot be read."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        found = metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # whatever it is, it is no part of the model
+        return {}
+    return {key: found[key] for key in CARRIED if isinstance(found.get(key), str | list)}
+
+
+def eval_results(record: Json) -> str:
+    """The hub's `.eval_results/*.yaml`: a figure of each task whose documents are a dataset there; "" without any."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    sides = [(record.get("evaluation") or {}).get(side, {}).get("tasks", {}) for side in ("before", "after")]
+    found = []
+    for name, task in sides[1].items():
+        if not task.get("dataset"):
+            continue
+        metric = next(one for one in (*ACCURACIES, *task["metrics"]) if one in task["metrics"])
+        is_share = metric in ACCURACIES or metric in task["correct"]
+        original = metric_said(sides[0].get(name, {}).get("metrics", {}).get(metric), is_share)
+        notes = f"lm-eval {name}, {metric}{' in %' if is_share else ''}, {task['num_fewshot']}-shot, "
+        notes += f"{counted(task['documents'], 'document')}; the original: {original}"
+        value = round(task["metrics"][metric]["value"] * (100 if is_share else 1), 4)
+        given = {"date": record.get("date"), "notes": notes}
+        found.append(EvalResultEntry(task["dataset"], task["dataset_config"] or "default", value, **given))
+    return as_yaml(eval_result_entries_to_yaml(found)) if found else ""
 
 
 def _how_to_load(record: Json, output: str, auto_class: str) -> list[str]:
@@ -112,17 +165,12 @@ def _left_out_sentence(left_out: Json) -> str:
     )
 
 
-def is_hub_id(reference: str) -> bool:
-    """Whether a model's reference has the form of a name on the Hugging Face hub, ``owner/name``."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference) is not None
-
-
 # --- what was kept ---
 
 
 def _decided(passes: Sequence[Json], record: Json) -> Iterator[Table]:
     """The experts that all passes together left, and what those decided that drop none."""
-    pruned = [done for done in passes if any("kept" in one for one in done["decision"].get("layers", {}).values())]
+    pruned = [done for done in passes if any("kept" in one for one in _layers(done))]
     yield _kept_table(pruned, record)
     for done in passes:
         if done not in pruned:

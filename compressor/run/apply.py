@@ -41,6 +41,7 @@ from compressor.run.record import (
     layers_json,
     left_out_json,
     model_json,
+    origin_json,
     original_ids_json,
     read_tensors,
     write_decision,
@@ -88,6 +89,7 @@ def apply(
         record["model"]["fingerprint"] = fingerprint
         record["versions"] = plugins.versions()
         record["output"] = str(output)
+        record |= origin_json(found, folder.path)
         if beside.left:
             record["left_behind"] = list(beside.left)
         about = {"model": decided.model} if decided.model else {}

@@ -64,6 +64,7 @@ from compressor.run.record import (
     counts_and_rules_json,
     fingerprint_of,
     identity_json,
+    origin_json,
     record_before,
     run_json,
     write_page,
@@ -398,6 +399,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
                 record["evaluation"]["alone"] = _alone(job, subject, texts, yardstick, done, before)
     record |= counts_and_rules_json(piece.moe) | _circumstances(job, subject)
     if folder:
+        record |= origin_json(subject.checkpoint, folder.path)
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
     model = smaller.model if smaller.weights is None and "files_only" not in record else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor
 from compressor.checkpoint import classes
 from compressor.checkpoint.atomic_files import put_in_place, with_own_memory, write_json
 from compressor.checkpoint.extra_layers import LeftOut
+from compressor.checkpoint.find import Checkpoint, read_config
 from compressor.checkpoint.headers import verify_files
 from compressor.checkpoint.output import OutputFolder, journal_folder
+from compressor.checkpoint.quantization import format_of, quantisation_of
 from compressor.checkpoint.resume_state import Journal
 from compressor.data.sequences import Sequences
 from compressor.errors import CheckpointError, shortened
@@ -28,7 +31,7 @@ from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
 from compressor.recipe.schema import CHANGES_NO_FIGURE, LoadedRecipe
-from compressor.report.card import model_card
+from compressor.report.card import carried_over, eval_results, model_card
 from compressor.report.figures import shown_layers
 from compressor.report.html import page, summary
 from compressor.run.preview import Preview
@@ -139,6 +142,19 @@ def layers_json(layers: Sequence[MoELayer]) -> list[dict[str, Any]]:
     return [{"path": layer.path, "num_experts": layer.num_experts, "top_k": layer.top_k} for layer in layers]
 
 
+def origin_json(found: Checkpoint | None, output: Path) -> dict[str, Any]:
+    """What the hub is told of an output besides: the original's name there, licence and languages, and how the output
+    is stored, if quantised.
+    """
+    if found is None:
+        return {}
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", found.folder.resolve().as_posix())
+    hub = found.reference if found.is_of_hub else f"{cached[1]}/{cached[2]}" if cached else None
+    stored = quantisation_of(read_config(output)) if (output / "config.json").exists() else None
+    about = {"hub": hub, "stored": stored and format_of(stored)}
+    return {"origin": {key: one for key, one in about.items() if one} | carried_over(found.folder / "README.md")}
+
+
 def counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
     """What a reader of the checkpoint has to know: layers of different counts, experts that answer constants, by their
     decoder layers' numbers, and rules by which some are skipped.
@@ -151,10 +167,13 @@ def counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """The record, its page and the model card, in an output's folder."""
+    """The record, its page, the model card, and what the hub reads of results, in an output's folder."""
     write_json(folder / "compressor" / RECORD, record)
     write_page(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    if results := eval_results(record):
+        (folder / ".eval_results").mkdir(exist_ok=True)
+        (folder / ".eval_results" / "moe-compressor.yaml").write_text(results, encoding="utf-8")
 
 
 def write_page(folder: Path, record: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ def test_a_live_model_needs_no_name_and_the_record_calls_it_by_its_own(mixtral: 
     record = compressor.compress(recipe(tokens), model).record
     assert record["model"]["reference"] == record["recipe"]["model"] == str(mixtral)
     assert (record["model"]["live"], record["model"]["fingerprint"]) == (True, None)
-    assert f"`{mixtral}`, as it was in memory, compressed with" in model_card(record)
+    assert f"`{mixtral.name}`, as it was in memory, compressed with" in model_card(record)
 
 
 def test_a_live_model_made_from_scratch_is_called_by_its_class(tokens: Path, tmp_path: Path) -> None:

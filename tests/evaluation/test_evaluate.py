@@ -310,6 +310,16 @@ def test_composites_are_asked_as_causal_models(model_type: str, tokenizer: Any, 
     assert result.correct["acc"] == right_answers(composite, tokenizer)
 
 
+def test_documents_of_the_hub_are_called_by_their_name_there(model: Any, tokenizer: Any) -> None:
+    [(name, task)] = (found := load("demo_choice")).tasks.items()
+    assert run_tasks(model, tokenizer, found, limit=1)[name].dataset == ""
+    task.set_config("dataset_path", "owner/exam")
+    task.set_config("dataset_name", "hard")
+    result = run_tasks(model, tokenizer, found, limit=1)[name]
+    assert (result.dataset, result.dataset_config) == ("owner/exam", "hard")
+    assert TaskResult.from_json(result.to_json()) == result
+
+
 def test_limit_fewshot_and_seed(model: Any, tokenizer: Any) -> None:
     shots = load("demo_choice", num_fewshot=2)
     first = run_tasks(model, tokenizer, shots, limit=5, seed=1)["demo_choice"]

@@ -340,7 +340,7 @@ def test_model_card() -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "mistralai/Mixtral-8x7B-v0.1",
-        "tags": ["moe", "moe-compressor", "expert-pruning", "dynamic-skipping"],
+        "tags": ["moe", "moe-compressor", "pruning", "expert-pruning", "dynamic-skipping"],
     }
     assert body.startswith("\n# mixtral-r6\n")
     assert "| arc_easy acc % | 81.2 ± 1.2 | 80.0 ± 1.2 | −1.2 points; +23 −41 (p=0.033) |" in body
@@ -386,7 +386,7 @@ def test_only_a_hub_name_is_a_base_model(reference: str) -> None:
     record = {"model": {"reference": reference}, "recipe": {}}
     card = model_card(record)
     assert "base_model" not in card
-    assert f"`{reference}` compressed with" in card
+    assert f"`{reference.removeprefix('/data/')}` compressed with" in card
     assert "## Figures" not in card
 
 
