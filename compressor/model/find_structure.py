@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.modules import named_tensors, units_of
+from compressor.model.modules import kind_of, named_tensors, units_of
 from compressor.model.router_probe import probe_router
 from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
 
@@ -79,7 +79,7 @@ def _find_expert_count(
     """The integer that resizes experts and router rows; of several the language model's, then the largest's."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: list[tuple[tuple[bool, int, int], ConfigLeaf, _Difference]] = []
-    for word in ("expert", "moe"):
+    for word in (r"expert(?!s?_per_tok)", "moe"):  # how many are chosen resizes nothing
         for leaf in _integer_leaves(config, word, at_least=2) if count is None else [count]:
             difference = _difference(factory, config, leaf, base)
             if difference is not None and difference.expert_weights(base) and difference.router_rows(base):
@@ -404,7 +404,7 @@ class _LayerFinder:
             selection_biases=tuple(name for name in biases if prod(shapes[name]) == shapes[name][tensors[name].dim]),
         )
         layer = dataclasses.replace(layer, shapes=_matrix_shapes(self, layer))
-        key = self._signature(block)
+        key = kind_of(self.model.get_submodule(block))
         if key not in probes:
             probes[key] = probe_router(self.model, layer, self.leaf, self.config, top_k, groups[0], self.name)
         probe = probes[key]
@@ -445,21 +445,6 @@ class _LayerFinder:
             and f"{path}.weight" not in self.difference.tensors
             and not any(_inside(path, experts) for experts in self.difference.containers)
         ]
-
-    def _signature(self, block: str) -> object:
-        """What two blocks share that route alike: classes, shapes, and settings but the layer's number."""
-        module = self.model.get_submodule(block)
-        prefix = f"{block}." if block else ""
-        return (
-            tuple((name, type(child)) for name, child in module.named_modules()),
-            tuple((name[len(prefix) :], shape) for name, shape in self.base.shapes.items() if name.startswith(prefix)),
-            tuple(
-                (name, key, value)
-                for name, child in module.named_modules()
-                for key, value in child.__dict__.items()
-                if isinstance(value, int | float | str) and "layer" not in key
-            ),
-        )
 
 
 def _parameters_per_expert(

@@ -48,6 +48,20 @@ def units_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def kind_of(module: nn.Module) -> object:
+    """What modules share that compute alike: classes, shapes, and settings but the layer's number."""
+    return (
+        tuple((name, type(child)) for name, child in module.named_modules()),
+        tuple((name, tuple(tensor.shape)) for name, tensor in named_tensors(module).items()),
+        tuple(
+            (name, key, value)
+            for name, child in module.named_modules()
+            for key, value in child.__dict__.items()
+            if isinstance(value, int | float | str) and not (type(value) is int and "layer" in key)
+        ),
+    )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it, each module's own training flag as it was."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.resume_state import tensors_in
 from compressor.data.sequences import TokenBatch
-from compressor.model.modules import units_of
+from compressor.model.modules import kind_of, units_of
 from compressor.model.structure import Structure
 from compressor.observe.forward import model_inputs
 
@@ -31,12 +31,14 @@ class Rehearsal:
 @torch.no_grad()
 def rehearse(model: nn.Module, structure: Structure) -> Rehearsal:
     """Run a copy of a model that is on the meta device twice: as it is, and with its decoder layers answering what they
-    have answered, so that whatever else they hand on is missing. Experts answer zeros.
+    have answered, so that whatever else they hand on is missing. Experts answer zeros, and of decoder layers that are
+    alike and given alike only the first is run: the others answer what it has.
     """
     model = copy.deepcopy(model).eval()
     reached: set[str] = set()
     given: dict[str, list[torch.Size]] = {}
     outputs: dict[str, Any] = {}
+    first_of, alike = dict[object, str](), dict[str, str]()
     for layer in structure.layers:
         model.get_submodule(layer.path).register_forward_pre_hook(_note(reached, layer.path))
         if layer.router_probe.call == "choices" and not layer.is_list:
@@ -44,6 +46,9 @@ def rehearse(model: nn.Module, structure: Structure) -> Rehearsal:
     for unit in units_of(model):
         model.get_submodule(unit).register_forward_pre_hook(_keep_shapes(given, unit), with_kwargs=True)
         model.get_submodule(unit).register_forward_hook(_keep_output(outputs, unit))
+        alike[unit] = first_of.setdefault(kind_of(model.get_submodule(unit)), unit)
+        if alike[unit] != unit:
+            model.get_submodule(unit).forward = _as_the_first(model, given, outputs, unit, alike)
     try:
         model(**_inputs(model))
         first = dict(given)
@@ -53,6 +58,7 @@ def rehearse(model: nn.Module, structure: Structure) -> Rehearsal:
     except Exception:  # whatever the model's own code asks of numbers
         return Rehearsal()
     carries = next((unit for unit in outputs if first[unit] != given[unit]), None)
+    reached |= {other + path[len(unit) :] for other, unit in alike.items() for path in reached if _inside(path, unit)}
     return Rehearsal(frozenset(layer.path for layer in structure.layers) - reached, carries)
 
 
@@ -85,6 +91,25 @@ def _keep_output(outputs: dict[str, Any], unit: str) -> Any:
         outputs[unit] = output
 
     return keep
+
+
+def _as_the_first(
+    model: nn.Module, given: dict[str, list[torch.Size]], outputs: dict[str, Any], unit: str, alike: dict[str, str]
+) -> Any:
+    """A forward that answers as the first decoder layer of its kind, if that was given the same; else its own."""
+    own = model.get_submodule(unit).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if alike[unit] in outputs and given[alike[unit]] == given[unit]:
+            return outputs[alike[unit]]
+        alike[unit] = unit
+        return own(*args, **kwargs)
+
+    return forward
+
+
+def _inside(path: str, unit: str) -> bool:
+    return f"{path}.".startswith(f"{unit}.")
 
 
 def _answering(output: Any) -> Any:

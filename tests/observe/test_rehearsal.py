@@ -35,6 +35,36 @@ def test_what_a_forward_does_with_text(model_type: str, unreached: list[str], ca
     assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
 
 
+def test_layers_that_are_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three the first is dense, the others are alike; so `check` costs no more where a model has sixty."""
+    config, cls = tiny_config("deepseek_v3"), model_class("deepseek_v3")
+    with torch.device("meta"):
+        model = cls(config)
+    structure, ran, attention = structure_of(cls, config), [], type(model.model.layers[0].self_attn)
+    own = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *a, **k: (ran.append(self.layer_idx), own(self, *a, **k))[1])
+    assert rehearse(model, structure) == Rehearsal()
+    assert ran == [0, 1]
+    assert [layer.path for layer in structure.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
+
+
+def test_layers_that_are_given_other_things_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cls = tiny_config("mixtral"), model_class("mixtral")
+    with torch.device("meta"):
+        model = cls(config)
+    structure, ran, layer = structure_of(cls, config), [], type(model.model.layers[0])
+    own = layer.forward
+
+    def longer(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ran.append(self.self_attn.layer_idx)
+        own(self, hidden, *args, **kwargs)
+        return torch.cat([hidden, hidden[:, :, :1]], -1) if ran == [0] else hidden
+
+    monkeypatch.setattr(layer, "forward", longer)
+    rehearse(model, structure)
+    assert ran[:2] == [0, 1]
+
+
 def recipe(model_type: str, tmp_path: Path, options: dict[str, Any], **others: Any) -> dict[str, Any]:
     tokens = write_token_file(tmp_path / "tokens.jsonl", token_ids(12, 24).tolist())
     return {
