@@ -14,7 +14,7 @@ from compressor.checkpoint.find import Checkpoint, find_checkpoint
 from compressor.checkpoint.headers import refuse_not_finite, verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights, spread
 from compressor.checkpoint.load import load_model, load_tokenizer, unquantised_skeleton
-from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.errors import CheckpointError, RecipeError, UnsupportedModelError
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import gpus
 from compressor.machine.progress import Progress
@@ -34,15 +34,19 @@ from compressor.wording import counted
 def load(
     folder: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     without: Iterable[str] = (),
     plugin_files: Iterable[str | Path] = (),
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer or None) from a folder that `compress` has written: as `from_pretrained`, with missing or
-    unexpected tensors refused and experts skipped as its config says; `auto` is spread over all GPUs.
+    unexpected tensors refused and experts skipped as its config says; `auto` is spread over all GPUs. `dtype` is
+    torch's, or its name. Raises CheckpointError.
     """
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CheckpointError(f"dtype: found {dtype!r}, expected auto, or one of torch's, such as bfloat16.")
     found = find_checkpoint(str(folder), trust_remote_code=trust_remote_code)
     verify_files(found.folder)
     adapters = load_plugins(without, files=plugin_files).adapters

@@ -58,6 +58,8 @@ def write(
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(weight_map.items()))}
         (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "lm_head.weight" not in weight_map and "lm_head.weight" not in schemes:
+        stays.append("lm_head")  # tied to the embedding: no file names it, and "Linear" would
     config["quantization_config"] = config_of(_groups(schemes), sorted(stays))
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

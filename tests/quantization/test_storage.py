@@ -149,6 +149,15 @@ def test_read_by_the_description_and_by_transformers(name: str, tmp_path: Path) 
             assert torch.equal(model.state_dict()[key], one), (key, dequantise)
 
 
+def test_a_head_tied_to_the_embedding_stays_what_it_is(tmp_path: Path) -> None:
+    """No file names it, so the list of what is not quantised has to: transformers would look for its packed weight."""
+    source = write_model("mixtral", tmp_path / "model", tie_word_embeddings=True)
+    compressor.compress(recipe(source, {"scheme": "W4A16", "group_size": 32}), output=tmp_path / "out")
+    assert "lm_head" in config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, tensors_of(source)["model.embed_tokens.weight"])
+
+
 FEW_CASES = ("mixtral FP8_BLOCK", "qwen3_moe W4A16_ASYM")
 
 

@@ -289,3 +289,10 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
         CheckpointError, match=r"1 tensor\(s\) are missing from the checkpoint: model.layers.1.mlp.up_p"
     ):
         evaluate(recipe_for(source, tmp_path), str(source))
+
+
+def test_a_dtype_is_torchs_or_its_name() -> None:
+    for dtype in ("float64", torch.float64):
+        assert compressor.load(tiny_folder("mixtral"), dtype=dtype)[0].dtype is torch.float64
+    with pytest.raises(compressor.CheckpointError, match="found 'fp32', expected auto, or one of torch's"):
+        compressor.load(tiny_folder("mixtral"), dtype="fp32")
