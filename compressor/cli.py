@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -388,6 +388,9 @@ def apply(
     hard_link: Annotated[
         bool, typer.Option("--hard-link", help="Link files of weights that stay as they are, instead of copying them.")
     ] = False,
+    mtp: Annotated[
+        Literal["drop", "keep", "prune"], typer.Option("--mtp", help="Extra prediction layers, as a recipe's `mtp`.")
+    ] = "drop",
     without: WithoutOption = None,
     plugin: PluginOption = None,
     quiet: QuietOption = False,
@@ -406,6 +409,7 @@ def apply(
         trust_remote_code=trust_remote_code,
         other_model=other_model,
         hard_link=hard_link,
+        mtp=mtp,
         without=without or [],
         plugin_files=plugin or [],
         progress=Progress.detect(quiet=quiet),

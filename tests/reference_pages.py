@@ -50,6 +50,8 @@ RECORD: dict[str, dict[str, str]] = {
         "files_only": "if the last pass wrote a format that transformers does not load: that pass's method",
         "left_out": "if the checkpoint has layers that transformers does not load, which are left out: how many "
         "tensors and bytes, and what config.json says no more",
+        "mtp": "if extra prediction layers are carried over: the `choice`, their `layers`, `tensors` and `bytes`, and "
+        "the ids `kept` by layer of pruned ones",
         "left_behind": "if the original's folder has files that are not copied: their names",
         "evaluation": "if the recipe has `evaluate`: see below",
         "uneven": "if layers keep different counts: experts by the decoder layer's number",

@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from compressor.checkpoint.files import read_index
 from compressor.checkpoint.find import Checkpoint, read_config
 
+Choice = Literal["drop", "keep", "prune"]
+"""What becomes of them: `edit.extra_layers` carries them over, kept or pruned."""
 _EXTRA = "mtp|nextn"
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Extra prediction layers (multi-token prediction, next-n heads) that a checkpoint has and its class ignores:
-    transformers drops them, so config.json must not announce them any more. Paths are config.json's.
+    """Extra prediction layers (multi-token prediction, next-n heads) that a checkpoint has and its class ignores. Where
+    they are dropped, as transformers does, config.json must not announce them any more. Paths are config.json's.
     """
 
-    num_tensors: int
+    found: Checkpoint = field(repr=False, compare=False)
+    names: tuple[str, ...]
+    """Of their tensors on disk."""
     num_bytes: int | None
     """None where only the index is at hand, not the weights."""
     layers: tuple[str, ...]
@@ -30,16 +34,19 @@ class LeftOut:
     """Integers of config.json that announce the layers: they become 0."""
     padded: Mapping[tuple[str, ...], tuple[int, int]]
     """Lists of config.json with an entry for each of these layers too → their length, and the one that they get."""
+    choice: Choice = "drop"
 
     def to_json(self) -> dict[str, Any]:
         """What the record holds; a list that is cut appears by its lengths."""
         changed = {".".join(path): [value, 0] for path, value in self.announced.items()}
         lengths = {".".join(path): list(lengths) for path, lengths in self.padded.items()}
-        found = {"tensors": self.num_tensors, "bytes": self.num_bytes, "layers": list(self.layers), "config": changed}
+        found = {"tensors": len(self.names), "bytes": self.num_bytes, "layers": list(self.layers), "config": changed}
         return found | ({"list_lengths": lengths} if lengths else {})
 
     def patch(self, raw: dict[str, Any]) -> None:
-        """Take what announces the layers out of a config.json, in place."""
+        """Take what announces the layers out of a config.json, in place, if they are dropped."""
+        if self.choice != "drop":
+            return
         for path in self.announced:
             holder_of(raw, path)[path[-1]] = 0
         for path, (_, length) in self.padded.items():
@@ -47,7 +54,7 @@ class LeftOut:
             holder[path[-1]] = holder[path[-1]][:length]
 
 
-def find_left_out(found: Checkpoint, config: Any, cls: Any) -> LeftOut | None:
+def find_left_out(found: Checkpoint, config: Any, cls: Any, choice: Choice = "drop") -> LeftOut | None:
     """The extra prediction layers of a checkpoint that `cls` does not build, or None; by names alone, no weights."""
     shards = found.shards if found.has_weights else []
     sizes: dict[str, int | None] = dict.fromkeys(read_index(found.folder) or (), None)
@@ -67,11 +74,13 @@ def find_left_out(found: Checkpoint, config: Any, cls: Any) -> LeftOut | None:
     raw = read_config(found.folder)
     announced = _announced(raw, config)
     return LeftOut(
-        num_tensors=len(names),
+        found=found,
+        names=tuple(names),
         num_bytes=None if None in known else sum(size for size in known if size is not None),
         layers=tuple(dict.fromkeys(prefixes[name] for name in names)),
         announced=announced,
         padded=_padded(raw, text, num_layers, max(announced.values(), default=0)),
+        choice=choice,
     )
 
 

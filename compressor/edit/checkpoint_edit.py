@@ -20,13 +20,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from compressor.checkpoint.conversion import loading_info
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
 from compressor.checkpoint.find import Checkpoint, load_config, read_config
-from compressor.checkpoint.headers import BITS, TORCH, first_dtype, refuse_changed
+from compressor.checkpoint.headers import BITS, TORCH, Shard, first_dtype, refuse_changed
 from compressor.checkpoint.layerwise_weights import StoredTensor
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
 from compressor.checkpoint.quantization import quantisation_of, without_quantisation
@@ -49,7 +48,7 @@ from compressor.model.adapter import Adapter, structure_of
 from compressor.model.config_entry import read_entry
 from compressor.model.constants import VALUE
 from compressor.model.masking import relabelled
-from compressor.model.moe_model import MoEModel
+from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.structure import ExpertAxis, MoELayer
 from compressor.model.uneven import is_uneven, settle, uneven_class
@@ -159,27 +158,11 @@ class Edit:
         leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
         counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
         raw = read_config(source)
-        changes = self._quantisation_after(raw) | self.after.config_changes
+        changes = dict(self.after.config_changes)
         if quantisation_of(raw) is None and (dtype := self._dtype()):
             changes["dtype"] = dtype
         write_beside_weights(source, folder, config, None, counts, self.left_out, changes)
-        for name in _QUANTISATION_FILES:
-            if (source / name).exists():
-                beside = self._in_new_names(json.loads((source / name).read_text(encoding="utf-8")))
-                (folder / name).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
-
-    def _quantisation_after(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Keys of config.json that speak of quantised modules, with the experts' new names."""
-        changes: dict[str, Any] = {}
-        for key, value in raw.items():
-            if key == "quantization_config":
-                changes[key] = self._in_new_names(value)
-            elif isinstance(value, dict) and "quantization_config" in value:
-                changes[key] = value | {"quantization_config": self._in_new_names(value["quantization_config"])}
-        return changes
-
-    def _in_new_names(self, value: Any) -> Any:
-        return renamed(value, self.modules, self.found.reference)
+        rename_modules(folder, self.modules, self.found.reference)
 
     def _dtype(self) -> str | None:
         """The dtype that transformers loads an unquantised checkpoint in: its config's, or else its first tensor's."""
@@ -194,6 +177,21 @@ class Edit:
             raise VerificationError(
                 f"{found.folder}: {wrong} was written as {written.get(wrong)}, and was planned as {planned.get(wrong)}."
             )
+
+
+def rename_modules(folder: Path, modules: Names, reference: str) -> None:
+    """Give modules their new names wherever a checkpoint's JSON files speak of quantised ones. Raises
+    UnsupportedModelError, with the pattern, where that cannot be.
+    """
+    for path in filter(Path.exists, (folder / name for name in ("config.json", *_QUANTISATION_FILES))):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "config.json":
+            for holder in (found, *(value for value in found.values() if isinstance(value, dict))):
+                if "quantization_config" in holder:
+                    holder["quantization_config"] = renamed(holder["quantization_config"], modules, reference)
+        else:
+            found = renamed(found, modules, reference)
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def plan_edit(
@@ -242,9 +240,11 @@ class _EditPlan:
         self._check_dtypes()
         values = dict(self._new_values())
         edits = {name: self._tensor_edit(name, fate, values.get(name)) for name, fate in self.fates.items()}
-        shards = tuple(ShardEdit(shard, _in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
+        shards = tuple(ShardEdit(shard, in_order([edits[name] for name in shard.tensors])) for shard in self.shards)
         self._check_after(edits)
-        return Edit(self.found, self.after, shards, self.left_out, _modules(self.fates))
+        carried = self.left_out.names if self.left_out and self.left_out.choice != "drop" else ()
+        modules = modules_after([edit for name, edit in edits.items() if name not in set(carried)])
+        return Edit(self.found, self.after, shards, self.left_out, modules)
 
     @cached_property
     def fates(self) -> dict[str, Fate]:
@@ -343,31 +343,17 @@ class _EditPlan:
     def _read(self, name: str) -> Tensor:
         if name in self.edited:
             return self.edited[name][...]
-        shard, (dtype, shape) = self.shard_of[name], self.on_disk[name]
-        with shard.path.open("rb") as file:
-            file.seek(shard.offsets[name])
-            data = bytearray(file.read(shard.sizes[name]))
-        return torch.frombuffer(data, dtype=TORCH[dtype]).reshape(shape)
+        return read_stored(self.shard_of[name], name)
 
     # one tensor
 
     def _tensor_edit(self, name: str, fate: Fate, values: Callable[[], Tensor] | None) -> TensorEdit:
-        dtype, shape = self.on_disk[name]
-        if fate.name is None:
-            return TensorEdit(name, "dropped", name, dtype, shape, shape)
-        becomes: Becomes = "copied" if fate.name == name else "renamed"
-        axis, rows, new_shape = fate.axis, (), shape
-        if axis is not None and fate.layer is not None:
-            rows = tuple(axis.rows(self.kept[fate.layer.path], fate.layer.num_experts).tolist())
-            new_shape = (*shape[: axis.dim], len(rows), *shape[axis.dim + 1 :])
-            if len(rows) == shape[axis.dim]:
-                axis, rows = None, ()
-            else:
-                becomes = "cut"
-                if BITS[dtype] * prod(shape[axis.dim + 1 :]) % 8:
-                    raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
+        edit = moved(name, *self.on_disk[name], fate, self.kept)
+        dtype, new_shape = edit.dtype, edit.new_shape
+        if edit.becomes == "dropped":
+            return edit
         if values is None and name in self.edited:
-            values = partial(self._cut, name, axis, rows)
+            values = partial(self._cut, name, edit.axis, edit.rows)
         if fate.constant is not None and fate.layer is not None:
             constant = self.after.constants[fate.layer.path][fate.constant].detach()
             held = self.after.model.state_dict()[f"{fate.layer.experts}.{fate.constant}.{VALUE}"].dtype
@@ -375,12 +361,36 @@ class _EditPlan:
         if fate.gather is not None:
             gather = fate.gather
             values, new_shape = lambda: self._read(name).flatten()[gather], tuple(gather.shape)
-        return TensorEdit(
-            name, "rewritten" if values else becomes, fate.name, dtype, shape, new_shape, axis, rows, values
-        )
+        if values is None:
+            return edit
+        return dataclasses.replace(edit, becomes="rewritten", new_shape=new_shape, values=values)
 
 
-def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
+def read_stored(shard: Shard, name: str) -> Tensor:
+    """A tensor of a file, in memory of its own."""
+    dtype, shape = shard.tensors[name]
+    return StoredTensor(shard.path, shard.offsets[name], shard.sizes[name], dtype, shape)[...]
+
+
+def moved(name: str, dtype: str, shape: tuple[int, ...], fate: Fate, kept: Kept) -> TensorEdit:
+    """A tensor whose numbers stay as they are: dropped, copied under its new name, or cut to the `kept` experts. Raises
+    UnsupportedModelError where that would be within a byte.
+    """
+    if fate.name is None:
+        return TensorEdit(name, "dropped", name, dtype, shape, shape)
+    becomes: Becomes = "copied" if fate.name == name else "renamed"
+    if fate.axis is None or fate.layer is None:
+        return TensorEdit(name, becomes, fate.name, dtype, shape, shape)
+    dim, rows = fate.axis.dim, tuple(fate.axis.rows(kept[fate.layer.path], fate.layer.num_experts).tolist())
+    if len(rows) == shape[dim]:
+        return TensorEdit(name, becomes, fate.name, dtype, shape, shape)
+    if BITS[dtype] * prod(shape[dim + 1 :]) % 8:
+        raise UnsupportedModelError(f"{name}: {dtype} {list(shape)} cannot be cut between bytes.")
+    new_shape = (*shape[:dim], len(rows), *shape[dim + 1 :])
+    return TensorEdit(name, "cut", fate.name, dtype, shape, new_shape, fate.axis, rows)
+
+
+def in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
     """A file's tensors as safetensors puts them, large numbers first, so aligned; by name, if they are now."""
     if all(edit.becomes == "copied" for edit in edits):
         return tuple(edits)
@@ -391,11 +401,11 @@ def _in_order(edits: Sequence[TensorEdit]) -> tuple[TensorEdit, ...]:
     return tuple(sorted(edits, key=lambda edit: -BITS[edit.dtype]))
 
 
-def _modules(found: Mapping[str, Fate]) -> Names:
+def modules_after(edits: Iterable[TensorEdit]) -> Names:
     """Modules on disk → their new name, None where they go; without those that lose a part of what they hold."""
     seen: dict[str, set[str | None]] = {}
-    for name, fate in found.items():
-        parts, others = name.split("."), None if fate.name is None else fate.name.split(".")
+    for edit in edits:
+        parts, others = edit.name.split("."), None if edit.becomes == "dropped" else edit.new_name.split(".")
         for end in range(1, len(parts)):
             new = None if others is None else ".".join(others[:end])
             seen.setdefault(".".join(parts[:end]), set()).add(new)

@@ -201,6 +201,9 @@ class Recipe(_Settings):
     device_memory: Bytes | None = Field(default=None, description="the same on the accelerator")
     disk: Bytes | None = Field(default=None, description="disk that the run may use, its output included")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    mtp: Literal["drop", "keep", "prune"] = Field(
+        default="drop", description="extra prediction layers: left out, whole, or with as many experts as the model has"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="orders the calibration text, and all else random")
     calibration: Calibration = Field(
         default_factory=Calibration, description="the text that the statistics are gathered on"

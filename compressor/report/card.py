@@ -59,6 +59,8 @@ def model_card(record: Json) -> str:
     parts += filter(None, [table.to_markdown() for table in tables])
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
+    if extra := record.get("mtp"):
+        parts.append(_extra_layers_sentence(extra))
     parts += [
         *(["## Recipe", f"```yaml\n{as_yaml(record['recipe'])}```"] if "recipe" in record else []),
         *_how_to_load(record, str(output), auto_class),
@@ -162,6 +164,14 @@ def _left_out_sentence(left_out: Json) -> str:
         f"The original's extra prediction layers, {', '.join(f'`{path}`' for path in left_out['layers'])}, with "
         f"{counted(left_out['tensors'], 'tensor')}{size}, are not in this checkpoint, because transformers does not "
         f"build them" + (f"; in its `config.json` {set_to}." if set_to else ".")
+    )
+
+
+def _extra_layers_sentence(extra: Json) -> str:
+    number = f", with {len(next(iter(extra['kept'].values())))} experts each" if "kept" in extra else ""
+    return (
+        f"The extra prediction layers, {', '.join(f'`{path}`' for path in extra['layers'])}, are in it{number} "
+        f"({human_bytes(extra['bytes'])}), unmeasured: what they draft, the model verifies."
     )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from compressor.checkpoint import headers
 from compressor.checkpoint.classes import auto_class
-from compressor.checkpoint.extra_layers import LeftOut, find_left_out
+from compressor.checkpoint.extra_layers import Choice, LeftOut, find_left_out
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config
 from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, refuse_output_over_input
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.extra_layers import ExtraLayers, plan_extra_layers
 from compressor.edit.layer_edits import LiveWeights, NotOnDiskError, StoredWeights, Weights, edit_layers, finish
 from compressor.edit.verify import ids_left, random_batch, save_verified
 from compressor.errors import RecipeError, UnsupportedModelError
@@ -58,6 +59,7 @@ def apply(
     trust_remote_code: bool = False,
     other_model: bool = False,
     hard_link: bool = False,
+    mtp: Choice = "drop",
     without: Iterable[str] = (),
     plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
@@ -68,6 +70,8 @@ def apply(
     a quantised model. `hard_link` links files of weights that do not change, where the file system can. Where the files
     do not allow it, the model is loaded, edited, saved, loaded again and compared. The output has a record, a page and
     a model card, as a run's has, with nothing measured.
+
+    `mtp`: what becomes of extra prediction layers, as in a recipe.
 
     A model whose fingerprint is not that of the model decided on is refused, unless `other_model` says that this is
     meant: a fine-tuned version, say.
@@ -84,7 +88,7 @@ def apply(
         beside = files_beside(found.folder)
         if beside.left:
             progress.say(beside.note)
-        application = _Application(decided, methods, plugins.adapters, found, folder, progress)
+        application = _Application(decided, methods, plugins.adapters, found, folder, progress, mtp)
         record = application.on_disk(hard_link=hard_link)
         record["model"]["fingerprint"] = fingerprint
         record["versions"] = plugins.versions()
@@ -112,6 +116,7 @@ class _Application:
     found: Checkpoint
     folder: OutputFolder
     progress: Progress
+    mtp: Choice
 
     def on_disk(self, *, hard_link: bool) -> dict[str, Any]:
         """Edit the checkpoint on disk, or in memory where that cannot be; returns the record."""
@@ -124,7 +129,7 @@ class _Application:
             passes = self._edit(after, weights, before.layers)
         except NotOnDiskError as error:
             return self.in_memory(str(error))
-        left_out = self._left_out(type(after.model))
+        left_out, extra = self._left_out(before.layers, after)
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
                 f"{self.found.reference}: no reader skips on a quantised checkpoint; apply the pruning passes alone."
@@ -140,7 +145,7 @@ class _Application:
         with self.progress.task("editing on disk, without loading the model: bytes") as update:
             edit.write(self.folder.path, hard_link=hard_link, progress=update)
         shutil.rmtree(values, ignore_errors=True)
-        return self._record(before.layers, after, passes, left_out)
+        return self._record(before.layers, after, passes, left_out, extra)
 
     def in_memory(self, why: str) -> dict[str, Any]:
         """Load the model, edit it, save it, and compare; returns the record."""
@@ -149,9 +154,9 @@ class _Application:
         moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
         layers = moe.layers
         passes = self._edit(moe, LiveWeights(moe))
-        left_out = self._left_out(type(model))
+        left_out, extra = self._left_out(layers, moe)
         save_verified(moe, self.found, self.folder, random_batch(model), left_out, self.adapters)
-        return self._record(layers, moe, passes, left_out)
+        return self._record(layers, moe, passes, left_out, extra)
 
     def _streamed(self) -> StreamedWeights:
         return StreamedWeights(load_model(self.found, device="meta", adapters=self.adapters), self.found)
@@ -179,14 +184,22 @@ class _Application:
             original_ids = ids_left(original_ids, moe.removals[num_removals:])
         return passes
 
-    def _left_out(self, cls: Any) -> LeftOut | None:
-        left_out = find_left_out(self.found, load_config(self.found), cls)
+    def _left_out(self, before: Sequence[MoELayer], after: MoEModel) -> tuple[LeftOut | None, ExtraLayers | None]:
+        """The extra prediction layers, and what becomes of them if they are carried over."""
+        left_out = find_left_out(self.found, load_config(self.found), type(after.model), self.mtp)
         if left_out:
             self.progress.say(check.left_out_note(left_out))
-        return left_out
+        elif self.mtp != "drop":
+            raise RecipeError(f"{self.found.reference}: mtp: {self.mtp}: it has {check.NO_EXTRA_LAYERS}.")
+        return left_out, plan_extra_layers(left_out, before, after.layers, self.adapters)
 
     def _record(
-        self, layers: Sequence[MoELayer], after: MoEModel, passes: list[dict[str, Any]], left_out: LeftOut | None
+        self,
+        layers: Sequence[MoELayer],
+        after: MoEModel,
+        passes: list[dict[str, Any]],
+        left_out: LeftOut | None,
+        extra: ExtraLayers | None,
     ) -> dict[str, Any]:
         about = model_json(after.config, auto_class(type(after.model), after.config), layers)
         return {
@@ -196,6 +209,7 @@ class _Application:
             "layers": layers_json(layers),
             "passes": passes,
             **left_out_json(left_out),
+            **({"mtp": extra.write(self.folder.path)} if extra else {}),
             **counts_and_rules_json(after),
         }
 

@@ -30,6 +30,7 @@ from compressor.checkpoint.quantization import (
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.data.packing import held_out_name
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
+from compressor.edit.extra_layers import plan_extra_layers
 from compressor.edit.layer_edits import refuse_constants
 from compressor.errors import CompressorError, PluginError, UnsupportedModelError, answered
 from compressor.machine.environment import available_memory, gpus
@@ -76,7 +77,7 @@ def check(
         else:
             found, config, cls = origin_of(recipe, model), model.config, type(model)
             refuse_quantised(config)
-        left_out = find_left_out(found, config, cls) if found else None
+        left_out = find_left_out(found, config, cls, recipe.mtp) if found else None
         if tokenizer is None and found is not None:
             tokenizer = load_tokenizer(found)
     preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on)
@@ -309,6 +310,7 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
     notes += _skipping_notes(look.rules) + _constants_notes(structure.layers)
     layers, changes_values = _check_passes(loaded, look, notes)
     _check_external(loaded, notes)
+    _check_extra_layers(loaded, look, layers)
     _check_random(loaded, structure.layers, layers)
     about = _about(look.config, structure, layers, look.dtype)
     plan_json = {"model": loaded.recipe.model, **about, "notes": notes}
@@ -433,6 +435,20 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
     return layers, changes_values
 
 
+def _check_extra_layers(loaded: LoadedRecipe, look: _Look, after: Sequence[MoELayer]) -> None:
+    """Raise where extra prediction layers are to be carried over, and there are none, or they cannot be."""
+    if loaded.recipe.mtp == "drop":
+        return
+    if look.left_out is None:
+        raise loaded.error(("mtp",), f"the model has {NO_EXTRA_LAYERS}")
+    external = next((one.method.name for one in loaded.passes if is_external(one.method)), None)
+    if external:
+        raise loaded.error(("mtp",), f"{external} writes the checkpoint, without them; say `mtp: drop`")
+    if look.left_out.found.has_weights:
+        with loaded.at("mtp"):
+            plan_extra_layers(look.left_out, look.structure.layers, after, look.adapters)
+
+
 def _refuse_undecidable(
     method: Method[Any], layers: Sequence[MoELayer], plan: Plan, model: Any, rehearsal: Rehearsal
 ) -> None:
@@ -555,15 +571,20 @@ def auto_note(used: Sequence[str], place: Placement) -> str:
     return f"device auto: {named} of {there} GPU(s), all weights there{each}"
 
 
+NO_EXTRA_LAYERS = "no extra prediction layers (mtp, nextn) to carry over; leave the option out"
+
+
 def left_out_note(left_out: LeftOut) -> str:
     """What a compressed checkpoint will be without, in one sentence."""
     size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
     keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
     becomes = f" and {keys} {'become' if len(left_out.announced) > 1 else 'becomes'} 0" if keys else ""
+    then = f"the smaller checkpoint is written without them{becomes}"
+    if left_out.choice != "drop":
+        then = f"it gets them by `mtp: {left_out.choice}`, unmeasured"
     return (
-        f"the checkpoint has {counted(left_out.num_tensors, 'tensor')}{size} of extra prediction layers, "
-        f"{', '.join(left_out.layers)}, that transformers does not build; the smaller checkpoint is written without "
-        f"them{becomes}"
+        f"the checkpoint has {counted(len(left_out.names), 'tensor')}{size} of extra prediction layers, "
+        f"{', '.join(left_out.layers)}, that transformers does not build; {then}"
     )
 
 

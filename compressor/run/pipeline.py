@@ -38,6 +38,7 @@ from compressor.checkpoint.output import (
 )
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
+from compressor.edit.extra_layers import plan_extra_layers, uneven_problem
 from compressor.edit.layer_edits import carry_out
 from compressor.edit.on_disk import OnDisk
 from compressor.errors import CompressorError, EvaluationError, PluginError, RecipeError
@@ -386,6 +387,9 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
                 assert isinstance(smaller, Backend)
                 smaller.save(folder, probe_of(_batches(job, texts.by_pass[0]), smaller.model))
     record = run_json(job.loaded, job.fingerprint, about, subject.preview, done)
+    layers = subject.preview.layers, piece.layers
+    if folder and (extra := plan_extra_layers(subject.preview.left_out, *layers, job.plugins.adapters)):
+        record["mtp"] = extra.write(folder.path)
     if beside and beside.left:
         record["left_behind"] = list(beside.left)
     if yardstick and before and after:
@@ -469,6 +473,9 @@ def _apply_passes(
             else:
                 smaller, turned = piece, None
                 entry["checks"] = passes.edit(job, piece, resolved, decision, probe, name)
+                if job.recipe.mtp != "drop" and (why := uneven_problem(piece.layers)):  # some are known only now
+                    with files.kept_if_undecided(name, resolved):
+                        raise job.loaded.error(("mtp",), why)
         entry |= found
         entry["seconds"] = round(time.perf_counter() - started, 3)
     return smaller if isinstance(smaller, Backend) else piece, smaller, done

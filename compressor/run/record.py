@@ -125,7 +125,7 @@ def read_tensors(path: Path, number: int) -> dict[str, dict[str, Tensor]]:
 
 
 def left_out_json(left_out: LeftOut | None) -> dict[str, Any]:
-    return {"left_out": left_out.to_json()} if left_out else {}
+    return {"left_out": left_out.to_json()} if left_out and left_out.choice == "drop" else {}
 
 
 def model_json(config: Any, auto_class: str, layers: Sequence[MoELayer]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from edit.test_disk import FP8, blocks_fp8
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
@@ -16,6 +18,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoePreTrainedMode
 
 import compressor
 from compressor.checkpoint.headers import verify_files
+from compressor.edit.extra_layers import ExtraLayers
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
 from compressor.run import check
@@ -323,3 +326,183 @@ def test_key_that_only_the_class_sets(cli: Cli, recipe: WriteRecipe, tmp_path: P
     assert cli("run", "--quiet", recipe(model=tmp_path / "model")).status == 0
     assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
     assert announced(tmp_path / "out") == 0
+
+
+# Carried over -----------------------------------------------------------------------------------------------
+
+
+def carried(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors in the files that an output has for extra layers."""
+    files = sorted(folder.glob("model_mtp-*.safetensors"))
+    assert files
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def pruned(extra: dict[str, torch.Tensor], prefix: str, number: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The experts with the longest router rows, and the tensors with these alone, by hand."""
+    gate = f"{prefix}.mlp.gate.weight"
+    kept = sorted(range(len(extra[gate])), key=lambda expert: -float(extra[gate][expert].norm()))[:number]
+    found = {name: tensor for name, tensor in extra.items() if ".experts." not in name}
+    found[gate] = extra[gate][sorted(kept)]
+    if (bias := f"{prefix}.mlp.gate.e_score_correction_bias") in extra:
+        found[bias] = extra[bias][sorted(kept)]
+    for new, old in enumerate(sorted(kept)):
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            name = f"{prefix}.mlp.experts.{{}}.{matrix}.weight"
+            found[name.format(new)] = extra[name.format(old)]
+    return sorted(kept), found
+
+
+def with_own_rows(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Give the extra layer's router rows of lengths of its own; its tensors."""
+    tensors = tensors_of(folder)
+    gate = f"{prefix}.mlp.gate.weight"
+    tensors[gate] = torch.arange(1.0, 17.0).repeat(8, 1) * torch.tensor([3.0, 1, 7, 5, 2, 8, 4, 6])[:, None]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    first = prefix.partition(".")[0] + "." if prefix.startswith("mtp") else prefix + "."
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(first)}
+
+
+@pytest.mark.usefixtures("few_layers")
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("glm4_moe", "qwen3_next"))]
+)
+def test_pruned(name: str, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """In memory, from disk, and by the decision: the same bytes, beside a model that is as without them."""
+    source, prefix = tmp_path / "model", MODELS[name][3]
+    write_model(source, name)
+    kept, wanted = pruned(with_own_rows(source, prefix), prefix, 5)
+    assert kept == [2, 3, 5, 6, 7]
+    passes = [{"expert_pruning": {"keep": keep, "criterion": "aimer"}} for keep in (6, 5)]
+    files = []
+    for where in ("memory", "disk"):
+        output = tmp_path / where
+        made = recipe(model=source, mtp="prune", passes=passes, weights=where, output=output, name=f"{where}.yaml")
+        answer = cli("run", made)
+        assert answer.status == 0, answer.err
+        assert "it gets them by `mtp: prune`, unmeasured" in " ".join((answer.out + answer.err).split())
+        files.append(output)
+    again = tmp_path / "again"
+    decision = tmp_path / "disk" / "compressor" / "decision.json"
+    assert cli("apply", "--quiet", decision, source, "--output", again, "--mtp", "prune").status == 0
+    for output in (*files, again):
+        assert same(carried(output), wanted)
+        assert announced(output) == 1
+        assert config_of(output) == config_of(again)
+        about = json.loads((output / "compressor" / "record.json").read_text())["mtp"]
+        assert (about["choice"], about["kept"], about["tensors"]) == ("prune", {prefix: kept}, len(wanted))
+        [file] = output.glob("model_mtp-*")
+        assert file.read_bytes() == (again / file.name).read_bytes()
+        assert f"`{about['layers'][0]}`, are in it, with 5 experts each (" in (output / "README.md").read_text()
+        verify_files(output)
+    _, info = AutoModelForCausalLM.from_pretrained(again, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.usefixtures("few_layers")
+def test_stopped_while_they_are_written(
+    cli: Cli, recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--resume` adds them; and an output that has some is a model like any other, to be pruned again."""
+    source, prefix = tmp_path / "model", "model.layers.3"
+    write_model(source, "glm4_moe")
+    _, wanted = pruned(with_own_rows(source, prefix), prefix, 5)
+    made = recipe(model=source, mtp="prune", weights="disk", passes=[{"expert_pruning": {"keep": 5}}])
+    with monkeypatch.context() as patch:
+        patch.setattr(ExtraLayers, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli("run", "--quiet", made).status != 0
+    assert not (tmp_path / "out").exists()
+    assert cli("run", "--quiet", "--resume", made).status == 0
+    assert same(carried(tmp_path / "out"), wanted)
+    fewer = recipe(
+        model=tmp_path / "out",
+        mtp="prune",
+        passes=[{"expert_pruning": {"keep": 4, "criterion": "aimer"}}],
+        output=tmp_path / "fewer",
+    )
+    assert cli("run", "--quiet", fewer).status == 0
+    assert same(carried(tmp_path / "fewer"), pruned(wanted, prefix, 4)[1])
+
+
+@pytest.mark.usefixtures("few_layers")
+def test_blocks_in_fp8_with_their_scales(cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Stored in FP8 as DeepSeek ships them; the list of what is not quantised gets the experts' new numbers."""
+    source, prefix = tmp_path / "model", "model.layers.3"
+    write_model(source, "deepseek_v3")
+    extra = with_own_rows(source, prefix)
+    plain = [f"{prefix}.eh_proj", f"{prefix}.mlp.experts.0", f"{prefix}.mlp.experts.7.up_proj"]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors_of(source).items():
+        linear = tensor.dim() == 2 and ("_proj.weight" in name) and not name.startswith(tuple(plain))
+        tensors |= blocks_fp8(name, tensor) if linear else {name: tensor}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    write_config(source, quantization_config=FP8 | {"modules_to_not_convert": plain})
+    answer = cli("run", recipe(model=source, mtp="prune"))
+    assert answer.status == 0, answer.err
+    kept, _ = pruned(extra, prefix, 6)
+    assert kept == [0, 2, 3, 5, 6, 7]
+    found = carried(tmp_path / "out")
+    for new, old in enumerate(kept):
+        at, was = (f"{prefix}.mlp.experts.{number}." for number in (new, old))
+        wanted = {at + name.removeprefix(was): tensor for name, tensor in tensors.items() if name.startswith(was)}
+        assert len(wanted) == {0: 3, 7: 5}.get(old, 6)
+        assert same({name: tensor for name, tensor in found.items() if name.startswith(at)}, wanted)
+    assert config_of(tmp_path / "out")["quantization_config"]["modules_to_not_convert"] == [
+        *plain[:2],
+        f"{prefix}.mlp.experts.5.up_proj",
+    ]
+
+
+@pytest.mark.usefixtures("few_layers")
+def test_kept_whole(cli: Cli, refused: Refused, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Where the model keeps its number of experts, or the extra layer has none."""
+    source = tmp_path / "model"
+    extra = write_model(source, "glm4_moe")
+    skipping = [{"dynamic_skipping": {"rule": "ratio", "threshold": 0.95}}]
+    answer = cli("run", recipe(model=source, mtp="keep", passes=skipping))
+    assert answer.status == 0, answer.err
+    assert same(carried(tmp_path / "out"), extra)
+    assert announced(tmp_path / "out") == 1
+    says = (
+        "its extra prediction layers, model.layers.3: they have 8 experts, the smaller model will have 6, and engines "
+        "read one number for both; say `mtp: prune` or `mtp: drop`."
+    )
+    refused("check", recipe(model=source, mtp="keep", output=tmp_path / "other"), says=says)
+    dense = {name: tensor for name, tensor in tensors_of(source).items() if not name.startswith("model.layers.3.mlp")}
+    dense["model.layers.3.mlp.up_proj.weight"] = torch.ones(4, 16)
+    save_file(dense, source / "model.safetensors", metadata={"format": "pt"})
+    for choice in ("keep", "prune"):
+        assert cli("run", "--quiet", recipe(model=source, mtp=choice, output=tmp_path / choice)).status == 0
+        wanted = {name: tensor for name, tensor in dense.items() if name.startswith("model.layers.3.")}
+        assert same(carried(tmp_path / choice), wanted)
+
+
+@pytest.mark.usefixtures("few_layers")
+def test_refused_by_name(refused: Refused, recipe: WriteRecipe, mixtral: Path, tmp_path: Path) -> None:
+    refused("check", recipe(mtp="prune"), says="mtp: the model has no extra prediction layers (mtp, nextn) to carry")
+    refused("check", recipe(mtp="all"), says="mtp: found 'all', expected 'drop', 'keep' or 'prune'")
+    result = compressor.compress({**yaml.safe_load(recipe().read_text()), "output": None})
+    decision = tmp_path / "decision.json"
+    decision.write_text(json.dumps({"format": 2, "passes": result.record["passes"]}))
+    apply = ("apply", decision, mixtral, "--output", tmp_path / "out", "--mtp", "keep")
+    refused(
+        *apply, says="mtp: keep: it has no extra prediction layers (mtp, nextn) to carry over; leave the option out."
+    )
+    source = tmp_path / "model"
+    write_model(source, "glm4_moe")
+    counts = [{"expert_pruning": {"keep": {1: 6, 2: 5}}}]
+    says = (
+        "model.layers.3: layers have 5 to 6 experts, and nothing that reads such a model runs extra prediction layers;"
+    )
+    refused("check", recipe(model=source, mtp="prune", passes=counts), says=says)
+    tensors = tensors_of(source)
+    tensors["model.layers.3.router.weight"] = tensors.pop("model.layers.3.mlp.gate.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused("check", recipe(model=source, mtp="prune"), says="is an expert's, and no router is called mlp.gate.weight")
+    tensors["model.layers.3.mlp.gate.weight"] = torch.ones(7, 16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused("check", recipe(model=source, mtp="prune"), says="is F32 [7, 16], expected a router in numbers, [8, 16]")
