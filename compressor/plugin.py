@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from compressor.machine.memory_estimate import Work
     from compressor.method import (
         Decision,
+        Healing,
         Measuring,
         Method,
         OptionError,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from compressor.selection.allocation import allocate
     from compressor.selection.criteria import Criterion, ExpertFigures
     from compressor.selection.expert_selection import ExpertSelection
-    from compressor.selection.healing import Healing
     from compressor.selection.options import SelectionOptions
     from compressor.selection.pair_losses import fewest_losses
     from compressor.selection.reference import kept_at_random
@@ -67,7 +67,7 @@ _NAMES = {
     "data.sources": "FileName FilePath TaskSource",
     "machine.distributed": "Processes",
     "machine.memory_estimate": "Work",
-    "method": "Decision Measuring Method OptionError Options Plan Training check_layer_names fewer_experts",
+    "method": "Decision Healing Measuring Method OptionError Options Plan Training check_layer_names fewer_experts",
     "model.adapter": "Adapter",
     "model.find_structure": "find_structure",
     "model.layer_weights": "LayerWeights",
@@ -83,7 +83,6 @@ _NAMES = {
     "selection.allocation": "allocate",
     "selection.criteria": "Criterion ExpertFigures",
     "selection.expert_selection": "ExpertSelection",
-    "selection.healing": "Healing",
     "selection.options": "SelectionOptions",
     "selection.pair_losses": "fewest_losses",
     "selection.reference": "kept_at_random",

@@ -190,7 +190,7 @@ def decide_measured(
     if len(offered) < 2:
         return decide(job, resolved, piece.layers, figures)
     assert wanted is not None
-    decisions = {what: agreed(Decision.of(one), job.processes) for what, one in offered.items()}
+    decisions = {id(one): agreed(Decision.of(one), job.processes) for one in offered.values()}
     text = slice_of(batches, wanted.tokens_compared)
 
     def measured() -> dict[str, Any]:
@@ -199,12 +199,14 @@ def decide_measured(
             for one in decisions.values()
         ]
         found = piece.compared(text, contexts, title=f"{resolved.spec.method}: comparing {len(contexts)} choices")
-        return {what: _lost(method, by_domain) for what, by_domain in zip(decisions, found, strict=True)}
+        lost = {which: _lost(method, by_domain) for which, by_domain in zip(decisions, found, strict=True)}
+        return {what: lost[id(one)] for what, one in offered.items()}
 
     found = job.noted(f"alternatives {name}", measured)
-    best = min(decisions, key=lambda what: found[what]["cost"])
+    best = min(offered, key=lambda what: found[what]["cost"])
     chosen = {"name": best, "tokens": num_tokens(text), "alternatives": found}
-    return Decision({**decisions[best], "chosen": chosen}, decisions[best].tensors)
+    decided = decisions[id(offered[best])]
+    return Decision({**decided, "chosen": chosen}, decided.tensors)
 
 
 def _lost(method: Method[Any], by_domain: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class ExpertSelection(Method[OptionsT]):
 
     @cached_property
     def _all_kinds(self) -> Sequence[Self]:
+        """Those of all methods that its figures are for."""
         return [kind for one in self._totals for kind in one._kinds]
 
     def _known(self, statistics: Gathered) -> Sequence[Self]:
@@ -164,40 +165,42 @@ class ExpertSelection(Method[OptionsT]):
         """Without constants, where nobody asked for them."""
         if self.options.replace is not None or len(self._kinds) == 1:
             return None
-        plain = [type(one)(one.options.model_copy(update={"replace": "none"}), one.criteria) for one in self._totals]
+        plain = [one._with({"replace": "none"}) for one in self._totals]
         return plain[0].observing_for(plain[1:]), "constants"
+
+    def _with(self, changes: Mapping[str, Any]) -> Self:
+        """The same with other values of options."""
+        return type(self)(self.options.model_copy(update=changes), self.criteria)
+
+    def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
+        super().__init__(options, criteria)
+        self._plans: dict[int, LayerPlan] = {}
 
     def _plan(self, layer: MoELayer) -> LayerPlan:
         """What the options mean for a layer, thought over once; it holds the layer, so that its id stays its own."""
         return self._plans.setdefault(id(layer), LayerPlan(layer, self.options))
-
-    @cached_property
-    def _plans(self) -> dict[int, LayerPlan]:
-        return {}
 
     @property
     def _compares(self) -> bool:
         """Whether whole decisions are compared by what the model's answers lose."""
         return self.options.chooses or len(self._kinds) > 1
 
-    def _measured_counts(self, layer: MoELayer, num_layers: int) -> list[int]:
-        return measured_counts(self._plan(layer), num_layers)
-
     def _ways(self, layers: Sequence[MoELayer]) -> list[SelectionOptions]:
         """The ways in which sets are chosen that are measured."""
         if not self.options.is_measured:
             return [self.options]
-        most = max(len(self._measured_counts(layer, len(layers))) for layer in layers)
+        most = max(len(measured_counts(self._plan(layer), len(layers))) for layer in layers)
         return measured_ways(self.options, self.criteria, len(layers), most)
 
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
         if len(self._all_kinds) > 1:
             kinds = [kind for one in self._totals for kind in one._known(statistics)]
-            return _each_once([one for kind in kinds for one in kind.candidates(layers, layer, statistics)])
+            offered = [one for kind in kinds for one in kind.candidates(layers, layer, statistics)]
+            return [*{_sets(one): one for one in reversed(offered)}.values()][::-1]
         found: dict[tuple[int, ...], Choice] = {}
         plans = [LayerPlan(layer, way) for way in self._ways(layers)]
-        for count in self._measured_counts(layer, len(layers)):
+        for count in measured_counts(self._plan(layer), len(layers)):
             for plan in plans:
                 one, _ = self._chosen(plan, statistics, count)
                 found.setdefault(tuple(one["kept"]), one | {"constants": self.options.with_constants})
@@ -242,7 +245,8 @@ class ExpertSelection(Method[OptionsT]):
             return {}
         by_kind = [one._named(layers, statistics) for one in self._known(statistics)]
         by_kind.sort(key=lambda found: _summed_kl(next(iter(found.values()))))
-        return {name: decision for found in by_kind for name, decision in found.items()}
+        same: dict[object, Decision] = {}
+        return {name: same.setdefault(_sets(one), one) for found in by_kind for name, one in found.items()}
 
     def _rivals(self, layers: Sequence[MoELayer], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         return rivals(self.options, self.criteria, domains, several=len(self._ways(layers)) > 1)
@@ -251,9 +255,8 @@ class ExpertSelection(Method[OptionsT]):
         """The alternatives of one kind."""
         found: dict[str, Decision] = {}
         for name, changes in self._rivals(layers, statistics.domains).items():
-            other = type(self)(self.options.model_copy(update=changes), self.criteria)
             try:
-                found[name] = other.decide(layers, statistics)
+                found[name] = self._with(changes).decide(layers, statistics)
             except OptionError:
                 if not found:  # what was asked for
                     raise
@@ -325,10 +328,9 @@ def _bytes_of_search(plans: Sequence[LayerPlan]) -> float:
     return most_bytes_of_token(layer, ranks, options.top_k or layer.top_k, has_residual=options.progressive)
 
 
-def _each_once(offered: Sequence[Decision]) -> list[Decision]:
-    """Decisions of one layer, without those that are as one before them."""
-    sets = {(one.get("replace"), *kept["kept"]): one for one in reversed(offered) for kept in one["layers"].values()}
-    return [*reversed(sets.values())]
+def _sets(decision: Decision) -> object:
+    """What decisions have in common that say the same of the model."""
+    return decision.get("replace"), *((path, *one["kept"]) for path, one in decision["layers"].items())
 
 
 def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelection[Any]]) -> int:
@@ -336,7 +338,7 @@ def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelectio
     found = 0
     for kind in {one.options.replacement for one in methods}:
         of_kind = [one for one in methods if one.options.replacement == kind and one.options.is_measured]
-        counts = [{n for one in of_kind for n in one._measured_counts(layer, len(layers))} for layer in layers]
+        counts = [{n for one in of_kind for n in measured_counts(one._plan(layer), len(layers))} for layer in layers]
         found += max((len(one._ways(layers)) for one in of_kind), default=0) * max(map(len, counts))
     return found
 
