@@ -6,6 +6,7 @@
     compressor.sweep(recipe, keep)      how far one can go: each of several totals, measured
     compressor.apply, decide            as the commands of these names
     compressor.load(folder)             load what a run has written, with whatever a checkpoint cannot hold put back
+    compressor.push(folder, repo)       upload it to the Hugging Face hub
     compressor.MoEModel(model)          a live model's MoE layers: mask, watch, remove and skip experts
 
 Everything in `__all__` is what users call; what plugins are written with is in `compressor.plugin`. Importing this
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from compressor.run.decide_again import decide
     from compressor.run.loading import load, restore
     from compressor.run.pipeline import compare, compress, evaluate, sweep
+    from compressor.run.push import push
     from compressor.run.record import CompressionResult
     from compressor.run.verbs import check, inspect
 
@@ -58,6 +60,7 @@ _HOME = {
     "evaluate": "run.pipeline",
     "inspect": "run.verbs",
     "load": "run.loading",
+    "push": "run.push",
     "restore": "run.loading",
     "sweep": "run.pipeline",
 }
@@ -88,6 +91,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "push",
     "restore",
     "sweep",
 ]

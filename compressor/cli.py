@@ -122,6 +122,7 @@ DiskOption = Annotated[
 CommandsOption = Annotated[
     bool, typer.Option("--allow-commands", help="Run the programs that the recipe's passes name.")
 ]
+PushOption = Annotated[bool, typer.Option("--push", help="Upload the output to the hub, as the recipe's `push` says.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -150,6 +151,7 @@ def run(
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
     allow_commands: CommandsOption = False,
+    push: PushOption = False,
     without: WithoutOption = None,
     plugin: PluginOption = None,
     quiet: QuietOption = False,
@@ -180,6 +182,7 @@ def run(
             overwrite=overwrite,
             resume=resume,
             allow_commands=allow_commands,
+            push=push,
             without=without or [],
             plugin_files=plugin or [],
             progress=progress,
@@ -249,6 +252,7 @@ def check(
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
     allow_commands: CommandsOption = False,
+    push: PushOption = False,
     without: WithoutOption = None,
     plugin: PluginOption = None,
     quiet: QuietOption = False,
@@ -265,9 +269,11 @@ def check(
     from compressor.machine.progress import Progress
     from compressor.report.terminal import print_plan
     from compressor.run import check
+    from compressor.run.push import check_push
 
-    folder = OutputFolder(target, overwrite=overwrite, resume=resume)
+    folder, notes = OutputFolder(target, overwrite=overwrite, resume=resume), check_push(loaded, may_push=push)
     preview = check.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
+    preview.plan["notes"] += notes
     _show(preview.plan, print_plan, as_json=json_, quiet=quiet)
 
 
@@ -415,6 +421,27 @@ def apply(
         progress=Progress.detect(quiet=quiet),
     )
     _show(result.record, lambda _, console: None, f"Written to {output}.", as_json=json_, quiet=quiet)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An output of `run` or `apply`.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Its name on the hub, owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="For its owner only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Upload an output to the Hugging Face hub; called again, go on with what was interrupted."""
+    from compressor.machine.progress import Progress
+
+    progress = Progress.detect(quiet=quiet)
+    if progress.style == "bar":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    _calm()
+    from compressor.run.push import push
+
+    address = push(folder, repo, private=private, overwrite=overwrite, progress=progress)
+    _show(address, lambda _, console: None, f"Pushed to {address}.", quiet=quiet)
 
 
 @app.command()
@@ -594,6 +621,7 @@ def new(
 def _calm() -> None:
     """Keep the libraries' own progress bars and advice out of our output; errors still come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -672,7 +700,7 @@ def _exit_status(arguments: list[str] | None) -> int:
             return 2
         raise
     if status == 130:  # some typers raise at Ctrl-C, others answer with this status
-        _complain("interrupted; nothing is left under the output's name")
+        _complain("interrupted; nothing is left half done under the output's name")
     return status if isinstance(status, int) else 0
 
 

@@ -145,6 +145,7 @@ SELECTING = "expert_pruning"
 LINKS = {
     "Calibration": "[`calibration`](#calibration)",
     "Evaluation": "[`evaluate`](#evaluate)",
+    "Push": "[`push`](#push)",
     "Budget": "[a mean](#a-mean)",
     "Pass": "[passes](#methods)",
     **dict.fromkeys(
@@ -232,7 +233,12 @@ def recipe() -> Iterator[str]:
     schema["properties"]["passes"]["items"] = {"$ref": "Pass"}
     definitions = schema["$defs"]
     yield from ("## A recipe", "", *keys(schema))
-    for title, name in {"calibration": "Calibration", "evaluate": "Evaluation", "A mean": "Budget"}.items():
+    for title, name in {
+        "calibration": "Calibration",
+        "evaluate": "Evaluation",
+        "push": "Push",
+        "A mean": "Budget",
+    }.items():
         about = "" if title.islower() else f"{definitions[name]['description']}\n"
         yield from (f"### {f'`{title}`' if title.islower() else title}", "", about, *keys(definitions[name]))
     yield from ("### A source of text", "", *sources(definitions))

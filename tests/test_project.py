@@ -80,6 +80,7 @@ FOR_USERS = [
     "evaluate",
     "inspect",
     "load",
+    "push",
     "restore",
     "sweep",
 ]

@@ -39,7 +39,7 @@ from compressor.method import OptionError
 from compressor.recipe.document import TOO_LARGE, Document, KeyPath, MistakeError, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
 from compressor.recipe.shipped import find_recipe
-from compressor.wording import did_you_mean, digest
+from compressor.wording import did_you_mean, digest, is_hub_id
 
 if TYPE_CHECKING:
     from compressor.method import Method
@@ -177,6 +177,23 @@ Bytes = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(_bytes, json_sche
 """A number of bytes; in a recipe also `16GB` (powers of 1000) or `16GiB` (of 1024)."""
 
 
+def _known_on_hub(name: str) -> str:
+    if not is_hub_id(name):
+        raise ValueError(f"found {in_yaml(name)}, expected a repository on the hub, owner/name")
+    return name
+
+
+class Push(_Settings):
+    """Where on the Hugging Face hub the output goes, if --push allows it."""
+
+    repo: Annotated[str, AfterValidator(_known_on_hub)] = Field(description="repository on the hub: owner/name")
+    private: bool = Field(default=False, description="make it for its owner only; one that is there must be so")
+
+
+def _repo_alone(value: Any) -> Any:
+    return {"repo": value} if isinstance(value, str) else value
+
+
 class Recipe(_Settings):
     """What to compress, on which text, with which passes, and what to measure."""
 
@@ -213,6 +230,9 @@ class Recipe(_Settings):
     )
     evaluate: Evaluation | None = Field(default=None, description="what is measured before and after")
     output: FilePath | None = Field(default=None, description="folder for the smaller model")
+    push: Annotated[Push, BeforeValidator(_repo_alone, json_schema_input_type=str | Push)] | None = Field(
+        default=None, description="repository on the Hugging Face hub that `--push` uploads the output to"
+    )
 
     @field_validator("device_memory")
     @classmethod
@@ -338,7 +358,7 @@ class Refusals:
         raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
 
 
-CHANGES_NO_FIGURE = ("output", "weights", "hidden_states", "memory", "device_memory", "disk")
+CHANGES_NO_FIGURE = ("output", "push", "weights", "hidden_states", "memory", "device_memory", "disk")
 """Keys of a recipe that say where to and with what it is carried out."""
 
 

@@ -58,6 +58,7 @@ from compressor.run.job import Job, open_journal
 from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices, recipe_for
 from compressor.run.measure import Measured, Yardstick, compared, compared_speed, measure
 from compressor.run.preview import Preview
+from compressor.run.push import check_push, push_as_asked
 from compressor.run.record import (
     FORMAT,
     CompressionResult,
@@ -87,6 +88,7 @@ def compress(
     overwrite: bool = False,
     resume: bool = False,
     allow_commands: bool = False,
+    push: bool = False,
     without: Iterable[str] = (),
     plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
@@ -100,8 +102,9 @@ def compress(
     `output` nothing is written and the result lives in memory. `overrides` are texts such as
     `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
     interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
-    the beginning. A recipe's passes run programs only with `allow_commands`. Plugins are those installed, but
-    those `without`, and `plugin_files`: Python files, each a plugin of its name.
+    the beginning. A recipe's passes run programs only with `allow_commands`, and push their
+    output only with `push`. Plugins are those installed, but those `without`, and `plugin_files`: Python files, each a
+    plugin of its name.
 
     Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
     first one writes and speaks, and all return when the output is there.
@@ -122,16 +125,22 @@ def compress(
         if not resume:
             folder.complete()
     record = job.processes.exchange(_record_before(job) if resume else None)[0]
+    first = job.processes.is_first
     if record is not None:
+        if first:
+            push_as_asked(job.loaded, job.progress, may_push=push)
         return CompressionResult(record, job.recipe.output, None, None)
     with job.timed("check"):
         job, subject = _subject(job, model, tokenizer, folder)
-    for sentence in subject.preview.said:
+        notes = check_push(job.loaded, may_push=push, make=True) if first else []
+    for sentence in (*subject.preview.said, *notes):
         job.progress.say(sentence)
     with nullcontext() if folder is None else _within(job, folder):
         result = _run(job, subject, folder)
         if folder is not None:
             folder.finish()
+    if first:
+        push_as_asked(job.loaded, job.progress, may_push=push)
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
 

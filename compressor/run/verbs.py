@@ -13,6 +13,7 @@ from compressor.recipe.schema import Recipe
 from compressor.run import check as checking
 from compressor.run.loading import devices_of, recipe_for
 from compressor.run.preview import Preview
+from compressor.run.push import check_push
 
 
 def check(
@@ -25,6 +26,7 @@ def check(
     output: Path | None = None,
     overwrite: bool = False,
     allow_commands: bool = False,
+    push: bool = False,
     without: Iterable[str] = (),
     plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
@@ -36,8 +38,8 @@ def check(
     plugins = load_plugins(without, files=plugin_files)
     how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
     loaded = recipe_for(model, tokenizer, plugins, recipe, model=model_reference, **how)
-    target = loaded.recipe.output
-    return checking.check(
+    target, notes = loaded.recipe.output, check_push(loaded, may_push=push)
+    preview = checking.check(
         loaded,
         plugins.adapters,
         folder=None if target is None else OutputFolder(target, overwrite=overwrite),
@@ -46,6 +48,8 @@ def check(
         tokenizer=tokenizer,
         progress=progress,
     )
+    preview.plan["notes"] += notes
+    return preview
 
 
 def inspect(

@@ -854,7 +854,7 @@ def test_ctrl_c(
     answer = cli("run", "--quiet", path)
     assert (answer.status, answer.out) == (130, "")
     is_kept = name not in ("load_moe", "observe")  # before anything is done there is nothing to keep
-    says = "interrupted; nothing is left under the output's name\n"
+    says = "interrupted; nothing is left half done under the output's name\n"
     assert answer.err == (kept(tmp_path) if is_kept else "") + says
     assert sorted(tmp_path.iterdir()) == [*([tmp_path / ".out.partial"] if is_kept else []), path]
 

@@ -624,5 +624,5 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert rest == "interrupted; nothing is left under the output's name\n"
+    assert rest == "interrupted; nothing is left half done under the output's name\n"
     assert list(tmp_path.iterdir()) == [recipe]
