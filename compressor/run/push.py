@@ -87,8 +87,9 @@ def check_push(loaded: LoadedRecipe, *, may_push: bool, make: bool = False) -> l
     if output is None or not loaded.passes[-1].method.leaves_model:
         raise loaded.error(("push",), "there will be no checkpoint to push; it takes an `output`, and a model in it")
     with loaded.at("push"), _errors_named(asked.repo):
-        if there := _there(asked.repo, _record(output), private=asked.private):
-            raise CheckpointError(f"{asked.repo}: it holds {counted(len(there), 'file')} already; name another one")
+        if there := _there(asked.repo, b"", private=asked.private):
+            how = "name another one, or run without --push, and then `compressor push --overwrite`"
+            raise CheckpointError(f"{asked.repo}: it holds {counted(len(there), 'file')} already; {how}")
         if make:
             HfApi().create_repo(asked.repo, private=asked.private or None, exist_ok=True)
     return [f"the output will be pushed to {asked.repo}"]
@@ -157,7 +158,7 @@ def _errors_named(repo: str, folder: Path | None = None) -> Iterator[None]:
                 raise CheckpointError(f"{repo}: nothing can be pushed: {unreachable}.{then}")
             yield
     except (*HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # its HTTP client's kinds, and xet's
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         root = str(error.__cause__ or error)  # it says of an upload only that it failed, and why in what caused that
         said = _REFUSALS.get(status) or root.partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{repo}: {said.rstrip('.')}.{then}") from error

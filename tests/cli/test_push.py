@@ -240,7 +240,8 @@ def test_what_cannot_be_pushed_is_refused_at_its_place_before_the_run(
         refused(cli(command, file, "--push"), f"{file}:11:7 push: stranger/x: me may write as me, lab only.")
         refused(
             cli(command, recipe(passes=[PASS], push="me/taken"), "--push"),
-            f"{file}:11:7 push: me/taken: it holds 1 file already; name another one",
+            f"{file}:11:7 push: me/taken: it holds 1 file already; name another one, or run without --push, and then "
+            "`compressor push --overwrite`",
         )
         refused(
             cli(command, recipe(passes=[PASS]), "--push"),
