@@ -15,7 +15,7 @@ from typing import Any
 from compressor.checkpoint.files import SINGLE, is_weights, read_index, refuse_adapter
 from compressor.checkpoint.headers import Shard, verify_files
 from compressor.checkpoint.hub import download_side_files, download_weights, may_be_hub_id, missing_weights
-from compressor.checkpoint.quantization import quantisation_of, quantiser
+from compressor.checkpoint.quantization import MODELOPT, quantisation_of, quantiser
 from compressor.errors import CheckpointError
 
 DEMO = "demo"
@@ -69,8 +69,11 @@ class Checkpoint:
 
     @property
     def quantisation(self) -> dict[str, Any] | None:
-        """What its config.json says of quantisation; None where it is not quantised."""
-        return quantisation_of(read_config(self.folder))
+        """What config.json says of quantisation, or else modelopt's file beside it; None where it is not quantised."""
+        found = quantisation_of(read_config(self.folder))
+        if found is None and (self.folder / MODELOPT).exists():
+            found = {"quant_method": "modelopt", **read_config(self.folder, MODELOPT).get("quantization", {})}
+        return found
 
 
 def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -141,13 +144,13 @@ def quantiser_of(checkpoint: Checkpoint) -> Any:
     return None if quantisation is None else quantiser(quantisation, checkpoint.reference)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises CheckpointError if it is not there or no JSON object."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """config.json, or another, as it stands. Raises CheckpointError if it is not there or no JSON object."""
+    path = folder / name
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no config.json, so this is no checkpoint.") from error
+        raise CheckpointError(f"{folder}: no {name}, so this is no checkpoint.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -15,7 +15,13 @@ from compressor.checkpoint.classes import model_class
 from compressor.checkpoint.conversion import wrong_experts
 from compressor.checkpoint.find import Checkpoint, load_config
 from compressor.checkpoint.headers import Shard, torch_dtype
-from compressor.checkpoint.quantization import reading_problem, refusal, to_dequantise, without_quantisation
+from compressor.checkpoint.quantization import (
+    global_scale_problem,
+    reading_problem,
+    refusal,
+    to_dequantise,
+    without_quantisation,
+)
 from compressor.checkpoint.quiet import quiet_transformers
 from compressor.errors import CheckpointError
 from compressor.model.adapter import Adapter, structure_of
@@ -48,6 +54,10 @@ def load_model(
     is_mapped = device == "meta" or is_packed or isinstance(device, Mapping)
     if quantisation is not None and as_numbers:
         to_dequantise(config, quantisation)
+    names = [name for shard in checkpoint.shards for name in shard.tensors]
+    problem = global_scale_problem(quantisation) if quantisation is not None and is_packed else None
+    if quantisation is not None and problem and any(".experts." in name for name in names):
+        raise refusal(quantisation, checkpoint.reference, problem)
     cls = _class_to_load(checkpoint, config, adapters)
     tensors = _tensors_on_meta(checkpoint) if device == "meta" else None  # transformers would read the files
     try:
@@ -71,7 +81,7 @@ def load_model(
     if is_uneven(config):
         settle(model)
     refuse_bad_keys(checkpoint, info)
-    if problem := wrong_experts(model, [name for shard in checkpoint.shards for name in shard.tensors]):
+    if problem := wrong_experts(model, names):
         raise CheckpointError(f"{checkpoint.reference}: {problem}.")
     if device == "meta":
         model.config.name_or_path = str(checkpoint.folder)

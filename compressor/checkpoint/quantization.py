@@ -18,6 +18,8 @@ from typing import Any
 from compressor.errors import UnsupportedModelError
 
 _KEY = "quantization_config"
+MODELOPT = "hf_quant_config.json"
+"""Where modelopt says it too; its first releases only there."""
 
 
 def quantisation_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -59,6 +61,7 @@ def reading_problem(quantisation: Mapping[str, Any]) -> str | None:
     return (
         _missing(quantisation)
         or _packed_only(quantisation.get("quant_method"))
+        or global_scale_problem(quantisation)
         or _problem({**quantisation, "dequantize": True}, None)
     )
 
@@ -89,6 +92,15 @@ def _missing(quantisation: Mapping[str, Any]) -> str | None:
     if quantisation.get("quant_method") != "compressed-tensors" or find_spec("compressed_tensors"):
         return None
     return 'the package compressed-tensors is missing (`pip install "moe-compressor[quantised]"`)'
+
+
+def global_scale_problem(quantisation: Mapping[str, Any]) -> str | None:
+    """Why NVFP4's experts cannot be dequantised: transformers 5.24 leaves their global scale out, without a word."""
+    groups = quantisation.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+    if not any(one.get("strategy") == "tensor_group" for one in weights):
+        return None
+    return "transformers dequantises experts in NVFP4 without their global scale"
 
 
 def refusal(quantisation: Mapping[str, Any], reference: str, why: str) -> UnsupportedModelError:

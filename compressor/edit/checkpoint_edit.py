@@ -34,11 +34,11 @@ from compressor.checkpoint.classes import model_class
 from compressor.checkpoint.conversion import loading_info
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
-from compressor.checkpoint.find import Checkpoint, load_config, read_config
+from compressor.checkpoint.find import Checkpoint, load_config
 from compressor.checkpoint.headers import BITS, TORCH, Shard, first_dtype, refuse_changed
 from compressor.checkpoint.layerwise_weights import StoredTensor
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
-from compressor.checkpoint.quantization import quantisation_of, without_quantisation
+from compressor.checkpoint.quantization import MODELOPT, without_quantisation
 from compressor.checkpoint.save import write_beside_weights
 from compressor.edit.naming import Names, renamed
 from compressor.edit.safetensors_writer import Becomes, ShardEdit, TensorEdit, finish, sync_folder, write_shard
@@ -53,7 +53,7 @@ from compressor.model.router_probe import SWITCHED_OFF
 from compressor.model.structure import ExpertAxis, MoELayer
 from compressor.model.uneven import is_uneven, settle, uneven_class
 
-_QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_QUANTISATION_FILES = (MODELOPT, "quantize_config.json", "quant_config.json")
 
 
 def meta_model(found: Checkpoint, adapters: Sequence[Adapter] = ()) -> MoEModel:
@@ -157,9 +157,8 @@ class Edit:
         config, source = self.after.config, self.found.folder
         leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
         counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
-        raw = read_config(source)
         changes = dict(self.after.config_changes)
-        if quantisation_of(raw) is None and (dtype := self._dtype()):
+        if self.found.quantisation is None and (dtype := self._dtype()):
             changes["dtype"] = dtype
         write_beside_weights(source, folder, config, None, counts, self.left_out, changes)
         rename_modules(folder, self.modules, self.found.reference)

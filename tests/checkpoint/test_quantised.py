@@ -13,7 +13,18 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from edit.test_disk import FP8, Tensors, assert_same, blocks_fp8, mxfp4, shard_up, tensors_of, write_changed
+from edit.test_disk import (
+    FORMATS,
+    FP8,
+    Tensors,
+    assert_same,
+    blocks_fp8,
+    companions,
+    mxfp4,
+    shard_up,
+    tensors_of,
+    write_changed,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, token_ids, write_token_file
 from transformers import AutoModelForCausalLM
@@ -22,6 +33,7 @@ import compressor
 from compressor import CheckpointError, RecipeError, UnsupportedModelError
 from compressor.checkpoint.find import Checkpoint, load_config, read_config
 from compressor.checkpoint.layerwise_weights import StreamedWeights
+from compressor.checkpoint.load import load_model
 from compressor.checkpoint.quantization import quantisation_of, quantiser, to_dequantise, without_quantisation
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
@@ -29,6 +41,7 @@ from compressor.run import check
 from compressor.run.pipeline import evaluate
 
 Recipe = dict[str, Any]
+NVFP4 = {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"strategy": "tensor_group"}}}}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
@@ -281,11 +294,20 @@ def test_what_needs_numbers_is_refused_before_work_starts(
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, r"quantised \(gptq\).*--other-model"),
         ({"quant_method": "nobody_knows"}, r"quantised \(nobody_knows\).*--other-model"),
         ({"bits": 4}, "a format without a name"),
+        (NVFP4, r"quantised \(compressed-tensors\).* experts in NVFP4 without their global scale.*--other-model"),
     ],
 )
 def test_other_formats_are_refused_by_name(quantisation: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         quantiser(quantisation, "somebody/model")
+
+
+def test_experts_in_nvfp4_are_not_measured_by_wrong_numbers(tmp_path: Path) -> None:
+    """transformers would load them thousands of times too large; what it reads right, a dense model, it may load."""
+    change = companions(*FORMATS["nvfp4-pack-quantized"])
+    source = write_changed("mixtral", tmp_path / "source", change, quantization_config=NVFP4)
+    with pytest.raises(UnsupportedModelError, match="experts in NVFP4 without their global scale"):
+        load_model(Checkpoint(str(source), source))
 
 
 def test_where_the_config_says_so() -> None:

@@ -332,6 +332,14 @@ FORMATS = {
         ("weight", (24, 32), torch.float8_e4m3fn), ("weight_scale", (), torch.float32),
         ("input_scale", (), torch.float32),
     ),
+    "modelopt": (  # NVFP4, two numbers a byte
+        ("weight", (24, 16), torch.uint8), ("weight_scale", (24, 2), torch.float8_e4m3fn),
+        ("weight_scale_2", (), torch.float32), ("input_scale", (), torch.float32),
+    ),
+    "nvfp4-pack-quantized": (  # the same, of compressed-tensors
+        ("weight_packed", (24, 16), torch.uint8), ("weight_scale", (24, 2), torch.float8_e4m3fn),
+        ("weight_global_scale", (1,), torch.float32), ("input_global_scale", (1,), torch.float32),
+    ),
 }  # fmt: skip
 
 
@@ -377,6 +385,40 @@ def test_stacked_fp8_with_stacked_scales(tmp_path: Path) -> None:
     scale = found["model.layers.0.mlp.experts.down_proj_scale_inv"]
     assert scale[:, 0, 0].tolist() == [0, 2, 3, 5, 6, 7]
     assert found["model.layers.0.mlp.experts.down_proj_activation_scale"].shape == ()
+
+
+def stacked_nvfp4(name: str, tensor: torch.Tensor) -> Tensors:
+    """Numbers of each expert's own, two to a byte, blocks of 16 with a scale each; one scale of all inputs."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return {name: tensor}
+    ids, (_, rows, columns) = torch.arange(8).reshape(8, 1, 1), tensor.shape
+    return {
+        name: ids.expand(8, rows, columns // 2).to(torch.uint8),
+        f"{name}_weight_scale": ids.expand(8, rows, columns // 16).to(torch.float8_e4m3fn),
+        f"{name}_weight_scale_2": ids.reshape(8).float(),
+        f"{name}_input_scale": torch.ones(()),
+    }
+
+
+def test_stacked_nvfp4_that_only_modelopt_speaks_of(tmp_path: Path) -> None:
+    """As its first releases: config.json says nothing of quantisation, and the file beside it all."""
+    source = write_changed(random_model("gpt_oss", intermediate_size=32), tmp_path / "source", stacked_nvfp4)
+    about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
+    (source / "hf_quant_config.json").write_text(json.dumps(about))
+    edited(source, tmp_path / "out", six)
+    found = tensors_of(tmp_path / "out")
+    for matrix in ("gate_up_proj", "down_proj"):
+        at = f"model.layers.1.mlp.experts.{matrix}"
+        for leaf in ("", "_weight_scale", "_weight_scale_2"):
+            rows = found[at + leaf].float().reshape(6, -1)
+            assert torch.equal(rows, torch.tensor([1.0, 2, 3, 4, 5, 7])[:, None].expand_as(rows))
+        assert found[f"{at}_input_scale"].shape == ()
+        assert found[at].dtype == torch.uint8
+    assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text()) == about
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    (source / "hf_quant_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: expected a JSON object, found list"):
+        edited(source, tmp_path / "other", six)
 
 
 def test_linear_experts_by_number_where_the_model_stacks_them(tmp_path: Path) -> None:
