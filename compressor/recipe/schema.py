@@ -233,6 +233,9 @@ class Recipe(_Settings):
     push: Annotated[Push, BeforeValidator(_repo_alone, json_schema_input_type=str | Push)] | None = Field(
         default=None, description="repository on the Hugging Face hub that `--push` uploads the output to"
     )
+    trackers: tuple[Literal["mlflow", "trackio", "wandb"], ...] | None = Field(
+        default=None, min_length=1, description="experiment trackers that are told of the run when it is done"
+    )
 
     @field_validator("device_memory")
     @classmethod
@@ -358,7 +361,7 @@ class Refusals:
         raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
 
 
-CHANGES_NO_FIGURE = ("output", "push", "weights", "hidden_states", "memory", "device_memory", "disk")
+CHANGES_NO_FIGURE = ("output", "push", "trackers", "weights", "hidden_states", "memory", "device_memory", "disk")
 """Keys of a recipe that say where to and with what it is carried out."""
 
 

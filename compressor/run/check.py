@@ -48,6 +48,7 @@ from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.run import readiness
 from compressor.run.memory import Problem, disk_problem, placement, work_of
 from compressor.run.preview import Limits, Preview
+from compressor.run.trackers import check_trackers
 from compressor.wording import counted, human_bytes
 
 
@@ -66,6 +67,7 @@ def check(
     recipe's. Raises CompressorError, of its kinds, at the place in the recipe.
     """
     recipe, progress = loaded.recipe, progress or Progress()
+    check_trackers(loaded)
     readiness.check_surroundings(loaded, folder, model)
     found: Checkpoint | None
     with loaded.at("model"):

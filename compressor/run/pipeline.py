@@ -75,6 +75,7 @@ from compressor.run.record import (
 from compressor.run.side_by_side import figures_of_all, side_by_side
 from compressor.run.sweep import MOST_SEQUENCES, Total, left_out_notes, page_of, sweep_json, totals_of, write
 from compressor.run.texts import Texts, batches_of, probe_of, read_texts
+from compressor.run.trackers import track
 
 
 def compress(
@@ -140,6 +141,7 @@ def compress(
         if folder is not None:
             folder.finish()
     if first:
+        track(job.loaded, result.record, job.progress)
         push_as_asked(job.loaded, job.progress, may_push=push)
     job.processes.wait()
     return dataclasses.replace(result, folder=job.recipe.output)
