@@ -121,6 +121,7 @@ _STATES = {
     "k": "kept",
     "s": "kept, skipped by some tokens",
     "d": "dropped",
+    "m": "merged into another",
     "c": "answers a constant",
     "n": "never chosen",
 }
@@ -139,7 +140,8 @@ def experts(record: Json) -> Json | None:
                 dropped = layer.get("dropped", [])
                 counts.setdefault(path, 1 + max([*layer["kept"], *dropped, *named.get(path, [])]))
                 state = states.setdefault(path, ["k"] * counts[path])
-                states[path] = [gone if expert in dropped else one for expert, one in enumerate(state)]
+                letter = "m" if "clusters" in layer else gone
+                states[path] = [letter if expert in dropped else one for expert, one in enumerate(state)]
             if path in told and path not in figures:
                 ids = named.get(path, range(counts[path]))
                 at = {name: dict(zip(ids, values, strict=False)) for name, values in told[path].items()}

@@ -170,6 +170,9 @@ function mapOf(figure) {
     if (state === "d") {
       pen.moveTo(x + edge, y + edge); pen.lineTo(x + size - edge, y + size - edge);
       pen.moveTo(x + size - edge, y + edge); pen.lineTo(x + edge, y + size - edge);
+    } else if (state === "m") {
+      pen.moveTo(x + edge, y + size / 2); pen.lineTo(x + size - edge, y + size / 2);
+      pen.moveTo(x + size / 2, y + edge); pen.lineTo(x + size / 2, y + size - edge);
     } else if (state === "n") {
       pen.moveTo(x + edge, y + size / 2); pen.lineTo(x + size - edge, y + size / 2);
     } else if (state === "s") {

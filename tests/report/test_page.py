@@ -198,6 +198,8 @@ def test_every_expert_by_hand() -> None:
     never = {"replace": "never_chosen", "layers": {"x": {"kept": [0], "dropped": [1]}}}
     assert charts.experts({"passes": [{"decision": never}]})["states"] == ["kn"]  # type: ignore[index]
     assert charts.experts({"layers": layers, "passes": [{"method": "m", "decision": {}}]}) is None
+    merged = {"layers": {"a": {"kept": [0, 2], "dropped": [1], "clusters": [[0, 1], [2]]}}}
+    assert charts.experts({"passes": [{"decision": merged}]})["states"] == ["kmk"]  # type: ignore[index]
 
 
 def test_a_state_is_told_by_more_than_colour() -> None:
@@ -206,7 +208,7 @@ def test_a_state_is_told_by_more_than_colour() -> None:
     pictures = {}
     for letter in charts._STATES:
         decision = {
-            "layers": {"x": {"kept": [0], "dropped": [1]}},
+            "layers": {"x": {"kept": [0], "dropped": [1], **({"clusters": [[0, 1]]} if letter == "m" else {})}},
             "replace": {"c": "constants", "n": "never_chosen"}.get(letter),
         }
         skipping = {"x": {}} if letter == "s" else {}
