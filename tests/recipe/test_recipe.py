@@ -369,8 +369,8 @@ def test_recursive_alias() -> None:
 # One mistake -----------------------------------------------------------------------------------------------
 
 TOP_KEYS = (
-    "Known keys: model, dtype, device, weights, hidden_states, memory, device_memory, disk, trust_remote_code, seed, "
-    "calibration, passes, evaluate, output"
+    "Known keys: model, dtype, device, weights, hidden_states, memory, device_memory, disk, trust_remote_code, mtp, "
+    "seed, calibration, passes, evaluate, output, push, trackers"
 )
 
 ONE_MISTAKE = [
