@@ -445,6 +445,39 @@ def push(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The output of a run.", show_default=False)],
+    format_: Annotated[str, typer.Option("--format", help="kept-ids, or ser: ik_llama.cpp's option.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Write it to this file.", metavar="FILE")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Print what other tools read: the ids that stay, as JSON by layer, or the line by which an engine skips."""
+    from compressor.run import export
+
+    if format_ not in ("kept-ids", "ser"):
+        raise RecipeError(f"--format {format_}: expected kept-ids or ser.")
+    found = export.kept_ids(folder) if format_ == "kept-ids" else export.ser(folder)
+    text, says = (found["line"], found["says"]) if format_ == "ser" else (json.dumps(found), None)
+    if output is not None:
+        with writing(output):
+            output.write_text(f"{text}\n", encoding="utf-8")
+    _show(found, lambda _, console: print(f"Written to {output}." if output else text), says, as_json=json_)
+
+
+@app.command()
+def publish_statistics(
+    folder: Annotated[Path, typer.Argument(help="The output of a run.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="The folder to write, where nothing may be yet.", show_default=False)],
+) -> None:
+    """Write a run's figures of experts as a data set for the Hugging Face hub, with its card. Uploads nothing."""
+    from compressor.run import export
+
+    rows = export.publish_statistics(folder, output)
+    then = f"{rows:,} rows written to {output}. `hf upload OWNER/NAME {output} --repo-type dataset` shares them."
+    _show(rows, lambda _, console: None, then)
+
+
+@app.command()
 def decide(
     statistics: Annotated[
         list[Path], typer.Argument(help="statistics.safetensors of a run; of several runs, to add them up.")

@@ -397,6 +397,9 @@ class Method(ABC, Generic[OptionsT]):
         self.external(source, target, decision)
         return None
 
+    model: str = ""
+    """What the recipe calls the model; set by the core before it asks for `check`, in a run."""
+
     matrices: Matrices
     """What the tensors of `source` are, by their names there; set by the core before it asks for `external`."""
 

@@ -53,6 +53,9 @@ def model_card(record: Json) -> str:
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
     ]
+    chosen_on = record.get("decided_on", record["model"])
+    if chosen_on.get("fingerprint") != record["model"].get("fingerprint"):
+        parts.append(f"What it keeps was chosen on `{chosen_on.get('reference')}`, another model of this structure.")
     parts += [f"**{said}**"] if (said := verdict(record)) else []
     passes = record.get("passes", [])
     tables = [*summary_tables(record), *map(random_table, passes), *_decided(passes, record)]

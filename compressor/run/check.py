@@ -595,6 +595,7 @@ def check_pass(loaded: LoadedRecipe, resolved: ResolvedPass, layers: Sequence[Mo
     recipe, also where the pass would undo what they did; PluginError where the plan is of other layers.
     """
     with loaded.at_pass(resolved):
+        resolved.method.model = loaded.recipe.model
         answer = resolved.method.check(layers)
         plan: Plan = answered(f"{resolved.method.name}: check(layers)", answer, Plan, "a Plan of these layers")
         _verify_plan(resolved.method.name, layers, plan)

@@ -152,7 +152,7 @@ def decision_file(output: str | Path) -> Path:
 
 def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], named: str, method: str) -> list[str]:
     """The passes whose figures are of the original model's layers, this method's own first."""
-    own = [name for name in about["passes"] if name.partition(".")[2] == method]
+    own = [name for name in about["passes"] if name.partition(".")[2] == method and passes.get(name)]
     names = [*own, *(name for name in about["passes"] if name not in own)]
     usable = [name for name in names if about["passes"][name]["layers"] == about["layers"] and passes.get(name)]
     if own and not set(own) & set(usable):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import VerificationError
+from compressor.observe.statistics_file import load_statistics
 from compressor.run.apply import apply
 from compressor.run.decide_again import decide
 from compressor.run.pipeline import compress
@@ -42,7 +43,8 @@ def check_method(name: str, options: Mapping[str, Any], *, model_type: str = "mi
         for weights in ("memory", "disk"):
             compress({**recipe, "weights": weights}, output=folder / weights)
         figures, decision = (folder / "disk" / "compressor" / at for at in ("statistics.safetensors", "decision.json"))
-        apply(decide(figures, name, **options) if figures.exists() else decision, recipe["model"], folder / "apply")
+        has_figures = figures.exists() and load_statistics(figures)[0]
+        apply(decide(figures, name, **options) if has_figures else decision, recipe["model"], folder / "apply")
         for other in ("disk", "apply"):
             for path in (folder / "memory" / "config.json", *(folder / "memory").glob("*.safetensors")):
                 if path.read_bytes() != (folder / other / path.name).read_bytes():

@@ -149,8 +149,8 @@ class SkipCurves(Statistic):
         sums.skip.tokens, .experts (chosen in all), .squared_output [D]; sums.skip.norm, .chosen [D, E] (‖f‖ summed, and
         over how many tokens); sums.skip.ratio, sums.skip.tail_mass, skip.contribution [D, N, 3] (experts that go, share
         of their tokens' weights, change of the squared error, by bin of the score); skip.RULE.median, .mean of the
-        scores of all experts that may be skipped, held-out text aside; same.renormalises, 0 or 1; sums.skip.top_k.C.R
-        [D, 3] where C experts normalised over R were measured.
+        scores of all experts that may be skipped, held-out text aside; same.renormalises and same.plain, 0 or 1;
+        sums.skip.top_k.C.R [D, 3] where C experts normalised over R were measured.
         """
         if self._figures is None:
             self.again()
@@ -176,6 +176,7 @@ class SkipCurves(Statistic):
         calibration = [d for d in range(len(self._domains)) if not any(b.held_out for b in self._of(d))]
         found = {
             "same.renormalises": torch.tensor(int(self._renormalises)),
+            "same.plain": torch.tensor(int(self._is_plain)),
             "sums.skip.tokens": sums[:, 0].contiguous(),
             "sums.skip.experts": sums[:, 1].contiguous(),
         }
@@ -212,6 +213,13 @@ class SkipCurves(Statistic):
             assert self.fixed is not None
             found.setdefault(self.fixed.figure, torch.zeros(len(self._domains), 3, dtype=torch.float64))[domain] = row
         return found
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether weights are in the ratios of the scores that experts are chosen by, of all experts."""
+        layer = self.layer
+        is_of_logits = layer.router_probe.class_name.startswith("GptOss")  # a softmax over what was chosen by logits
+        return not layer.selection_biases and layer.num_groups == 1 and not is_of_logits
 
     def _of(self, domain: int) -> list[_Batch]:
         return [batch for batch in self._batches if batch.domain == domain]

@@ -306,7 +306,25 @@ class DynamicSkipping(Method[DynamicSkippingOptions]):
         decision["mean_experts"] = _mean([layer["mean_experts"] for layer in found.values()])
         if held_out:
             decision["held_out_mean_experts"] = _mean([layer["held_out"]["mean_experts"] for layer in found.values()])
+        decision |= self._for_other_engines(active, found, statistics, calibration)
         return decision
+
+    def _for_other_engines(
+        self,
+        layers: Sequence[MoELayer],
+        found: Mapping[str, Mapping[str, Any]],
+        statistics: Gathered,
+        domains: Sequence[int],
+    ) -> dict[str, Any]:
+        """What one threshold for all layers does, where they have several; ik_llama.cpp's option, which takes one."""
+        from compressor_dynamic_skipping.other_engines import one_threshold, ser
+
+        if self.options.top_k is not None or self.options.skip_by != "ratio":
+            return {"ser": ser(found, statistics, None)}
+        one = None
+        if len({layer.get("beta") for layer in found.values()}) > 1:
+            one = one_threshold([statistics[layer.path] for layer in layers], found, domains)
+        return ({"one_threshold": one} if one else {}) | {"ser": ser(found, statistics, one)}
 
     def _refuse_unseen(self, layers: Sequence[MoELayer], active: Sequence[MoELayer]) -> None:
         """A layer that is named must have been seen."""
@@ -504,6 +522,11 @@ def _notes(decision: Decision) -> Iterator[str]:
         tells = f"; a token uses {', '.join(used)}, mean of the layers" if used else ""
         number = len(decision["layers"])
         yield f"by {rule}, in {len(rules)} of {number} {'layer' if number == 1 else 'layers'}{tells}"
+    if one := decision.get("one_threshold"):
+        loss = (
+            f", and lose {one['relative_loss']:.3g} instead of {one['instead_of']:.3g}" if "instead_of" in one else ""
+        )
+        yield f"one threshold for all layers, {one['beta']:.4g}, would use as many experts{loss}, mean of the layers"
 
 
 def _mean(values: Sequence[float]) -> float:
