@@ -83,7 +83,6 @@ class Plugins:
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """The adapters of all plugins."""
         return tuple(adapter for plugin in self.plugins for adapter in plugin.adapters)
 
     def only(self, method: str | None) -> tuple[Plugin, ...]:

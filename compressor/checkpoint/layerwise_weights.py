@@ -226,7 +226,6 @@ class StreamedWeights:
         return {key: one for name in wanted for key, one in self._sources.get(name, {}).items()}
 
     def _same(self, name: str) -> list[str]:
-        """All names of a tensor."""
         return self._aliases[id(self._names[name])]
 
     def _load(self, key: str, names: Sequence[str]) -> None:

@@ -31,7 +31,6 @@ def quantisation_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def format_of(quantisation: Mapping[str, Any]) -> str:
-    """The format's name."""
     return str(quantisation.get("quant_method", "a format without a name"))
 
 
@@ -140,7 +139,6 @@ def _packed_only(name: object) -> str | None:
 
 
 def _holders(config: Any) -> Iterator[Any]:
-    """The config and its parts."""
     yield config
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:

@@ -218,7 +218,6 @@ def flatten(value: Any) -> tuple[Any, list[Tensor]]:
 
 
 def unflatten(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """The inverse of `flatten`."""
     given = iter(tensors)
     leaves = [one["value"] if "value" in one else next(given).to(one["device"]) for one in tree["leaves"]]
     return pytree.tree_unflatten(leaves, pytree.treespec_loads(tree["spec"]))

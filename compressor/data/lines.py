@@ -111,7 +111,10 @@ def _decoded(line: bytes, where: Line, title: str, *, replace: bool) -> str:
     try:
         return line.decode("utf-8" if where.start else "utf-8-sig", "replace" if replace else "strict")
     except UnicodeDecodeError as error:
-        raise _no_text(where, title, error) from error
+        raise CalibrationError(
+            f"source {title!r}: {where.path} is no UTF-8: {error}, in line {where.number}; `errors: replace` puts "
+            f"U+FFFD."
+        ) from error
 
 
 def _parsed(text: str, where: Line) -> dict[str, Any]:
@@ -146,12 +149,6 @@ def text_blocks(path: Path, title: str, *, replace: bool = False) -> Iterator[st
         raise
     except OSError as error:
         raise _unreadable(path, title, error) from error
-
-
-def _no_text(where: Line, title: str, error: UnicodeDecodeError) -> CalibrationError:
-    return CalibrationError(
-        f"source {title!r}: {where.path} is no UTF-8: {error}, in line {where.number}; `errors: replace` puts U+FFFD."
-    )
 
 
 _OTHERS = {

@@ -103,18 +103,23 @@ class TaskSources:
     def load(self, name: str) -> LoadedTasks:
         """The tasks of one name, of a task, a group or a tag. Raises EvaluationError."""
         is_local = name.startswith(DEMO_PREFIX)
-        with quietly(True):
+        with quietly():
             needs_index = not is_local and name not in self._manager(False).task_index
         if needs_index and self._say is not None and True not in self._managers:
             self._say("reading lm-eval's index of tasks, which takes 7 to 30 seconds")
-        with quietly(True), seeded(self._seed):
+        with quietly(), seeded(self._seed):
             manager, local = self._manager(needs_index), self._local_tasks()
             others = () if is_local else manager.task_index
             if name not in (local if is_local else others):
-                raise _unknown_task(name, [*local, *others])
+                near = difflib.get_close_matches(name, [*local, *others], n=5, cutoff=0.5)
+                hint = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its tasks."
+                raise EvaluationError(f"unknown task {name!r}. {hint}")
             found = manager.load([dict(local[name])]) if is_local else _load(manager, name)
-        for task_name, task in found["tasks"].items():
-            _check_task(task_name, task)
+        for one, task in found["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise EvaluationError(f"task {one!r} runs code that the model writes; that is not supported here.")
+            if getattr(task, "MULTIMODAL", False):
+                raise EvaluationError(f"task {one!r} needs images or sound; only text is supported here.")
         return LoadedTasks((name,), found["tasks"], found.get("groups", {}))
 
     def _manager(self, include_defaults: bool) -> Any:
@@ -139,12 +144,6 @@ def _load(manager: Any, name: str) -> Any:
             ) from error
 
 
-def _unknown_task(name: str, known: Sequence[str]) -> EvaluationError:
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    hint = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its tasks."
-    return EvaluationError(f"unknown task {name!r}. {hint}")
-
-
 def set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
     """As lm-eval's command does: a task that says 0 means it. Raises EvaluationError where that has no effect."""
     free = [task for task in tasks.values() if task.get_config("num_fewshot") != 0]
@@ -155,13 +154,6 @@ def set_fewshot(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
     for task in free:
         default = task.get_config("num_fewshot") or 0
         task.set_config(key="num_fewshot", value=default if num_fewshot is None else num_fewshot)
-
-
-def _check_task(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise EvaluationError(f"task {name!r} runs code that the model writes; that is not supported here.")
-    if getattr(task, "MULTIMODAL", False):
-        raise EvaluationError(f"task {name!r} needs images or sound; only text is supported here.")
 
 
 _ANSWER_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -210,11 +202,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quietly(quiet: bool) -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without lm-eval's and datasets' messages and bars, which obey no setting but where stderr goes."""
-    if not quiet:
-        yield
-        return
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -263,7 +252,7 @@ def training_texts(
     except EvaluationError as error:
         raise CalibrationError(f"calibration task {name!r}: {error}") from error
     found = []
-    with quietly(True), seeded(seed):
+    with quietly(), seeded(seed):
         for task_name, task in loaded.tasks.items():
             documents = _training_documents(task_name, task, split)
             order = list(range(len(documents)))
@@ -277,8 +266,14 @@ def _rendered_in_turn(
 ) -> Iterator[tuple[str, str]]:
     for turn in itertools.zip_longest(*found):
         for name, task, documents, number in filter(None, turn):
-            with quietly(True), seeded(seed):
-                text = _rendered(name, task, documents[number])
+            try:
+                with quietly(), seeded(seed):
+                    text = _prompt_and_answer(task, documents[number])
+            except Exception as error:  # a task's templates and functions may fail in any way
+                raise CalibrationError(
+                    f"task {name!r}: a document cannot be rendered with its answer: {type(error).__name__}: {error}. "
+                    f"Its keys are {sorted(documents[number])}."
+                ) from error
             yield text, f"task {name!r}, document {number}"
 
 
@@ -307,18 +302,8 @@ def _training_documents(name: str, task: Any, split: str | None) -> Sequence[Any
     return documents  # type: ignore[no-any-return]
 
 
-def _rendered(name: str, task: Any, document: Any) -> str:
-    """Prompt and right answer, as the task puts them together when a model is measured."""
-    try:
-        return _prompt_and_answer(task, document)
-    except Exception as error:  # a task's templates and functions may fail in any way
-        raise CalibrationError(
-            f"task {name!r}: a document cannot be rendered with its answer: {type(error).__name__}: {error}. Its keys "
-            f"are {sorted(document)}."
-        ) from error
-
-
 def _prompt_and_answer(task: Any, document: Any) -> str:
+    """As the task puts them together when a model is measured."""
     context = task.fewshot_context(document, 0, gen_prefix=task.doc_to_prefix(document))
     delimiter = task.config.target_delimiter
     kind = task.OUTPUT_TYPE

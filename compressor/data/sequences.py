@@ -36,7 +36,6 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all sequences together."""
         return sum(len(ids) for ids in self.ids)
 
     def to_json(self) -> dict[str, Any]:

@@ -423,7 +423,6 @@ class TaskSource(GivenSource):
 
     @property
     def name_in_index(self) -> str:
-        """What lm-eval calls the task."""
         from compressor.data.lm_eval_tasks import named_in
 
         return named_in(Path(self.task)) if self.is_file else self.task

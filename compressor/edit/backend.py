@@ -64,12 +64,10 @@ class Backend(ABC):
 
     @property
     def model(self) -> Any:
-        """The transformers model."""
         return self.moe.model
 
     @property
     def layers(self) -> Sequence[MoELayer]:
-        """Its MoE layers."""
         return self.moe.layers
 
     def counted(self) -> AbstractContextManager[Counter]:
@@ -137,13 +135,11 @@ class Backend(ABC):
         """Write the checkpoint into the output's folder."""
 
 
-@dataclass(eq=False, repr=False)
-class InMemory(Backend):
-    """A model whose weights are all there. `source` is the checkpoint that it came from, if any."""
+class _Callable:
+    """A model whose weights are all there, so that it is simply called."""
 
-    moe: MoEModel
-    source: Checkpoint | None
-    _answered: tuple[TokenBatch, Tensor] | None = field(init=False, default=None)
+    model: Any
+    processes: Processes
 
     def perplexity(
         self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
@@ -152,6 +148,18 @@ class InMemory(Backend):
 
     def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
         return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        return forward.logits(self.model, batch)
+
+
+@dataclass(eq=False, repr=False)
+class InMemory(_Callable, Backend):
+    """A model whose weights are all there. `source` is the checkpoint that it came from, if any."""
+
+    moe: MoEModel
+    source: Checkpoint | None
+    _answered: tuple[TokenBatch, Tensor] | None = field(init=False, default=None)
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         return size(self.model, routed)
@@ -166,9 +174,6 @@ class InMemory(Backend):
             differences, answers = _edit_verified(self.moe, method, decision, probe, untouched)
         self._answered = probe, answers
         return differences
-
-    def logits(self, batch: TokenBatch) -> Tensor:
-        return forward.logits(self.moe.model, batch)
 
     def answers(self, batch: TokenBatch) -> Tensor:
         """The logits outside any mask; not computed again where the last edit was compared on this batch."""
@@ -220,7 +225,7 @@ def _edit_verified(
     return {"keep_all_difference": 0.0, **errors, **compared}, answers
 
 
-class AsLoaded:
+class AsLoaded(_Callable):
     """A model as transformers loads it, to be measured alone. `layers` are the MoE layers that are known."""
 
     weights = None
@@ -231,17 +236,6 @@ class AsLoaded:
 
     def counted(self) -> AbstractContextManager[Counter]:
         return nullcontext(Counter())
-
-    def logits(self, batch: TokenBatch) -> Tensor:
-        return forward.logits(self.model, batch)
-
-    def perplexity(
-        self, sequences: Sequences, batch_size: int, update: Update | None = None, watch: Watch | None = None
-    ) -> Perplexity:
-        return perplexity(self.model, sequences, batch_size, update, self.processes, watch=watch)
-
-    def ask(self, tasks: LoadedTasks, tokenizer: Any, update: Update | None = None, **how: Any) -> TaskResults:
-        return run_tasks(self.model, tokenizer, tasks, progress=update, processes=self.processes, **how)
 
     def size(self, routed: Sequence[RoutedSize] = ()) -> Size:
         """Of a quantised checkpoint the parameters are those that its numbers stand for."""

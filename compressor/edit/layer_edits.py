@@ -57,7 +57,6 @@ class LiveWeights:
 
     @property
     def model(self) -> Any:
-        """The live one."""
         return self._moe.model
 
     def read(self, layer: MoELayer) -> Tensors:
@@ -101,7 +100,6 @@ class StoredWeights:
 
     @property
     def model(self) -> Any:
-        """The skeleton, of which one decoder layer has weights."""
         return self._weights.model
 
     @cached_property

@@ -65,7 +65,6 @@ class ShardEdit:
 
     @property
     def kept(self) -> list[TensorEdit]:
-        """The tensors that are there afterwards."""
         return [tensor for tensor in self.tensors if tensor.becomes != "dropped"]
 
     @property

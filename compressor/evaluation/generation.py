@@ -62,7 +62,6 @@ class Generation(Result):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Generation:
-        """The inverse of `to_json`."""
         return cls(**{**data, **{mode: Written(**data[mode]) for mode in ("greedy", "sampled")}})
 
 

@@ -100,7 +100,6 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
-    quiet: bool = True,
     progress: Progress | None = None,
     processes: Processes | None = None,
     run: Run | None = None,
@@ -119,7 +118,7 @@ def run_tasks(
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=seed)
     with (
-        quietly(quiet),
+        quietly(),
         seeded(seed),
         torch.no_grad(),
         evaluating(model),
@@ -161,7 +160,7 @@ def check_requests(tasks: LoadedTasks, tokenizer: Any, config: Any, *, seed: int
     known = {"_max_length": None, "_DEFAULT_MAX_LENGTH": HFLM._DEFAULT_MAX_LENGTH, "tokenizer": tokenizer}
     num_positions = HFLM.max_length.fget(SimpleNamespace(model=SimpleNamespace(config=config), **known))
     refuse_long_answers(tasks.tasks, num_positions)
-    with quietly(True), seeded(seed), _refusals_of_lm_eval(tasks):
+    with quietly(), seeded(seed), _refusals_of_lm_eval(tasks):
         for task in tasks.tasks.values():
             task.set_fewshot_seed(seed=seed)
             task.build_all_requests(limit=1, rank=0, world_size=1)
@@ -371,7 +370,8 @@ def _task_result(name: str, task: Any, raw: Mapping[str, Any], tasks: LoadedTask
         short = key.removesuffix(",none")
         values = [sample[metric] for sample in samples if sample["filter"] == filter_name and metric in sample]
         is_mean = aggregation.get(metric) is mean
-        error = _standard_error_of_mean(values) if is_mean else None
+        has_error = is_mean and len(values) > 1
+        error = statistics.stdev(map(float, values)) / math.sqrt(len(values)) if has_error else None
         metrics[short] = Metric(value, error, higher_is_better.get(metric))
         if is_mean and all(v in (0, 1) for v in values):
             correct[short] = tuple(bool(v) for v in values)
@@ -441,12 +441,6 @@ def _with_standard_errors(raw: Mapping[str, Any], result: TaskResult) -> Json:
         if metric.standard_error is not None:
             figures[f"{base}_stderr,{filter_name or 'none'}"] = metric.standard_error
     return figures
-
-
-def _standard_error_of_mean(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    return float(statistics.stdev(map(float, values))) / math.sqrt(len(values))
 
 
 def _to_ranges(ids: Sequence[int]) -> str:

@@ -114,7 +114,6 @@ class Work:
         return 4 * (tokens + self.measured_tokens) * self.hidden * self.itemsize
 
     def text(self, place: Placement) -> int:
-        """Bytes of memory for the text."""
         waiting = self.hidden_states(place.weights) if place.states == "memory" else 0
         return round(self.tokens * self.per_token) + waiting
 

@@ -60,7 +60,6 @@ class OwnTensor:
 
     @property
     def single(self) -> Tensor:
-        """One expert's, whichever."""
         return self.of(0)
 
     def expert_at(self, view: Tensor) -> int:

@@ -328,7 +328,6 @@ class _LayerFinder:
         top_k_leaf: ConfigLeaf | None,
         group_leaves: Sequence[ConfigLeaf | None],
     ) -> tuple[MoELayer, ...]:
-        """The layers in the order of the model."""
         order = {path: position for position, path in enumerate(self.base.children)}
         probes: dict[object, RouterProbe] = {}
         groups = [leaf.get(self.config) if leaf else 1 for leaf in group_leaves]

@@ -10,7 +10,7 @@ the same memory as [outputs, inputs].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -145,11 +145,7 @@ class LayerWeights:
         self.path, self.num_experts = layer.path, len(ids)
         self._layer, self._ids, self._read, self._used = layer, tuple(ids), read, used
         self._tensors: Tensors | None = None
-        self._kept: tuple[int, ...] | None = None
-        self._top_k: int | None = None
-        self._padded = False
-        self._rule: SkipRule | None = None
-        self._constants: Replacements | None = None
+        self._ending = Ending()
 
     def __repr__(self) -> str:
         return f"LayerWeights({self.path}: {self.num_experts} experts)"
@@ -190,24 +186,23 @@ class LayerWeights:
 
     def keep(self, ids: Sequence[int], *, top_k: int | None = None, padded: bool = False) -> None:
         """Remove all other experts; `top_k` and `padded` as of `MoEModel.keep`, alike in all layers."""
-        self._kept, self._top_k, self._padded = tuple(ids), top_k, padded
+        self._ending = replace(self._ending, kept=tuple(ids), top_k=top_k, padded=padded)
 
     def skip(self, rule: SkipRule) -> None:
         """Skip experts by this rule from now on."""
-        self._rule = rule
+        self._ending = replace(self._ending, rule=rule)
 
     def replace(self, constants: Replacements) -> None:
         """Have these experts, by id, answer a constant [hidden] each, whatever they are given, and remove their
         weights. The router stays as it is, and so do all ids; see `model.constants`. None instead of a constant: the
         expert is never chosen, where the router has a bias that sees to that.
         """
-        self._constants = dict(constants)
+        self._ending = replace(self._ending, constants=dict(constants))
 
     @property
     def ending(self) -> Ending:
         """What the edit has asked for."""
-        wrote = self._tensors is not None
-        return Ending(self._kept, self._top_k, self._padded, self._rule, wrote, self._constants)
+        return replace(self._ending, wrote=self._tensors is not None)
 
     @property
     def _all(self) -> Tensors:

@@ -45,7 +45,6 @@ class PairLists:
         return torch.arange(len(self.sizes), device=self.slot_P.device).repeat_interleave(counts_E)
 
     def choices(self) -> tuple[Tensor, Tensor]:
-        """(expert ids, weights), [T, K] each."""
         return self._by_slot(self._expert_P()), self._by_slot(self.weight_P)
 
     def replaced(self, kept_TK: Tensor, weights_TK: Tensor) -> tuple[Any, ...]:

@@ -223,7 +223,6 @@ class _Walk:
     """The decoder layer that the streams are in."""
 
     def run(self, batches: Sequence[TokenBatch], consume: Consume | None = None) -> Figures:
-        """All batches, layer by layer."""
         domains = [batch.domain for batch in batches]
         for statistic in self.statistics.values():
             statistic.share(self.processes)

@@ -126,7 +126,6 @@ class Streams:
 
     @property
     def all(self) -> list[Stream]:
-        """The originals, and then the others."""
         return [*self.originals, *self.others]
 
     def begin(

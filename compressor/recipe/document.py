@@ -81,7 +81,6 @@ class Document:
             self.raise_mistakes()
 
     def at(self, path: KeyPath) -> Any:
-        """The plain value at `path`."""
         value: Any = self.data
         for key in path:
             value = value[key]
@@ -287,7 +286,6 @@ _YAML_ADVICE = {
 
 
 def _as_json(source: Mapping[str, Any] | BaseModel) -> str:
-    """A mapping or a Recipe as JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -307,7 +305,6 @@ def _as_json(source: Mapping[str, Any] | BaseModel) -> str:
 
 
 def _end_of(text: str, name: str) -> yaml.Mark:
-    """The place just after `text`."""
     return yaml.Mark(name, 0, text.count("\n"), len(text) - text.rfind("\n") - 1, None, 0)
 
 

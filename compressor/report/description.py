@@ -30,7 +30,6 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """What stands above it."""
         return self.title or self.key.replace("_", " ")
 
 

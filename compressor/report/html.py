@@ -41,7 +41,6 @@ def page(record: Json) -> str:
 
 
 def picture_page(title: str, tables: Sequence[Table], pictures: Iterable[Json]) -> str:
-    """A page of tables and charts."""
     return _rendered(title=title, tables=tables, pictures=[*pictures])
 
 

@@ -30,7 +30,6 @@ class Table:
 
     @property
     def headings(self) -> list[str]:
-        """What stands above the columns."""
         return [column.removeprefix(">") for column in self.columns]
 
     def show(self, console: Console) -> None:

@@ -265,7 +265,6 @@ class _Look:
 
     @property
     def quantisation(self) -> Mapping[str, Any] | None:
-        """What its weights are quantised by."""
         return self.stored.quantisation if self.stored else None
 
 

@@ -42,7 +42,6 @@ class Job:
 
     @property
     def recipe(self) -> Recipe:
-        """What the user wrote."""
         return self.loaded.recipe
 
     @contextmanager

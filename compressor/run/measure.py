@@ -68,7 +68,6 @@ class Measured:
     generation: Generation | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What the record says of it."""
         return {
             **({"experts_per_token": self.experts_per_token} if self.experts_per_token else {}),
             "perplexity": {name: value.to_json() for name, value in self.perplexity.items()},
@@ -86,7 +85,6 @@ class Measured:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measured:
-        """The inverse of `to_json`."""
         objects = {
             "perplexity": {name: Perplexity(**value) for name, value in data["perplexity"].items()},
             "tasks": {name: TaskResult.from_json(value) for name, value in data["tasks"].items()},

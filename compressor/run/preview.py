@@ -65,5 +65,4 @@ class Preview:
 
     @property
     def layers(self) -> Sequence[MoELayer]:
-        """The MoE layers that are known of."""
         return self.structure.layers if self.structure else ()

@@ -207,7 +207,6 @@ def identity_json(
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
-    """A digest of what a run is about."""
     return digest(json.dumps(identity, sort_keys=True))
 
 

@@ -31,7 +31,6 @@ class Total:
 
     @property
     def resolved(self) -> ResolvedPass:
-        """Its pass."""
         return self.loaded.passes[0]
 
     def swept(self, decision: Decision) -> Json:

@@ -132,7 +132,6 @@ def slice_of(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
 
 
 def num_tokens(batches: Iterable[TokenBatch]) -> int:
-    """Without padding."""
     return sum(int(batch.attention_mask.sum()) for batch in batches)
 
 

@@ -51,7 +51,6 @@ class ExpertSums(RankedStatistic):
         self._domain_B: list[int] = []
 
     def num_ranks(self, tokens: RoutedTokens) -> int:
-        """The experts chosen."""
         return tokens.index_TK.shape[1]
 
     def _domain(self, tokens: RoutedTokens) -> int:

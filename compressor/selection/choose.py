@@ -34,7 +34,6 @@ class Fixed:
 
     @property
     def staying(self) -> list[int]:
-        """All that must stay, ascending."""
         return sorted({*self.protected, *self.supers})
 
 
@@ -82,7 +81,6 @@ def cost(objective: Objective, squared_B: Tensor) -> float:
 
 
 def kept_and_dropped(layer: MoELayer, dropped: Sequence[int]) -> Choice:
-    """Both lists of ids, ascending."""
     gone = set(dropped)
     return {"kept": [e for e in range(layer.num_experts) if e not in gone], "dropped": sorted(gone)}
 

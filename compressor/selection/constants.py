@@ -60,7 +60,6 @@ class ConstantErrors(RankedStatistic):
         self._values_EH: Tensor | None = None
 
     def num_ranks(self, tokens: RoutedTokens) -> int:
-        """The experts chosen."""
         return tokens.index_TK.shape[1]
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
@@ -92,7 +91,6 @@ class ConstantErrors(RankedStatistic):
             output_EEH[expert] += both_pE.T @ outputs_PH.index_select(0, own_p)
 
     def end_batch(self, tokens: RoutedTokens) -> None:
-        """Add the size of the layer's output."""
         so_far = self._squared_output.get(tokens.domain, 0.0)
         self._squared_output[tokens.domain] = so_far + float(tokens.squared_output)
 

@@ -200,7 +200,6 @@ class SubsetErrors(RankedStatistic):
         self._errors_BS.append(torch.zeros(len(self._tables.dropped), dtype=torch.float64, device=device))
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
-        """Add some tokens of a batch."""
         assert self._tables is not None
         if self._gram_TXX is None:
             self._errors_BS[-1] += chunk_errors(tokens, self._tables, chunk)

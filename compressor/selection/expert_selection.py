@@ -169,7 +169,6 @@ class ExpertSelection(Method[OptionsT]):
         return plain[0].observing_for(plain[1:]), "constants"
 
     def _with(self, changes: Mapping[str, Any]) -> Self:
-        """The same with other values of options."""
         return type(self)(self.options.model_copy(update=changes), self.criteria)
 
     def __init__(self, options: OptionsT, criteria: Mapping[str, Any] | None = None) -> None:
@@ -185,13 +184,6 @@ class ExpertSelection(Method[OptionsT]):
         """Whether whole decisions are compared by what the model's answers lose."""
         return self.options.chooses or len(self._kinds) > 1
 
-    def _ways(self, layers: Sequence[MoELayer]) -> list[SelectionOptions]:
-        """The ways in which sets are chosen that are measured."""
-        if not self.options.is_measured:
-            return [self.options]
-        most = max(len(measured_counts(self._plan(layer), len(layers))) for layer in layers)
-        return measured_ways(self.options, self.criteria, len(layers), most)
-
     def candidates(self, layers: Sequence[MoELayer], layer: MoELayer, statistics: Gathered) -> list[Decision]:
         """What would be decided for each count that is measured, in each way; the same set once."""
         if len(self._all_kinds) > 1:
@@ -199,7 +191,7 @@ class ExpertSelection(Method[OptionsT]):
             offered = [one for kind in kinds for one in kind.candidates(layers, layer, statistics)]
             return [*{_sets(one): one for one in reversed(offered)}.values()][::-1]
         found: dict[tuple[int, ...], Choice] = {}
-        plans = [LayerPlan(layer, way) for way in self._ways(layers)]
+        plans = [LayerPlan(layer, way) for way in _ways(self, layers)]
         for count in measured_counts(self._plan(layer), len(layers)):
             for plan in plans:
                 one, _ = self._chosen(plan, statistics, count)
@@ -221,7 +213,7 @@ class ExpertSelection(Method[OptionsT]):
         if self.options.budget:
             from compressor.selection.sharing import shared
 
-            ways = [[LayerPlan(layer, way) for layer in layers] for way in self._ways(layers)]
+            ways = [[LayerPlan(layer, way) for layer in layers] for way in _ways(self, layers)]
             how = (statistics, lambda plan, count: self._chosen(plan, statistics, count))
             decision["budget"], num_kept, costs = shared(ways, *how)
         for plan, count in num_kept:
@@ -249,10 +241,9 @@ class ExpertSelection(Method[OptionsT]):
         return {name: same.setdefault(_sets(one), one) for found in by_kind for name, one in found.items()}
 
     def _rivals(self, layers: Sequence[MoELayer], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return rivals(self.options, self.criteria, domains, several=len(self._ways(layers)) > 1)
+        return rivals(self.options, self.criteria, domains, several=len(_ways(self, layers)) > 1)
 
     def _named(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
-        """The alternatives of one kind."""
         found: dict[str, Decision] = {}
         for name, changes in self._rivals(layers, statistics.domains).items():
             try:
@@ -316,6 +307,14 @@ class ExpertSelection(Method[OptionsT]):
         return drawn
 
 
+def _ways(method: ExpertSelection[Any], layers: Sequence[MoELayer]) -> list[SelectionOptions]:
+    """The ways in which sets are chosen that are measured."""
+    if not method.options.is_measured:
+        return [method.options]
+    most = max(len(measured_counts(method._plan(layer), len(layers))) for layer in layers)
+    return measured_ways(method.options, method.criteria, len(layers), most)
+
+
 def _bytes_of_search(plans: Sequence[LayerPlan]) -> float:
     """What a search keeps of a token at one layer, by these plans of it."""
     counts = [min(plan.counts) for plan in plans if plan.changes and plan.route == "greedy"]
@@ -339,7 +338,7 @@ def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelectio
     for kind in {one.options.replacement for one in methods}:
         of_kind = [one for one in methods if one.options.replacement == kind and one.options.is_measured]
         counts = [{n for one in of_kind for n in measured_counts(one._plan(layer), len(layers))} for layer in layers]
-        found += max((len(one._ways(layers)) for one in of_kind), default=0) * max(map(len, counts))
+        found += max((len(_ways(one, layers)) for one in of_kind), default=0) * max(map(len, counts))
     return found
 
 

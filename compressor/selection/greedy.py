@@ -78,7 +78,6 @@ class Search:
         self.keep(range(layer.num_experts))
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Go to this set."""
         self.is_left_N = _left(self.layer, kept)
         for state in self.states:
             state.keep(self.is_left_N.to(state.loss_T.device))
@@ -90,7 +89,6 @@ class Search:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The experts that are left, ascending."""
         return tuple(self.is_left_N[: self.layer.num_experts].nonzero()[:, 0].tolist())
 
     def losses(self) -> Tensor:
@@ -248,7 +246,6 @@ class GreedySearch(RankedStatistic):
         return ranks_looked_at(self.layer, self.counts[-1], self.top_k, self.wanted_ranks)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
-        """Add some tokens of a batch."""
         rule = search_rule(self.layer, tokens.rule)
         self._rule = self._rule or rule
         self._put(token_grams(tokens, chunk, self._num_batches))

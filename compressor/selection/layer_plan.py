@@ -38,7 +38,6 @@ class LayerPlan:
 
     @property
     def path(self) -> str:
-        """The layer's."""
         return self.layer.path
 
     @cached_property
@@ -65,7 +64,6 @@ class LayerPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether anything changes in the layer."""
         return self.options.top_k is not None or self.counts != [self.layer.num_experts]
 
     @cached_property
@@ -91,12 +89,10 @@ class LayerPlan:
 
     @cached_property
     def protected(self) -> list[int]:
-        """Ids that must stay."""
         return ids_for(self.layer, self.options.protect)
 
     @cached_property
     def forbidden(self) -> list[int]:
-        """Ids that must go."""
         return ids_for(self.layer, self.options.forbid)
 
     def has_room(self, num_kept: int) -> bool:

@@ -66,7 +66,6 @@ class PairLosses(RankedStatistic):
         self._single_N = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, tokens: RoutedTokens, chunk: RankedChunk) -> None:
-        """Add some tokens of a batch."""
         matrix_NN = self._matrices_NN[self._domains[tokens.domain]]
         gram_cMM = chunk.gram()
         weights_cK = tokens.weights_TK[chunk.start : chunk.stop].double()

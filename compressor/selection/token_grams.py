@@ -62,12 +62,10 @@ class TokenGrams:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
         return len(self.order_TM)
 
     @property
     def bytes_per_token(self) -> float:
-        """What a token takes."""
         held = (self.order_TM, self.affinity_TM, self.gram_TXX, self.batch_T, self.score_TN)
         return sum(tensor.numel() * tensor.element_size() for tensor in held) / max(1, self.num_tokens)
 

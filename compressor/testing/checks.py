@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ class Report:
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that did not pass."""
         return [check for check in self.checks if check.passed is False]
 
     def __getitem__(self, name: str) -> Check:
@@ -104,22 +104,12 @@ def check_model(
     reads a folder as a user without this library would (`from_pretrained`). `trust_remote_code` lets its code run
     again; `adapters` may explain it. Raises UnsupportedModelError without a structure; all else ends up in the report.
     """
-    if load is None:
-        load = lambda folder: type(model).from_pretrained(folder, dtype=model.dtype)  # noqa: E731
+    load = load or partial(type(model).from_pretrained, dtype=model.dtype)
     subject = _Subject(model, inputs, load, trust_remote_code, adapters)
     report = Report(type(model).__name__)
-    checks: list[tuple[str, Callable[[_Subject], Iterator[Check]]]] = [
-        ("keep all", _keep_all),
-        ("removed = masked", _removed),
-        ("top-k lowered", _top_k_lowered),
-        ("uneven", _uneven),
-        ("padded", _padded),
-        ("edited on disk", _on_disk),
-        ("skipping", _skipping),
-    ]
-    if statistics:
-        checks.append(("statistics", _statistics))
-    for name, run in checks:
+    for name, run in _CHECKS.items():
+        if name == "statistics" and not statistics:
+            continue
         try:
             report.checks += run(subject)
         except CompressorError as error:
@@ -310,13 +300,8 @@ def _layer_by_layer(subject: _Subject, source: Checkpoint, loaded: Any) -> Check
         return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
     ids, found = subject.inputs["input_ids"], []
     batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
-    layerwise.forward(
-        weights.model,
-        [batch],
-        lambda _, output: found.append(forward.answers_at(batch, output)),
-        _ignore,
-        weights=weights,
-    )
+    take, no_progress = (lambda _, output: found.append(forward.answers_at(batch, output))), (lambda done, total: None)
+    layerwise.forward(weights.model, [batch], take, no_progress, weights=weights)
     return _equal("read layer by layer", found[0], forward.logits(loaded, batch))
 
 
@@ -431,10 +416,6 @@ def _layer_statistics(subject: _Subject, layer: MoELayer) -> Check:
     return Check(name, error <= limit, f"{rule}, relative error {error:.1e}")
 
 
-def _ignore(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 def _predicted_change(tokens: RoutedTokens, kept: Sequence[int]) -> Tensor:
     """[T, H] float64: how the output changes with only `kept`, by the closed rule or replay, expert by expert."""
     layer, size = tokens.layer, tokens.layer.num_choices
@@ -477,6 +458,18 @@ def expert_matrix_size(model: nn.Module, layer: MoELayer) -> int:
     """Numbers in one expert's matrices: a token costs two FLOPs for each."""
     owned = [own for own in own_tensors(model, layer) if own.expert in (None, 0)]
     return sum(own.single.numel() for own in owned if own.single.ndim >= 2)
+
+
+_CHECKS: Mapping[str, Callable[[_Subject], Iterator[Check]]] = {
+    "keep all": _keep_all,
+    "removed = masked": _removed,
+    "top-k lowered": _top_k_lowered,
+    "uneven": _uneven,
+    "padded": _padded,
+    "edited on disk": _on_disk,
+    "skipping": _skipping,
+    "statistics": _statistics,
+}
 
 
 # Which experts, and comparing -------------------------------------------------------------------------------

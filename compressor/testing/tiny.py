@@ -48,7 +48,6 @@ _LEFT_ALONE = object()
 
 
 @functools.cache
-@functools.cache
 def candidate_types() -> tuple[str, ...]:
     """Model types of the installed transformers, sorted, whose default config counts experts, itself or in a part."""
     return tuple(sorted(name for name in CONFIG_MAPPING_NAMES if _may_have_experts(name)))

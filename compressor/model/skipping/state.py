@@ -47,7 +47,6 @@ class Switch:
             one.lower()
 
     def resume(self) -> None:
-        """The inverse of `pause`."""
         self.paused -= 1
         for one in self.raised if not self.paused else ():
             one.lift()
@@ -85,7 +84,6 @@ class LayerSkip:
 
     @property
     def is_on(self) -> bool:
-        """Whether the layer skips now."""
         return not self.switch.paused
 
     def kept(self, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
