@@ -106,9 +106,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How much of a method's candidates is measured: on so many `tokens` of the calibration text, at most so many
-    `candidates` for each layer.
-    """
+    """What is measured of candidates: on how many `tokens` of calibration text, at most how many of each layer."""
 
     tokens: int
     candidates: int
@@ -157,9 +155,7 @@ class Matrices(Protocol):
 
 
 class OptionError(ValueError):
-    """An option cannot be met by this model. `option` names it, None the pass as a whole; the recipe's place is added
-    by the core.
-    """
+    """An option cannot be met by this model: `option`, None the pass. The core adds its place in the recipe."""
 
     def __init__(self, option: str | None, message: str) -> None:
         super().__init__(message)
@@ -211,9 +207,7 @@ def check_skipping(layer: MoELayer, option: str | None = None) -> None:
 
 
 class Method(ABC, Generic[OptionsT]):
-    """A compression method: a subclass sets `name`, `version`, `api` and `options_type`, and is offered by the hook
-    `compressor_methods`.
-    """
+    """A compression method: sets `name`, `version`, `api`, `options_type`; the hook `compressor_methods` offers it."""
 
     name: ClassVar[str]
     """The recipe key, such as `expert_pruning`."""
@@ -282,9 +276,7 @@ class Method(ABC, Generic[OptionsT]):
 
     @property
     def held_out(self) -> bool:
-        """Whether held-out text is to be observed too: `Gathered.held_out` names its domains, which nothing may be
-        decided by.
-        """
+        """Whether held-out text is observed too: `Gathered.held_out` names it, and nothing may be decided by it."""
         return False
 
     @property

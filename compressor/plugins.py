@@ -120,9 +120,7 @@ def load_plugins(
 
 
 class _File:
-    """A file as an entry point. Its digest is its version: no run goes on with another one. Raises PluginError where it
-    cannot be read.
-    """
+    """A file as an entry point; its digest is its version. Raises PluginError where it cannot be read."""
 
     def __init__(self, file: str | Path) -> None:
         self._path = Path(file)

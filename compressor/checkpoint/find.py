@@ -114,11 +114,11 @@ def with_weights(found: Checkpoint) -> Checkpoint:
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The model's config as transformers reads it. Raises CheckpointError where there is none or it is damaged."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_config(checkpoint.folder)
     code = raw.get("auto_map")
-    if code and not checkpoint.trust_remote_code and not _known_to_transformers(raw.get("model_type")):
+    if code and not checkpoint.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{checkpoint.reference}: the model's code comes with its checkpoint "
             f"({code.get('AutoConfig') if isinstance(code, dict) else code}). It "
@@ -156,9 +156,3 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
     return raw
-
-
-def _known_to_transformers(model_type: object) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING

@@ -130,7 +130,8 @@ class StreamedWeights:
             target, _ = self._conversion.rename(key)
             if target in self._conversion.tensors:
                 self._sources.setdefault(target, {})[key] = tensor
-        self._names = _names_by_tensor(model)
+        computed = {name for name, _ in model.named_non_persistent_buffers()}
+        self._names = {name: tensor for name, tensor in named_tensors(model).items() if name not in computed}
         self._aliases: dict[int, list[str]] = {}
         """All names of each tensor of the skeleton, by its id; the skeleton's tensors live as long as `_names`."""
         for name, on_meta in self._names.items():
@@ -269,12 +270,6 @@ def _memory(num_bytes: int) -> Tensor:
         {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if hasattr(mmap, "MAP_POPULATE") else {}
     )
     return torch.frombuffer(mmap.mmap(-1, num_bytes, **flags), dtype=torch.uint8)
-
-
-def _names_by_tensor(model: nn.Module) -> dict[str, Tensor]:
-    """Every name of every tensor that a checkpoint holds; several names may lead to one tensor."""
-    computed = {name for name, _ in model.named_non_persistent_buffers()}  # type: ignore[operator]
-    return {name: tensor for name, tensor in named_tensors(model).items() if name not in computed}
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

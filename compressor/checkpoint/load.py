@@ -136,9 +136,7 @@ def _class_to_load(checkpoint: Checkpoint, config: Any, adapters: Sequence[Adapt
 
 @torch.no_grad()
 def align(model: Any) -> None:
-    """Move weights to addresses that 64 divides, in place: as a file is mapped, matrix products on a CPU may sum in
-    another order, and equal models differ in the last bit.
-    """
+    """Move weights to addresses that 64 divides, in place: elsewhere matrix products may sum in another order."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()

@@ -11,7 +11,7 @@ transformers' to say: those with a load operation that dequantises (FP8; MXFP4; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,7 +36,7 @@ def format_of(quantisation: Mapping[str, Any]) -> str:
 
 def without_quantisation(config: Any) -> Any:
     """The config, in place, as that of a model whose weights are numbers."""
-    for holder in _holders(config):
+    for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if getattr(holder, _KEY, None) is not None:
             delattr(holder, _KEY)
     return config
@@ -136,10 +136,3 @@ def _packed_only(name: object) -> str | None:
     except Exception:  # it needs the package even to say so, or never says so
         operations = {}
     return None if "dequantize" in operations else "transformers reads this format in its packed form only"
-
-
-def _holders(config: Any) -> Iterator[Any]:
-    yield config
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            yield part

@@ -62,7 +62,8 @@ def write_beside_weights(
     """
     raw = read_config(source or folder) | copy.deepcopy(dict(changes or {}))
     for leaf, value in counts.items():
-        _patch_count(raw, leaf, config, value)
+        for name in sorted(spellings(leaf.holder(config), leaf.key)):  # readers differ in the one they look for
+            holder_of(raw, (*leaf.path, name))[name] = value
     raw.pop(KEY, None)
     if replaced := replaced_experts(config):
         holder_of(raw, (*next(iter(counts)).path, CONSTANTS))[CONSTANTS] = replaced
@@ -75,12 +76,6 @@ def write_beside_weights(
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if source:
         files_beside(source).copy(folder)
-
-
-def _patch_count(raw: dict[str, Any], leaf: ConfigLeaf, config: Any, value: int) -> None:
-    """Write an integer under every name that it goes by."""
-    for name in sorted(spellings(leaf.holder(config), leaf.key)):
-        holder_of(raw, (*leaf.path, name))[name] = value
 
 
 def _patch_rope(raw: dict[str, Any], read: Mapping[str, Any]) -> None:

@@ -78,9 +78,7 @@ class StoredWeights:
         """Name on disk → the tensor as it shall be, with all experts that are there now."""
 
     def read(self, layer: MoELayer) -> Tensors:
-        """Raises UnsupportedModelError where they are quantised, NotOnDiskError where they could not be written as they
-        are stored.
-        """
+        """Raises UnsupportedModelError where they are quantised, NotOnDiskError where they could not be written."""
         if self._is_quantised:
             raise UnsupportedModelError(
                 f"{layer.path}: the checkpoint is quantised, and its numbers cannot be edited as they are stored. Edit "
@@ -267,9 +265,7 @@ def _of_all(rule: SkipRule, kept: Sequence[int] | None, layer: MoELayer) -> Skip
 
 
 def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endings) -> None:
-    """Remove and skip what the edits have asked for, and change the config as the method says. Raises OptionError where
-    that cannot be.
-    """
+    """Remove and skip what the edits have asked for; change the config as the method says. Raises OptionError."""
     kept = {path: list(one.kept) for path, one in endings.items() if one.kept is not None}
     rules = {path: one.rule for path, one in endings.items() if one.rule is not None}
     constants = {path: one.constants for path, one in endings.items() if one.constants}

@@ -39,9 +39,7 @@ class StoredMatrices:
 
     @cached_property
     def places(self) -> Mapping[str, Place]:
-        """Where each matrix is, of those called `….weight` that the model has. Raises UnsupportedModelError where the
-        experts are packed together in one tensor.
-        """
+        """Where each matrix `….weight` of the model is. UnsupportedModelError where experts are packed together."""
         tensors = {name: shape for shard in self._found.shards for name, (_, shape) in shard.tensors.items()}
         targets = {name: self._conversion.rename(name)[0] for name in tensors}
         found: dict[str, Place] = {}

@@ -69,9 +69,7 @@ def bytes_per_token(vocabulary: int) -> int:
 
 @dataclass
 class Answers:
-    """What the original answers to one text, by batch: in memory, or in a folder's files, which say what `run` they are
-    of. ``keep`` watches `perplexity`.
-    """
+    """What the original answers to one text, by batch: in memory, or a folder's files of a `run`; see `keep`."""
 
     folder: Path | None = None
     run: str = ""
@@ -167,9 +165,7 @@ def beside_original(
 def _compared(
     kept: Mapping[str, Tensor], batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor
 ) -> tuple[list[list[float]], Tensor]:
-    """Of each sequence of a batch the divergence, tokens with the same first choice, loss added: sums; and tokens. And
-    the first choices [N].
-    """
+    """Of each sequence the divergence, same first choices, loss added: sums; and tokens. And first choices [N]."""
     kl, same, added = ([torch.zeros(0, dtype=torch.float64)] for _ in range(3))
     first = [torch.zeros(0, dtype=torch.int64)]
     start = 0

@@ -106,9 +106,7 @@ def perplexity(
 
 
 def next_token_losses(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """The loss of each next token in nats, 0 for padding: [B, S − 1] float64 on the CPU, in chunks of 64 MiB of
-    float32 logits.
-    """
+    """[B, S − 1] float64 on the CPU: the loss of each next token in nats, 0 for padding; in chunks of 64 MiB."""
     ids_BS, mask_BS = ids_BS.to(logits_BSV.device), mask_BS.to(logits_BSV.device)
     num_sequences, num_positions, vocab_size = logits_BSV.shape
     chunk = max(1, CHUNK_ELEMENTS // (num_sequences * vocab_size))

@@ -146,7 +146,7 @@ def _warm_up(models: Mapping[str, Any], prompt_BS: Tensor, new_tokens: int) -> s
 
 
 def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
-    gpus = _gpus_of(model)
+    gpus = [device for device in forward.devices_of(model) if device.startswith("cuda")]
     prompt_BS = prompt_BS.to(forward.device_of(model))
     takes = inspect.signature(model.forward).parameters
     extra: Json = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -167,10 +167,6 @@ def _time(model: Any, prompt_BS: Tensor, new_tokens: int) -> _Timing:
             output = model(input_ids=token_B1, use_cache=True, **{cache_name: cache})
         end = _now(gpus)
     return _Timing(middle - start, end - middle, peak())
-
-
-def _gpus_of(model: Any) -> list[str]:
-    return [device for device in forward.devices_of(model) if device.startswith("cuda")]
 
 
 def _now(gpus: Sequence[str]) -> float:

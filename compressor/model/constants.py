@@ -54,9 +54,7 @@ def write_replaced(config: Any, layers: Sequence[MoELayer]) -> None:
 
 
 def with_constants(structure: Structure, config: Any) -> Structure:
-    """The structure of the same model where experts answer constants, as its config says. Raises CheckpointError where
-    that does not fit the layers.
-    """
+    """The structure where experts answer constants, as the config says. CheckpointError where that does not fit."""
     found = replaced_experts(config)
     known = {layer.number: layer for layer in structure.layers}
     for number, ids in found.items():

@@ -139,9 +139,7 @@ class LayerWeights:
     def __init__(
         self, layer: MoELayer, ids: Sequence[int], read: Callable[[], Tensors], used: Callable[[], ExpertMatrices]
     ) -> None:
-        """`layer` is as its tensors are, of which the pass saw the experts `ids`; `read` brings the tensors, `used`
-        says how an expert uses its own.
-        """
+        """`ids`: the experts of `layer` that the pass saw; `read` brings the tensors, `used` says how they are used."""
         self.path, self.num_experts = layer.path, len(ids)
         self._layer, self._ids, self._read, self._used = layer, tuple(ids), read, used
         self._tensors: Tensors | None = None

@@ -69,6 +69,7 @@ def probe_router(
             f"{name}: cannot tell how many experts {layer.router} ({router_class}) chooses; it returned {returned}."
         )
     ask = _Questions(router, found, num_experts) if outputs is not None and found.weights_position is not None else None
+    given = [value for value in trace.experts_args or () if isinstance(value, Tensor)]
     return RouterProbe(
         class_name=router_class,
         top_k=found.top_k,
@@ -82,13 +83,8 @@ def probe_router(
         watch_problem=_UNWATCHED.format(layer.path) if call == "pairs" else None,
         padding_problem=_padding_problem(router, ask, found.top_k),
         experts_order=places_of_choices(trace.experts_args or ()) if call == "choices" else None,
-        experts_width=next((value.shape[-1] for value in trace.experts_args or () if _is_hidden(value)), None),
+        experts_width=next((value.shape[-1] for value in given if value.is_floating_point()), None),
     )
-
-
-def _is_hidden(value: object) -> bool:
-    """Whether this is the hidden states among what experts are given: numbers, and more than one a row."""
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 # Tracing ---------------------------------------------------------------------------------------------------
@@ -148,20 +144,15 @@ def _trace_block(model: nn.Module, layer: MoELayer, hidden: Tensor) -> _Trace:
         raise _Reached
 
     is_called = experts is not block and not isinstance(experts, nn.ModuleList)
+    takes_ids = "input_ids" in inspect.signature(block.forward).parameters
+    others = {"input_ids": torch.empty(hidden.shape[:-1], dtype=torch.int64, device="meta")} if takes_ids else {}
     first, second = router.register_forward_pre_hook(before, with_kwargs=True), router.register_forward_hook(after)
     try:
         with first, second, torch.device("meta"), forward_replaced(experts, reached) if is_called else nullcontext():
-            block.forward(hidden, **_further_arguments(block, hidden))
+            block.forward(hidden, **others)
     except Exception:  # _Reached, or anything that cannot run on the meta device
         pass
     return trace
-
-
-def _further_arguments(block: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """What a block's forward may need beside the hidden states: the token ids."""
-    if "input_ids" not in inspect.signature(block.forward).parameters:
-        return {}
-    return {"input_ids": torch.empty(hidden.shape[:-1], dtype=torch.int64, device="meta")}
 
 
 def _tuple(output: Any) -> tuple[Any, ...]:

@@ -13,9 +13,7 @@ from compressor.model.modules import evaluating
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model takes its text: its input embedding's device, or that of the first of its weights that are
-    anywhere.
-    """
+    """Where a model takes its text: its input embedding's device, or that of the first weight that is anywhere."""
     embedding = model.get_input_embeddings()
     weights = [*(embedding.parameters() if embedding is not None else ()), *model.parameters()]
     return next((tensor.device for tensor in weights if not tensor.is_meta), torch.device("cpu"))

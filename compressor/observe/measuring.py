@@ -56,9 +56,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured: on which text; (a layer's path, its figures) → its candidates, `most` of one layer at most; and
-    `whole` decisions.
-    """
+    """On which text; (a layer's path, its figures) → its candidates, `most` of one layer; and `whole` decisions."""
 
     batches: Sequence[TokenBatch]
     candidates: Callable[[str, Mapping[str, Tensor]], Sequence[Candidate]] = lambda path, figures: ()

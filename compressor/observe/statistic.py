@@ -117,9 +117,7 @@ def linear_sites(model: Any, layer: MoELayer) -> list[LinearSite]:
 
 
 class InputStatistic(ABC):
-    """Accumulates figures of what a linear map is given. They are sums over tokens, so that figures of several
-    processes can be added.
-    """
+    """Accumulates figures of what a linear map is given, as sums over tokens, which processes can add."""
 
     @abstractmethod
     def update(self, inputs_TI: Tensor, expert: int | None) -> None:
@@ -129,15 +127,11 @@ class InputStatistic(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The sums so far, on the CPU, in float64. A pass finds them among its layer's figures, as
-        `inputs.SITE.NAME`.
-        """
+        """The sums so far, on the CPU, in float64: `inputs.SITE.NAME` among the layer's figures."""
 
 
 class ExpertInputs(Statistic):
-    """Shows `sites` of a layer, by name, what their matrices are multiplied with. Figures of `others`, which see their
-    inputs elsewhere, stand beside theirs.
-    """
+    """Shows `sites` of a layer what their matrices are multiplied with; figures of `others` stand beside theirs."""
 
     def __init__(
         self, model: Any, sites: Mapping[str, InputStatistic], others: Mapping[str, InputStatistic] | None = None
@@ -182,9 +176,7 @@ class RankedStatistic(Statistic):
 
 
 class JoinedStatistic(RankedStatistic):
-    """Several statistics, and the expert outputs that the ranked ones share are computed once. Their figures have
-    different names.
-    """
+    """Several statistics, with different figures; outputs that the ranked ones share are computed once."""
 
     def __init__(self, parts: Sequence[Statistic]) -> None:
         self.parts = parts

@@ -233,9 +233,7 @@ class Streams:
             self._take = None
 
     def common_stop(self, processes: Processes) -> Stop | None:
-        """Where all streams of all processes stand, None at the end. Raises UnsupportedModelError where they stand
-        before different blocks.
-        """
+        """Where all streams of all processes stand, None at the end. UnsupportedModelError where that differs."""
         own = [[stop.path, stop.is_unit] if stop else None for stop in {stream.stop for stream in self.all}]
         stops = {Stop(*stop) if stop else None for of_one in processes.exchange(own) for stop in of_one}
         if len(stops) > 1:

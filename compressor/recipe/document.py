@@ -228,7 +228,8 @@ class Document:
         if isinstance(node, yaml.ScalarNode) and node.tag != f"{_TAG}null":
             raise self._mistake(mark, (), f"{name} is {in_yaml(node.value)}, which has nothing inside to set")
         pairs = {str(one.value): (one, inner) for one, inner in node.value or ()}
-        if rest and key not in pairs and not _is_in_options(path):
+        is_in_options = path[:1] == ("passes",) and len(path) >= 3
+        if rest and key not in pairs and not is_in_options:
             hint = did_you_mean(key, pairs)
             raise self._mistake(mark, (), f"{name} has no key {in_yaml(key)}{hint} Only the last key may be new")
         key_node, inner = yaml.ScalarNode(f"{_TAG}str", key, mark), value
@@ -318,11 +319,6 @@ def _whole(text: str) -> str | None:
 
 def _unknown_tag(node: yaml.Node) -> str:
     return f"found the tag {node.tag.replace(_TAG, '!!')}, expected a value without a tag"
-
-
-def _is_in_options(path: KeyPath) -> bool:
-    """Whether the mapping at `path` is a method's options, or is in them."""
-    return path[:1] == ("passes",) and len(path) >= 3
 
 
 def _wrong_key(node: yaml.Node) -> str | None:

@@ -26,17 +26,13 @@ def validate(model: type[ModelT], document: Document, path: KeyPath) -> ModelT |
     except ValidationError as error:
         together: dict[KeyPath, list[ErrorDetails]] = {}
         for details in error.errors():
-            if not _only_counted_wrong(details):
+            counts_right_ones = details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]
+            if not counts_right_ones:  # pydantic leaves wrong entries out when it counts a list
                 together.setdefault(_within(document, path, details), []).append(details)
     for inner, alike in together.items():
         at_key = alike[0]["type"] == "extra_forbidden"
         document.add_mistake(inner, _explain(model, alike, document.plain(inner)), at_key=at_key)
     return None
-
-
-def _only_counted_wrong(error: ErrorDetails) -> bool:
-    """Whether a list is called too short because pydantic leaves the wrong entries out when it counts."""
-    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
 def _within(document: Document, path: KeyPath, error: ErrorDetails) -> KeyPath:

@@ -278,9 +278,7 @@ class LoadedRecipe:
         return f"LoadedRecipe({shortened(self.recipe.model, 60)}: {shortened(passes, 120)})"
 
     def error(self, path: Sequence[str | int], message: str) -> RecipeError:
-        """An error to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`; a default's at the mapping around
-        it.
-        """
+        """An error to raise: `r.yaml:7:12 passes[0].expert_pruning.keep: message`; of a default, the place around."""
         return RecipeError(str(self.document.mistake(tuple(path), message)))
 
     def sources_of(self, resolved: ResolvedPass) -> list[BaseSource]:

@@ -38,9 +38,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(record: Json) -> str:
-    """The output's README.md: front matter for the hub, how it was made, its figures, how to load it; no path of this
-    machine.
-    """
+    """The output's README.md: front matter, how it was made, figures, how to load it; no path of this machine."""
     record = without_paths(record)
     reference, output = record["model"]["reference"], record.get("output") or "FOLDER"
     auto_class = record["model"].get("auto_class", "AutoModelForCausalLM")

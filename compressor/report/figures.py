@@ -29,9 +29,7 @@ class Figure(NamedTuple):
 
 
 def summary_tables(record: Json) -> list[Table]:
-    """The figures before and after, how far answers are from the original's, and what each pass does alone, as far as
-    the record has them.
-    """
+    """Figures before and after, how far answers are from the original's, each pass alone, as far as known."""
     rows = figures(record)
     columns = ("figure", ">before", ">after", ">change")
     tables = [Table("Figures", columns, rows, [*legend(rows, record)]), fidelity_table(record), alone_table(record)]

@@ -153,9 +153,10 @@ def print_methods(plugins: Sequence[Any], console: Console) -> None:
                 Padding(Text(f"{method.name} (version {method.version}): {summary}"), (0, 0, 0, 2), expand=False)
             )
             for name, field in method.options_type.model_fields.items():
-                default = (
-                    "; required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-                )
+                value = None if field.is_required() else field.get_default(call_default_factory=True)
+                said = str(value).lower() if isinstance(value, bool) else value
+                default = "" if value in (None, {}, ()) else f"; default {said}"
+                default = "; required" if field.is_required() else default
                 about = Text(f"{name}: ", style="bold") + Text(
                     f"{_type_name(field.annotation)}{default}", style="not bold"
                 )
@@ -215,13 +216,6 @@ def _type_name(annotation: Any) -> str:
         fields = annotation.model_fields.items()
         return f"{{{', '.join(f'{name}: {_type_name(field.annotation)}' for name, field in fields)}}}"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
-
-
-def _default(value: Any) -> str:
-    """As a recipe has it, behind a type; nothing for what is left out."""
-    if value in (None, {}, ()):
-        return ""
-    return f"; default {str(value).lower() if isinstance(value, bool) else value}"
 
 
 # --- what was kept ---

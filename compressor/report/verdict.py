@@ -63,12 +63,13 @@ def _tasks(evaluation: Json) -> Iterator[str]:
 
 
 def _chance(record: Json) -> Iterator[str]:
-    """How many random decisions lose more, in the mean over texts of KL, or else of the logarithm of perplexity; and on
-    which text the fewest do, if fewer.
-    """
+    """How many random decisions lose more in the mean over texts; and on which text the fewest do, if fewer."""
     for done in record.get("passes", []):
         random = done.get("random") or {}
-        by_text = random.get("kl") or {name: _logarithms(one) for name, one in random.get("perplexity", {}).items()}
+        by_text = random.get("kl") or {
+            name: {"ours": math.log(one["ours"]), "random": [math.log(value) for value in one["random"]]}
+            for name, one in random.get("perplexity", {}).items()
+        }
         if by_text:
             ours = statistics.fmean(one["ours"] for one in by_text.values())
             others = [statistics.fmean(draw) for draw in zip(*(one["random"] for one in by_text.values()), strict=True)]
@@ -78,7 +79,3 @@ def _chance(record: Json) -> Iterator[str]:
             )
             but = f" ({fewest} on {where})" if fewest < beaten else ""
             yield f"better than {beaten} of {counted(len(others), 'random choice')}{but}"
-
-
-def _logarithms(one: Json) -> Json:
-    return {"ours": math.log(one["ours"]), "random": [math.log(value) for value in one["random"]]}

@@ -114,9 +114,7 @@ def decide_each(
     without: Iterable[str],
     plugin_files: Iterable[str | Path],
 ) -> dict[str, dict[str, Any]]:
-    """What `decide` answers for each of several `keep`, by where it is written: `output` with its `keep` in the name.
-    Nothing is where one cannot be decided.
-    """
+    """What `decide` answers for each `keep`, by its file: `output` with the count in its name. All or nothing."""
     stem = str(output).removesuffix(".json")
     asked = {f"{stem}-keep-{one}{str(output)[len(stem) :]}": [*overrides, f"--keep={one}"] for one in keep}
     _refuse_existing([*map(Path, asked)], overwrite=overwrite)

@@ -121,9 +121,7 @@ def _is_there(target: Path, fingerprint: str) -> bool:
 
 @contextmanager
 def _left_alone(source: Checkpoint, work: Path) -> Iterator[None]:
-    """Raise PluginError where a file of the checkpoint is another one afterwards; one of ours in `work` is removed
-    then, so that no run goes on with it.
-    """
+    """Raise PluginError where a file of the checkpoint has changed; one of ours in `work` is removed then."""
     files, fingerprint = _files(source), headers.fingerprint(source.folder, source.shards)
     try:
         yield

@@ -143,9 +143,7 @@ def layers_json(layers: Sequence[MoELayer]) -> list[dict[str, Any]]:
 
 
 def origin_json(found: Checkpoint | None, output: Path) -> dict[str, Any]:
-    """What the hub is told of an output besides: the original's name there, licence and languages, and how the output
-    is stored, if quantised.
-    """
+    """What the hub is told besides: the original's name there, licence, languages, how the output is stored."""
     if found is None:
         return {}
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", found.folder.resolve().as_posix())

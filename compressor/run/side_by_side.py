@@ -164,9 +164,7 @@ def _mean(fidelity: Sequence[Json]) -> Json | None:
 
 
 def _difference(gained: int, lost: int, both_right: int, both_wrong: int, **_: Any) -> dict[str, float]:
-    """How much larger the share of right answers has become, and its paired standard error over n documents:
-    √(((gained + lost)/n − difference²) / n).
-    """
+    """By how much the share of right answers has grown, and its paired error √(((gained + lost)/n − d²) / n)."""
     count = gained + lost + both_right + both_wrong
     difference = (gained - lost) / count
     return {"difference": difference, "error": math.sqrt(((gained + lost) / count - difference**2) / count)}

@@ -165,7 +165,8 @@ def by_criterion(
             f"the criterion {criterion.name} needs its own figures, `{criterion.own_figures}…`; observe again with it"
         )
     asked: dict[str, Any] = {"num_groups": layer.num_groups, "protected": fixed.staying, "forbidden": fixed.forbidden}
-    of_layer = {"num_kept": num_kept, "seed": _seed_of(layer, seed)}
+    own_seed = hashlib.sha256(f"{seed} {layer.path}".encode()).digest()  # lest chance drop the same ids everywhere
+    of_layer = {"num_kept": num_kept, "seed": int.from_bytes(own_seed[:6])}
     score_E = blended_scores(criterion, figures, domains, blend, **of_layer, **asked)
     if score_E.shape != (layer.num_experts,):
         raise ChoiceError(
@@ -177,11 +178,6 @@ def by_criterion(
     if float(known.min()) >= 0.0 and float(known.sum()) > 0.0:
         found["score_kept"] = float(known[found["kept"]].sum() / known.sum())
     return found, score_E
-
-
-def _seed_of(layer: MoELayer, seed: int) -> int:
-    """Another one for every layer, so that chance does not drop the same ids everywhere."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {layer.path}".encode()).digest()[:6])
 
 
 _NEEDED = {"pairs": ("pairs.loss",), "outputs": ("sums.output", "sums.spread"), "weights": ("weights.l1",)}

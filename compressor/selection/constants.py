@@ -118,15 +118,13 @@ class ConstantErrors(RankedStatistic):
         assert self._values_EH is not None, "`again` has been asked"
         if not self._is_known:
             return {}
-        errors_DEE = [self._errors(*of_domain).cpu() for of_domain in self._sums.values()]
+        errors_DEE = []
+        for gram_EE, weight_EE, output_EEH in self._sums.values():
+            values_EH = self._values_EH.double().to(gram_EE.device)
+            crossed_EE = torch.einsum("ijh,jh->ij", output_EEH, values_EH)
+            errors_DEE.append((gram_EE - crossed_EE - crossed_EE.T + values_EH @ values_EH.T * weight_EE).cpu())
         empty = torch.zeros(0, self.layer.num_experts, self.layer.num_experts, dtype=torch.float64)
         return {VALUES: self._values_EH, ERRORS: torch.stack(errors_DEE) if errors_DEE else empty}
-
-    def _errors(self, gram_EE: Tensor, weight_EE: Tensor, output_EEH: Tensor) -> Tensor:
-        assert self._values_EH is not None
-        values_EH = self._values_EH.double().to(gram_EE.device)
-        crossed_EE = torch.einsum("ijh,jh->ij", output_EEH, values_EH)
-        return gram_EE - crossed_EE - crossed_EE.T + values_EH @ values_EH.T * weight_EE
 
 
 # Which experts -------------------------------------------------------------------------------------------------

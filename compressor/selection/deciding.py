@@ -20,9 +20,7 @@ from compressor.selection.scores import ChoiceError, largest
 
 
 def decided(plan: LayerPlan, statistics: Gathered, num_kept: int, criteria: Mapping[str, Any]) -> tuple[Choice, float]:
-    """What is decided of a layer that keeps so many experts, and its loss. Raises OptionError where the figures cannot
-    tell.
-    """
+    """What is decided of a layer that keeps so many experts, and its loss. Raises OptionError if unknown."""
     option = plan.options.count_option
     if not plan.changes or (num_kept == plan.layer.num_experts and plan.options.top_k is None):
         kept = list(range(plan.layer.num_experts))

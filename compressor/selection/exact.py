@@ -280,9 +280,7 @@ def _holds_for(rule: RoutingRule, tokens: RoutedTokens, top_k: int) -> bool:
 def sorted_choice(
     rule: RoutingRule, affinity_cN: Tensor, order_cM: Tensor, gram_cXX: Tensor, num_chosen: int
 ) -> tuple[Tensor, Tensor]:
-    """`order_cM` and `gram_cXX` with chosen experts by descending rank, which not every router gives: a lower k takes
-    the first of them.
-    """
+    """Both with chosen experts by descending rank, which not every router gives: a lower k takes the first."""
     ranking_cK = rule.ranking(affinity_cN).gather(1, order_cM[:, :num_chosen])
     place_cX = torch.arange(gram_cXX.shape[1], device=order_cM.device).repeat(len(order_cM), 1)
     place_cX[:, :num_chosen] = ranking_cK.argsort(dim=1, descending=True, stable=True)

@@ -13,9 +13,7 @@ Layers = Mapping[str, Mapping[str, Any]]
 
 
 def shown(decision: Mapping[str, Any], id_lists: Sequence[str]) -> Description:
-    """What each layer loses, by domain where there are several; who stays; how that was chosen; what is odd, some of it
-    in `id_lists`.
-    """
+    """What each layer loses, by domain if several; who stays; how that was chosen; what is odd, in `id_lists`."""
     layers: Layers = decision["layers"]
     domains = list(dict.fromkeys(name for layer in layers.values() for name in layer.get("domains", ())))
     columns = [

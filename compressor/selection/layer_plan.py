@@ -311,9 +311,7 @@ def total_kept(plans: Sequence[LayerPlan], options: SelectionOptions) -> int:
 
 
 def measured_counts(plan: LayerPlan, num_layers: int) -> list[int]:
-    """The counts of a layer that are measured, ascending: an eighth of its experts apart, those nearest the mean if
-    there are more than may be paid for.
-    """
+    """The counts that are measured, ascending: an eighth of the experts apart, as many as may be paid for."""
     return sorted(plan.nearest_mean[: measured_amount(plan.options, num_layers)[1]])
 
 

@@ -45,7 +45,9 @@ def expert_figures(
     of_domains = list(domains)
     tensors: dict[str, Any] = {name: figures[f"sums.{name}"][of_domains].sum(0) for name in SUMS} | {
         "output": figures["sums.output"][of_domains].double().sum(0) if "sums.output" in figures else None,
-        "spread": _spread(figures, of_domains) if "sums.spread" in figures else None,
+        "spread": joined_spread(*(figures[f"sums.{name}"][of_domains] for name in ("spread", "tokens", "output")))
+        if "sums.spread" in figures
+        else None,
         "pairs": figures["pairs.loss"][of_domains].sum(0) if "pairs.loss" in figures else None,
         "weight_l1": figures.get("weights.l1"),
         "weight_squared": figures.get("weights.squared"),
@@ -63,10 +65,6 @@ def expert_figures(
         largest=largest(figures, of_domains),
         **tensors,
     )
-
-
-def _spread(figures: Mapping[str, Tensor], domains: list[int]) -> Tensor:
-    return joined_spread(*(figures[f"sums.{name}"][domains] for name in ("spread", "tokens", "output")))
 
 
 def _blended(figure_DX: Tensor, figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend) -> Tensor:

@@ -57,7 +57,8 @@ def shared(
             by_way.append({count: chosen(of_layer[0], count)[1] ** 2 for count in of_layer[0].counts})
         elif of_layer[0].changes:
             sets = _sets_of(of_layer[0], statistics, len(plans))
-            said.setdefault("measured", {})[path] = _table(sets)
+            best_last = sorted(sets, key=lambda one: (len(one.kept), -one.cost))
+            said.setdefault("measured", {})[path] = {len(one.kept): one.said for one in best_last}
             by_way = [_costs(plan, sets, chosen) for plan in of_layer]
         else:
             by_way.append({of_layer[0].layer.num_experts: 0.0})
@@ -111,11 +112,6 @@ def _sets_of(plan: LayerPlan, statistics: Gathered, num_layers: int) -> list[_Se
     counts = {*measured_counts(plan, num_layers)}
     own = [one for one in found if len(one.kept) in counts]
     return own if {len(one.kept) for one in own} == counts else found
-
-
-def _table(sets: Sequence[_Set]) -> dict[int, dict[str, Any]]:
-    """Count → nats by domain, and standard errors (None for one sequence), of the best set of that count."""
-    return {len(one.kept): one.said for one in sorted(sets, key=lambda one: (len(one.kept), -one.cost))}
 
 
 def _costs(plan: LayerPlan, sets: Sequence[_Set], chosen: Callable[[LayerPlan, int], tuple[Choice, float]]) -> Costs:

@@ -63,9 +63,7 @@ def _may_have_experts(model_type: str) -> bool:
 
 
 def auto_class(model_type: str) -> Any:
-    """The Auto class for a checkpoint of this type. Raises ValueError where transformers has no such type, or no class
-    for it.
-    """
+    """The Auto class for checkpoints of this type. Raises ValueError where transformers has none."""
     return getattr(transformers, _classes(model_type)[0])
 
 
