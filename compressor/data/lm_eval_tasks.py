@@ -268,7 +268,7 @@ def _rendered_in_turn(
         for name, task, documents, number in filter(None, turn):
             try:
                 with quietly(), seeded(seed):
-                    text = _prompt_and_answer(task, documents[number])
+                    text = _rendered(task, documents[number])
             except Exception as error:  # a task's templates and functions may fail in any way
                 raise CalibrationError(
                     f"task {name!r}: a document cannot be rendered with its answer: {type(error).__name__}: {error}. "
@@ -302,7 +302,7 @@ def _training_documents(name: str, task: Any, split: str | None) -> Sequence[Any
     return documents  # type: ignore[no-any-return]
 
 
-def _prompt_and_answer(task: Any, document: Any) -> str:
+def _rendered(task: Any, document: Any) -> str:
     """As the task puts them together when a model is measured."""
     context = task.fewshot_context(document, 0, gen_prefix=task.doc_to_prefix(document))
     delimiter = task.config.target_delimiter
