@@ -29,7 +29,7 @@ from compressor.checkpoint.find import Checkpoint, quantiser_of
 from compressor.checkpoint.headers import Shard, refuse_not_finite, torch_dtype
 from compressor.errors import DiskError, UnsupportedModelError
 from compressor.machine.memory_estimate import shares
-from compressor.model.modules import named_tensors, tensor_at, units_of
+from compressor.model.modules import is_inside, named_tensors, tensor_at, units_of
 
 _READ_AT_ONCE = 2**24
 _LARGE = 2**18
@@ -59,7 +59,7 @@ def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
     owners: dict[int, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         other = owners.setdefault(id(tensor), name)
-        places = {next((found[u] for u in by_unit if one.startswith(f"{u}.")), 0) for one in (name, other)}
+        places = {next((found[u] for u in by_unit if is_inside(one, u)), 0) for one in (name, other)}
         if len(places) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {other} and {name} are one weight, and would lie on two GPUs. Give one GPU "
@@ -71,7 +71,7 @@ def spread(model: nn.Module, num_gpus: int) -> dict[str, int]:
             found[prefix + name] = 0
         for name, child in module.named_children():
             path = prefix + name
-            if not any(f"{unit}.".startswith(f"{path}.") for unit in by_unit):
+            if not any(is_inside(unit, path) for unit in by_unit):
                 found[path] = 0
             elif path not in by_unit:
                 rest(child, f"{path}.")
@@ -149,7 +149,7 @@ class StreamedWeights:
         if unit not in self._entered:
             stack = self._entered[unit] = ExitStack()
             for path, context in self._contexts.items():
-                if f"{path}.".startswith(f"{unit}."):
+                if is_inside(path, unit):
                     stack.enter_context(context())
 
     @contextmanager
@@ -202,7 +202,7 @@ class StreamedWeights:
     def unit_of(self, path: str) -> str:
         """The unit that a module is in. Raises UnsupportedModelError where it is in none."""
         for unit in self.units:
-            if f"{path}.".startswith(f"{unit}."):
+            if is_inside(path, unit):
                 return unit
         raise UnsupportedModelError(f"{path} is in no list of layers that could be read one by one.")
 

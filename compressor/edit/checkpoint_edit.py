@@ -155,8 +155,7 @@ class Edit:
     def _write_config(self, folder: Path) -> None:
         """config.json and all other files; lists of modules that are not quantised get the experts' new names."""
         config, source = self.after.config, self.found.folder
-        leaves = (self.after.structure.num_experts_leaf, self.after.structure.top_k_leaf)
-        counts = {leaf: leaf.get(config) for leaf in leaves if leaf is not None}
+        counts = self.after.structure.counts_in(config)
         changes = dict(self.after.config_changes)
         if self.found.quantisation is None and (dtype := self._dtype()):
             changes["dtype"] = dtype

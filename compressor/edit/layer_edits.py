@@ -299,7 +299,7 @@ def refuse_constants(model: Any, structure: Structure, paths: Sequence[str]) -> 
 
 def _change_config(moe: MoEModel, changes: Mapping[str, Any]) -> None:
     """Set these keys of the model's config. Raises ValueError for one that the core sets itself, or what is no JSON."""
-    leaves = [leaf for leaf in (moe.structure.num_experts_leaf, moe.structure.top_k_leaf) if leaf is not None]
+    leaves = moe.structure.counts_in(moe.config)
     counts = {name for leaf in leaves for name in leaf.path[:1] or spellings(leaf.holder(moe.config), leaf.key)}
     for key, value in changes.items():
         if key in {*counts, KEY, "dtype", "torch_dtype"}:

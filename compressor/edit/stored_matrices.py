@@ -13,7 +13,7 @@ from compressor.checkpoint.find import Checkpoint
 from compressor.edit.checkpoint_edit import meta_model
 from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import Adapter
-from compressor.model.modules import units_of
+from compressor.model.modules import is_inside, units_of
 from compressor.model.moe_model import MoEModel
 from compressor.model.structure import MoELayer
 
@@ -73,7 +73,7 @@ class StoredMatrices:
         """The place of each of the model's matrices that is one of a decoder layer's linear maps."""
         model, layers = self._moe.model, self._moe.layers
         units = units_of(model)
-        stacks = {unit.rpartition(".")[0] for unit in units for one in layers if f"{one.path}.".startswith(f"{unit}.")}
+        stacks = {unit.rpartition(".")[0] for unit in units for one in layers if is_inside(one.path, unit)}
         inside = tuple(f"{unit}." for unit in units if unit.rpartition(".")[0] in stacks)
         beside = {name for one in layers for name in one.linears if one.place_of(name) == "layer"}
         found: dict[str, Place] = {}
@@ -91,7 +91,5 @@ class StoredMatrices:
 
 def _routing(model: nn.Module, layer: MoELayer) -> list[str]:
     return [
-        name
-        for name, _ in model.named_parameters()
-        if f"{name}.".startswith(f"{layer.router}.") or name in layer.router_weights
+        name for name, _ in model.named_parameters() if is_inside(name, layer.router) or name in layer.router_weights
     ]

@@ -72,8 +72,7 @@ def save_verified(
     """
     into = into or folder.path
     folder.require_space(size(moe.model).bytes)
-    leaves = (moe.structure.num_experts_leaf, moe.structure.top_k_leaf)
-    counts = {leaf: leaf.get(moe.config) for leaf in leaves if leaf is not None}
+    counts = moe.structure.counts_in(moe.config)
     save_checkpoint(moe.model, found.folder if found else None, into, counts, left_out, moe.config_changes)
     verify_files(into)
     written = Checkpoint(str(folder.target), into, found.trust_remote_code if found else False)

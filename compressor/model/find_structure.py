@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.model.modules import kind_of, named_tensors, units_of
+from compressor.model.modules import is_inside, kind_of, named_tensors, units_of
 from compressor.model.router_probe import probe_router
 from compressor.model.structure import ConfigLeaf, ExpertAxis, Integers, MoELayer, RouterProbe, Structure
 
@@ -53,7 +53,7 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
     )
     layers = finder.layers(blocks, top_k[0] if top_k else None, [found[0] if found else None for found in groups])
     top_k_leaf, top_k_integers = _effective_top_k(top_k, finder, blocks, layers)
-    inside = [place for place in difference.integers if any(_inside(place[0], layer.path) for layer in layers)]
+    inside = [place for place in difference.integers if any(is_inside(place[0], layer.path) for layer in layers)]
     return Structure(
         layers=tuple(
             dataclasses.replace(
@@ -131,7 +131,7 @@ def _wider_problem(layer: MoELayer, top_k_leaf: ConfigLeaf | None, top_k_integer
     """Why the layer cannot be made to choose more experts while its config stays as it is."""
     if top_k_leaf is None or layer.id_tensors:
         return f"its router names {layer.top_k} experts, whatever it is asked"
-    if not any(_inside(path, layer.path) for path, _ in top_k_integers):
+    if not any(is_inside(path, layer.path) for path, _ in top_k_integers):
         return f"its router reads from the config that it is to name {layer.top_k} experts"
     if layer.router_probe.call != "choices":
         return (
@@ -289,10 +289,6 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _inside(path: str, block: str) -> bool:
-    return path == block or path.startswith(block + ".") or block == ""
-
-
 def _find_integer(
     config: Any, count: ConfigLeaf, pattern: str, blocks: tuple[str, ...], base: _Snapshot, factory: ModelFactory
 ) -> tuple[ConfigLeaf, _Difference] | None:
@@ -303,7 +299,7 @@ def _find_integer(
         difference = _difference(factory, config, leaf, base, by=1)
         if difference is None:
             continue
-        if any(_inside(path, block) for path, _ in difference.integers for block in blocks):
+        if any(is_inside(path, block) for path, _ in difference.integers for block in blocks):
             return leaf, difference
         if not (difference.integers or difference.tensors or difference.odd):
             silent.append((leaf, difference))
@@ -335,7 +331,7 @@ class _LayerFinder:
             self.layer(block, *blocks[block], top_k_leaf, groups, probes)
             for block in sorted(blocks, key=order.__getitem__)
         ]
-        stray = [path for path in self.difference.tensors if not any(_inside(path, layer.path) for layer in layers)]
+        stray = [path for path in self.difference.tensors if not any(is_inside(path, layer.path) for layer in layers)]
         if stray:
             raise UnsupportedModelError(f"{self.name}: {stray[0]} is indexed by expert but belongs to no MoE layer.")
         return tuple(layers)
@@ -346,21 +342,21 @@ class _LayerFinder:
         owners: dict[str, list[str]] = {}
         for owner in self.difference.expert_weights(self.base):
             block = _parent(owner)
-            while block and not any(_inside(router, block) for router in routers):
+            while block and not any(is_inside(router, block) for router in routers):
                 block = _parent(block)
             owners.setdefault(block, []).append(owner)
         blocks: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         for block, owned in owners.items():
-            inside = [router for router in routers if _inside(router, block)]
+            inside = [router for router in routers if is_inside(router, block)]
             if not inside:
                 raise UnsupportedModelError(f"{self.name}: {owned[0]} holds experts, and no router is beside them.")
             router = _parent(min(inside, key=lambda path: path.count(".")))
-            while _parent(router) != block and not any(_inside(owner, _parent(router)) for owner in owned):
+            while _parent(router) != block and not any(is_inside(owner, _parent(router)) for owner in owned):
                 router = _parent(router)  # from the linear map to the module around it that also chooses
             prefix = f"{block}." if block else ""
             children = {owner[len(prefix) :].partition(".")[0] for owner in owned}
             experts = prefix + children.pop() if len(children) == 1 else block
-            blocks[block] = experts, router, tuple(path for path in inside if _inside(path, router))
+            blocks[block] = experts, router, tuple(path for path in inside if is_inside(path, router))
         return blocks
 
     def layer(
@@ -373,10 +369,10 @@ class _LayerFinder:
         groups: Sequence[int],
         probes: dict[object, RouterProbe],
     ) -> MoELayer:
-        tensors = {path: axis for path, axis in self.difference.tensors.items() if _inside(path, block)}
-        containers = {path: names for path, names in self.difference.containers.items() if _inside(path, block)}
+        tensors = {path: axis for path, axis in self.difference.tensors.items() if is_inside(path, block)}
+        containers = {path: names for path, names in self.difference.containers.items() if is_inside(path, block)}
         top_k = top_k_leaf.get(self.config) if top_k_leaf else None
-        id_tensors = [path for path in self.base.integer_tensors if _inside(path, block)]
+        id_tensors = [path for path in self.base.integer_tensors if is_inside(path, block)]
         for path in id_tensors:
             if self.base.shapes[path][-1:] != (top_k,) or path in tensors:
                 raise UnsupportedModelError(
@@ -393,7 +389,7 @@ class _LayerFinder:
             router=router,
             experts=experts,
             tensors=tensors,
-            integers={place: value for place, value in self.difference.integers.items() if _inside(place[0], block)},
+            integers={place: value for place, value in self.difference.integers.items() if is_inside(place[0], block)},
             containers=containers,
             id_tensors=tuple(id_tensors),
             parameters_per_expert=_parameters_per_expert(self, tensors, containers),
@@ -420,9 +416,9 @@ class _LayerFinder:
 
     def _linears_beside(self, block: str, router: str) -> dict[str, str]:
         """Linear maps of a block's decoder layer, less the router's: name in the layer → name in the model."""
-        unit = next((unit for unit in self._units if _inside(block, unit)), block)
+        unit = next((unit for unit in self._units if is_inside(block, unit)), block)
         start = len(unit) + 1 if unit else 0
-        return {name[start:]: name for name in self._linears if _inside(name, unit) and not _inside(name, router)}
+        return {name[start:]: name for name in self._linears if is_inside(name, unit) and not is_inside(name, router)}
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -442,7 +438,7 @@ class _LayerFinder:
             if isinstance(module, nn.Linear)
             and uses[id(module.weight)] == 1
             and f"{path}.weight" not in self.difference.tensors
-            and not any(_inside(path, experts) for experts in self.difference.containers)
+            and not any(is_inside(path, experts) for experts in self.difference.containers)
         ]
 
 

@@ -32,6 +32,11 @@ def shared_tensors(model: nn.Module, names: Mapping[str, Iterable[str]]) -> Iter
                 yield path, other, name
 
 
+def is_inside(path: str, *outer: str) -> bool:
+    """Whether a module or tensor is one of these modules, or in one; everything is in the one without a path."""
+    return any(not one or f"{path}.".startswith(f"{one}.") for one in outer)
+
+
 def units_of(model: nn.Module) -> tuple[str, ...]:
     """Paths of the elements of the model's outermost module lists, in the order in which the model has them."""
     found: list[str] = []

@@ -274,6 +274,10 @@ class Structure:
     def __repr__(self) -> str:
         return f"Structure({layers_said(self.layers)})"
 
+    def counts_in(self, config: Any) -> dict[ConfigLeaf, int]:
+        """What a config says of the number of experts, and of experts per token where the class heeds that."""
+        return {leaf: leaf.get(config) for leaf in (self.num_experts_leaf, self.top_k_leaf) if leaf is not None}
+
     def with_counts(self, counts: Mapping[str, int]) -> Structure:
         """The structure of the same model with other numbers of experts in some layers, by layer path."""
         layers, shapes, num_parameters = [], dict(self.shapes), self.num_parameters

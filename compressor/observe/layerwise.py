@@ -37,7 +37,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError, answered
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
-from compressor.model.modules import evaluating, units_of
+from compressor.model.modules import evaluating, is_inside, units_of
 from compressor.model.moe_model import MoEModel
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.weight_norms import expert_weight_norms
@@ -183,7 +183,7 @@ def _norms(moe: MoEModel, path: str, statistic: Statistic, weights: StreamedWeig
     """Those of a layer's experts, whose weights are there meanwhile."""
     if not statistic.weight_norms:
         return {}
-    units = [unit for unit in (weights.units if weights is not None else ()) if f"{path}.".startswith(f"{unit}.")]
+    units = [unit for unit in (weights.units if weights is not None else ()) if is_inside(path, unit)]
     with ExitStack() as stack:
         for unit in units:
             assert weights is not None
@@ -267,7 +267,7 @@ class _Walk:
     def _layers_of(self, *units: str) -> list[str]:
         """The MoE layers in some decoder layers."""
         paths = [layer.path for layer in self.moe.layers] if self.moe is not None else []
-        return [path for unit in units for path in paths if f"{path}.".startswith(f"{unit}.")]
+        return [path for unit in units for path in paths if is_inside(path, unit)]
 
     def _begin_beside(self, original: Original, stack: ExitStack) -> None:
         """Have the first streams go through the original."""
@@ -308,7 +308,7 @@ class _Walk:
     def _take_over_figures(self, snapshot: Snapshot) -> None:
         """Those of the layers that were passed."""
         for path in self.statistics:
-            if f"{path}.".startswith(tuple(f"{unit}." for unit in snapshot.passed)):
+            if is_inside(path, *snapshot.passed):
                 self.observed.add(path)
                 known = self.resuming.figures(path)
                 if known is not None:
@@ -397,7 +397,7 @@ class _Walk:
         """Raise UnsupportedModelError where a layer is to be measured that is in no decoder layer."""
         assert self.moe is not None or self.measuring is None
         paths = [layer.path for layer in self.moe.layers] if self.moe and self.measuring else []
-        outside = [path for path in paths if not f"{path}.".startswith(tuple(f"{unit}." for unit in units))]
+        outside = [path for path in paths if not is_inside(path, *units)]
         if outside:
             raise UnsupportedModelError(
                 f"{outside[0]} is in no list of layers, so what the model's answers lose by it cannot be measured "

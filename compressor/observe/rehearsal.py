@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.resume_state import tensors_in
 from compressor.data.sequences import TokenBatch
-from compressor.model.modules import kind_of, units_of
+from compressor.model.modules import is_inside, kind_of, units_of
 from compressor.model.structure import Structure
 from compressor.observe.forward import model_inputs
 
@@ -58,7 +58,7 @@ def rehearse(model: nn.Module, structure: Structure) -> Rehearsal:
     except Exception:  # whatever the model's own code asks of numbers
         return Rehearsal()
     carries = next((unit for unit in outputs if first[unit] != given[unit]), None)
-    reached |= {other + path[len(unit) :] for other, unit in alike.items() for path in reached if _inside(path, unit)}
+    reached |= {other + path[len(unit) :] for other, unit in alike.items() for path in reached if is_inside(path, unit)}
     return Rehearsal(frozenset(layer.path for layer in structure.layers) - reached, carries)
 
 
@@ -106,10 +106,6 @@ def _as_the_first(
         return own(*args, **kwargs)
 
     return forward
-
-
-def _inside(path: str, unit: str) -> bool:
-    return f"{path}.".startswith(f"{unit}.")
 
 
 def _answering(output: Any) -> Any:

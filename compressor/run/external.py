@@ -106,8 +106,7 @@ def training(
 
     def save(model: Any, source: Path, target: Path) -> None:
         structure = structure_of(type(model), model.config, job.plugins.adapters)
-        leaves = (structure.num_experts_leaf, structure.top_k_leaf)
-        save_checkpoint(model, source, target, {leaf: leaf.get(model.config) for leaf in leaves if leaf is not None})
+        save_checkpoint(model, source, target, structure.counts_in(model.config))
 
     return Training(*text, folder, work, device, job.recipe.seed, job.progress, loaded, save)
 
@@ -166,9 +165,9 @@ def compare(source: Checkpoint, turned: Checkpoint, structure: Structure) -> Non
     _ = turned.shards
     if config.model_type != given.model_type:
         raise CheckpointError(f"{folder}: its model_type is {config.model_type!r}; expected {given.model_type!r}.")
-    for leaf in filter(None, (structure.num_experts_leaf, structure.top_k_leaf)):
-        if leaf.get(config) != leaf.get(given):
-            raise CheckpointError(f"{folder}: its config has {leaf} = {leaf.get(config)}; expected {leaf.get(given)}.")
+    for leaf, number in structure.counts_in(given).items():
+        if leaf.get(config) != number:
+            raise CheckpointError(f"{folder}: its config has {leaf} = {leaf.get(config)}; expected {number}.")
     if read_entry(config) != read_entry(given):
         raise CheckpointError(
             f"{folder}: its config has lost, or changed, `compressor`, which says what layers have or skip."

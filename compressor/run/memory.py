@@ -14,6 +14,7 @@ from compressor.evaluation.fidelity import bytes_per_token
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
 from compressor.method import Method, is_external
+from compressor.model.modules import is_inside
 from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.wording import human_bytes
@@ -112,7 +113,7 @@ def disk_problem(
     stored = getattr(config, "dtype", None)
     if recipe.dtype != "auto" and recipe.dtype != str(stored).removeprefix("torch."):
         return ("dtype",), "tensors are copied from file to file then, as they are; leave `dtype` out"
-    outside = [layer.path for layer in structure.layers if not f"{layer.path}.".startswith(tuple(work.bytes_by_layer))]
+    outside = [layer.path for layer in structure.layers if not is_inside(layer.path, *work.bytes_by_layer)]
     if outside:
         return ("weights",), f"{outside[0]} is in no list of layers that could be read one by one"
     wanted_of = [one.method.measuring(structure.layers) for one in loaded.passes] if carries else ()

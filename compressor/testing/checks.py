@@ -36,7 +36,7 @@ from compressor.errors import CompressorError, UnsupportedModelError, Verificati
 from compressor.model.adapter import Adapter, structure_of
 from compressor.model.expert_products import own_tensors
 from compressor.model.masking import dropped_experts
-from compressor.model.modules import named_tensors
+from compressor.model.modules import is_inside, named_tensors
 from compressor.model.moe_model import Kept, MoEModel, count_problem
 from compressor.model.routed_tokens import RealTokens, RoutedTokens
 from compressor.model.rule_fitting import weights_by_id
@@ -291,11 +291,7 @@ def _on_disk(subject: _Subject) -> Iterator[Check]:
 
 def _layer_by_layer(subject: _Subject, source: Checkpoint, loaded: Any) -> Check:
     weights = StreamedWeights(load_model(source, device="meta", adapters=subject.adapters), source)
-    outside = [
-        layer.path
-        for layer in subject.moe.layers
-        if not f"{layer.path}.".startswith(tuple(f"{u}." for u in weights.units))
-    ]
+    outside = [layer.path for layer in subject.moe.layers if not is_inside(layer.path, *weights.units)]
     if outside:
         return Check("read layer by layer", None, f"{outside[0]} is in no list of layers")
     ids, found = subject.inputs["input_ids"], []
@@ -538,10 +534,9 @@ def _seed(moe: MoEModel, layer: MoELayer) -> int:
 
 def save(moe: MoEModel, folder: Path) -> None:
     """Write a live model as a run would, with the files of the folder that it came from."""
-    leaves = [moe.structure.num_experts_leaf] + ([moe.structure.top_k_leaf] if moe.structure.top_k_leaf else [])
     name = moe.config._name_or_path
     source = Path(name) if name and (Path(name) / "config.json").exists() else None
-    save_checkpoint(moe.model, source, folder, {leaf: leaf.get(moe.config) for leaf in leaves})
+    save_checkpoint(moe.model, source, folder, moe.structure.counts_in(moe.config))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
