@@ -83,10 +83,7 @@ class Conversion:
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=self._model.dtype,
-            weight_mapping=self._steps,
-            hf_quantizer=self._quantiser,
+            device_map={"": device}, dtype=self._model.dtype, weight_mapping=self._steps, hf_quantizer=self._quantiser
         )
         before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor of the model after another

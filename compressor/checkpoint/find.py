@@ -19,13 +19,7 @@ from compressor.checkpoint.quantization import MODELOPT, quantisation_of, quanti
 from compressor.errors import CheckpointError
 
 DEMO = "demo"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,6 @@ _CHUNK = 2**23
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
 
 
-# The plan --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TensorEdit:
     """What becomes of a tensor on disk: `axis` and `rows` that stay where `cut`; `values` where `rewritten`."""

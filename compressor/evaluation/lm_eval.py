@@ -454,9 +454,6 @@ def _from_ranges(text: str) -> Iterator[int]:
         yield from range(int(first), int(last or first) + 1)
 
 
-# --- leaving everything as it was ---------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _tying_as_it_is(model: Any) -> Iterator[None]:
     """``model.tie_weights()``, which lm-eval calls, does nothing inside: it may overwrite untied embeddings."""

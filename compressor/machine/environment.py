@@ -14,16 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-_PACKAGES = (
-    "moe-compressor",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "lm-eval",
-    "datasets",
-    "numpy",
-)
+_PACKAGES = ("moe-compressor", "torch", "transformers", "tokenizers", "safetensors", "lm-eval", "datasets", "numpy")
 
 
 def versions(plugins: Mapping[str, str]) -> dict[str, str]:

@@ -57,9 +57,7 @@ def find_structure(factory: ModelFactory, config: Any, *, count: ConfigLeaf | No
     return Structure(
         layers=tuple(
             dataclasses.replace(
-                layer,
-                top_k_fixed=top_k_leaf is None,
-                wider_problem=_wider_problem(layer, top_k_leaf, top_k_integers),
+                layer, top_k_fixed=top_k_leaf is None, wider_problem=_wider_problem(layer, top_k_leaf, top_k_integers)
             )
             for layer in layers
         ),

@@ -18,12 +18,7 @@ from compressor.model.structure import MoELayer
 
 
 def fit_rule(
-    layer: MoELayer,
-    logits_TE: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    biases: Sequence[Tensor],
-    replay: Replay,
+    layer: MoELayer, logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor, biases: Sequence[Tensor], replay: Replay
 ) -> RoutingRule | None:
     """The closed form that explains the router's answers to these tokens and, by `replay`, to masked sets; or None."""
     if layer.id_tensors or (layer.num_groups > 1 and layer.num_extra_choices):

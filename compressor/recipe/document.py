@@ -339,9 +339,6 @@ def _in_short(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
-# Wording ---------------------------------------------------------------------------------------------------
-
-
 def in_yaml(value: Any) -> str:
     """A value in the words of a recipe's author."""
     if value is None:

@@ -176,9 +176,6 @@ def _extra_layers_sentence(extra: Json) -> str:
     )
 
 
-# --- what was kept ---
-
-
 def _decided(passes: Sequence[Json], record: Json) -> Iterator[Table]:
     """The experts that all passes together left, and what those decided that drop none."""
     pruned = [done for done in passes if any("kept" in one for one in _layers(done))]

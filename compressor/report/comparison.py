@@ -99,9 +99,6 @@ def _ratio(ratio: Json | None) -> str:
     return NOTHING if ratio is None else f"×{ratio['median']:.2f} [{ratio['min']:.2f}–{ratio['max']:.2f}]"
 
 
-# --- the picture ---
-
-
 def picture(found: Json) -> Json | None:
     """KL on a logarithmic axis by bytes, a line through the outputs that no other one beats; None without any KL."""
     there = [one for one in found["outputs"] if one["mean"] and one["mean"]["kl"] > 0]

@@ -428,9 +428,6 @@ def short_labels(paths: Sequence[str]) -> tuple[str, dict[str, str]]:
     return "layers", {path: path for path in paths}
 
 
-# --- text ---
-
-
 def _text(value: int | None, human: Callable[[int], str]) -> str:
     return NOTHING if value is None else human(value)
 

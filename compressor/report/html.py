@@ -14,14 +14,7 @@ from markupsafe import Markup, escape
 
 from compressor.report import charts
 from compressor.report.description import Json
-from compressor.report.figures import (
-    as_yaml,
-    decision_notes,
-    decision_table,
-    random_table,
-    samples,
-    summary_tables,
-)
+from compressor.report.figures import as_yaml, decision_notes, decision_table, random_table, samples, summary_tables
 from compressor.report.tables import Table
 from compressor.report.verdict import verdict
 

@@ -218,9 +218,6 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
-# --- what was kept ---
-
-
 def _print_decision(done: Json, record: Json | None, console: Console) -> None:
     table = decision_table(done, record, room=console.width // 2)
     pattern, labels = short_labels([row[0] for row in table.rows])

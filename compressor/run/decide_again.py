@@ -167,11 +167,7 @@ def _passes_to_decide_on(passes: Mapping[str, Any], about: Mapping[str, Any], na
 
 
 def _decide_on_first(
-    method: Method[Any],
-    layers: Sequence[MoELayer],
-    passes: Mapping[str, Any],
-    about: Mapping[str, Any],
-    named: str,
+    method: Method[Any], layers: Sequence[MoELayer], passes: Mapping[str, Any], about: Mapping[str, Any], named: str
 ) -> tuple[Decision, list[str], Mapping[str, Any]]:
     """(decision, domains decided by, what is said of each expert), from the first pass that the method understands."""
     lacking: dict[str, KeyError] = {}

@@ -13,10 +13,10 @@ from compressor.data.sources import BaseSource, TaskSource
 from compressor.evaluation.fidelity import bytes_per_token
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
-from compressor.method import Method, is_external
+from compressor.method import is_external
 from compressor.model.modules import is_inside
 from compressor.model.structure import MoELayer, Structure
-from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
+from compressor.recipe.schema import LoadedRecipe, Recipe
 from compressor.wording import human_bytes
 
 Problem = tuple[tuple[str | int, ...], str]
@@ -43,6 +43,8 @@ def work_of(
     calibration = [loaded.sources_of(one) for one in loaded.passes]
     evaluation = recipe.evaluate
     measured = list(evaluation.texts.values()) if evaluation else []
+    domains = [(one.method, len(sources)) for one, sources in zip(loaded.passes, calibration, strict=True)]
+    measuring = [one.method.measuring(layers) for one in loaded.passes]  # all candidates are on their way at the end
     own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
     by_pass = [batch_sizes(sources, recipe.calibration.batch_size) for sources in calibration]
     batches = [size for sizes in by_pass for size in sizes] or [0]
@@ -63,8 +65,8 @@ def work_of(
         vocabulary=vocabulary,
         itemsize=dtype.itemsize,
         per_token=max((one.method.bytes_per_token(layer) for one in loaded.passes for layer in layers), default=0.0),
-        sums=max((_sums(loaded, one, layer, hidden) for one in loaded.passes for layer in layers), default=0),
-        measured_tokens=max(_measured_tokens(one.method, layers) for one in loaded.passes) if loaded.passes else 0,
+        sums=max((one.bytes_of_sums(layer, hidden, num) for one, num in domains for layer in layers), default=0),
+        measured_tokens=max((one.tokens * (1 + one.candidates * len(layers)) for one in measuring if one), default=0),
         streams=2 if any(one.method.progressive or one.method.needs_original for one in loaded.passes) else 1,
         num_passes=max(1, len(loaded.passes)),
         copies=3 if evaluation and evaluation.each_pass else 2 if loaded.passes else 1,
@@ -88,17 +90,6 @@ def batch_sizes(sources: Sequence[BaseSource], batch_size: int) -> list[int]:
         parts = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
         found += [len(part) * max(part) for part in parts]
     return found
-
-
-def _sums(loaded: LoadedRecipe, resolved: ResolvedPass, layer: MoELayer, hidden: int) -> int:
-    """Bytes of a layer's figures while it is observed."""
-    return resolved.method.bytes_of_sums(layer, hidden, len(loaded.sources_of(resolved)))
-
-
-def _measured_tokens(method: Method[Any], layers: Sequence[MoELayer]) -> int:
-    """Tokens of a pass's candidates, all of which are on their way at the end, and of what they are compared with."""
-    wanted = method.measuring(layers)
-    return wanted.tokens * (1 + wanted.candidates * len(layers)) if wanted else 0
 
 
 def disk_problem(

@@ -176,12 +176,7 @@ def _decided(method: Method[Any], layers: Sequence[MoELayer], figures: Gathered)
 
 
 def decide_measured(
-    job: Job,
-    piece: Backend,
-    resolved: ResolvedPass,
-    figures: Gathered,
-    batches: Sequence[TokenBatch],
-    name: str,
+    job: Job, piece: Backend, resolved: ResolvedPass, figures: Gathered, batches: Sequence[TokenBatch], name: str
 ) -> Decision:
     """The pass's decision; of several alternatives the one by which the model's answers lose least."""
     method, wanted = resolved.method, resolved.method.measuring(piece.layers)

@@ -178,9 +178,6 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "compressor" / "report.html").write_text(page(record), encoding="utf-8")
 
 
-# Of a run --------------------------------------------------------------------------------------------------
-
-
 def identity_json(
     loaded: LoadedRecipe,
     model: Mapping[str, Any],

@@ -42,11 +42,7 @@ class Texts:
 
 
 def read_texts(
-    loaded: LoadedRecipe,
-    measured: Iterable[BaseSource],
-    tokenizer: Any | None,
-    num_embeddings: int,
-    progress: Progress,
+    loaded: LoadedRecipe, measured: Iterable[BaseSource], tokenizer: Any | None, num_embeddings: int, progress: Progress
 ) -> Texts:
     """Read calibration and `measured` text. Raises CalibrationError if unreadable or with ids ≥ `num_embeddings`."""
     seed = loaded.recipe.seed

@@ -17,16 +17,7 @@ from compressor.observe.reductions import joined_spread
 from compressor.observe.statistic import RankedStatistic
 
 _PAIRS_AT_ONCE = 4096
-SUMS = (
-    "tokens",
-    "weight",
-    "share",
-    "norm",
-    "squared_norm",
-    "weighted_norm",
-    "squared_weighted_norm",
-    "share_norm",
-)
+SUMS = ("tokens", "weight", "share", "norm", "squared_norm", "weighted_norm", "squared_weighted_norm", "share_norm")
 """As in `criteria.ExpertFigures`."""
 
 

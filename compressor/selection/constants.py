@@ -127,9 +127,6 @@ class ConstantErrors(RankedStatistic):
         return {VALUES: self._values_EH, ERRORS: torch.stack(errors_DEE) if errors_DEE else empty}
 
 
-# Which experts -------------------------------------------------------------------------------------------------
-
-
 def by_constants(
     layer: MoELayer, figures: Mapping[str, Tensor], num_kept: int, objective: Objective, fixed: Fixed, most_sets: int
 ) -> tuple[Choice, float]:

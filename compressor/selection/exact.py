@@ -141,12 +141,7 @@ def choice_errors(weights_cPM: Tensor, full_cM: Tensor, gram_cMM: Tensor) -> Ten
 
 
 def rescaled_errors(
-    weights_cPM: Tensor,
-    full_cM: Tensor,
-    gram_cMM: Tensor,
-    choice_cS: Tensor,
-    affinity_cN: Tensor,
-    keep_SN: Tensor,
+    weights_cPM: Tensor, full_cM: Tensor, gram_cMM: Tensor, choice_cS: Tensor, affinity_cN: Tensor, keep_SN: Tensor
 ) -> Tensor:
     """[c, S] float64: the error where every dropped expert rescales all weights (softmax that is not renormalised).
 

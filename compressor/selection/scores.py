@@ -76,11 +76,7 @@ def _blended(figure_DX: Tensor, figures: Mapping[str, Tensor], domains: Sequence
 
 
 def blended_scores(
-    criterion: Criterion,
-    figures: Mapping[str, Tensor],
-    domains: Sequence[str],
-    blend: Blend,
-    **asked: Any,
+    criterion: Criterion, figures: Mapping[str, Tensor], domains: Sequence[str], blend: Blend, **asked: Any
 ) -> Tensor:
     """[E] float64: one score an expert, NaN without figures. One domain, or `pooled`: the criterion's of the figures
     added up; else each domain's scores as shares of their sum, averaged by `mean` or weights, or by `worst` the
@@ -117,12 +113,7 @@ def _shares(score_E: Tensor) -> Tensor:
 
 
 def kept_by_score(
-    score_E: Tensor,
-    num_kept: int,
-    *,
-    num_groups: int = 1,
-    protected: Sequence[int] = (),
-    forbidden: Sequence[int] = (),
+    score_E: Tensor, num_kept: int, *, num_groups: int = 1, protected: Sequence[int] = (), forbidden: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
     """(kept, dropped), ascending: the largest scores stay, equally many in each group; those without a score go first,
     then lower ids. Protected stay and forbidden go.

@@ -28,9 +28,7 @@ Costs = dict[int, float]
 
 
 def shared(
-    ways: Sequence[Sequence[LayerPlan]],
-    statistics: Gathered,
-    chosen: Callable[[LayerPlan, int], tuple[Choice, float]],
+    ways: Sequence[Sequence[LayerPlan]], statistics: Gathered, chosen: Callable[[LayerPlan, int], tuple[Choice, float]]
 ) -> tuple[dict[str, Any], list[tuple[LayerPlan, int]], dict[str, float]]:
     """(what is said of it, each layer's plan and count, layer path → what that costs in nats where it was measured).
     `ways`: the layers' plans, by each way in which sets may be chosen; `chosen`: what a layer of a plan with so many
@@ -96,10 +94,7 @@ def _sets_of(plan: LayerPlan, statistics: Gathered, num_layers: int) -> list[_Se
             continue
         numbers = zip(statistics.domains, kl_D.tolist(), error_D.tolist(), strict=True)
         there = [(name, kl, None if math.isnan(error) else error) for name, kl, error in numbers if not math.isnan(kl)]
-        said = {
-            "kl": {name: kl for name, kl, _ in there},
-            "standard_error": {name: error for name, _, error in there},
-        }
+        said = {"kl": {name: kl for name, kl, _ in there}, "standard_error": {name: error for name, _, error in there}}
         cost = blended(list(said["kl"].values()), list(said["kl"]), plan.options.blend)
         found.append(_Set(tuple(decided["kept"]), cost, said))
     if not found:

@@ -73,11 +73,7 @@ class TokenGrams:
         """The other tokens only."""
         stay = ~is_gone_T
         return TokenGrams(
-            self.order_TM[stay],
-            self.affinity_TM[stay],
-            self.gram_TXX[stay],
-            self.batch_T[stay],
-            self.score_TN[stay],
+            self.order_TM[stay], self.affinity_TM[stay], self.gram_TXX[stay], self.batch_T[stay], self.score_TN[stay]
         )
 
 

@@ -388,10 +388,7 @@ def _layer_statistics(subject: _Subject, layer: MoELayer) -> Check:
     def visit(tokens: RoutedTokens) -> None:
         seen.append((_predicted_change(tokens, kept), tokens))
 
-    places = (
-        layer.path,
-        layer.experts if not isinstance(subject.module(layer.experts), nn.ModuleList) else layer.path,
-    )
+    places = (layer.path, layer.experts if not isinstance(subject.module(layer.experts), nn.ModuleList) else layer.path)
     with _outputs_of(subject.moe.model, places) as full, subject.moe.watched({layer.path: visit}, subject.real):
         answers(subject.moe.model, subject.inputs)
     if not seen:

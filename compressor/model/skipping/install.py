@@ -115,10 +115,7 @@ def install(model: nn.Module, structure: Structure, rules: Mapping[str, SkipRule
 
 
 def reinstate(
-    model: nn.Module,
-    structure: Structure,
-    wanted: Mapping[str, tuple[SkipRule, bool]],
-    before: Mapping[str, LayerSkip],
+    model: nn.Module, structure: Structure, wanted: Mapping[str, tuple[SkipRule, bool]], before: Mapping[str, LayerSkip]
 ) -> None:
     """Layer path → (rule, whether zeroed), in place of `before`; what was found out about a layer is kept."""
     own = {layer.path for layer in structure.layers}

@@ -229,11 +229,7 @@ def _run_base(module: Any, state: LayerSkip | None, hidden: Tensor, index: Tenso
 
 
 def evaluate_kept(
-    state: LayerSkip,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    state: LayerSkip, hidden: Tensor, index: Tensor, weights: Tensor, call: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """The experts' output from the pairs that stay by the layer's rule."""
     index_TK, weights_TK = (value.reshape(-1, index.shape[-1]) for value in (index, weights))
