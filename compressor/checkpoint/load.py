@@ -39,14 +39,10 @@ def load_model(
     adapters: Sequence[Adapter] = (),
     to_measure: bool = False,
 ) -> Any:
-    """Load the model and refuse what transformers would only warn of.
-
-    transformers initialises missing weights at random and goes on; here a missing, mismatched or unexpected expert
-    tensor is an error. `like` is a live model whose attention and experts implementations are used. A model whose
-    config says that it skips experts does. On `device` "meta" names, shapes and dtypes are checked and no weight is
-    read. A quantised checkpoint's model is the dequantised one there, and `to_measure` wherever it can be, else as
-    transformers' own quantiser loads it; `to_measure` no model skips by its config. A mapping, such as
-    `layerwise_weights.spread` makes, says which part of the model goes to which device. Raises CheckpointError.
+    """Load the model. What transformers only warns of, and initialises at random, is a CheckpointError here. `like`: a
+    live model whose attention and experts implementations are used. It skips as its config says, but `to_measure`. On
+    `device` "meta" no weight is read; a quantised checkpoint's model is the dequantised one there, and `to_measure`
+    where it can be, else as transformers' quantiser loads it. A mapping says which part goes to which device.
     """
     config, quantisation = load_config(checkpoint), checkpoint.quantisation
     as_numbers = device == "meta" or (to_measure and quantisation is not None and not reading_problem(quantisation))

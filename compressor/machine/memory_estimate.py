@@ -104,7 +104,7 @@ class Work:
     """Whether a pass edits numbers: one decoder layer's are there in float32 too, and from disk as they are stored."""
 
     @property
-    def largest_layer(self) -> int:
+    def _largest_layer(self) -> int:
         return max(self.bytes_by_layer.values(), default=0)
 
     @property
@@ -134,7 +134,7 @@ class Work:
         others = PROCESS + (TASKS if self.has_tasks else 0) + (self.answers if self.in_memory else 0)
         if device == "cpu":
             return others + max(self.reading, self._at_peak(place))
-        held = self.bytes_total if place.weights == "memory" else self.largest_layer
+        held = self.bytes_total if place.weights == "memory" else self._largest_layer
         return others + max(self.reading, ACCELERATOR + held)
 
     def device_memory(self, place: Placement) -> int:
@@ -149,7 +149,7 @@ class Work:
         observing = weights + beside + self.text(place) + self.sums + max(self.batch, _SEARCH if self.per_token else 0)
         comparing = copies * weights + max(self.batch, 2 * self.itemsize * answers)
         differing = weights + (3 * self.itemsize + 2 * 8) * answers
-        largest = self.largest_layer if self.changes_values else 0
+        largest = self._largest_layer if self.changes_values else 0
         editing = weights + largest * 4 // self.itemsize + (largest if place.weights == "disk" else 0)
         return round(_MARGIN * max(observing, comparing, differing, editing, self.training))
 
@@ -157,8 +157,8 @@ class Work:
         if weights == "memory":
             sizes = list(self.bytes_by_layer.values())
             return max(shares(self.bytes_outside, sizes, num_gpus)[1])
-        packed = self.largest_layer * self.bytes_stored // self.bytes_total if self.is_quantised else 0
-        return self.bytes_outside + 2 * self.largest_layer + packed
+        packed = self._largest_layer * self.bytes_stored // self.bytes_total if self.is_quantised else 0
+        return self.bytes_outside + 2 * self._largest_layer + packed
 
     def disk(self, place: Placement) -> int:
         """Peak bytes on the output's disk: output, checkpoint before it, journal, hidden states in files, the
@@ -190,7 +190,7 @@ class Work:
             "readings": self.readings(place),
             "bytes_read": self.readings(place) * self.bytes_stored,
             "layers": len(self.bytes_by_layer),
-            "largest_layer": self.largest_layer,
+            "largest_layer": self._largest_layer,
             "text": self.hidden_states(place.weights),
             "tasks_at_once": self.tokens_at_once if self.has_tasks and place.weights == "disk" else None,
         }
