@@ -368,10 +368,7 @@ def test_recursive_alias() -> None:
 
 # One mistake -----------------------------------------------------------------------------------------------
 
-TOP_KEYS = (
-    "Known keys: model, dtype, device, weights, hidden_states, memory, device_memory, disk, trust_remote_code, mtp, "
-    "seed, calibration, passes, evaluate, output, push, trackers"
-)
+TOP_KEYS = f"Known keys: {', '.join(Recipe.model_fields)}"
 
 ONE_MISTAKE = [
     # missing and unknown keys
