@@ -35,8 +35,8 @@ from compressor.checkpoint.conversion import loading_info
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX
 from compressor.checkpoint.find import Checkpoint, load_config
-from compressor.checkpoint.headers import BITS, TORCH, Shard, first_dtype, refuse_changed
-from compressor.checkpoint.layerwise_weights import StoredTensor
+from compressor.checkpoint.headers import BITS, TORCH, first_dtype, refuse_changed
+from compressor.checkpoint.layerwise_weights import StoredTensor, stored_tensors
 from compressor.checkpoint.load import refuse_bad_keys, uneven_experts
 from compressor.checkpoint.quantization import MODELOPT, without_quantisation
 from compressor.checkpoint.save import write_beside_weights
@@ -341,7 +341,7 @@ class _EditPlan:
     def _read(self, name: str) -> Tensor:
         if name in self.edited:
             return self.edited[name][...]
-        return read_stored(self.shard_of[name], name)
+        return stored_tensors([self.shard_of[name]])[name][...]
 
     # one tensor
 
@@ -364,16 +364,8 @@ class _EditPlan:
         return dataclasses.replace(edit, becomes="rewritten", new_shape=new_shape, values=values)
 
 
-def read_stored(shard: Shard, name: str) -> Tensor:
-    """A tensor of a file, in memory of its own."""
-    dtype, shape = shard.tensors[name]
-    return StoredTensor(shard.path, shard.offsets[name], shard.sizes[name], dtype, shape)[...]
-
-
 def moved(name: str, dtype: str, shape: tuple[int, ...], fate: Fate, kept: Kept) -> TensorEdit:
-    """A tensor whose numbers stay as they are: dropped, copied under its new name, or cut to the `kept` experts. Raises
-    UnsupportedModelError where that would be within a byte.
-    """
+    """A tensor whose numbers stay as they are: dropped, copied, or cut. UnsupportedModelError: within a byte."""
     if fate.name is None:
         return TensorEdit(name, "dropped", name, dtype, shape, shape)
     becomes: Becomes = "copied" if fate.name == name else "renamed"

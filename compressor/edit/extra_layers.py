@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.checkpoint.conversion import Conversion
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.files import INDEX, SINGLE, read_index
-from compressor.checkpoint.headers import Shard, read_header, refuse_changed, verify_files
-from compressor.edit.checkpoint_edit import in_order, meta_model, modules_after, moved, read_stored, rename_modules
+from compressor.checkpoint.headers import read_header, refuse_changed, verify_files
+from compressor.checkpoint.layerwise_weights import stored_tensors
+from compressor.edit.checkpoint_edit import in_order, meta_model, modules_after, moved, rename_modules
 from compressor.edit.safetensors_writer import ShardEdit, TensorEdit, finish, write_shard
 from compressor.edit.tensor_map import Fate, fates
 from compressor.errors import UnsupportedModelError
 from compressor.model.adapter import Adapter
-from compressor.model.moe_model import MoEModel
 from compressor.model.structure import MoELayer
+
+_EXPERTS = re.compile(r"\.experts\.")
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,10 @@ def plan_extra_layers(
     edits = {name: TensorEdit(name, "dropped", name, *about, about[1]) for name, about in stored.items()}
     edits |= {name: moved(name, *stored[name], Fate(name), {}) for name in left_out.names}
     num_experts, num_kept = before[0].num_experts, after[0].num_experts
-    if num_kept < num_experts and any(map(_is_of_expert, left_out.names)):
+    if num_kept < num_experts and any(map(_EXPERTS.search, left_out.names)):
         if left_out.choice == "keep":
-            numbers = f"they have {num_experts} experts, the smaller model will have {num_kept}"
-            raise _refused(
-                left_out, f"{numbers}, and engines read one number for both; say `mtp: prune` or `mtp: drop`"
-            )
+            numbers = f"they have {num_experts} experts, the smaller model will have {num_kept}, and engines read one"
+            raise _refused(left_out, f"{numbers} number for both; say `mtp: prune` or `mtp: drop`")
         kept, pruned = _pruned(left_out, num_kept, adapters)
         edits |= pruned
     own = [shard for shard in shards if not shard.tensors.keys().isdisjoint(left_out.names)]
@@ -95,16 +97,10 @@ def plan_extra_layers(
 def uneven_problem(layers: Sequence[MoELayer]) -> str | None:
     """Why extra layers cannot stand beside a model with these MoE layers; None where they can."""
     counts = {layer.num_experts for layer in layers}
-    if len(counts) == 1:
-        return None
-    return (
-        f"layers have {min(counts)} to {max(counts)} experts, and nothing that reads such a model runs extra "
-        f"prediction layers; keep equally many in every layer, or say `mtp: drop`"
+    why = (
+        f"layers have {min(counts)} to {max(counts)} experts, and nothing that reads such a model runs extra prediction"
     )
-
-
-def _is_of_expert(name: str) -> bool:
-    return "experts" in name.split(".")
+    return f"{why} layers; keep equally many in every layer, or say `mtp: drop`" if len(counts) > 1 else None
 
 
 def _refused(left_out: LeftOut, why: str) -> UnsupportedModelError:
@@ -116,43 +112,41 @@ def _pruned(
     left_out: LeftOut, num_kept: int, adapters: Sequence[Adapter]
 ) -> tuple[dict[str, list[int]], dict[str, TensorEdit]]:
     """(each extra layer → its experts that stay, what becomes of the tensors in its MoE block)"""
-    before, shards = meta_model(left_out.found, adapters), left_out.found.shards
-    conversion, shard_of = Conversion(before.model), {name: shard for shard in shards for name in shard.tensors}
+    before, on_disk = meta_model(left_out.found, adapters), stored_tensors(left_out.found.shards)
+    conversion = Conversion(before.model)
     layer = next((one for one in reversed(before.layers) if not one.id_tensors), before.layers[0])
-    routers = [name for name in shard_of if conversion.rename(name)[0] == layer.router_weights[0]]
+    routers = [name for name in on_disk if conversion.rename(name)[0] == layer.router_weights[0]]
     path, number, tail = next(iter(routers), "").partition(f".{layer.number}.")
     path += number[:-1]  # of the decoder layer that they are like, in files, and then its router's
     kept = {}
+    expected = before.model.state_dict()[layer.router_weights[0]].shape
     for name in (name for name in left_out.names if tail and name.endswith(f".{tail}")):
-        kept[name.removesuffix(f".{tail}")] = _with_longest_rows(
-            left_out, shard_of[name], name, before, layer, num_kept
-        )
+        stored = on_disk[name]
+        if stored.shape != expected or stored.dtype not in ("F32", "BF16", "F16"):
+            is_, wanted = f"{stored.dtype} {list(stored.shape)}", f"a router in numbers, {list(expected)}"
+            raise _refused(left_out, f"{name} is {is_}, expected {wanted}")
+        kept[name.removesuffix(f".{tail}")] = _with_longest_rows(stored[...], layer, num_kept)
     inside = tuple(f"{prefix}." for prefix in kept)
-    if lost := next((name for name in left_out.names if _is_of_expert(name) and not name.startswith(inside)), None):
+    if lost := next((name for name in left_out.names if _EXPERTS.search(name) and not name.startswith(inside)), None):
         raise _refused(left_out, f"{lost} is an expert's, and no router is called {tail or 'as in a decoder layer'}")
     after, edits = copy.deepcopy(before), {}
     after.keep({one.path: next(iter(kept.values())) for one in after.layers})
     for prefix, ids in kept.items():
         alike = {path + name.removeprefix(prefix): name for name in left_out.names if name.startswith(f"{prefix}.")}
         block = [name for name in alike if layer.holds(conversion.rename(name)[0])]
-        stored = {name: shard_of[alike[name]].tensors[alike[name]] for name in block}
-        of_layers, shapes = {one.path: ids for one in before.layers}, {name: about[1] for name, about in stored.items()}
+        of_layers = {one.path: ids for one in before.layers}
+        shapes = {name: on_disk[alike[name]].shape for name in block}
         for name, fate in fates(before, after, of_layers, shapes, quantisation=left_out.found.quantisation).items():
             own = None if fate.name is None else prefix + fate.name.removeprefix(path)
-            edits[alike[name]] = moved(alike[name], *stored[name], replace(fate, name=own), of_layers)
+            dtype = on_disk[alike[name]].dtype
+            edits[alike[name]] = moved(alike[name], dtype, shapes[name], replace(fate, name=own), of_layers)
     return kept, edits
 
 
-def _with_longest_rows(
-    left_out: LeftOut, shard: Shard, name: str, before: MoEModel, layer: MoELayer, num_kept: int
-) -> list[int]:
+def _with_longest_rows(rows: Tensor, layer: MoELayer, num_kept: int) -> list[int]:
     """The experts whose rows of a router are longest, equally many of every group."""
-    (kind, shape), router = shard.tensors[name], layer.router_weights[0]
-    expected = tuple(before.model.state_dict()[router].shape)
-    if shape != expected or kind not in ("F32", "BF16", "F16"):
-        raise _refused(left_out, f"{name} is {kind} {list(shape)}, expected a router in numbers, {list(expected)}")
-    rows_EH = read_stored(shard, name).float().movedim(layer.tensors[router].dim, 0).flatten(1)
-    norms_GE = rows_EH[: layer.num_experts].norm(dim=1).reshape(layer.num_groups, -1)
+    rows_EH = rows.float().movedim(layer.tensors[layer.router_weights[0]].dim, 0).flatten(1)[: layer.num_experts]
+    norms_GE = rows_EH.norm(dim=1).reshape(layer.num_groups, -1)
     best_GK = norms_GE.sort(dim=1, descending=True, stable=True).indices[:, : num_kept // layer.num_groups]
     first_G1 = torch.arange(layer.num_groups)[:, None] * norms_GE.shape[1]
     return sorted((first_G1 + best_GK).flatten().tolist())

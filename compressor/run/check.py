@@ -189,6 +189,8 @@ def _check_external(loaded: LoadedRecipe, notes: list[str]) -> None:
     evaluation = loaded.recipe.evaluate
     for resolved in (one for one in loaded.passes if is_external(one.method)):
         name = resolved.method.name
+        if loaded.recipe.mtp != "drop":
+            raise loaded.error(("mtp",), f"{name} turns a checkpoint into another one, without them; say `mtp: drop`")
         if loaded.recipe.output is None:
             raise loaded.error(
                 resolved.path, f"{name} turns a checkpoint into another one, in files, so it needs an `output`"
@@ -442,9 +444,6 @@ def _check_extra_layers(loaded: LoadedRecipe, look: _Look, after: Sequence[MoELa
         return
     if look.left_out is None:
         raise loaded.error(("mtp",), f"the model has {NO_EXTRA_LAYERS}")
-    external = next((one.method.name for one in loaded.passes if is_external(one.method)), None)
-    if external:
-        raise loaded.error(("mtp",), f"{external} writes the checkpoint, without them; say `mtp: drop`")
     if look.left_out.found.has_weights:
         with loaded.at("mtp"):
             plan_extra_layers(look.left_out, look.structure.layers, after, look.adapters)
@@ -580,9 +579,8 @@ def left_out_note(left_out: LeftOut) -> str:
     size = f" ({human_bytes(left_out.num_bytes)})" if left_out.num_bytes is not None else ""
     keys = " and ".join(f"`{'.'.join(path)}`" for path in left_out.announced)
     becomes = f" and {keys} {'become' if len(left_out.announced) > 1 else 'becomes'} 0" if keys else ""
-    then = f"the smaller checkpoint is written without them{becomes}"
-    if left_out.choice != "drop":
-        then = f"it gets them by `mtp: {left_out.choice}`, unmeasured"
+    without, choice = f"the smaller checkpoint is written without them{becomes}", left_out.choice
+    then = without if choice == "drop" else f"it gets them by `mtp: {choice}`, unmeasured"
     return (
         f"the checkpoint has {counted(len(left_out.names), 'tensor')}{size} of extra prediction layers, "
         f"{', '.join(left_out.layers)}, that transformers does not build; {then}"

@@ -494,6 +494,9 @@ def test_refused_by_name(refused: Refused, recipe: WriteRecipe, mixtral: Path, t
     )
     source = tmp_path / "model"
     write_model(source, "glm4_moe")
+    program = [{"expert_pruning": {"keep": 6}}, {"command": {"command": ["true", "{input}", "{output}"]}}]
+    says = "mtp: command turns a checkpoint into another one, without them; say `mtp: drop`"
+    refused("run", "--quiet", "--allow-commands", recipe(model=source, mtp="prune", passes=program), says=says)
     counts = [{"expert_pruning": {"keep": {1: 6, 2: 5}}}]
     says = (
         "model.layers.3: layers have 5 to 6 experts, and nothing that reads such a model runs extra prediction layers;"
