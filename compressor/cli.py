@@ -119,9 +119,7 @@ DeviceMemoryOption = Annotated[
 DiskOption = Annotated[
     str | None, typer.Option("--disk", help="Disk that the run may use, its output included.", metavar="SIZE")
 ]
-CommandsOption = Annotated[
-    bool, typer.Option("--allow-commands", help="Run the programs that the recipe's passes name.")
-]
+CommandsOption = Annotated[bool, typer.Option("--allow-commands", help="Run the programs that the recipe names.")]
 PushOption = Annotated[bool, typer.Option("--push", help="Upload the output to the hub, as the recipe's `push` says.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -537,6 +535,7 @@ def evaluate(
     weights: WeightsOption = None,
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
+    allow_commands: CommandsOption = False,
     without: WithoutOption = None,
     plugin: PluginOption = None,
     quiet: QuietOption = False,
@@ -555,6 +554,7 @@ def evaluate(
             model,
             against=against,
             overrides=[*(set_ or []), *_settings(weights=weights, memory=memory, device_memory=device_memory)],
+            allow_commands=allow_commands,
             without=without or [],
             plugin_files=plugin or [],
             progress=Progress.detect(quiet=quiet),

@@ -128,6 +128,8 @@ RECORD: dict[str, dict[str, str]] = {
         "peak_memory": "`host_bytes` and `device_bytes` at most",
         "bytes_on_disk": "of its files of weights, if it is in a folder",
         "generation": "if `evaluate.generation` is set: what it writes",
+        "server": "if one has answered the tasks: its `url` and `model`, or the `command` that started it; `engine`, "
+        "`version`, `max_model_len` as it has said",
     },
 }  # fmt: skip
 FIGURES: dict[str, dict[str, type[Any]]] = {
@@ -146,6 +148,7 @@ LINKS = {
     "Calibration": "[`calibration`](#calibration)",
     "Evaluation": "[`evaluate`](#evaluate)",
     "Push": "[`push`](#push)",
+    "Server": "[`server`](#server)",
     "Budget": "[a mean](#a-mean)",
     "Pass": "[passes](#methods)",
     **dict.fromkeys(
@@ -237,6 +240,7 @@ def recipe() -> Iterator[str]:
         "calibration": "Calibration",
         "evaluate": "Evaluation",
         "push": "Push",
+        "server": "Server",
         "A mean": "Budget",
     }.items():
         about = "" if title.islower() else f"{definitions[name]['description']}\n"

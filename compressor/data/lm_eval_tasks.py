@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class LoadedTasks:
     """lm_eval.api.task.Task by name, the members of groups included."""
     groups: Mapping[str, Any] = field(default_factory=dict)
     """lm_eval.api.group.Group by name."""
+    num_requests: int = 0
+    """About how many a model will be asked, where that was found."""
 
     def __or__(self, others: LoadedTasks) -> LoadedTasks:
         names = tuple(dict.fromkeys((*self.names, *others.names)))
@@ -89,15 +92,18 @@ class TaskSources:
         *,
         seed: int = 0,
         say: Callable[[str], None] | None = None,
+        runs_code: bool = False,
     ) -> None:
-        """`say` is told of what takes long. Raises EvaluationError where there is no such folder."""
+        """`say` is told of what takes long; `runs_code`: also tasks that run what models write. Raises EvaluationError
+        where there is no such folder.
+        """
         if task_path is not None and not task_path.is_dir():
             raise EvaluationError(
                 f"task_path {task_path}: there is no such folder; give one that holds tasks' YAML files."
             )
         self._task_path = task_path
         self._local_tasks: LocalTasks = local_tasks or task_configs
-        self._seed, self._say = seed, say
+        self._seed, self._say, self._runs_code = seed, say, runs_code and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
         self._managers: dict[bool, Any] = {}
 
     def load(self, name: str) -> LoadedTasks:
@@ -116,8 +122,11 @@ class TaskSources:
                 raise EvaluationError(f"unknown task {name!r}. {hint}")
             found = manager.load([dict(local[name])]) if is_local else _load(manager, name)
         for one, task in found["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False):
-                raise EvaluationError(f"task {one!r} runs code that the model writes; that is not supported here.")
+            if getattr(task, "UNSAFE_CODE", False) and not self._runs_code:
+                raise EvaluationError(
+                    f"task {one!r} runs code that the model writes, with all that this account may do: it is measured with "
+                    f"`confirm_run_unsafe_code: true` under `evaluate`, and HF_ALLOW_CODE_EVAL=1 in the environment."
+                )
             if getattr(task, "MULTIMODAL", False):
                 raise EvaluationError(f"task {one!r} needs images or sound; only text is supported here.")
         return LoadedTasks((name,), found["tasks"], found.get("groups", {}))

@@ -3,7 +3,7 @@
 The model is as before afterwards, also after an error, and no answer is kept from one model for the next. Several
 processes with the same model share the requests of tasks, and all get the results.
 
-Not covered here: chat templates, tasks that run code which the model wrote, tasks with images or sound.
+Not covered here: chat templates (but by `served`), tasks with images or sound.
 """
 
 from __future__ import annotations
@@ -123,23 +123,28 @@ def run_tasks(
         torch.no_grad(),
         evaluating(model),
         _tying_as_it_is(model),
-        _refusals_of_lm_eval(tasks),
+        refusals_of_lm_eval(tasks),
     ):
         lm = _language_model(model, tokenizer, batch_size, progress, processes or Processes(), run, device)
-        refuse_long_answers(tasks.tasks, lm.max_length)
-        raw = _evaluated(lm, tasks, limit)
+        return answers(lm, tasks, limit)
+
+
+def answers(lm: Any, tasks: LoadedTasks, limit: int | None, **how: Any) -> dict[str, TaskResult]:
+    """The results of tasks, by what lm-eval makes of the answers; `how`: more that its `evaluate` takes."""
+    refuse_long_answers(tasks.tasks, lm.max_length)
+    raw = _evaluated(lm, tasks, limit, **how)
     results = {name: _task_result(name, task, raw, tasks, len(lm.cut[name])) for name, task in tasks.tasks.items()}
     figures = {name: _with_standard_errors(raw["results"][name], results[name]) for name in results}
     return results | {name: _group_result(group, figures, results, tasks) for name, group in tasks.groups.items()}
 
 
-def _evaluated(lm: Any, tasks: LoadedTasks, limit: int | None) -> Json:
-    """What lm-eval makes of the answers; the tasks forget these."""
+def _evaluated(lm: Any, tasks: LoadedTasks, limit: int | None, **how: Any) -> Json:
+    """What lm-eval makes of the answers; the tasks forget these. Those that run code were asked for."""
     from lm_eval.evaluator import evaluate
 
-    task_dict = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
+    how |= {"task_dict": {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}, "limit": limit}
     try:
-        return evaluate(lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True)  # type: ignore[no-any-return]
+        return evaluate(lm=lm, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True, **how)  # type: ignore[no-any-return]
     finally:
         for task in tasks.tasks.values():
             task._instances = None  # the prompts with this model's answers
@@ -153,22 +158,32 @@ def refuse_without_tokenizer(names: Sequence[str], tokenizer: Any | None) -> Non
         )
 
 
-def check_requests(tasks: LoadedTasks, tokenizer: Any, config: Any, *, seed: int = 0) -> None:
-    """Raise EvaluationError for what a model of this config could not be asked, by each task's first document."""
+def positions(tokenizer: Any, config: Any) -> int:
+    """How many tokens lm-eval gives a model of this config."""
     from lm_eval.models.huggingface import HFLM
 
     known = {"_max_length": None, "_DEFAULT_MAX_LENGTH": HFLM._DEFAULT_MAX_LENGTH, "tokenizer": tokenizer}
-    num_positions = HFLM.max_length.fget(SimpleNamespace(model=SimpleNamespace(config=config), **known))
+    return int(HFLM.max_length.fget(SimpleNamespace(model=SimpleNamespace(config=config), **known)))
+
+
+def check_requests(tasks: LoadedTasks, tokenizer: Any, config: Any, *, limit: int | None = None, seed: int = 0) -> int:
+    """Raise EvaluationError for what a model of this config could not be asked, by each task's first document. Returns
+    how many requests there will be, if the others are like it.
+    """
+    num_positions, num_requests = positions(tokenizer, config), 0
     refuse_long_answers(tasks.tasks, num_positions)
-    with quietly(), seeded(seed), _refusals_of_lm_eval(tasks):
+    with quietly(), seeded(seed), refusals_of_lm_eval(tasks):
         for task in tasks.tasks.values():
             task.set_fewshot_seed(seed=seed)
             task.build_all_requests(limit=1, rank=0, world_size=1)
             requests, task._instances = task.instances, None
+            documents = len(task.eval_docs)
+            num_requests += sum(one.repeats for one in requests) * min(limit or documents, documents)
             for one in requests:
                 if one.request_type == "loglikelihood":
                     answer = tokenizer.encode(one.args[1], add_special_tokens=False)
                     _refuse_long_answer(one, len(answer), num_positions)
+    return num_requests
 
 
 def _refuse_long_answer(request: Any, num_tokens: int, num_positions: int) -> None:
@@ -179,10 +194,12 @@ def _refuse_long_answer(request: Any, num_tokens: int, num_positions: int) -> No
         )
 
 
-class _Counting(_HFLM):  # type: ignore[misc]
+class Counting(_HFLM):  # type: ignore[misc]
     """lm-eval's view of a live model, which counts requests done and prompts cut: task → documents. To lm-eval each
     process is alone: its own way to share out draws other few-shot examples than one process.
     """
+
+    beyond = 1  # an answer's last token is not given to the model, and has no position
 
     def __init__(self, progress: Progress | None, processes: Processes, **settings: Any) -> None:
         super().__init__(**settings)
@@ -221,7 +238,7 @@ class _Counting(_HFLM):  # type: ignore[misc]
                     f"task {asked.task_name!r}: an answer to document {asked.doc_id} has no token of its own. Let it "
                     f"begin with a blank, which `target_delimiter` puts before choices, or leave the task out."
                 )
-            self._note_cut(asked, len(context) + len(answer), self.max_length + 1)
+            self._note_cut(asked, len(context) + len(answer), self.max_length + self.beyond)
         ask = super()._loglikelihood_tokens
         return [tuple(answer) for answer in self._shared_out(lambda own: ask(own, *args, **kwargs), requests)]
 
@@ -246,7 +263,7 @@ class _Counting(_HFLM):  # type: ignore[misc]
         return written
 
 
-class _Walking(_Counting):
+class _Walking(Counting):
     """Asks all requests of a kind together. lm-eval's own code runs twice for that: once to tell which batches will
     come, with answers that nobody reads; then, beside the run of these batches, with their logits.
     """
@@ -314,11 +331,8 @@ def _language_model(
     """lm-eval's view of a live model. It sets a padding token on the tokenizer, so it gets a copy."""
     from lm_eval.models.huggingface import HFLM
 
-    kind, given = (_Counting, ()) if run is None else (_Walking, (run, device))
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
-    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    kind, given = (Counting, ()) if run is None else (_Walking, (run, device))
+    tokenizer, prefix = with_padding(tokenizer)
     return type(kind.__name__, (kind, HFLM), {})(
         *given,
         progress,
@@ -327,12 +341,21 @@ def _language_model(
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,
-        prefix_token_id=tokenizer.pad_token_id if starts == (None, None) else None,
+        prefix_token_id=prefix,
     )
 
 
+def with_padding(tokenizer: Any) -> tuple[Any, int | None]:
+    """A copy as lm-eval needs it, and what begins a text, where the tokenizer has nothing for that."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval would add one that has no embedding
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tokenizer, tokenizer.pad_token_id if starts == (None, None) else None
+
+
 @contextlib.contextmanager
-def _refusals_of_lm_eval(tasks: LoadedTasks) -> Iterator[None]:
+def refusals_of_lm_eval(tasks: LoadedTasks) -> Iterator[None]:
     """What lm-eval or a task's code refuses is an EvaluationError; errors of the model and ours stay as they are."""
     try:
         yield
@@ -354,7 +377,7 @@ def writes_problem(names: Iterable[str]) -> str:
     """What to say of tasks that have the model write, where its weights are on disk."""
     return (
         f"task {', '.join(sorted(names))}: the model is to write, and would be read from disk for every token. Measure "
-        "tasks that choose among answers, or this one with `compressor evaluate` where the model fits in memory."
+        "tasks that choose among answers, or ask this one of a server that holds it: `evaluate: {server: ...}`."
     )
 
 

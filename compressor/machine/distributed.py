@@ -116,7 +116,7 @@ class Processes:
         if not all(name in os.environ for name in wanted) or int(os.environ["WORLD_SIZE"]) == 1:
             yield Processes()
             return
-        with _ends_when_told(), _connected() as processes:
+        with ends_when_told(), _connected() as processes:
             yield processes
 
 
@@ -251,7 +251,7 @@ def _connected() -> Iterator[_Joined]:
 
 
 @contextmanager
-def _ends_when_told() -> Iterator[None]:
+def ends_when_told() -> Iterator[None]:
     """Within the context SIGTERM, by which torchrun ends the others, lets `with` and `finally` do their work."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from compressor.data.server import Server
 from compressor.data.sources import BaseSource, FileName, FilePath, Source
 from compressor.errors import CalibrationError, CompressorError, RecipeError, shortened
 from compressor.method import OptionError
@@ -87,6 +88,14 @@ class Evaluation(_Settings):
         default=None, ge=0, description="examples before each question; default as the task says"
     )
     batch_size: int = Field(default=8, ge=1, description="sequences in one batch")
+    server: Server | None = Field(
+        default=None, description="ask tasks of a server (vLLM, SGLang, llama.cpp), not of the model in this process"
+    )
+    confirm_run_unsafe_code: bool = Field(
+        default=False,
+        description="run the code that a model writes for tasks such as humaneval, with all that this account may do; "
+        "only with HF_ALLOW_CODE_EVAL=1 in the environment",
+    )
     perplexity: Sources = Field(
         default=(), description="sources of text to measure perplexity on, and beside an original fidelity to it"
     )
@@ -120,11 +129,17 @@ class Evaluation(_Settings):
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Evaluation:
         _with_different_titles(tuple(self.texts.values()))
-        idle = [name for name in ("task_path", "limit", "num_fewshot") if getattr(self, name) is not None]
+        settings = ("task_path", "limit", "num_fewshot", "server")
+        idle = [name for name in settings if getattr(self, name) is not None]
+        idle += ["confirm_run_unsafe_code"] * self.confirm_run_unsafe_code
         if idle and not self.tasks:
             raise ValueError(f"{said_together(idle)} would have no effect without `tasks`; give tasks or leave it out")
         if self.generation and not self.texts:
             raise ValueError("generation has nothing to continue; give text, under `perplexity`, or leave it out")
+        if self.each_pass and self.server:
+            raise ValueError(
+                "each_pass measures models that no server can load, of one pass each; leave one of both out"
+            )
         return self
 
 
@@ -315,10 +330,16 @@ class LoadedRecipe:
         """`sha256:` and 16 hex digits of the effective recipe, but for where the result is put and what it may take;
         with defaults of options, if loaded with `methods`.
         """
-        effective = self.to_mapping()
-        for key in CHANGES_NO_FIGURE:
-            effective.pop(key, None)
-        return digest(json.dumps(effective, sort_keys=True))
+        return digest(json.dumps(self.without_means(), sort_keys=True))
+
+    def without_means(self) -> dict[str, Any]:
+        """`to_mapping`, but for where to and with what it is carried out. Of a server only that there is one is left: a
+        run goes on with another.
+        """
+        effective = {key: value for key, value in self.to_mapping().items() if key not in CHANGES_NO_FIGURE}
+        if "server" in effective.get("evaluate", {}):
+            effective["evaluate"]["server"] = {}
+        return effective
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as it is carried out, as JSON types, with overrides and defaults."""
@@ -376,12 +397,14 @@ def load_recipe(
     methods: Mapping[str, type[Method[Any]]] | None = None,
     criteria: Mapping[str, Any] | None = None,
     allow_commands: bool = False,
+    allow_server: bool | None = None,
 ) -> LoadedRecipe:
     """Read and check a recipe: the path of a YAML file, the name of one of ours, a mapping with the same keys, or a
     Recipe. `overrides` (`passes.0.expert_pruning.keep=4`) are applied in order; `model` and `output` replace the
     recipe's, `live` names a model at hand where it has none. With `methods` (by name, and `criteria`) the passes are
-    checked as well, and those that run programs refused unless `allow_commands`. Raises one RecipeError that lists
-    every mistake, in the order of the file.
+    checked as well, and those that run programs refused unless `allow_commands`, as is a server's command
+    (`allow_server`, if that is another matter). Raises one RecipeError that lists every mistake, in the order of the
+    file.
     """
     if not isinstance(source, str | Path | Mapping | Recipe):
         raise RecipeError(f"recipe: found {in_yaml(source)}, expected a path, a mapping or a Recipe")
@@ -399,11 +422,17 @@ def load_recipe(
     passes = _resolve(document, methods, criteria) if methods is not None else ()
     if recipe is not None and not recipe.calibration.data and methods is not None:
         _check_own_text(document, recipe, passes)
-    for one in passes:
-        if one.method.program and not allow_commands:
+    programs: list[tuple[KeyPath, Sequence[str], bool]] = [
+        (one.path, one.method.program, allow_commands) for one in passes
+    ]
+    if recipe and recipe.evaluate and recipe.evaluate.server:
+        may_serve = allow_commands if allow_server is None else allow_server
+        programs.append((("evaluate", "server", "command"), recipe.evaluate.server.command, may_serve))
+    for path, program, is_allowed in programs:
+        if program and not is_allowed:
             document.add_mistake(
-                one.path,
-                f"would run `{shlex.join(one.method.program)}`, which may do all that this account may: "
+                path,
+                f"would run `{shlex.join(program)}`, which may do all that this account may: "
                 f"--allow-commands (in Python `allow_commands=True`) allows it",
                 at_key=True,
             )

@@ -290,6 +290,10 @@ def legend(rows: Sequence[Figure], record: Json) -> Iterator[str]:
         yield "Speed: median ratio [smallest–largest] of alternated rounds in one process."
     evaluation = record.get("evaluation") or {}
     yield from cut_prompts((evaluation.get("after") or {}).get("tasks", {}))
+    for when in ("before", "after"):
+        if server := (evaluation.get(when) or {}).get("server"):
+            where = f" at {server['url']}" if "url" in server else ""
+            yield f"Tasks, {when}: answered by {server.get('engine', 'a server')}{where}."
     speed = evaluation.get("speed") or {}
     if speed.get("decode_reason"):
         yield f"No decode speed: {speed['decode_reason']}"

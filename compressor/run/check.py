@@ -95,6 +95,8 @@ def check(
             folder.require_space(num_bytes, who="the run, with what it keeps of the text,")
     readiness.check_text(loaded, tokenizer, preview.limits, progress)
     tasks = readiness.read_tasks(loaded, tokenizer, preview.limits, config, from_disk=from_disk, progress=progress)
+    has_folders = model is None and recipe.output is not None
+    preview.plan["notes"] += readiness.check_server(loaded, tasks, tokenizer, has_folders=has_folders)
     return dataclasses.replace(preview, tokenizer=tokenizer, tasks=tasks)
 
 
@@ -150,6 +152,8 @@ def measuring(
     tasks = readiness.read_tasks(
         loaded, tokenizer, limits, config, from_disk=place.weights == "disk", progress=progress
     )
+    for sentence in readiness.check_server(loaded, tasks, tokenizer, has_folders=None):
+        progress.say(sentence)
     return Preview(
         found,
         structure,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences
+from compressor.data.server import Server
 from compressor.edit.backend import Measurable
 from compressor.evaluation.fidelity import Answers, Fidelity, beside_original
 from compressor.evaluation.generation import Generation, generation
-from compressor.evaluation.lm_eval import TaskResult
+from compressor.evaluation.lm_eval import TaskResult, positions
 from compressor.evaluation.paired import paired
 from compressor.evaluation.perplexity import Perplexity
+from compressor.evaluation.served import run_tasks
+from compressor.evaluation.serving import serving
 from compressor.evaluation.size import RoutedSize, Size, bytes_on_disk
 from compressor.evaluation.speed import peak_memory, speed
 from compressor.machine.distributed import Processes
@@ -26,7 +33,7 @@ from compressor.model.structure import MoELayer
 from compressor.recipe.schema import Evaluation
 from compressor.report.figures import cut_prompts
 from compressor.run.job import Job
-from compressor.wording import counted
+from compressor.wording import counted, digest
 
 _ExpertsUsed = dict[str, dict[str, float]]
 """Text (or "tasks") → layer path → experts that a token used."""
@@ -66,6 +73,8 @@ class Measured:
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
     """To the original, by text."""
     generation: Generation | None = None
+    server: Mapping[str, Any] | None = None
+    """Which one has answered the tasks, if not the model in this process."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,6 +86,7 @@ class Measured:
             **({"bytes_on_disk": self.bytes_on_disk} if self.bytes_on_disk is not None else {}),
             **({"fidelity": {name: one.to_json() for name, one in self.fidelity.items()}} if self.fidelity else {}),
             **({"generation": self.generation.to_json()} if self.generation else {}),
+            **({"server": self.server} if self.server else {}),
         }
 
     def with_bytes_of(self, folder: Path) -> Measured:
@@ -163,7 +173,7 @@ def _generation(piece: Measurable, yardstick: Yardstick, when: str, progress: Pr
 def _tasks(
     piece: Measurable, yardstick: Yardstick, when: str, progress: Progress
 ) -> tuple[dict[str, TaskResult], _ExpertsUsed]:
-    if yardstick.tasks is None:
+    if yardstick.tasks is None or yardstick.evaluation.server:
         return {}, {}
     title = f"{when}: {counted(len(yardstick.tasks.names), 'task')}"
     with progress.task(title) as update, piece.counted() as counter:
@@ -198,6 +208,46 @@ def _routed(layers: Sequence[MoELayer], used: _ExpertsUsed) -> list[RoutedSize]:
         )
         for layer in layers
     ]
+
+
+def ask_server(
+    job: Job, yardstick: Yardstick | None, folder: Path | None, config: Any, when: str, *, is_original: bool = False
+) -> dict[str, Any]:
+    """The fields of `Measured` that a server finds of the model in a folder; none without a server. Of several
+    processes the first one asks. Those of the original are kept for a run that goes on with the same server.
+    """
+    server = yardstick.evaluation.server if yardstick else None
+    if server is None or yardstick is None or yardstick.tasks is None:
+        return {}
+    name, at = f"tasks {digest(server.model_dump_json())}", server
+    if is_original and not server.command:
+        at = server.model_copy(update={"url": server.original_url or server.url, "model": server.original_model})
+
+    def found() -> dict[str, Any]:
+        with job.timed("tasks through a server"), job.loaded.at("evaluate", "server"):
+            own = _answers_of(job, yardstick, at, folder, config, when) if job.processes.is_first else None
+        return dict(job.processes.exchange(own)[0])
+
+    noted = job.noted(name, found) if is_original else found()
+    return noted | {"tasks": {name: TaskResult.from_json(one) for name, one in noted["tasks"].items()}}
+
+
+def _answers_of(
+    job: Job, yardstick: Yardstick, server: Server, folder: Path | None, config: Any, when: str
+) -> dict[str, Any]:
+    assert yardstick.tasks is not None
+    evaluation, tokenizer = yardstick.evaluation, yardstick.tokenizer
+    how: dict[str, Any] = {"limit": evaluation.limit, "batch_size": evaluation.batch_size, "seed": yardstick.seed}
+    with ExitStack() as running:
+        if server.command and folder is not None:
+            gc.collect()  # a server may need the room of weights that were here
+            torch.cuda.empty_cache()
+            server = running.enter_context(serving(server, folder, job.progress.say))
+        how["progress"] = running.enter_context(job.progress.task(f"{when}: tasks through {server.url}"))
+        tasks, about = run_tasks(server, tokenizer, yardstick.tasks, positions(tokenizer, config), **how)
+    if server.command:  # where that was is known to nobody else
+        about = {"command": list(server.command)} | {key: about[key] for key in about if key not in ("url", "model")}
+    return {"tasks": {name: one.to_json() for name, one in tasks.items()}, "server": about}
 
 
 def compared(before: Measured, after: Measured, texts: Sequence[Sequences]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass, load_re
 from compressor.run import check, controls, external, passes, readiness
 from compressor.run.job import Job, open_journal
 from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices, recipe_for
-from compressor.run.measure import Measured, Yardstick, compared, compared_speed, measure
+from compressor.run.measure import Measured, Yardstick, ask_server, compared, compared_speed, measure
 from compressor.run.preview import Preview
 from compressor.run.push import check_push, push_as_asked
 from compressor.run.record import (
@@ -163,17 +163,20 @@ def evaluate(
     *,
     against: str | None = None,
     overrides: Sequence[str] = (),
+    allow_commands: bool = False,
     without: Iterable[str] = (),
     plugin_files: Iterable[str | Path] = (),
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Measure one model as the recipe's `evaluate:` says. Returns a record with `evaluation.after` only; `against`
-    another model, which is measured first and let go of, with `before` and what a run's evaluation says of both.
-    Raises EvaluationError where that has another tokenizer or vocabulary.
+    another model, which is measured first and let go of, with `before` and what a run's evaluation says of both. A
+    server is started only with `allow_commands`. Raises EvaluationError where `against` has another tokenizer or
+    vocabulary.
     """
     plugins = load_plugins(without, files=plugin_files)
-    return _measuring(recipe, against, overrides, plugins, progress, processes)(model_reference)
+    how: dict[str, Any] = {"processes": processes, "allow_server": allow_commands}
+    return _measuring(recipe, against, overrides, plugins, progress, **how)(model_reference)
 
 
 def _measuring(
@@ -182,15 +185,22 @@ def _measuring(
     overrides: Sequence[str],
     plugins: Plugins,
     progress: Progress | None,
+    *,
     processes: Processes | None = None,
+    allow_server: bool | None = None,
 ) -> Callable[[str], dict[str, Any]]:
-    """What makes the record of one model after the other, as `evaluate` does; the original is measured once."""
+    """What makes the record of one model after the other, as `evaluate` does; the original is measured once.
+    `allow_server`: whether a server may be started; None where none is asked.
+    """
     beside: tuple[Job, Preview] | None = None
     known: tuple[Texts, Yardstick | None, Measured | None, dict[str, Any]] | None = None
 
     def asked(reference: str) -> tuple[Job, Preview]:
         of_plugins: dict[str, Any] = {"methods": plugins.methods, "criteria": plugins.criteria}
-        loaded = load_recipe(recipe, overrides=overrides, model=reference, **of_plugins, allow_commands=True)
+        of_plugins |= {"allow_commands": True, "allow_server": allow_server is not False}
+        loaded = load_recipe(recipe, overrides=overrides, model=reference, **of_plugins)
+        if allow_server is None and loaded.recipe.evaluate and loaded.recipe.evaluate.server:
+            raise loaded.error(("evaluate", "server"), "only `run` and `evaluate` ask a server; leave it out here")
         if loaded.recipe.evaluate is None:
             raise loaded.error((), "the recipe has no `evaluate:`, so there is nothing to measure")
         # it is measured as it is: nothing of it need be known but how it runs
@@ -345,10 +355,11 @@ def _swept(job: Job, subject: Subject, totals: Sequence[Total], folder: OutputFo
 def _alone_measured(job: Job, subject: Subject, yardstick: Yardstick | None, *, is_original: bool = False) -> Measured:
     """A checkpoint as it is."""
     assert subject.checkpoint is not None
-    piece, when = _piece_to_measure(job, subject), f"measuring {job.recipe.model}"
-    figures = measure(job, piece, yardstick, when, subject.devices, is_original=is_original)
+    folder, when = subject.checkpoint.folder, f"measuring {job.recipe.model}"
+    asked = ask_server(job, yardstick, folder, subject.config, when, is_original=is_original)
+    figures = measure(job, _piece_to_measure(job, subject), yardstick, when, subject.devices, is_original=is_original)
     assert figures is not None
-    return figures.with_bytes_of(subject.checkpoint.folder)
+    return dataclasses.replace(figures.with_bytes_of(folder), **asked)
 
 
 def _refuse_other_text(reference: str, preview: Preview, against: str, other: Preview) -> None:
@@ -379,6 +390,8 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     about = _about(job, subject, texts)
     job = _with_journal(job, subject, texts, folder)
     yardstick = _yardstick(job, subject, texts, has_original=True)
+    original = subject.checkpoint.folder if subject.checkpoint else None
+    asked = ask_server(job, yardstick, original, subject.config, "before", is_original=True)
     with job.timed("load"):
         piece = _workpiece(job, subject)
     with job.timed("evaluate before"):
@@ -404,6 +417,9 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     if beside and beside.left:
         record["left_behind"] = list(beside.left)
     if yardstick and before and after:
+        if asked:
+            found = _served_after(job, yardstick, smaller, folder.path if folder else None)
+            before, after = dataclasses.replace(before, **asked), dataclasses.replace(after, **found)
         if subject.checkpoint:
             before = before.with_bytes_of(subject.checkpoint.folder)
         if folder:
@@ -417,8 +433,15 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         record |= origin_json(subject.checkpoint, folder.path)
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
-    model = smaller.model if smaller.weights is None and "files_only" not in record else None
+    model = smaller.model if smaller.weights is None and "files_only" not in record and not asked else None
     return CompressionResult(record, None, model, subject.preview.tokenizer)
+
+
+def _served_after(job: Job, yardstick: Yardstick, smaller: Measurable, folder: Path | None) -> dict[str, Any]:
+    """What a server finds of the output, which lies in a folder. Weights go before, unless speed is measured."""
+    if not yardstick.evaluation.speed:
+        torch.nn.Module.to(smaller.model, "meta")
+    return ask_server(job, yardstick, folder, smaller.model.config, "after")
 
 
 @contextmanager

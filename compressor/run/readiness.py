@@ -8,9 +8,12 @@ Not seen: what only the rest of a text or the weights tell.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from functools import reduce
+from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,12 @@ from compressor.data.sequences import check_vocabulary
 from compressor.data.sources import SOURCE_KINDS, BaseSource, DatasetSource, Split, TaskSource, TokensSource
 from compressor.errors import CalibrationError, EvaluationError, RecipeError
 from compressor.evaluation.lm_eval import check_requests, refuse_without_tokenizer, writes_problem
+from compressor.evaluation.served import look_at
 from compressor.machine.progress import Progress
 from compressor.recipe.document import KeyPath
 from compressor.recipe.schema import Evaluation, LoadedRecipe, Refusals, ResolvedPass
 from compressor.run.preview import Limits
+from compressor.wording import counted
 
 # Where a source stands -------------------------------------------------------------------------------------
 
@@ -138,9 +143,10 @@ def read_tasks(
     """The tasks to measure, None where there are none. Raises where one is unknown, its documents cannot be read, or
     a model of this config cannot be asked it: without a tokenizer, to write while it is on disk, longer than it is.
     """
-    wanted = _tasks(loaded)
-    if not wanted:
+    wanted, evaluation = _tasks(loaded), evaluation_of(loaded)
+    if not wanted or evaluation is None:
         return None
+    from_disk = from_disk and evaluation.server is None
     if tokenizer is not None:
         _check_tokenizer(loaded, tokenizer, limits)
     progress.say(f"reading tasks: {', '.join(name for name, _ in wanted.values())}")
@@ -151,7 +157,8 @@ def read_tasks(
             refuse_without_tokenizer([name], tokenizer)
         if tokenizer is not None and folder not in sources:
             with refusals.at(*place[:1], *(("task_path",) if place[0] == "evaluate" else place[1:])):
-                sources[folder] = TaskSources(folder, seed=loaded.recipe.seed, say=progress.say)
+                how: dict[str, Any] = {"seed": loaded.recipe.seed, "runs_code": evaluation.confirm_run_unsafe_code}
+                sources[folder] = TaskSources(folder, say=progress.say, **how)
         with refusals.at(*place):
             of_name = sources[folder].load(name) if folder in sources else LoadedTasks()
             writing = {task for task, one in of_name.tasks.items() if one.OUTPUT_TYPE == "generate_until"}
@@ -162,15 +169,15 @@ def read_tasks(
             else:
                 found[place] = of_name
     refusals.raise_all()
-    together, evaluation = reduce(or_, found.values(), LoadedTasks()), evaluation_of(loaded)
-    assert evaluation is not None
+    together, num_requests = reduce(or_, found.values(), LoadedTasks()), 0
     with loaded.at("evaluate", "num_fewshot"):
         set_fewshot(together.tasks, evaluation.num_fewshot)
     for place, of_name in found.items():
         with refusals.at(*place):
-            check_requests(of_name, tokenizer, config, seed=loaded.recipe.seed)
+            asked: dict[str, Any] = {"limit": evaluation.limit, "seed": loaded.recipe.seed}
+            num_requests += check_requests(of_name, tokenizer, config, **asked)
     refusals.raise_all()
-    return together if together.names else None
+    return dataclasses.replace(together, num_requests=num_requests) if together.names else None
 
 
 def _tasks(loaded: LoadedRecipe) -> dict[KeyPath, tuple[str, Path | None]]:
@@ -183,3 +190,36 @@ def _tasks(loaded: LoadedRecipe) -> dict[KeyPath, tuple[str, Path | None]]:
         if source.name_in_index not in {name for name, _ in found.values()}:
             found[place] = (source.name_in_index, source.folder)
     return found
+
+
+def check_server(
+    loaded: LoadedRecipe, tasks: LoadedTasks | None, tokenizer: Any, *, has_folders: bool | None
+) -> list[str]:
+    """What a server will be asked, in a sentence; none without one. Raises where that cannot be. `has_folders`: whether
+    model and result are there as files; None where nothing is compressed.
+    """
+    server = loaded.recipe.evaluate.server if loaded.recipe.evaluate else None
+    if server is None or tasks is None:
+        return []
+    chosen = [name for name, task in tasks.tasks.items() if task.OUTPUT_TYPE != "generate_until"]
+    missing = [name for name in ("tenacity", "aiohttp", "requests") if find_spec(name) is None]
+    program = server.command[0] if server.command else ""
+    with loaded.at("evaluate", "server"):
+        for problem, is_there in {
+            f'the package {"".join(missing[:1])} is missing (`pip install "moe-compressor[server]"`)': missing,
+            "the server at `url` cannot have the smaller model before this run has made it: give the `command` that "
+            "starts one, or ask afterwards with `compressor evaluate OUTPUT --against MODEL`": has_folders is not None
+            and not program,
+            "a server reads folders: give the model as one, and an `output`": has_folders is False,
+            f"there is no program {program!r} here that can be run": program and shutil.which(program) is None,
+            f"`chat` asks tasks that have the model write, and {''.join(chosen[:1])} has it choose": server.chat
+            and chosen,
+            "`chat` needs a template, and the model's tokenizer has none": server.chat and not tokenizer.chat_template,
+        }.items():
+            if is_there:
+                raise RecipeError(problem)
+        where = f"a server that {program} starts on each model's folder"
+        if not program:
+            where = "{url}, which answers and has {model}".format(**look_at(server, timeout=5))
+    asked = f"about {counted(tasks.num_requests, 'request')} for tasks"
+    return [f"{asked} will go to {where}; their tokens are those of the model's own tokenizer"]

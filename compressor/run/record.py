@@ -30,7 +30,7 @@ from compressor.model.constants import replaced_experts
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.structure import MoELayer
 from compressor.model.uneven import uneven_counts
-from compressor.recipe.schema import CHANGES_NO_FIGURE, LoadedRecipe
+from compressor.recipe.schema import LoadedRecipe
 from compressor.report.card import carried_over, eval_results, model_card
 from compressor.report.figures import shown_layers
 from compressor.report.html import page, summary
@@ -187,12 +187,10 @@ def identity_json(
     versions: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a run is about: equal where two find the same. `tokenizer` and `texts` are fingerprints."""
-    recipe = loaded.to_mapping()
-    # whatever the model's path: its fingerprint tells whether it is the same
-    for key in (*CHANGES_NO_FIGURE, "model"):
-        recipe.pop(key, None)
+    recipe = loaded.without_means()
     return {
-        "recipe": recipe,
+        # whatever the model's path: its fingerprint tells whether it is the same
+        "recipe": {key: value for key, value in recipe.items() if key != "model"},
         "model": model,
         "tokenizer": tokenizer,
         "text": texts,

@@ -23,7 +23,7 @@ from tiny_models import random_model, tiny_model, token_ids, write_checkpoint, w
 from compressor import MoEModel, PluginError, ProcessError, Processes, RecipeError, compress
 from compressor.data.sequences import Sequences, TokenBatch, make_batches
 from compressor.evaluation.perplexity import perplexity
-from compressor.machine.distributed import _ends_when_told
+from compressor.machine.distributed import ends_when_told
 from compressor.machine.progress import Progress
 from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
@@ -407,14 +407,14 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_that_is_told_to_end_while_it_is_leaving_tidies_up() -> None:
     tidied = []
-    with pytest.raises(KeyError), _ends_when_told():  # noqa: PT012
+    with pytest.raises(KeyError), ends_when_told():  # noqa: PT012
         try:
             raise KeyError
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             tidied.append(True)
     assert tidied
-    with pytest.raises(SystemExit), _ends_when_told():  # noqa: PT012
+    with pytest.raises(SystemExit), ends_when_told():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
 
