@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from compressor.run.pipeline import compare, compress, evaluate, sweep
     from compressor.run.push import push
     from compressor.run.record import CompressionResult
-    from compressor.run.verbs import check, inspect
+    from compressor.run.verbs import check, inspect, serve_check
 
 _HOME = {
     "CompressionResult": "run.record",
@@ -62,6 +62,7 @@ _HOME = {
     "load": "run.loading",
     "push": "run.push",
     "restore": "run.loading",
+    "serve_check": "run.verbs",
     "sweep": "run.pipeline",
 }
 
@@ -93,6 +94,7 @@ __all__ = [
     "load",
     "push",
     "restore",
+    "serve_check",
     "sweep",
 ]
 

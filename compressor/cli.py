@@ -294,6 +294,27 @@ def inspect(
     _show(info, print_inspection, as_json=json_)
 
 
+@app.command("serve-check")
+def serve_check(
+    folder: Annotated[str, typer.Argument(help="A checkpoint, such as a run's output.", show_default=False)],
+    engine: Annotated[str | None, typer.Option("--engine", help="Only this one; status 2 if its answer is no.")] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="Devices that share each layer.")] = 1,
+    expert_parallel: Annotated[int, typer.Option("--expert-parallel", help="Devices that share the experts.")] = 1,
+    trust_remote_code: TrustOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say which engines run a checkpoint, and by which rules. Reads no weights."""
+    _calm()
+    from compressor.report.figures import serving_table
+    from compressor.run import verbs
+
+    degrees: dict[str, Any] = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    found = verbs.serve_check(folder, engine, **degrees, trust_remote_code=trust_remote_code)
+    _show(found, lambda found, console: serving_table(found).show(console), as_json=json_)
+    if engine and found["serving"][0]["answer"] == "no":
+        raise typer.Exit(2)
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method: show this one only.", show_default=False)] = None,

@@ -96,6 +96,10 @@ class Plan:
     """Whether experts or routers get other numbers: refused where weights are quantised, or stored with other `bits`
     by a pass before, before anything is observed.
     """
+    found: Sequence[str] = ()
+    """What the run finds, `num_experts` or `constants`: layers may differ in it then from these."""
+    padded: bool = False
+    """Whether files hold as many experts in every layer as in the largest, some of them switched off."""
 
     def __repr__(self) -> str:
         skipping = sum(layer.skip_rule is not None for layer in self.layers)

@@ -57,6 +57,7 @@ RECORD: dict[str, dict[str, str]] = {
         "uneven": "if layers keep different counts: experts by the decoder layer's number",
         "constants": "if experts answer constants: their ids by the decoder layer's number",
         "skipping": "if tokens skip experts: the rule by layer",
+        "serving": "if a checkpoint was written: what engines do with it, see below",
         "versions": "of Python, this library, its plugins, and the libraries that figures depend on",
         "date": "of the run's end",
         "hardware": "processor, threads, memory in bytes, and accelerators",
@@ -87,6 +88,12 @@ RECORD: dict[str, dict[str, str]] = {
         "path": "of the MoE block in the model",
         "num_experts": "routed experts",
         "top_k": "experts that a token chooses",
+    },
+    "serving[]": {
+        "engine": "its name",
+        "answer": "yes, no or unknown",
+        "rules": "a list: `answer` (yes, no, unknown, note), `says`, `source` and `date` of each rule that says so",
+        "nearest": "numbers of experts of which that is not said, where counts matter",
     },
     "passes[]": {
         "method": "its name",
@@ -149,6 +156,7 @@ LINKS = {
     "Evaluation": "[`evaluate`](#evaluate)",
     "Push": "[`push`](#push)",
     "Server": "[`server`](#server)",
+    "Serve": "[`serve`](#serve)",
     "Budget": "[a mean](#a-mean)",
     "Pass": "[passes](#methods)",
     **dict.fromkeys(
@@ -236,13 +244,15 @@ def recipe() -> Iterator[str]:
     schema["properties"]["passes"]["items"] = {"$ref": "Pass"}
     definitions = schema["$defs"]
     yield from ("## A recipe", "", *keys(schema))
-    for title, name in {
+    parts = {
         "calibration": "Calibration",
         "evaluate": "Evaluation",
+        "serve": "Serve",
         "push": "Push",
         "server": "Server",
         "A mean": "Budget",
-    }.items():
+    }
+    for title, name in parts.items():
         about = "" if title.islower() else f"{definitions[name]['description']}\n"
         yield from (f"### {f'`{title}`' if title.islower() else title}", "", about, *keys(definitions[name]))
     yield from ("### A source of text", "", *sources(definitions))

@@ -41,6 +41,7 @@ ORDER = (
     "selection",
     "edit",
     "evaluation",
+    "serving",
     "method",
     "observe",
     "checkpoint",
@@ -82,6 +83,7 @@ FOR_USERS = [
     "load",
     "push",
     "restore",
+    "serve_check",
     "sweep",
 ]
 FOR_PLUGINS = [

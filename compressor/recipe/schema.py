@@ -40,6 +40,7 @@ from compressor.method import OptionError
 from compressor.recipe.document import TOO_LARGE, Document, KeyPath, MistakeError, in_yaml, said_together
 from compressor.recipe.messages import ModelT, validate
 from compressor.recipe.shipped import find_recipe
+from compressor.serving.rules import Serve
 from compressor.wording import did_you_mean, digest, is_hub_id
 
 if TYPE_CHECKING:
@@ -244,6 +245,9 @@ class Recipe(_Settings):
         min_length=1, description="a list of methods with their options, applied in order"
     )
     evaluate: Evaluation | None = Field(default=None, description="what is measured before and after")
+    serve: Serve | None = Field(
+        default=None, description="the engine that must run the result: what it cannot run is refused at once"
+    )
     output: FilePath | None = Field(default=None, description="folder for the smaller model")
     push: Annotated[Push, BeforeValidator(_repo_alone, json_schema_input_type=str | Push)] | None = Field(
         default=None, description="repository on the Hugging Face hub that `--push` uploads the output to"
@@ -380,7 +384,9 @@ class Refusals:
         raise kind("\n".join(dict.fromkeys(str(mistake) for mistake, _ in found))) from found[0][1]
 
 
-CHANGES_NO_FIGURE = ("output", "push", "trackers", "weights", "hidden_states", "memory", "device_memory", "disk")
+CHANGES_NO_FIGURE = (
+    "output", "push", "serve", "trackers", "weights", "hidden_states", "memory", "device_memory", "disk"
+)  # fmt: skip
 """Keys of a recipe that say where to and with what it is carried out."""
 
 

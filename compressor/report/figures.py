@@ -33,7 +33,21 @@ def summary_tables(record: Json) -> list[Table]:
     rows = figures(record)
     columns = ("figure", ">before", ">after", ">change")
     tables = [Table("Figures", columns, rows, [*legend(rows, record)]), fidelity_table(record), alone_table(record)]
+    tables.append(serving_table(record))
     return [table for table in tables if table.rows]
+
+
+def serving_table(found: Json) -> Table:
+    """Which engines run a checkpoint, and why; without rows where nothing is said of it."""
+    rows = [(one["engine"], one["answer"], serving_said(one)) for one in found.get("serving", ())]
+    return Table("Where it can be served", ("engine", "runs", "why"), rows)
+
+
+def serving_said(answer: Json) -> str:
+    """Why an engine answers so, and the counts of which that is not said."""
+    counts = " and ".join(map(str, answer["nearest"]))
+    near = [f"{'not so with' if answer['answer'] == 'yes' else 'what passes:'} {counts}"] if counts else []
+    return "; ".join([*(rule["says"] for rule in answer["rules"]), *near]) or "no rule speaks of this class"
 
 
 def figures(record: Json) -> list[Figure]:

@@ -21,6 +21,7 @@ from compressor.report.figures import (
     random_table,
     ratio_said,
     sensible_counts,
+    serving_table,
     short_labels,
     summary_tables,
 )
@@ -80,6 +81,7 @@ def print_plan(plan: Json, console: Console) -> None:
         console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
     if plan.get("needs"):
         _print_needs(plan["needs"], console)
+    serving_table(plan).show(console)
     _print_notes(plan.get("notes") or [], console)
 
 
@@ -140,6 +142,7 @@ def print_inspection(info: Json, console: Console) -> None:
         savings.append((str(count), *numbers, f"{saved / info['bytes']:.1%}"))
     headings = (">experts", ">parameters", ">bytes", ">saved", ">of all")
     Table("With fewer experts in every layer", headings, savings).show(console)
+    serving_table(info).show(console)
     _print_notes(info.get("notes") or [], console)
 
 

@@ -45,6 +45,7 @@ from compressor.run.record import (
     origin_json,
     original_ids_json,
     read_tensors,
+    serving_json,
     write_decision,
     write_record,
 )
@@ -207,6 +208,7 @@ class _Application:
             **left_out_json(left_out),
             **({"mtp": extra.write(self.folder.path)} if extra else {}),
             **counts_and_rules_json(after),
+            **serving_json(self.folder.path, after, layers, extra_layers=left_out is not None),
         }
 
 

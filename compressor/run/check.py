@@ -14,9 +14,9 @@ import torch
 from compressor.checkpoint import classes
 from compressor.checkpoint.classes import architecture, max_positions, model_class, next_token_problem
 from compressor.checkpoint.conversion import is_by_expert
-from compressor.checkpoint.extra_layers import LeftOut, find_left_out
+from compressor.checkpoint.extra_layers import LeftOut, find_left_out, spellings
 from compressor.checkpoint.files import files_beside
-from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of
+from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of, read_config
 from compressor.checkpoint.headers import first_dtype
 from compressor.checkpoint.load import load_model, load_tokenizer
 from compressor.checkpoint.output import OutputFolder
@@ -45,10 +45,14 @@ from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import MoELayer, Structure
 from compressor.observe.rehearsal import Rehearsal, rehearse
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
+from compressor.report.figures import serving_said
 from compressor.run import readiness
 from compressor.run.memory import Problem, disk_problem, placement, work_of
 from compressor.run.preview import Limits, Preview
+from compressor.run.record import recorded
 from compressor.run.trackers import check_trackers
+from compressor.serving.facts import facts_of
+from compressor.serving.rules import Serve, answers
 from compressor.wording import counted, human_bytes
 
 
@@ -315,14 +319,15 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
     structure, is_live, quantisation = look.structure, bool(look.live_on), look.quantisation
     notes = [left_out_note(look.left_out)] if look.left_out else []
     notes += _skipping_notes(look.rules) + _constants_notes(structure.layers)
-    layers, changes_values = _check_passes(loaded, look, notes)
+    layers, plans = _check_passes(loaded, look, notes)
     _check_external(loaded, notes)
     _check_extra_layers(loaded, look, layers)
     _check_random(loaded, structure.layers, layers)
     about = _about(look.config, structure, layers, look.dtype)
-    plan_json = {"model": loaded.recipe.model, **about, "notes": notes}
+    serving = _serving(loaded, look, layers, plans, notes)
+    plan_json = {"model": loaded.recipe.model, **about, "serving": serving, "notes": notes}
     work = work_of(loaded, look.model, look.config, structure.layers, look.dtype, (*plan_json["bytes"].values(),))
-    work = dataclasses.replace(work, changes_values=changes_values)
+    work = dataclasses.replace(work, changes_values=any(plan.changes_values for plan in plans))
     problems = {
         "disk": disk_problem(loaded, structure, work, look.config, look.rehearsal.carries, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
@@ -395,12 +400,32 @@ def _check_random(loaded: LoadedRecipe, before: Sequence[MoELayer], after: Seque
         )
 
 
-def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[Sequence[MoELayer], bool]:
-    """The layers as they will be after all passes, whose notes are added, and whether numbers change. Raises
-    RecipeError at the option that cannot be met by what the passes before it leave.
+def _serving(
+    loaded: LoadedRecipe, look: _Look, layers: Sequence[MoELayer], plans: Sequence[Plan], notes: list[str]
+) -> list[dict[str, Any]]:
+    """Which engines will run the result; notes are added. Raises RecipeError where the one asked for will not."""
+    leaf, found = look.structure.num_experts_leaf, {name for plan in plans for name in plan.found}
+    raw = read_config(look.found.folder) if look.found else look.config.to_dict()
+    raw |= dict.fromkeys({*spellings(leaf.holder(look.config), leaf.key), "rope_theta"} - raw.keys())  # as it is saved
+    before, padded = [layer.num_experts for layer in look.structure.layers], any(plan.padded for plan in plans)
+    about: dict[str, Any] = {"most": max(before), "found": found, "padded": padded, "serve": loaded.recipe.serve}
+    answered = answers(facts_of(raw, layers, extra_layers=look.left_out is not None, **about))
+    if "num_experts" in found and not padded:
+        notes.append("what an even split would lose, which every engine reads, is said where counts are measured")
+    wanted = loaded.recipe.serve.engine if loaded.recipe.serve else None
+    for one in (one for one in answered if one["engine"] == wanted and one["answer"] != "yes"):
+        if one["answer"] == "no":
+            raise loaded.error(("serve",), f"{wanted} will not run the result: {serving_said(one)}")
+        notes.append(f"serve: whether {wanted} will run the result is not known: {serving_said(one)}")
+    return answered
+
+
+def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[Sequence[MoELayer], list[Plan]]:
+    """The layers as they will be after all passes, whose notes are added, and the passes' plans. Raises RecipeError at
+    the option that cannot be met by what the passes before it leave.
     """
     structure, is_quantised = look.structure, look.quantisation is not None
-    layers, changes_values, turned = with_rules(structure.layers, look.rules), False, ""
+    layers, plans, turned = with_rules(structure.layers, look.rules), list[Plan](), ""
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         with loaded.at_pass(resolved):
@@ -431,7 +456,8 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
                 f"unquantised one, then quantise the result",
             )
         _check_domains(loaded, resolved)
-        layers, changes_values = plan.layers, changes_values or plan.changes_values
+        layers = plan.layers
+        plans.append(plan)
         notes += plan.notes
     for zeros in dict.fromkeys(layer.zeros for layer in layers if layer.zeros):
         number = sum(layer.zeros == zeros for layer in layers)
@@ -439,7 +465,7 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
     with loaded.at("passes"):
         pairs = zip(structure.layers, layers, strict=True)
         refuse_constants(look.model, structure, [a.path for a, b in pairs if b.constants and not a.constants])
-    return layers, changes_values
+    return layers, plans
 
 
 def _check_extra_layers(loaded: LoadedRecipe, look: _Look, after: Sequence[MoELayer]) -> None:
@@ -668,7 +694,9 @@ def _check_domains(loaded: LoadedRecipe, resolved: ResolvedPass) -> None:
             resolved.method.check_tokens(sum(map(sum, lengths)))
 
 
-def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
+def inspect(
+    reference: str, *, trust_remote_code: bool = False, adapters: Sequence[Adapter] = (), serve: Serve | None = None
+) -> dict[str, Any]:
     """A model's MoE layers and sizes from its config alone, as `terminal.print_inspection` takes them."""
     found = find_checkpoint(reference, trust_remote_code=trust_remote_code, weights=False)
     quantisation = found.quantisation
@@ -689,6 +717,10 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
     notes += _skipping_notes(fitting_rules(structure, config)) + _constants_notes(structure.layers)
     if quantisation is not None:
         notes.append(_quantised_note(quantisation, dtype, reference, is_estimate=True))
+    record = recorded(found.folder)
+    about: dict[str, Any] = {"most": max([layer["num_experts"] for layer in record.get("layers", ())], default=0)}
+    about |= {"skipping": bool(fitting_rules(structure, config)), "serve": serve}
+    about["extra_layers"] = left_out is not None or "left_out" in record
     return {
         "model": reference,
         "architecture": architecture(config),
@@ -707,6 +739,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False, adapters: Sequen
         "bytes": structure.num_parameters * dtype.itemsize,
         "expert_parameters": experts,
         "expert_bytes": experts * dtype.itemsize,
+        "serving": answers(facts_of(read_config(found.folder), structure.layers, **about)),
         "notes": notes,
     }
 

@@ -35,6 +35,8 @@ from compressor.report.card import carried_over, eval_results, model_card
 from compressor.report.figures import shown_layers
 from compressor.report.html import page, summary
 from compressor.run.preview import Preview
+from compressor.serving.facts import facts_of
+from compressor.serving.rules import answers
 from compressor.wording import digest
 
 FORMAT = 2
@@ -162,6 +164,29 @@ def counts_and_rules_json(moe: MoEModel) -> dict[str, Any]:
     constants = replaced_experts(moe.config)
     found = {"uneven": counts, "constants": constants, "skipping": skipping}
     return {name: part for name, part in found.items() if part}
+
+
+def serving_json(folder: Path, moe: MoEModel, before: Sequence[MoELayer], **about: Any) -> dict[str, Any]:
+    """Which engines run the checkpoint that was written, if one was; `before`: the original's layers."""
+    about |= {"most": max(layer.num_experts for layer in before), "skipping": bool(moe.skip_rules)}
+    there = (folder / "config.json").exists()
+    return {"serving": answers(facts_of(read_config(folder), moe.layers, **about))} if there else {}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The folder's record; empty where it has none."""
+    path = folder / "compressor" / RECORD
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; expected the output of a run, or a checkpoint.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: it cannot be read as a record: {error}.") from error
+    if not isinstance(found, dict):
+        return {}
+    if (written := found.get("format", FORMAT)) != FORMAT:
+        raise CheckpointError(f"{path}: it is a record of format {written}; this version reads format {FORMAT}.")
+    return found
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

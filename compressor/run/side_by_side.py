@@ -6,7 +6,6 @@ the same original.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from compressor.checkpoint import headers
 from compressor.checkpoint.find import find_checkpoint, with_weights
 from compressor.errors import CheckpointError, EvaluationError, RecipeError
 from compressor.evaluation.size import bytes_on_disk
-from compressor.run.record import FORMAT, RECORD
+from compressor.run.record import RECORD, recorded
 
 Json = dict[str, Any]
 _HELP = "`recipe` and `against` (--recipe, --against) measure it"
@@ -29,7 +28,7 @@ def side_by_side(
     paths = list(dict.fromkeys(map(Path, folders)))
     if not paths:
         raise RecipeError("no folder to compare; name at least one.")
-    records = {path: _recorded(path) for path in paths}
+    records = {path: recorded(path) for path in paths}
     problems = {path: _problem(path, record) for path, record in records.items()}
     if against is not None and measure is not None:
         original = with_weights(find_checkpoint(against))
@@ -46,22 +45,6 @@ def side_by_side(
     if unlike := _unlike(records):
         raise EvaluationError(f"{unlike}; {_HELP} alike.")
     return figures_of_all(records)
-
-
-def _recorded(folder: Path) -> Json:
-    """The folder's record; empty where it has none."""
-    path = folder / "compressor" / RECORD
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; expected the output of a run, or a checkpoint.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: it cannot be read as a record: {error}.") from error
-    if not isinstance(found, dict):
-        return {}
-    if (written := found.get("format", FORMAT)) != FORMAT:
-        raise CheckpointError(f"{path}: it is a record of format {written}; this version reads format {FORMAT}.")
-    return found
 
 
 def _problem(folder: Path, record: Json) -> str | None:

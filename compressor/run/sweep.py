@@ -39,6 +39,7 @@ class Total:
             "keep": self.resolved.method.options.model_dump(mode="json")["keep"],
             "experts": sum(layer["kept"] for layer in self.plan["layers"]),
             "parameters": self.plan["parameters"]["after"],
+            **{key: one for key, one in decision.get("budget", {}).items() if key in ("even", "summed_kl")},
             "counts": {path: len(one["kept"]) for path, one in decision["layers"].items() if "kept" in one},
         }
 
@@ -123,6 +124,9 @@ def sweep_json(found: Json, records: Mapping[Path, Json], largest: Total, *, is_
     chance = [f"{statistics.median(one['random']):.4g} at {one['experts']}" for one in outputs if "random" in one]
     notes = [f"KL grows {', '.join(steps)}."] if steps else []
     notes += [f"As many experts by chance lose {', '.join(chance)} (KL, median)."] if chance else []
+    for one in (one for one in outputs if "even" in one):
+        even, said = one["even"], f"{one['even']['summed_kl']:.4g} instead of {one['summed_kl']:.4g} (layers added up)"
+        notes.append(f"{even['count']} experts in every layer, which every engine reads, would lose {said}.")
     notes += ["This is calibration text, by which was decided: other text loses more."] if is_calibration else []
     title = f"How far {largest.resolved.method.name} can go: {found['original']['reference']}"
     experts = sum(layer["num_experts"] for layer in largest.plan["layers"])

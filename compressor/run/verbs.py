@@ -1,4 +1,6 @@
-"""`check` and `inspect` as Python has them: what a recipe will do, and what a model is made of. No weight is read."""
+"""`check`, `inspect` and `serve_check` as Python has them: what a recipe will do, what a model is made of, which
+engines run it. No weight is read.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from typing import Any
 from compressor.checkpoint.output import OutputFolder
 from compressor.machine.progress import Progress
 from compressor.plugins import load_plugins
-from compressor.recipe.schema import Recipe
+from compressor.recipe.schema import Recipe, parse_options
 from compressor.run import check as checking
 from compressor.run.loading import devices_of, recipe_for
 from compressor.run.preview import Preview
 from compressor.run.push import check_push
+from compressor.serving.rules import Serve
 
 
 def check(
@@ -64,3 +67,20 @@ def inspect(
     """
     adapters = load_plugins(without, files=plugin_files).adapters
     return checking.inspect(model_reference, trust_remote_code=trust_remote_code, adapters=adapters)
+
+
+def serve_check(
+    folder: str | Path,
+    engine: str | None = None,
+    *,
+    tensor_parallel: int = 1,
+    expert_parallel: int = 1,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Which engines run a checkpoint, all or `engine`, on so many devices, as JSON: `serving`, for each its `answer`
+    and the `rules` that say so. Raises RecipeError for an engine or a number that cannot be.
+    """
+    asked = {"engine": engine or "vllm", "tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    serve, adapters = parse_options(Serve, "serve", asked), load_plugins().adapters
+    about = checking.inspect(str(folder), trust_remote_code=trust_remote_code, adapters=adapters, serve=serve)
+    return {"folder": str(folder), "serving": [one for one in about["serving"] if engine in (None, one["engine"])]}

@@ -89,7 +89,12 @@ class ExpertSelection(Method[OptionsT]):
         notes += choosing_notes([name for one in self._kinds for name in one._rivals(layers, ())], wanted)
         notes += switch_notes(layers, planned, options)
         after = [plan.after(planned[plan.path]) for plan in plans]
-        return Plan(after, notes if options.replacement == "none" else [*notes, *constants_notes(after, options)])
+        notes += [] if options.replacement == "none" else constants_notes(after, options)
+        open_ = {
+            "num_experts": options.budget and options.share != "even",
+            "constants": options.replacement == "measured",
+        }
+        return Plan(after, notes, found=[name for name, is_so in open_.items() if is_so], padded=options.padded)
 
     # observe, decide, edit
 
@@ -236,6 +241,7 @@ class ExpertSelection(Method[OptionsT]):
         if not self._compares:
             return {}
         by_kind = [one._named(layers, statistics) for one in self._known(statistics)]
+        _tell_even([one for found in by_kind for one in found.values()])
         by_kind.sort(key=lambda found: _summed_kl(next(iter(found.values()))))
         same: dict[object, Decision] = {}
         return {name: same.setdefault(_sets(one), one) for found in by_kind for name, one in found.items()}
@@ -354,7 +360,15 @@ def _least_of(
             refused.append(error)
     if refused and (all_asked or not found):
         raise refused[0]
+    _tell_even(found)
     return min(found, key=_summed_kl)
+
+
+def _tell_even(found: Sequence[Decision]) -> None:
+    """Say in all what an even split of a mean would lose where experts are removed, which every engine reads."""
+    even = next((one["budget"]["even"] for one in found if "even" in one.get("budget", {})), None)
+    for one in (one for one in found if even and "summed_kl" in one.get("budget", {})):
+        one["budget"].setdefault("even", even)
 
 
 def _summed_kl(decision: Decision) -> float:

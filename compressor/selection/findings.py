@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compressor.report.description import Column, Description
+from compressor.serving.rules import kernel_counts
 from compressor.wording import counted, ids_said
 
 Layers = Mapping[str, Mapping[str, Any]]
@@ -35,6 +36,12 @@ def _choosing(decision: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"counts are shared out by what the answers lose when one layer alone is smaller (kl, nats a token); these "
             f"add up to {budget['summed_kl']:.3g}, all layers together may lose more or less"
+        )
+    if even := budget.get("even"):
+        made = " and ".join(map(str, kernel_counts(even["count"])))
+        yield (
+            f"an even split with {even['count']} experts in every layer, which every engine reads, would lose "
+            f"{even['summed_kl']:.3g} instead of {budget['summed_kl']:.3g}; vLLM's router kernels are made for {made}"
         )
     if chosen:
         costs = sorted((one["cost"], name) for name, one in chosen["alternatives"].items())

@@ -383,19 +383,15 @@ def choosing_notes(names: Sequence[str], wanted: Measuring | None) -> list[str]:
 def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> list[str]:
     """Who reads a model some of whose experts, as in these layers, answer constants or are never chosen."""
     there = [layer for layer in layers if layer.constants]
-    nested = [layer.path for layer in there if sum(part.isdecimal() for part in layer.path.split(".")) > 1]
     number = sum(len(layer.constants) for layer in there)
     will = "never be chosen" if options.replacement == "never_chosen" else "answer constants"
     condition = ""
     if options.replacement == "measured":
         condition = ", if the model's answers lose less so than where tokens choose among the others"
-    notes = [
+    return [
         f"{number:,} experts of {len(there)} layers will {will}{condition}; `compressor.load` and vLLM from 0.33 on "
         f"read that, and transformers alone refuses it"
     ]
-    if nested:
-        notes.append(f"vLLM would refuse it, since it takes one number before the experts', and {nested[0]} has more")
-    return notes
 
 
 def rivals(

@@ -72,6 +72,9 @@ def shared(
     kept = [(best[path, count], count) for path, count in num_kept.items()]
     if options.share == "loss":
         return {**said, "summed_squared_loss": math.fsum(cost_of.values())}, kept, {}
+    even = round(total / len(plans))
+    if options.replacement == "none" and all(even in of_layer for of_layer in costs.values()):
+        said["even"] = {"count": even, "summed_kl": math.fsum(of_layer[even] for of_layer in costs.values())}
     return {**said, "summed_kl": math.fsum(cost_of.values())}, kept, cost_of
 
 

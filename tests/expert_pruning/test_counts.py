@@ -550,6 +550,13 @@ def test_a_mean_is_shared_out_by_measured_nats(measured):
     six = method(keep={"fraction": 0.75}).decide(layers, found)
     assert [len(layer["kept"]) for layer in six["layers"].values()] == [2, 4]
     assert six["budget"]["summed_kl"] == pytest.approx(0.2)
+    # evenly: two each cost 0.2 + 0.3, three each 0.05 + 0.2
+    assert five["budget"]["even"] == {"count": 2, "summed_kl": pytest.approx(0.5)}
+    assert six["budget"]["even"] == {"count": 3, "summed_kl": pytest.approx(0.25)}
+    assert (
+        "an even split with 3 experts in every layer, which every engine reads, would lose 0.25 instead of 0.2; vLLM's "
+        "router kernels are made for 2 and 4"
+    ) in method(keep={"mean": 3}).describe(six).notes
 
 
 @pytest.mark.parametrize(

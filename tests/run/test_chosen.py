@@ -216,7 +216,9 @@ def test_constants_are_measured_without_being_asked_for(recipe: dict[str, Any], 
     figures = tmp_path / "disk" / "compressor" / "statistics.safetensors"
     kinds = [compressor.decide(figures, keep={"mean": 5}, replace=kind) for kind in ("none", "constants")]
     least = min((one["passes"][0]["decision"] for one in kinds), key=lambda one: float(one["budget"]["summed_kl"]))
+    least["budget"]["even"] = kinds[0]["passes"][0]["decision"]["budget"]["even"]
     assert compressor.decide(figures, keep={"mean": 5})["passes"][0]["decision"] == least
+    assert done["decision"]["budget"]["even"] == least["budget"]["even"]
 
 
 @pytest.mark.parametrize(
