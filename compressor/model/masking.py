@@ -57,8 +57,8 @@ def experts_hidden(model: nn.Module, layer: MoELayer, dropped: Tensor) -> Iterat
 @torch.no_grad()
 def redirected(ids: Tensor, dropped: Tensor, router_EH: Tensor) -> Tensor:
     """A table of expert ids [N, K] with every dropped expert replaced by the kept one whose router row is most alike
-    (cosine) and that the row does not name already. No source prescribes this; similar rows are chosen for similar
-    tokens.
+    (cosine) and that the row does not name already. No source prescribes this; other ways were no better where it was
+    measured (benchmarks/hash_layers.py).
     """
     if not len(dropped):
         return ids
