@@ -124,8 +124,8 @@ class TaskSources:
         for one, task in found["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self._runs_code:
                 raise EvaluationError(
-                    f"task {one!r} runs code that the model writes, with all that this account may do: it is measured "
-                    f"with `confirm_run_unsafe_code: true` under `evaluate`, and HF_ALLOW_CODE_EVAL=1 in the environment."
+                    f"task {one!r} runs code that the model writes, with all that this account may do: that takes "
+                    f"`confirm_run_unsafe_code: true` under `evaluate`, and HF_ALLOW_CODE_EVAL=1 in the environment."
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise EvaluationError(f"task {one!r} needs images or sound; only text is supported here.")

@@ -29,8 +29,8 @@ def serving(server: Server, folder: Path, say: Callable[[str], None]) -> Iterato
     server that is yielded says. Raises ProgramError with the end of its output where it does not, or ends.
     """
     url = server.url or f"http://127.0.0.1:{_free_port()}/v1"
-    places = {"{model}": str(folder), "{port}": str(urlsplit(url).port or 80)}
-    command = [one.replace("{model}", places["{model}"]).replace("{port}", places["{port}"]) for one in server.command]
+    port = str(urlsplit(url).port or 80)
+    command = [one.replace("{port}", port).replace("{model}", str(folder)) for one in server.command]
     if is_ready(url):
         raise ProgramError(f"{url}: a server answers there already. Stop it, or give another `url`.")
     with NamedTemporaryFile(prefix="compressor-server-", suffix=".log", delete=False) as log, ends_when_told():
@@ -52,8 +52,8 @@ def serving(server: Server, folder: Path, say: Callable[[str], None]) -> Iterato
             status = process.poll()
             if status is None and not isinstance(error, ProgramError):
                 raise
-            how = f"did not answer within {server.starts_within:g} seconds (`starts_within`)"
-            how = how if status is None else f"ended with status {status}"
+            late = f"did not answer within {server.starts_within:g} seconds (`starts_within`)"
+            how = late if status is None else f"ended with status {status}"
             said = Path(log.name).read_text(encoding="utf-8", errors="replace").strip()[-2000:] or "nothing"
             raise ProgramError(f"{command[0]} {how}. In {log.name} it said last:\n{said}") from error
         finally:

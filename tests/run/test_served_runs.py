@@ -254,7 +254,7 @@ def test_tasks_that_run_code_want_consent_twice(recipe: Any, tmp_path: Path, mon
     file = tmp_path / "tasks" / "write.yaml"
     consent = recipe(None, "write", confirm_run_unsafe_code=True) | {"weights": "memory", "output": None}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"unsafe_code": True}))
-    says = r"task 'write' runs code that the model writes, with all that this account may do: it is measured with"
+    says = r"task 'write' runs code that the model writes, with all that this account may do: that takes"
     for asked, environment in ((recipe(None, "write"), "1"), (consent, "0")):
         monkeypatch.setenv("HF_ALLOW_CODE_EVAL", environment)
         with pytest.raises(EvaluationError, match=says):
