@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -30,24 +31,11 @@ _FINAL = RecipeError | PluginError | UnsupportedModelError | CalibrationError | 
 """Errors that the same recipe meets again."""
 
 
-def journal_folder(target: Path) -> Path:
-    """Where a run on this output keeps what it has done."""
-    return target.parent / f".{target.name}.partial" / "journal"
-
-
-def stages_folder(target: Path) -> Path:
-    """Where a run on this output keeps the checkpoints between its passes."""
-    return journal_folder(target).with_name("stages")
-
-
-def answers_folder(target: Path) -> Path:
-    """Where a run on this output keeps what the original answers to measured text."""
-    return journal_folder(target).with_name("answers")
-
-
-def waiting_folder(target: Path) -> Path:
-    """Where hidden states wait that a run on this output does not keep in memory."""
-    return journal_folder(target).with_name("waiting")
+def kept_for(target: Path, what: Literal["journal", "stages", "answers", "waiting"]) -> Path:
+    """Where a run on this output keeps what it has done, the checkpoints between its passes, what the original answers
+    to measured text, and the hidden states that are not in memory.
+    """
+    return target.parent / f".{target.name}.partial" / what
 
 
 def refuse_output_over_input(output: Path, reference: str) -> None:
@@ -74,9 +62,9 @@ class OutputFolder:
         self.target = target
         self.overwrite = overwrite
         self.resume = resume
-        self.hidden = journal_folder(target).parent
+        self.hidden = kept_for(target, "journal").parent
         self.path = self.hidden / "output"
-        self.journal = Journal(journal_folder(target))
+        self.journal = Journal(kept_for(target, "journal"))
         self._lock_file = self.hidden / "lock"
         self._lock = FileLock(self._lock_file)
         """The system lets go of it when the process ends, however it does."""
@@ -183,7 +171,7 @@ class OutputFolder:
             self._lock.release()
             raise
         self.resume = self.resume and self.journal.has_work
-        folders = (self.journal.folder, stages_folder(self.target), answers_folder(self.target))
+        folders = (self.journal.folder, kept_for(self.target, "stages"), kept_for(self.target, "answers"))
         gone_on_from = (*folders, self._may_replace)
         for path in self.hidden.iterdir():
             if path == self._lock_file or (self.resume and path in gone_on_from):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.output import OutputFolder, journal_folder
+from compressor.checkpoint.output import OutputFolder, kept_for
 from compressor.checkpoint.resume_state import Journal, ObservationJournal
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress
@@ -69,7 +69,7 @@ class Job:
 
 def open_journal(job: Job, output: Path, identity: Mapping[str, Any], folder: OutputFolder | None) -> Journal:
     """Begin or resume the journal beside an output of a run that is `about` this; the writing process has `folder`."""
-    journal = Journal(journal_folder(output), identity, job.progress.say)
+    journal = Journal(kept_for(output, "journal"), identity, job.progress.say)
     if folder and folder.resume:
         journal.go_on()
         job.progress.say(f"going on with what was done in {folder.hidden}")

@@ -29,13 +29,7 @@ import torch
 from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
-from compressor.checkpoint.output import (
-    OutputFolder,
-    answers_folder,
-    disk_errors_named,
-    stages_folder,
-    waiting_folder,
-)
+from compressor.checkpoint.output import OutputFolder, disk_errors_named, kept_for
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.extra_layers import plan_extra_layers, uneven_problem
@@ -96,23 +90,16 @@ def compress(
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> CompressionResult:
-    """Run a recipe.
+    """Run a recipe: a YAML file's path, a mapping with the same keys, or a Recipe.
 
-    `recipe` is a YAML file's path, a mapping with the same keys, or a Recipe. `model` (a live transformers model) and
-    `tokenizer` replace what the recipe's `model:` would load, which may be left out then: the record calls the model by
-    the name in its config, or else by its class. The model given is copied and never changed. Without an
-    `output` nothing is written and the result lives in memory. `overrides` are texts such as
-    `passes.0.expert_pruning.keep=4`; `model_reference` and `output` replace the recipe's own. With `resume` an
-    interrupted run goes on in the layer that it was in, and ends with the same bytes; where there is none it starts at
-    the beginning. A recipe's passes run programs only with `allow_commands`, and push their
-    output only with `push`. Plugins are those installed, but those `without`, and `plugin_files`: Python files, each a
-    plugin of its name.
-
-    Several `processes` (`Processes.joined()`), each of which calls this with the same arguments, share the text; the
-    first one writes and speaks, and all return when the output is there.
-
-    Raises CompressorError, one of its kinds, for everything that the user can mend; nothing is left under the
-    output's name then. What was observed until then is kept in a hidden folder beside it.
+    `model` (a live transformers model, which is copied and never changed) and `tokenizer` replace what the recipe's
+    `model:` would load; without it the record has the name in the model's config, or its class. Without an `output`
+    nothing is written and the result lives in memory. `overrides` are texts such as `passes.0.expert_pruning.keep=4`;
+    `model_reference` and `output` replace the recipe's own. With `resume` an interrupted run goes on in the layer that
+    it was in, and ends with the same bytes. Passes run programs only with `allow_commands`, and push the output only
+    with `push`. Plugins are those installed, but those `without`, and `plugin_files`, each a plugin of its name.
+    Several `processes` (`Processes.joined()`), each of which calls this alike, share the text; the first one writes
+    and speaks. Raises CompressorError for all that the user can mend; what was observed is kept beside the output then.
     """
     plugins = load_plugins(without, files=plugin_files)
     how: dict[str, Any] = {"overrides": overrides, "output": output, "allow_commands": allow_commands}
@@ -467,12 +454,7 @@ def _within(job: Job, folder: OutputFolder) -> Iterator[None]:
 
 
 def _apply_passes(
-    job: Job,
-    piece: Backend,
-    texts: Texts,
-    files: passes.PassFiles,
-    subject: Subject,
-    answers: Mapping[str, Answers],
+    job: Job, piece: Backend, texts: Texts, files: passes.PassFiles, subject: Subject, answers: Mapping[str, Answers]
 ) -> tuple[Backend, Measurable, list[dict[str, Any]]]:
     """Observe, decide and edit for every pass, each step leaving its file: what the last edit has made of the model,
     what is there in the end, and what the record says of the passes.
@@ -561,14 +543,14 @@ def _gone_on_with(job: Job, resolved: ResolvedPass, smaller: Measurable, before:
     smaller.original_ids = before.original_ids
     if isinstance(smaller, OnDisk):
         assert job.recipe.output is not None
-        smaller.work, smaller.journal = stages_folder(job.recipe.output), job.journal
+        smaller.work, smaller.journal = kept_for(job.recipe.output, "stages"), job.journal
     return smaller
 
 
 def _turned_folder(job: Job, resolved: ResolvedPass) -> Path:
     """Where a pass leaves the checkpoint that it turns another one into."""
     assert job.recipe.output is not None
-    return stages_folder(job.recipe.output) / resolved.name
+    return kept_for(job.recipe.output, "stages") / resolved.name
 
 
 def _as_served(job: Job, folder: Path) -> Measurable:
@@ -651,7 +633,7 @@ def _yardstick(job: Job, subject: Subject, texts: Texts, *, has_original: bool) 
     evaluation, preview = readiness.evaluation_of(job.loaded), subject.preview
     if evaluation is None:
         return None
-    folder = answers_folder(job.recipe.output) if job.recipe.output else None
+    folder = kept_for(job.recipe.output, "answers") if job.recipe.output else None
     answers = {
         text.name: Answers(folder and folder / str(number), job.fingerprint or "")
         for number, text in enumerate(texts.perplexity if has_original else ())
@@ -670,14 +652,14 @@ def _workpiece(job: Job, subject: Subject) -> Backend:
     }
     if preview.place.states == "file":
         assert recipe.output is not None
-        waiting = waiting_folder(recipe.output)
+        waiting = kept_for(recipe.output, "waiting")
         waiting.mkdir(parents=True, exist_ok=True)
         shared["parking"] = Parking(waiting)
     if preview.place.weights == "memory":
         return InMemory(_load(job, subject), subject.checkpoint, **shared)
     assert subject.checkpoint is not None
     job.progress.say(f"reading {recipe.model} one decoder layer at a time")
-    work = stages_folder(recipe.output) if recipe.output else None
+    work = kept_for(recipe.output, "stages") if recipe.output else None
     device, tokens_at_once = subject.devices[0], preview.tokens_at_once
     return OnDisk(subject.checkpoint, work, device=device, journal=job.journal, tokens_at_once=tokens_at_once, **shared)
 
@@ -759,12 +741,7 @@ def _evaluation(
 
 
 def _alone(
-    job: Job,
-    subject: Subject,
-    texts: Texts,
-    yardstick: Yardstick,
-    done: Sequence[Mapping[str, Any]],
-    before: Measured,
+    job: Job, subject: Subject, texts: Texts, yardstick: Yardstick, done: Sequence[Mapping[str, Any]], before: Measured
 ) -> list[dict[str, Any]]:
     """Every pass on a fresh original, measured as all of them together are. The first one's decision is known."""
     found: list[dict[str, Any]] = []

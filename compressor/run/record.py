@@ -18,7 +18,7 @@ from compressor.checkpoint.atomic_files import put_in_place, with_own_memory, wr
 from compressor.checkpoint.extra_layers import LeftOut
 from compressor.checkpoint.find import Checkpoint, read_config
 from compressor.checkpoint.headers import verify_files
-from compressor.checkpoint.output import OutputFolder, journal_folder
+from compressor.checkpoint.output import OutputFolder, kept_for
 from compressor.checkpoint.quantization import format_of, quantisation_of
 from compressor.checkpoint.resume_state import Journal
 from compressor.data.sequences import Sequences
@@ -234,7 +234,7 @@ def record_before(output: Path, fingerprint: Callable[[], str], progress: Progre
     """
     if OutputFolder(output).complete():
         progress.say(f"{output}: a run was stopped when this output was whole; it has its name now")
-    if Journal(journal_folder(output)).has_work:
+    if Journal(kept_for(output, "journal")).has_work:
         return None
     try:
         record: dict[str, Any] = json.loads((output / "compressor" / RECORD).read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from compressor.checkpoint.extra_layers import find_left_out
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config
 from compressor.checkpoint.headers import fingerprint, refuse_not_finite, verify_files
 from compressor.checkpoint.load import load_model, load_tokenizer
-from compressor.checkpoint.output import OutputFolder, disk_errors_named, journal_folder
+from compressor.checkpoint.output import OutputFolder, disk_errors_named, kept_for
 from compressor.checkpoint.resume_state import Journal
 from compressor.errors import CheckpointError, UnsupportedModelError
 from compressor.testing import tiny
@@ -392,7 +392,7 @@ def test_killed_anywhere_while_finishing(tmp_path: Path, overwrite: bool) -> Non
         else:
             assert not was_completed
             assert (target / "first").exists() == overwrite
-            assert Journal(journal_folder(target)).noted("evaluation before") == {}
+            assert Journal(kept_for(target, "journal")).noted("evaluation before") == {}
             with OutputFolder(target, resume=True) as output:
                 assert output.resume
                 (output.path / "new").write_text("again")
