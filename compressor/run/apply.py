@@ -208,7 +208,7 @@ class _Application:
             **left_out_json(left_out),
             **({"mtp": extra.write(self.folder.path)} if extra else {}),
             **counts_and_rules_json(after),
-            **serving_json(self.folder.path, after, layers, extra_layers=left_out is not None),
+            **serving_json(self.folder.path, after, layers, extra_layers=bool(left_out_json(left_out))),
         }
 
 

@@ -409,7 +409,9 @@ def _serving(
     raw |= dict.fromkeys({*spellings(leaf.holder(look.config), leaf.key), "rope_theta"} - raw.keys())  # as it is saved
     before, padded = [layer.num_experts for layer in look.structure.layers], any(plan.padded for plan in plans)
     about: dict[str, Any] = {"most": max(before), "found": found, "padded": padded, "serve": loaded.recipe.serve}
-    answered = answers(facts_of(raw, layers, extra_layers=look.left_out is not None, **about))
+    raw["architectures"] = raw.get("architectures") or [look.cls.__name__]
+    about["extra_layers"] = look.left_out is not None and look.left_out.choice == "drop"
+    answered = answers(facts_of(raw, layers, **about))
     if "num_experts" in found and not padded:
         notes.append("what an even split would lose, which every engine reads, is said where counts are measured")
     wanted = loaded.recipe.serve.engine if loaded.recipe.serve else None
@@ -720,7 +722,7 @@ def inspect(
     record = recorded(found.folder)
     about: dict[str, Any] = {"most": max([layer["num_experts"] for layer in record.get("layers", ())], default=0)}
     about |= {"skipping": bool(fitting_rules(structure, config)), "serve": serve}
-    about["extra_layers"] = left_out is not None or "left_out" in record
+    about["extra_layers"] = "left_out" in record
     return {
         "model": reference,
         "architecture": architecture(config),

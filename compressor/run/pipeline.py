@@ -419,7 +419,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
     record |= counts_and_rules_json(piece.moe) | _circumstances(job, subject)
     if folder:
         record |= origin_json(subject.checkpoint, folder.path)
-        about = {"extra_layers": subject.preview.left_out is not None, "serve": job.recipe.serve}
+        about = {"extra_layers": "left_out" in record, "serve": job.recipe.serve}
         record |= serving_json(folder.path, piece.moe, subject.preview.layers, **about)
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)

@@ -93,9 +93,10 @@ def _answer(listed: Sequence[Rule], facts: Mapping[str, Any]) -> dict[str, Any]:
     doubts = [one for one in held if one[0].answer in ("no", "unknown")]
     right = [one for one in held if one[0].answer in ("yes", "note") and one[1]]
     known = "yes" if any(rule.answer == "yes" for rule, _ in right) else "unknown"
+    known_as = {name: "?" if value is None else value for name, value in facts.items()}
     shown = [
         rule.model_dump(mode="json", include={"answer", "source", "date"})
-        | {"says": ("found in the run: " if so is None else "") + rule.says.format_map(facts)}
+        | {"says": ("not known yet: " if so is None else "") + rule.says.format_map(known_as)}
         for rule, so in refusing or doubts or right
     ]
     said = "no" if refusing else "unknown" if doubts else known

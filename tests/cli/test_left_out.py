@@ -185,6 +185,11 @@ def plan_of(recipe: Path) -> Json:
     return {key: value for key, value in found.items() if key != "model"}
 
 
+def says_no_drafts(found: Json) -> bool:
+    """Whether vLLM's answer says that extra layers are left out."""
+    return "its extra prediction layers are left out" in str(found["serving"][1])
+
+
 def compare_with_plain(output: Path, smaller: Any, source: Path, extra: Json) -> None:
     """The output is what the plain Auto class loads whole, without the extra layer and its announcement."""
     assert announced(source) == 1
@@ -215,6 +220,9 @@ def test_run(published: Any, cli: Cli, recipe: WriteRecipe, tmp_path: Path) -> N
     output = tmp_path / "out"
     record = json.loads((output / "compressor" / "record.json").read_text())
     assert record["left_out"] == about
+    assert says_no_drafts(record)
+    assert says_no_drafts(compressor.serve_check(output))
+    assert not says_no_drafts(compressor.serve_check(source))
     compare_with_plain(output, compressor.load(output)[0], source, extra)
     card = (output / "README.md").read_text()
     assert (
@@ -249,8 +257,10 @@ def test_check_and_inspect(published: Any, cli: Cli, recipe: WriteRecipe, tmp_pa
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(without)
     with_, without_ = (plan_of(recipe(model=folder)) for folder in (source, without))
     assert with_.pop("notes") == [sentence(expected(name, extra)), *without_.pop("notes")]
-    for found in (with_, without_):
+    for found, is_less in ((with_, True), (without_, False)):
         found["needs"].pop("available")  # another number from one moment to the next
+        assert says_no_drafts(found) == is_less
+        found.pop("serving")
     assert with_ == without_
 
 

@@ -155,7 +155,7 @@ def test_what_is_not_known_is_said(cli: Cli, recipe: WriteRecipe) -> None:
     notes = [note for note in plan["notes"] if note.startswith(("serve: ", "what an even split"))]
     assert [note[:60] for note in notes] == [
         "what an even split would lose, which every engine reads, is ",
-        "serve: whether vllm will run the result is not known: found ",
+        "serve: whether vllm will run the result is not known: not kn",
     ]
     even = {"mean": 6, "share": "even"}
     plan = plan_of(cli, recipe(passes=[{"expert_pruning": {"keep": {"mean": 6}, "share": "even"}}]))

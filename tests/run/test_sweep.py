@@ -72,6 +72,9 @@ def test_memory_and_disk_alike_and_as_runs_record(shared: Path, tmp_path: Path) 
     ]
     assert [one["experts"] for one in (found["original"], *found["outputs"])] == [16, 12, 8]
     same_as_a_run(found["outputs"][1], recipe(shared, **asked["passes"][0]["expert_pruning"]))
+    for row in found["outputs"]:
+        said = f"would lose {row['even']['summed_kl']:.4g} instead of {row['summed_kl']:.4g} (layers added up)."
+        assert f"{row['experts'] // 2} experts in every layer, which every engine reads, {said}" in found["notes"]
     lost = {text: sum(row["fidelity"][text]["kl"] for row in found["outputs"]) for text in ("first", "second")}
     worst_first = sorted(lost, key=lambda text: -lost[text])
     assert [*comparison_tables(found)[1].headings] == ["output", *worst_first]

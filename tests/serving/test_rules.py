@@ -97,7 +97,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, list[int]]] = [
     ("vllm", with_(**QWEN, experts=6, tensor_parallel=8), "no", "above the number of experts, 6", [8]),
     ("vllm", with_(tensor_parallel=3), "no", "32 attention heads cannot be shared out over tensor_parallel 3", []),
     ("sglang", with_(tensor_parallel=3), "no", "32 attention heads cannot be shared out over tensor_parallel 3", []),
-    ("vllm", with_(tensor_parallel=3, attention_heads=None), "unknown", "found in the run: None attention heads", []),
+    ("vllm", with_(tensor_parallel=3, attention_heads=None), "unknown", "not known yet: ? attention heads", []),
     ("vllm", with_(expert_parallel=3), "yes", "8 experts are shared out unevenly over expert_parallel 3", [6]),
     ("vllm", with_(**V4, experts=128, expert_parallel=3), "no", "cannot be shared out over expert_parallel 3", [192]),
     ("sglang", with_(experts=6, expert_parallel=4), "no", "6 experts cannot be shared out over", [4, 8]),
@@ -119,7 +119,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, list[int]]] = [
     ("mlx", stored("mxfp4"), "yes", "mxfp4 is read as it is", []),
     *((engine, stored("own"), "unknown", "experts stored as own", []) for engine in ("transformers", "vllm", "sglang")),
     ("llama.cpp", stored("own"), "no", "its converter reads no experts stored as own", []),
-    ("llama.cpp", stored(None), "unknown", "found in the run: its converter reads no experts", []),
+    ("llama.cpp", stored(None), "unknown", "not known yet: its converter reads no experts", []),
     # what it is without
     *((engine, with_(skipping=True), "yes", "it runs unskipped", []) for engine in ALL),
     *((engine, with_(zeros=True), "yes", "zeros are stored as numbers", []) for engine in ALL),
@@ -153,7 +153,7 @@ def test_what_a_run_finds_is_not_known_before() -> None:
     facts = FACTS | {"uneven": True, "constants": None, "experts": None, "mean": 6}
     found = {one["engine"]: one["answer"] for one in answers(facts)}
     assert found == {"transformers": "no", "vllm": "unknown", "sglang": "no", "llama.cpp": "no", "mlx": "no"}
-    assert serving_said(answer_of("vllm", facts)).startswith("found in the run: one number of experts")
+    assert serving_said(answer_of("vllm", facts)).startswith("not known yet: one number of experts")
     padded = FACTS | {"experts": None, "mean": 6}
     assert {one["answer"] for one in answers(padded)} == {"yes"}
 
