@@ -67,36 +67,11 @@ _HOME = {
 }
 
 __all__ = [
-    "CalibrationError",
-    "CheckpointError",
-    "CompressionResult",
-    "CompressorError",
-    "DiskError",
-    "EvaluationError",
-    "MoELayer",
-    "MoEModel",
-    "PluginError",
-    "ProcessError",
-    "Processes",
-    "ProgramError",
-    "RecipeError",
-    "SkipRule",
-    "UnsupportedModelError",
-    "VerificationError",
-    "__version__",
-    "apply",
-    "check",
-    "compare",
-    "compress",
-    "decide",
-    "evaluate",
-    "inspect",
-    "load",
-    "push",
-    "restore",
-    "serve_check",
-    "sweep",
-]
+    "CalibrationError", "CheckpointError", "CompressionResult", "CompressorError", "DiskError", "EvaluationError",
+    "MoELayer", "MoEModel", "PluginError", "ProcessError", "Processes", "ProgramError", "RecipeError", "SkipRule",
+    "UnsupportedModelError", "VerificationError", "__version__", "apply", "check", "compare", "compress", "decide",
+    "evaluate", "inspect", "load", "push", "restore", "serve_check", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,17 +19,6 @@ from compressor.testing.tiny import (
 )
 
 __all__ = [
-    "Check",
-    "Report",
-    "answers",
-    "auto_class",
-    "candidate_types",
-    "check_method",
-    "check_model",
-    "kept_evenly",
-    "kept_unevenly",
-    "model_class",
-    "tiny_config",
-    "tiny_inputs",
-    "tiny_model",
-]
+    "Check", "Report", "answers", "auto_class", "candidate_types", "check_method", "check_model", "kept_evenly",
+    "kept_unevenly", "model_class", "tiny_config", "tiny_inputs", "tiny_model",
+]  # fmt: skip
