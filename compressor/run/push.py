@@ -54,8 +54,8 @@ def push(
         first = [CommitOperationAdd(_RECORD, ours[_RECORD])]
         first += [CommitOperationDelete(name) for name in there if name != _RECORD]
         api.create_commit(repo, first, commit_message="What this will be")
-        names = [glob.escape(name) for name in weights]
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Weights")
+        only = [glob.escape(name) for name in weights]
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=only, commit_message="Weights")
         last = [CommitOperationAdd(name, ours.get(name, path)) for name, path in files.items() if name not in weights]
         api.create_commit(repo, last, commit_message="Made with moe-compressor")
     return f"{api.endpoint}/{repo}"
@@ -99,25 +99,19 @@ def _written(folder: Path, repo: str) -> dict[str, bytes]:
     """The texts that we wrote, without paths. Raises CheckpointError for what is no whole checkpoint of ours."""
     if not is_hub_id(repo):
         raise CheckpointError(f"{repo}: expected a repository on the hub, owner/name.")
-    if not (record := _record(folder)):
-        raise CheckpointError(f"{folder}: found no {_RECORD}, so it is nothing that `run` or `apply` has written.")
-    if by := json.loads(record).get("files_only"):
+    try:
+        record = without_paths(json.loads((folder / _RECORD).read_text(encoding="utf-8")))
+        by = record.get("files_only")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: it has no {_RECORD}, as what `run` and `apply` write has.") from error
+    if by:
         raise CheckpointError(f"{folder}: what {by} has left was never loaded, and is not pushed.")
     verify_files(folder)
     texts = {name: folder / name for name in ("README.md", "compressor/decision.json", "compressor/recipe.yaml")}
     found = {name: without_paths(path.read_text(encoding="utf-8")) for name, path in texts.items() if path.exists()}
+    found |= {_RECORD: json.dumps(record, indent=1) + "\n", "compressor/report.html": page(record)}
     load = partial(re.sub, r'compressor\.load\("[^"]*"\)', f'compressor.load("{repo}")')
-    found["compressor/report.html"] = page(json.loads(record))
-    return {_RECORD: record} | {name: load(text).encode() for name, text in found.items()}
-
-
-def _record(folder: Path) -> bytes:
-    """An output's record, without paths; empty where there is none."""
-    try:
-        found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return b""
-    return (json.dumps(without_paths(found), indent=1) + "\n").encode() if isinstance(found, dict) else b""
+    return {name: load(text).encode() for name, text in found.items()}
 
 
 def _there(repo: str, record: bytes, *, private: bool) -> list[str]:

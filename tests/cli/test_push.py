@@ -185,7 +185,7 @@ def test_what_is_no_whole_output(hub: Stand, cli: Cli, output: Path, mixtral: Pa
     refused(cli("push", output, "smaller"), "smaller: expected a repository on the hub, owner/name.")
     refused(
         cli("push", mixtral, "me/x"),
-        f"{mixtral}: found no compressor/record.json, so it is nothing that `run` or `apply` has written.",
+        f"{mixtral}: it has no compressor/record.json, as what `run` and `apply` write has.",
     )
     (output / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes()[:-5])
     answer = cli("push", output, "me/x")
