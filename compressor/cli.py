@@ -119,6 +119,16 @@ DeviceMemoryOption = Annotated[
 DiskOption = Annotated[
     str | None, typer.Option("--disk", help="Disk that the run may use, its output included.", metavar="SIZE")
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option("--gpus", help="For another machine, with N GPUs; give all budgets too.", metavar="N", min=0),
+]
+TflopsOption = Annotated[
+    int | None, typer.Option("--tflops", help="Say how long: TFLOP/s of all its devices.", metavar="N", min=1)
+]
+DiskSpeedOption = Annotated[
+    int | None, typer.Option("--disk-speed", help="Say how long: MB/s of its disk.", metavar="N", min=1)
+]
 CommandsOption = Annotated[bool, typer.Option("--allow-commands", help="Run the programs that the recipe names.")]
 PushOption = Annotated[bool, typer.Option("--push", help="Upload the output to the hub, as the recipe's `push` says.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; errors only.")]
@@ -247,6 +257,9 @@ def check(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
+    gpus: GpusOption = None,
+    tflops: TflopsOption = None,
+    disk_speed: DiskSpeedOption = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
     allow_commands: CommandsOption = False,
@@ -267,10 +280,13 @@ def check(
     from compressor.machine.progress import Progress
     from compressor.report.terminal import print_plan
     from compressor.run import check
+    from compressor.run.elsewhere import Machine
     from compressor.run.push import check_push
 
-    folder, notes = OutputFolder(target, overwrite=overwrite, resume=resume), check_push(loaded, may_push=push)
-    preview = check.check(loaded, plugins.adapters, folder=folder, progress=Progress.detect(quiet=quiet))
+    folder = OutputFolder(target, overwrite=overwrite, resume=resume) if gpus is None else None
+    machine, progress = Machine(gpus, tflops, disk_speed), Progress.detect(quiet=quiet)
+    notes = check_push(loaded, may_push=push)
+    preview = check.check(loaded, plugins.adapters, folder=folder, progress=progress, machine=machine)
     preview.plan["notes"] += notes
     _show(preview.plan, print_plan, as_json=json_, quiet=quiet)
 

@@ -2,7 +2,7 @@
 
     recipes FOLDER          runs every recipe there
     fails[_busy|_late] …    break one process of an ordinary `compressor run …` while it observes; so do has_bug and
-                            dies_busy
+                            dies_busy; told_late tells all to end, as a scheduler does that wants the machine
     run …                   an ordinary `compressor run …`
     serve                   reads JSON lists of such words from its input, one a line, has two processes do each and
                             writes what became of them as JSON: "statuses" by rank, "out", "err"
@@ -58,6 +58,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_told() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def recipes(folder: Path) -> None:
     with Processes.joined() as processes:
         for recipe in sorted(folder.glob("*.yaml")):
@@ -71,14 +75,14 @@ def recipes(folder: Path) -> None:
 
 def broken_run(word: str, arguments: list[str]) -> None:
     kind, _, when = word.partition("_" if word != "has_bug" else "?")
-    breaking = {"fails": fail, "has_bug": fail_by_our_fault, "dies": die}[kind]
+    breaking = {"fails": fail, "has_bug": fail_by_our_fault, "dies": die, "told": be_told}[kind]
     first, end_batch = ".0." if when != "late" else ".1.", ExpertSums.end_batch
 
     def update(self: ExpertSums, tokens: RoutedTokens) -> None:
         if first not in tokens.layer.path:
             end_batch(self, tokens)
             return
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == "1" or kind == "told":
             breaking()
         time.sleep(600 if when == "busy" else 0)
 

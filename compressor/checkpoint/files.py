@@ -77,6 +77,13 @@ def read_index(folder: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{path}: cannot be read as an index of shards: {error}") from error
 
 
+def indexed_bytes(folder: Path) -> int:
+    """Bytes of all weights, as the index of shards says; 0 where it does not. Raises CheckpointError."""
+    said = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("metadata") if read_index(folder) else None
+    total = said.get("total_size") if isinstance(said, dict) else None
+    return int(total) if isinstance(total, int | float) and total > 0 else 0
+
+
 def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which every name may stand once only."""
     found = dict(pairs)

@@ -64,12 +64,12 @@ def _processor() -> str:
 
 
 def available_memory() -> int:
-    """Bytes of memory available to a process, by the system, and its control group where there is one."""
+    """Bytes of memory available to each process of a run here, by the system, and its control group if there is one."""
     found = [int(psutil.virtual_memory().available)]
     with suppress(OSError, ValueError):
         limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
         found.append(int(limit) - int(used))
-    return min(found)
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def available_on(device: str) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.resume_state import tensors_in
 from compressor.data.sequences import TokenBatch
-from compressor.model.modules import is_inside, kind_of, units_of
+from compressor.model.modules import kind_of, units_of
 from compressor.model.structure import Structure
 from compressor.observe.forward import model_inputs
 
@@ -36,30 +36,49 @@ def rehearse(model: nn.Module, structure: Structure) -> Rehearsal:
     """
     model = copy.deepcopy(model).eval()
     reached: set[str] = set()
-    given: dict[str, list[torch.Size]] = {}
-    outputs: dict[str, Any] = {}
-    first_of, alike = dict[object, str](), dict[str, str]()
     for layer in structure.layers:
         model.get_submodule(layer.path).register_forward_pre_hook(_note(reached, layer.path))
         if layer.router_probe.call == "choices" and not layer.is_list:
             model.get_submodule(layer.experts).forward = _zeros
+    units = _Units()
     for unit in units_of(model):
-        model.get_submodule(unit).register_forward_pre_hook(_keep_shapes(given, unit), with_kwargs=True)
-        model.get_submodule(unit).register_forward_hook(_keep_output(outputs, unit))
-        alike[unit] = first_of.setdefault(kind_of(model.get_submodule(unit)), unit)
-        if alike[unit] != unit:
-            model.get_submodule(unit).forward = _as_the_first(model, given, outputs, unit, alike)
+        module = model.get_submodule(unit)
+        module.forward = units.forward(unit, module)
     try:
         model(**_inputs(model))
-        first = dict(given)
-        for unit, output in outputs.items():
-            model.get_submodule(unit).forward = _answering(output)
+        first, units.is_first = dict(units.given), False
         model(**_inputs(model))
     except Exception:  # whatever the model's own code asks of numbers
         return Rehearsal()
-    carries = next((unit for unit in outputs if first[unit] != given[unit]), None)
-    reached |= {other + path[len(unit) :] for other, unit in alike.items() for path in reached if is_inside(path, unit)}
+    for unit, (ran, _) in units.answers.items():
+        reached |= {unit + path[len(ran) :] for path in reached if f"{path}.".startswith(f"{ran}.")}
+    carries = next((unit for unit in units.answers if first[unit] != units.given[unit]), None)
     return Rehearsal(frozenset(layer.path for layer in structure.layers) - reached, carries)
+
+
+class _Units:
+    """What decoder layers are given and answer, who ran for that, and the first of those that are alike."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, list[torch.Size]] = {}
+        self.answers: dict[str, tuple[str, Any]] = {}
+        self.alike: dict[object, tuple[str, Any]] = {}
+        self.is_first = True
+
+    def forward(self, unit: str, module: nn.Module) -> Any:
+        """What stands for a decoder layer's forward."""
+        own, kind = module.forward, kind_of(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.given[unit] = [tensor.shape for tensor in tensors_in((args, kwargs), depth=4)]
+            if self.is_first:
+                key = kind, *self.given[unit]
+                if key not in self.alike:
+                    self.alike[key] = unit, own(*args, **kwargs)
+                self.answers[unit] = self.alike[key]
+            return self.answers[unit][1]
+
+        return forward
 
 
 def _inputs(model: Any) -> dict[str, Any]:
@@ -77,36 +96,3 @@ def _zeros(*args: Any, **kwargs: Any) -> Tensor:
 
 def _note(reached: set[str], path: str) -> Any:
     return lambda module, args: reached.add(path)
-
-
-def _keep_shapes(given: dict[str, list[torch.Size]], unit: str) -> Any:
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given[unit] = [tensor.shape for tensor in tensors_in((args, kwargs), depth=4)]
-
-    return keep
-
-
-def _keep_output(outputs: dict[str, Any], unit: str) -> Any:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[unit] = output
-
-    return keep
-
-
-def _as_the_first(
-    model: nn.Module, given: dict[str, list[torch.Size]], outputs: dict[str, Any], unit: str, alike: dict[str, str]
-) -> Any:
-    """A forward that answers as the first decoder layer of its kind, if that was given the same; else its own."""
-    own = model.get_submodule(unit).forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if alike[unit] in outputs and given[alike[unit]] == given[unit]:
-            return outputs[alike[unit]]
-        alike[unit] = unit
-        return own(*args, **kwargs)
-
-    return forward
-
-
-def _answering(output: Any) -> Any:
-    return lambda *args, **kwargs: output

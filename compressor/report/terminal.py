@@ -85,6 +85,7 @@ def print_plan(plan: Json, console: Console) -> None:
     _print_notes(plan.get("notes") or [], console)
 
 
+_TAKEN = {"disk": "reading and writing", "computing": "computing"}
 _WAITING = {"memory": "memory", "file": "files on the output's disk"}
 
 
@@ -108,6 +109,14 @@ def _print_needs(needs: Json, console: Console) -> None:
     if needs.get("tasks_at_once"):
         reading += f"; for tasks once more for every {needs['tasks_at_once']:,} tokens asked, before and after"
     rows.append(("reading", reading))
+    if needs.get("flop"):
+        each = (
+            f"2 for each of {human_count(needs['parameters_at_work'])} parameters at work, {needs['tokens']:,} tokens"
+        )
+        rows.append(("computing", f"{needs['flop'] / 1e12:,.1f} TFLOP, {each}; searches, tasks, training on top"))
+    if seconds := needs.get("seconds"):
+        parts = [f"{human_seconds(value)} {_TAKEN[key]}" for key, value in seconds.items()]
+        rows.append(("time", f"{human_seconds(sum(seconds.values()))}: {', '.join(parts)}, at the speeds given"))
     Table("Needs", ("", "about"), rows).show(console)
 
 

@@ -15,7 +15,7 @@ from compressor.checkpoint import classes
 from compressor.checkpoint.classes import architecture, max_positions, model_class, next_token_problem
 from compressor.checkpoint.conversion import is_by_expert
 from compressor.checkpoint.extra_layers import LeftOut, find_left_out, spellings
-from compressor.checkpoint.files import files_beside
+from compressor.checkpoint.files import files_beside, indexed_bytes
 from compressor.checkpoint.find import Checkpoint, find_checkpoint, load_config, quantiser_of, read_config
 from compressor.checkpoint.headers import first_dtype
 from compressor.checkpoint.load import load_model, load_tokenizer
@@ -33,7 +33,7 @@ from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.extra_layers import plan_extra_layers
 from compressor.edit.layer_edits import refuse_constants
 from compressor.errors import CompressorError, PluginError, UnsupportedModelError, answered
-from compressor.machine.environment import available_memory, gpus
+from compressor.machine.environment import available_memory
 from compressor.machine.memory_estimate import Placement
 from compressor.machine.progress import Progress
 from compressor.method import Method, OptionError, Plan, check_skipping, is_external
@@ -47,6 +47,7 @@ from compressor.observe.rehearsal import Rehearsal, rehearse
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass
 from compressor.report.figures import serving_said
 from compressor.run import readiness
+from compressor.run.elsewhere import HERE, Machine, computing
 from compressor.run.memory import Problem, disk_problem, placement, work_of
 from compressor.run.preview import Limits, Preview
 from compressor.run.record import recorded
@@ -65,14 +66,16 @@ def check(
     live_on: Sequence[str] = (),
     tokenizer: Any = None,
     progress: Progress | None = None,
+    machine: Machine = HERE,
 ) -> Preview:
     """Whether the recipe can work, and what will be kept and dropped: reads no weights, writes nothing; a run begins
     with it. `folder`: the output, if this process writes it; `model` (on `live_on`) and `tokenizer` replace the
-    recipe's. Raises CompressorError, of its kinds, at the place in the recipe.
+    recipe's; `machine`: another one to work on. Raises CompressorError, of its kinds, at the place in the recipe.
     """
     recipe, progress = loaded.recipe, progress or Progress()
+    machine.require_budgets(loaded)
     check_trackers(loaded)
-    readiness.check_surroundings(loaded, folder, model)
+    readiness.check_surroundings(loaded, folder, model, is_here=machine.num_gpus is None)
     found: Checkpoint | None
     with loaded.at("model"):
         if model is None:
@@ -86,7 +89,7 @@ def check(
         left_out = find_left_out(found, config, cls, recipe.mtp) if found else None
         if tokenizer is None and found is not None:
             tokenizer = load_tokenizer(found)
-    preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on)
+    preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on, machine=machine)
     needs, from_disk = preview.plan["needs"], preview.place.weights == "disk"
     if found is not None and model is None:
         preview.plan["notes"] += _check_weights(loaded, found, adapters, are_compared=from_disk, progress=progress)
@@ -131,7 +134,7 @@ def measuring(
         cls = model_class(found, config)
         tokenizer = load_tokenizer(found)
     _check_evaluation(loaded, cls, config)
-    structure, unknown, devices = None, None, _devices(recipe)
+    structure, unknown, devices = None, None, _devices(recipe, HERE)
     try:
         structure = structure_of(cls, config, adapters)
     except UnsupportedModelError as error:
@@ -261,6 +264,7 @@ class _Look:
     adapters: Sequence[Adapter]
     live_on: Sequence[str]
     """The devices that hold the weights already."""
+    machine: Machine
     structure: Structure
     rules: Mapping[str, SkipRule]
     dtype: torch.dtype
@@ -287,6 +291,7 @@ def _preview(
     adapters: Sequence[Adapter],
     *,
     live_on: Sequence[str],
+    machine: Machine,
 ) -> Preview:
     """What follows from class, config and headers; `live_on`: the devices that hold the weights already."""
     _check_evaluation(loaded, cls, config)
@@ -295,7 +300,7 @@ def _preview(
         rules = fitting_rules(structure, config)
         dtype = _dtype(loaded.recipe.dtype, config, None if live_on else found)
     model = _on_meta(cls, config, dtype)
-    given = (found, config, cls, left_out, adapters, live_on)
+    given = (found, config, cls, left_out, adapters, live_on, machine)
     return _as_can_be(loaded, _Look(*given, structure, rules, dtype, model, rehearse(model, structure)))
 
 
@@ -332,12 +337,14 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
         "disk": disk_problem(loaded, structure, work, look.config, look.rehearsal.carries, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
     }
-    devices = tuple(look.live_on) or _devices(loaded.recipe)
+    devices = tuple(look.live_on) or _devices(loaded.recipe, look.machine)
     place = placement(loaded, work, problems, devices, is_live=is_live)
     if place.weights == "disk":  # there tensors stay as they are stored; in memory all get one dtype
         with loaded.at("model"):
             stored = look.stored
             sizes = _stored(stored, structure, layers, look.left_out, look.adapters) if stored else None
+            if stored and sizes is None and quantisation and (total := indexed_bytes(stored.folder)):
+                sizes = total, round(total * plan_json["bytes"]["after"] / plan_json["bytes"]["before"])
         if sizes is not None:
             work = dataclasses.replace(
                 work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=quantisation is not None
@@ -348,9 +355,11 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
             notes.append(_quantised_note(quantisation, look.dtype, loaded.recipe.model, is_estimate=sizes is None))
     used, limits = devices[: place.num_gpus], _limits(look.model)
     if loaded.recipe.device == "auto" and not is_live:
-        notes.append(auto_note(used, place))
+        notes.append(auto_note(used, place, look.machine))
     available = loaded.recipe.memory or available_memory()
-    plan_json["needs"] = work.to_json(place, device=used[0], available=available)
+    needs = work.to_json(place, device=used[0], available=available)
+    num_parameters = structure.num_parameters - look.model.get_input_embeddings().weight.numel()
+    plan_json["needs"] = needs | computing(loaded, structure.layers, num_parameters, needs, look.machine)
     auto_class = classes.auto_class(look.cls, look.config)
     found = (look.found, structure, auto_class, look.left_out, plan_json, limits)
     return Preview(*found, place, used, work.tokens_at_once, loaded=loaded)
@@ -549,9 +558,9 @@ def _stored(
     return edit.bytes_before, edit.bytes_after
 
 
-def _devices(recipe: Recipe) -> tuple[str, ...]:
-    """Devices that the recipe allows; by `auto` all GPUs of this machine, or its CPU."""
-    return (gpus() or ("cpu",)) if recipe.device == "auto" else (recipe.device,)
+def _devices(recipe: Recipe, machine: Machine) -> tuple[str, ...]:
+    """Devices that the recipe allows; by `auto` all GPUs of the machine, or its CPU."""
+    return (machine.gpus or ("cpu",)) if recipe.device == "auto" else (recipe.device,)
 
 
 # The same, in words ----------------------------------------------------------------------------------------
@@ -592,11 +601,12 @@ def _quantised_note(quantisation: Mapping[str, Any], dtype: torch.dtype, referen
     )
 
 
-def auto_note(used: Sequence[str], place: Placement) -> str:
+def auto_note(used: Sequence[str], place: Placement, machine: Machine = HERE) -> str:
     """What `device: auto` has come to, in one sentence."""
     if tuple(used) == ("cpu",):
-        return "device auto: torch sees no GPU on this machine, so the CPU computes"
-    named, there = ", ".join(used), len(gpus())
+        seen = "torch sees no GPU on this machine" if machine.num_gpus is None else "a machine without GPUs is meant"
+        return f"device auto: {seen}, so the CPU computes"
+    named, there = ", ".join(used), len(machine.gpus)
     if place.weights == "disk":
         return f"device auto: {named} of {there} GPU(s), weights are read from disk one decoder layer at a time"
     each = ", each with some of the layers" if len(used) > 1 else ""

@@ -48,6 +48,7 @@ from compressor.observe.layerwise import Original
 from compressor.plugins import Plugins, load_plugins
 from compressor.recipe.schema import LoadedRecipe, Recipe, ResolvedPass, load_recipe
 from compressor.run import check, controls, external, passes, readiness
+from compressor.run.elsewhere import agreed
 from compressor.run.job import Job, open_journal
 from compressor.run.loading import Subject, devices_of, load_moe, load_original, load_weights, own_devices, recipe_for
 from compressor.run.measure import Measured, Yardstick, ask_server, compared, compared_speed, measure
@@ -121,6 +122,7 @@ def compress(
         return CompressionResult(record, job.recipe.output, None, None)
     with job.timed("check"):
         job, subject = _subject(job, model, tokenizer, folder)
+        subject = dataclasses.replace(subject, preview=agreed(job.processes, subject.preview))
         notes = check_push(job.loaded, may_push=push, make=True) if first else []
     for sentence in (*subject.preview.said, *notes):
         job.progress.say(sentence)

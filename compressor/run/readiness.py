@@ -72,11 +72,11 @@ def _of_recipe(loaded: LoadedRecipe) -> list[tuple[KeyPath, BaseSource, Split]]:
 # Before the model ------------------------------------------------------------------------------------------
 
 
-def check_surroundings(loaded: LoadedRecipe, folder: OutputFolder | None, model: Any) -> None:
-    """Raise where device, output (None: written by another process) or a file of text cannot be used."""
+def check_surroundings(loaded: LoadedRecipe, folder: OutputFolder | None, model: Any, *, is_here: bool = True) -> None:
+    """Raise where device (if `is_here`), output (None: written by another) or a file of text cannot be used."""
     refusals = Refusals(loaded)
     with refusals.at("device"):
-        if model is None and loaded.recipe.device != "auto":  # a live model stays where it is
+        if is_here and model is None and loaded.recipe.device != "auto":  # a live model stays where it is
             _check_device(loaded.recipe.device)
     with refusals.at("output"):
         if folder is not None:

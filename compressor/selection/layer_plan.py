@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.method import Measuring, OptionError, check_layer_names, fewer_experts
@@ -221,6 +221,8 @@ class LayerPlan:
 
     def _check_fixed(self) -> None:
         """Ids that exist, in one list only, and no more than there is room for."""
+        if not (self.protected or self.forbidden):
+            return
         num_experts = self.layer.num_experts
         for option, ids in (("protect", self.protected), ("forbid", self.forbidden)):
             unknown = [expert for expert in ids if expert >= num_experts]
@@ -425,8 +427,11 @@ def planned_counts(plans: Sequence[LayerPlan], options: SelectionOptions) -> dic
     planned = {plan.path: plan.counts[0] for plan in plans}
     if options.budget:
         total = total_kept(plans, options)
-        mean = total / len(plans)
-        planned = allocated({plan.path: {count: (count - mean) ** 2 for count in plan.counts} for plan in plans}, total)
+        mean, kinds = total / len(plans), {tuple(plan.counts) for plan in plans}
+        steps = {after - before for counts in kinds for before, after in pairwise(counts)}
+        reach = 2 * max(steps) if len(kinds) == len(steps) == 1 else float("inf")  # then all are next to the mean
+        near = {plan.path: [count for count in plan.counts if abs(count - mean) < reach] for plan in plans}
+        planned = allocated({path: {one: (one - mean) ** 2 for one in counts} for path, counts in near.items()}, total)
     if options.top_k is None and sum(planned.values()) == sum(plan.layer.num_experts for plan in plans):
         where = f"{plans[0].path}: all {plans[0].layer.num_experts} experts would stay"
         if options.multiple_of is not None:

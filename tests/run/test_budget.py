@@ -6,8 +6,10 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -134,8 +136,12 @@ def test_readings() -> None:
     assert dataclasses.replace(WORK, num_passes=2, measures_text=True).readings(FROM_DISK) == 10
 
 
-def test_the_system_says_what_is_available() -> None:
+def test_the_system_says_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10**8 < available_memory() < 10**14
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 10**6))
+    assert available_memory() == 8 * 10**6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # so torchrun says how many share it
+    assert available_memory() == 2 * 10**6
 
 
 # --- what is chosen

@@ -28,7 +28,7 @@ from compressor.model.skipping.rule import SkipRule
 from compressor.observe import activation_offload, forward, layerwise
 from compressor.plugins import load_plugins
 from compressor.recipe.schema import load_recipe
-from compressor.run import check, loading, memory, readiness
+from compressor.run import check, elsewhere, loading, memory, readiness
 
 Recipe = dict[str, Any]
 PRUNE_AND_SKIP = [{"expert_pruning": {"keep": 6, "gather": ["pairs", "outputs"]}}, {"dynamic_skipping": {}}]
@@ -62,7 +62,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make this a machine with some GPUs, each with some bytes of memory; without a number all of its GPUs are used."""
 
     def have(number: int, free: int | None = None) -> None:
-        for module in (check, loading):
+        for module in (elsewhere, loading):
             monkeypatch.setattr(module, "gpus", lambda: DEVICES[:number])
         monkeypatch.setattr(memory, "available_on", lambda device: free)
 
