@@ -71,21 +71,17 @@ def steps_of(record: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     """A record's figures by step: at each MoE layer's number its counts, at the first what is not of a layer."""
     evaluation, counts = record.get("evaluation") or {}, {one["path"]: one["num_experts"] for one in record["layers"]}
     found = {f"kl/{text}": one["kl"] for text, one in (evaluation.get("fidelity") or {}).items()}
-    for side in [side for side in ("before", "after") if side in evaluation]:
-        of = evaluation[side]
-        found |= {f"{side}/perplexity/{text}": one["perplexity"] for text, one in of["perplexity"].items()}
-        found |= {
-            f"{side}/{task}/{key}": m["value"] for task, one in of["tasks"].items() for key, m in one["metrics"].items()
-        }
-        found |= {f"{side}/{key}": of["size"][key] for key in ("parameters", "active_parameters", "bytes")}
+    for side in ("before", "after"):
+        texts, tasks, sizes = ((evaluation.get(side) or {}).get(key, {}) for key in ("perplexity", "tasks", "size"))
+        found |= {f"{side}/perplexity/{text}": one["perplexity"] for text, one in texts.items()}
+        for task, one in tasks.items():
+            found |= {f"{side}/{task}/{metric}": figure["value"] for metric, figure in one["metrics"].items()}
+        found |= {f"{side}/{key}": sizes[key] for key in ("parameters", "active_parameters", "bytes") if key in sizes}
     layers = (one for done in record["passes"] for one in done["decision"].get("layers", {}).items())
     kept = counts | {path: len(layer["kept"]) for path, layer in layers if "kept" in layer}
-    numbers = [
-        int(number) if number.isdecimal() else place for place, number in enumerate(short_labels([*counts])[1].values())
-    ]
-    steps = {
-        n: {"experts/before": counts[path], "experts/after": kept[path]}
-        for n, path in sorted(zip(numbers, counts, strict=True))
-    }
+    labels = short_labels([*counts])[1].values()
+    numbers = [int(label) if label.isdecimal() else place for place, label in enumerate(labels)]
+    both = {path: {"experts/before": counts[path], "experts/after": kept[path]} for path in counts}
+    steps = {number: both[path] for number, path in sorted(zip(numbers, counts, strict=True))}
     steps[min(steps)] |= {re.sub(r"[^\w/. -]", "_", name): value for name, value in found.items()}
     return steps
