@@ -213,19 +213,9 @@ class MoELayer:
 
 
 _DESCRIBED = (
-    "path",
-    "num_experts",
-    "top_k",
-    "num_groups",
-    "num_chosen_groups",
-    "num_extra_choices",
-    "constants",
-    "parameters_per_expert",
-    "top_k_fixed",
-    "watch_problem",
-    "padding_problem",
-    "wider_problem",
-)
+    "path", "num_experts", "top_k", "num_groups", "num_chosen_groups", "num_extra_choices", "constants",
+    "parameters_per_expert", "top_k_fixed", "watch_problem", "padding_problem", "wider_problem",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,24 +21,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from compressor.method import Decision, Measuring, Method, OptionError, Plan
 from compressor.report.description import Description
+from compressor.selection import layer_plan
 from compressor.selection.findings import shown
-from compressor.selection.layer_plan import (
-    LayerPlan,
-    check_blend,
-    check_measured,
-    check_names,
-    check_top_k,
-    choosing_notes,
-    constants_notes,
-    measured_amount,
-    measured_counts,
-    measured_ways,
-    planned_counts,
-    rivals,
-    rounding_notes,
-    sharing_notes,
-    switch_notes,
-)
+from compressor.selection.layer_plan import LayerPlan
 from compressor.selection.options import SelectionOptions
 from compressor.wording import did_you_mean
 
@@ -71,25 +56,25 @@ class ExpertSelection(Method[OptionsT]):
         _check_criterion(self.options.criterion, self.criteria)
         _check_text(self.options, needs_text=self.needs_text)
         options, wanted = self.options, self.measuring(layers)
-        check_top_k(layers, options.top_k)
-        check_names(layers, options)
+        layer_plan.check_top_k(layers, options.top_k)
+        layer_plan.check_names(layers, options)
         searched: list[str] = []
         for one in self._kinds:
             plans = [one._plan(layer) for layer in layers]
             for plan in plans:
                 plan.check()
-            planned = planned_counts(plans, one.options)
+            planned = layer_plan.planned_counts(plans, one.options)
             if options.is_measured:
-                check_measured(plans, one.options)
+                layer_plan.check_measured(plans, one.options)
             searched += filter(None, [plan.search_note() for plan in plans])
         notes = _criterion_notes(self.criteria, plans, needs_text=self.needs_text) or sorted(set(searched))
-        notes += rounding_notes(plans, options)
+        notes += layer_plan.rounding_notes(plans, options)
         if options.budget:
-            notes += sharing_notes(plans, planned, wanted)
-        notes += choosing_notes([name for one in self._kinds for name in one._rivals(layers, ())], wanted)
-        notes += switch_notes(layers, planned, options)
+            notes += layer_plan.sharing_notes(plans, planned, wanted)
+        notes += layer_plan.choosing_notes([name for one in self._kinds for name in one._rivals(layers, ())], wanted)
+        notes += layer_plan.switch_notes(layers, planned, options)
         after = [plan.after(planned[plan.path]) for plan in plans]
-        notes += [] if options.replacement == "none" else constants_notes(after, options)
+        notes += [] if options.replacement == "none" else layer_plan.constants_notes(after, options)
         open_ = {
             "num_experts": options.budget and options.share != "even",
             "constants": options.replacement == "measured",
@@ -105,7 +90,7 @@ class ExpertSelection(Method[OptionsT]):
 
     def check_domains(self, domains: Sequence[str]) -> None:
         """Weights are given to domains that exist."""
-        check_blend(self.options, domains)
+        layer_plan.check_blend(self.options, domains)
 
     @property
     def needs_text(self) -> bool:
@@ -133,7 +118,7 @@ class ExpertSelection(Method[OptionsT]):
         """Counts of every layer, where a mean is shared out by them."""
         if not any(one.options.is_measured or one._compares for one in self._totals):
             return None
-        tokens, _ = measured_amount(self._kinds[0].options, len(layers))
+        tokens, _ = layer_plan.measured_amount(self._kinds[0].options, len(layers))
         return Measuring(tokens, _num_candidates(layers, self._all_kinds))
 
     def observing_for(self, others: Sequence[Self]) -> Self:
@@ -197,7 +182,7 @@ class ExpertSelection(Method[OptionsT]):
             return [*{_sets(one): one for one in reversed(offered)}.values()][::-1]
         found: dict[tuple[int, ...], Choice] = {}
         plans = [LayerPlan(layer, way) for way in _ways(self, layers)]
-        for count in measured_counts(self._plan(layer), len(layers)):
+        for count in layer_plan.measured_counts(self._plan(layer), len(layers)):
             for plan in plans:
                 one, _ = self._chosen(plan, statistics, count)
                 found.setdefault(tuple(one["kept"]), one | {"constants": self.options.with_constants})
@@ -247,7 +232,7 @@ class ExpertSelection(Method[OptionsT]):
         return {name: same.setdefault(_sets(one), one) for found in by_kind for name, one in found.items()}
 
     def _rivals(self, layers: Sequence[MoELayer], domains: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return rivals(self.options, self.criteria, domains, several=len(_ways(self, layers)) > 1)
+        return layer_plan.rivals(self.options, self.criteria, domains, several=len(_ways(self, layers)) > 1)
 
     def _named(self, layers: Sequence[MoELayer], statistics: Gathered) -> dict[str, Decision]:
         found: dict[str, Decision] = {}
@@ -317,8 +302,8 @@ def _ways(method: ExpertSelection[Any], layers: Sequence[MoELayer]) -> list[Sele
     """The ways in which sets are chosen that are measured."""
     if not method.options.is_measured:
         return [method.options]
-    most = max(len(measured_counts(method._plan(layer), len(layers))) for layer in layers)
-    return measured_ways(method.options, method.criteria, len(layers), most)
+    most = max(len(layer_plan.measured_counts(method._plan(layer), len(layers))) for layer in layers)
+    return layer_plan.measured_ways(method.options, method.criteria, len(layers), most)
 
 
 def _bytes_of_search(plans: Sequence[LayerPlan]) -> float:
@@ -343,7 +328,10 @@ def _num_candidates(layers: Sequence[MoELayer], methods: Sequence[ExpertSelectio
     found = 0
     for kind in {one.options.replacement for one in methods}:
         of_kind = [one for one in methods if one.options.replacement == kind and one.options.is_measured]
-        counts = [{n for one in of_kind for n in measured_counts(one._plan(layer), len(layers))} for layer in layers]
+        counts = [
+            {n for one in of_kind for n in layer_plan.measured_counts(one._plan(layer), len(layers))}
+            for layer in layers
+        ]
         found += max((len(_ways(one, layers)) for one in of_kind), default=0) * max(map(len, counts))
     return found
 
