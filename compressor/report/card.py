@@ -9,19 +9,8 @@ from typing import Any
 
 import yaml
 
+from compressor.report import figures
 from compressor.report.description import Json
-from compressor.report.figures import (
-    ACCURACIES,
-    NOTHING,
-    as_yaml,
-    decision_notes,
-    decision_table,
-    experts_of,
-    metric_said,
-    random_table,
-    shown_layers,
-    summary_tables,
-)
 from compressor.report.tables import Table
 from compressor.report.verdict import verdict
 from compressor.wording import counted, human_bytes, ids_said, is_hub_id, without_paths
@@ -46,7 +35,7 @@ def model_card(record: Json) -> str:
     name = str(output).rstrip("/").rsplit("/", 1)[-1]
     given = ", as it was in memory," if record["model"].get("live") else ""
     parts = [
-        f"---\n{as_yaml(_front_matter(record, reference, auto_class, methods))}---",
+        f"---\n{figures.as_yaml(_front_matter(record, reference, auto_class, methods))}---",
         f"# {name}",
         f"`{reference}`{given} compressed with moe-compressor ({', '.join(methods) or 'no pass'}). "
         "Everything that was decided and measured, exactly, is in `compressor/record.json`.",
@@ -56,14 +45,14 @@ def model_card(record: Json) -> str:
         parts.append(f"What it keeps was chosen on `{chosen_on.get('reference')}`, another model of this structure.")
     parts += [f"**{said}**"] if (said := verdict(record)) else []
     passes = record.get("passes", [])
-    tables = [*summary_tables(record), *map(random_table, passes), *_decided(passes, record)]
+    tables = [*figures.summary_tables(record), *map(figures.random_table, passes), *_decided(passes, record)]
     parts += filter(None, [table.to_markdown() for table in tables])
     if left_out := record.get("left_out"):
         parts.append(_left_out_sentence(left_out))
     if extra := record.get("mtp"):
         parts.append(_extra_layers_sentence(extra))
     parts += [
-        *(["## Recipe", f"```yaml\n{as_yaml(record['recipe'])}```"] if "recipe" in record else []),
+        *(["## Recipe", f"```yaml\n{figures.as_yaml(record['recipe'])}```"] if "recipe" in record else []),
         *_how_to_load(record, str(output), auto_class),
     ]
     if versions := record.get("versions"):
@@ -110,15 +99,15 @@ def eval_results(record: Json) -> str:
     for name, task in sides[1].items():
         if not task.get("dataset"):
             continue
-        metric = next(one for one in (*ACCURACIES, *task["metrics"]) if one in task["metrics"])
-        is_share = metric in ACCURACIES or metric in task["correct"]
-        original = metric_said(sides[0].get(name, {}).get("metrics", {}).get(metric), is_share)
+        metric = next(one for one in (*figures.ACCURACIES, *task["metrics"]) if one in task["metrics"])
+        is_share = metric in figures.ACCURACIES or metric in task["correct"]
+        original = figures.metric_said(sides[0].get(name, {}).get("metrics", {}).get(metric), is_share)
         notes = f"lm-eval {name}, {metric}{' in %' if is_share else ''}, {task['num_fewshot']}-shot, "
         notes += f"{counted(task['documents'], 'document')}; the original: {original}"
         value = round(task["metrics"][metric]["value"] * (100 if is_share else 1), 4)
         given = {"date": record.get("date"), "notes": notes}
         found.append(EvalResultEntry(task["dataset"], task["dataset_config"] or "default", value, **given))
-    return as_yaml(eval_result_entries_to_yaml(found)) if found else ""
+    return figures.as_yaml(eval_result_entries_to_yaml(found)) if found else ""
 
 
 def _how_to_load(record: Json, output: str, auto_class: str) -> list[str]:
@@ -182,22 +171,22 @@ def _decided(passes: Sequence[Json], record: Json) -> Iterator[Table]:
     yield _kept_table(pruned, record)
     for done in passes:
         if done not in pruned:
-            table = decision_table(done, record, details=True)
+            table = figures.decision_table(done, record, details=True)
             rows = [(f"`{path}`", *cells) for path, *cells in table.rows]
             yield dataclasses.replace(table, rows=rows, below=_bullets([done]))
 
 
 def _bullets(passes: Sequence[Json]) -> list[str]:
-    return [f"* {note}" for done in passes for note in decision_notes(done)]
+    return [f"* {note}" for done in passes for note in figures.decision_notes(done)]
 
 
 def _kept_table(pruned: Sequence[Json], record: Json) -> Table:
     """The experts that all passes together left and dropped."""
-    num_experts = experts_of(record)
-    shown = [layer for done in pruned for layer in shown_layers(done, record).items()]
+    num_experts = figures.experts_of(record)
+    shown = [layer for done in pruned for layer in figures.shown_layers(done, record).items()]
     kept = {path: layer["kept"] for path, layer in shown if "kept" in layer}
     rows = []
     for path, ids in kept.items():
         dropped = [expert for expert in range(num_experts.get(path, 0)) if expert not in set(ids)]
-        rows.append((f"`{path}`", str(len(ids)), ids_said(ids), ids_said(dropped) or NOTHING))
+        rows.append((f"`{path}`", str(len(ids)), ids_said(ids), ids_said(dropped) or figures.NOTHING))
     return Table("Experts kept", ("layer", ">experts", "kept", "dropped"), rows, _bullets(pruned))

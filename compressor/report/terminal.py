@@ -11,20 +11,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from compressor.report import figures
 from compressor.report.comparison import comparison_tables
 from compressor.report.description import Json
-from compressor.report.figures import (
-    NOTHING,
-    collapse,
-    decision_notes,
-    decision_table,
-    random_table,
-    ratio_said,
-    sensible_counts,
-    serving_table,
-    short_labels,
-    summary_tables,
-)
 from compressor.report.tables import Table, show_facts
 from compressor.report.verdict import verdict
 from compressor.wording import counted, human_bytes, human_count, human_seconds
@@ -45,7 +34,7 @@ def print_summary(record: Json, console: Console) -> None:
         },
         console,
     )
-    for table in summary_tables(record):
+    for table in figures.summary_tables(record):
         table.show(console)
     for done in record.get("passes", []):
         _print_decision(done, record, console)
@@ -67,11 +56,11 @@ def print_plan(plan: Json, console: Console) -> None:
     show_facts({"model": plan["model"], "architecture": plan.get("architecture"), "dtype": plan.get("dtype")}, console)
     rows = [
         (label, str(count), f"{one['num_experts']} → {one['kept']}", str(one["dropped"]), str(one["top_k"]))
-        for label, count, one in collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped"))
+        for label, count, one in figures.collapse(plan["layers"], ("num_experts", "top_k", "kept", "dropped"))
     ]
     Table("Layers", ("layers", ">count", ">experts", ">dropped", ">top-k"), rows).show(console)
     sizes = [
-        (name, human(plan[name]["before"]), human(plan[name]["after"]), ratio_said(*plan[name].values()))
+        (name, human(plan[name]["before"]), human(plan[name]["after"]), figures.ratio_said(*plan[name].values()))
         for name, human in (("parameters", human_count), ("bytes", human_bytes))
         if plan.get(name)
     ]
@@ -81,7 +70,7 @@ def print_plan(plan: Json, console: Console) -> None:
         console.print(Text(f"Experts hold {human_count(plan['expert_parameters'])} parameters, {share:.1%} of all."))
     if plan.get("needs"):
         _print_needs(plan["needs"], console)
-    serving_table(plan).show(console)
+    figures.serving_table(plan).show(console)
     _print_notes(plan.get("notes") or [], console)
 
 
@@ -131,9 +120,11 @@ def print_inspection(info: Json, console: Console) -> None:
     rows = [
         (
             *(label, str(count), str(layer["num_experts"]), str(layer["top_k"])),
-            *(layer.get("router") or NOTHING, human_count(layer["parameters_per_expert"])),
+            *(layer.get("router") or figures.NOTHING, human_count(layer["parameters_per_expert"])),
         )
-        for label, count, layer in collapse(info["layers"], ("num_experts", "top_k", "router", "parameters_per_expert"))
+        for label, count, layer in figures.collapse(
+            info["layers"], ("num_experts", "top_k", "router", "parameters_per_expert")
+        )
     ]
     Table("MoE layers", ("layers", ">count", ">experts", ">top-k", "router", ">each expert"), rows).show(console)
     parameters, experts = info["parameters"], info["expert_parameters"]
@@ -144,14 +135,14 @@ def print_inspection(info: Json, console: Console) -> None:
         )
     )
     savings = []
-    for count in sensible_counts(info["layers"]):
+    for count in figures.sensible_counts(info["layers"]):
         dropped = sum(max(0, layer["num_experts"] - count) * layer["parameters_per_expert"] for layer in info["layers"])
         saved = round(dropped * info["expert_bytes"] / experts)
         numbers = (human_count(parameters - dropped), human_bytes(info["bytes"] - saved), human_bytes(saved))
         savings.append((str(count), *numbers, f"{saved / info['bytes']:.1%}"))
     headings = (">experts", ">parameters", ">bytes", ">saved", ">of all")
     Table("With fewer experts in every layer", headings, savings).show(console)
-    serving_table(info).show(console)
+    figures.serving_table(info).show(console)
     _print_notes(info.get("notes") or [], console)
 
 
@@ -231,15 +222,15 @@ def _type_name(annotation: Any) -> str:
 
 
 def _print_decision(done: Json, record: Json | None, console: Console) -> None:
-    table = decision_table(done, record, room=console.width // 2)
-    pattern, labels = short_labels([row[0] for row in table.rows])
+    table = figures.decision_table(done, record, room=console.width // 2)
+    pattern, labels = figures.short_labels([row[0] for row in table.rows])
     rows = [(labels[row[0]], *row[1:]) for row in table.rows]
     if rows:
         Table(f"{table.title}: {pattern}", table.columns, rows).show(console)
     else:
         console.print(Text(f"\n{table.title}", style="bold"))
-    _print_notes(decision_notes(done), console)
-    random_table(done).show(console)
+    _print_notes(figures.decision_notes(done), console)
+    figures.random_table(done).show(console)
 
 
 def print_decisions(decided: Json, console: Console) -> None:
