@@ -54,17 +54,13 @@ def unread(tokenizer: Any, chat: Chat, name: str | None, title: str) -> list[str
 
 def render(tokenizer: Any, chat: Chat, name: str | None, title: str) -> str:
     """The chat as text. Raises CalibrationError where there is no template of that `name`, or it refuses the chat."""
-    given = _given(chat)
-    template = choose_template(tokenizer, name, title, has_tools="tools" in given)
-    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_GLOBALS, *tokenizer.special_tokens_map}
-    names = _names_read(template) - (own - {"tools", "documents"})
-    values = {key: one for key, one in given.items() if key in names}
+    template, values = template_and_values(tokenizer, tokenizer, chat, name, title)
 
     def rendered(messages: Messages) -> str:
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **values))
 
     try:
-        return _in_the_form_it_takes(rendered, chat.messages)
+        text = _in_the_form_it_takes(rendered, chat.messages)
     except Exception as error:  # templates raise what they like
         said = str(error).encode(errors="backslashreplace").decode()
         odd = [one for one in _arguments(chat.messages, _as_mapping) if not isinstance(one, Mapping)]
@@ -73,6 +69,29 @@ def render(tokenizer: Any, chat: Chat, name: str | None, title: str) -> str:
             f"source {title!r}: {chat.where}: the tokenizer's chat template refuses a chat that begins with "
             f"{str(chat.messages)[:80]!r}: {said}{hint}"
         ) from error
+    if has_images(chat.messages):
+        raise CalibrationError(
+            f"source {title!r}: {chat.where}: the chat has an image, and its text alone would be read: say `images: "
+            f"true`, and the model's processor reads both."
+        )
+    return text
+
+
+def has_images(messages: Messages) -> bool:
+    """Whether a part of a chat is an image."""
+    parts = (part for message in messages for part in message.get("content") or ())
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def template_and_values(
+    owner: Any, tokenizer: Any, chat: Chat, name: str | None, title: str
+) -> tuple[str, dict[str, Any]]:
+    """The `owner`'s template of that `name`, and what it reads of a row beside the messages."""
+    given = _given(chat)
+    template = choose_template(owner, name, title, has_tools="tools" in given)
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_GLOBALS, *tokenizer.special_tokens_map}
+    names = _names_read(template) - (own - {"tools", "documents"})
+    return template, {key: one for key, one in given.items() if key in names}
 
 
 def _given(chat: Chat) -> dict[str, Any]:

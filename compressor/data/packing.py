@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from compressor.data.chats import render, unread
-from compressor.data.sequences import Sequences, fingerprint
+from compressor.data.sequences import Sequences, fingerprint, tokenizer_of
 from compressor.data.sources import (
     BaseSource,
     Chat,
     DemoSource,
     Document,
     GivenSource,
+    RowsSource,
     Split,
     Text,
     TextualSource,
@@ -36,16 +37,17 @@ from compressor.data.tokenisation import Tokenisation
 from compressor.errors import CalibrationError
 
 
-def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | None, split: Split = "train") -> Sequences:
-    """Read a source. `tokenizer` None: only `tokens:` sources. `seed` orders the documents, without one it is a look at
-    the first sequence; `split` is for `demo:` sources. Raises CalibrationError when it is missing, empty or too short.
+def load_sequences(source: BaseSource, reader: Any | None, *, seed: int | None, split: Split = "train") -> Sequences:
+    """Read a source. `reader`: a tokenizer, or an ImageReader; None: only `tokens:` sources. `seed` orders the
+    documents, without one it is a look at the first sequence; `split` is for `demo:` sources. Raises CalibrationError
+    when it is missing, empty or too short.
     """
     if isinstance(source, TokensSource):
         ids = [torch.tensor(row, dtype=torch.int64) for row in source.sequences()]
         if not ids:
             raise CalibrationError(f"calibration source {source.title!r} ({source.tokens}) is empty.")
         return Sequences(source.title, tuple(ids), fingerprint(ids), source.samples)
-    if tokenizer is None:
+    if reader is None:
         raise CalibrationError(
             f"calibration source {source.title!r} is text, but there is no tokenizer; add it, or give `tokens:`."
         )
@@ -53,29 +55,35 @@ def load_sequences(source: BaseSource, tokenizer: Any | None, *, seed: int | Non
     parts: Sequence[TextualSource] = source.parts() if isinstance(source, DemoSource) else [source]
     if seed is None:
         parts = [part.model_copy(update={"samples": 1}) for part in parts]
+    if isinstance(parts[0], RowsSource) and parts[0].images:
+        found: Sequences = reader.read(parts[0], parts[0].documents(seed=seed, split=split))
+        return found
+    tokenizer = tokenizer_of(reader)
     packed = [_pack(part, tokenizer, part.documents(seed=seed, split=split)) for part in parts]
     turns = itertools.zip_longest(*(one.ids for one in packed))
     ids = [sequence for turn in turns for sequence in turn if sequence is not None]
     return dataclasses.replace(packed[0], ids=tuple(ids), fingerprint=fingerprint(ids), asked=source.samples)
 
 
-def load_with_held_out(source: BaseSource, tokenizer: Any | None, *, seed: int) -> tuple[Sequences, Sequences | None]:
+def load_with_held_out(source: BaseSource, reader: Any | None, *, seed: int) -> tuple[Sequences, Sequences | None]:
     """What `load_sequences` gives, and a quarter as much held-out text, 32 sequences at most: the other split of a
     `demo:` source, else the sequences that follow; None where none are left.
     """
     if source.samples is None:  # ready-made ids, all of them
-        return load_sequences(source, tokenizer, seed=seed), None
+        return load_sequences(source, reader, seed=seed), None
     num_others = max(1, min(32, source.samples // 4))
     if isinstance(source, DemoSource):
-        own = load_sequences(source, tokenizer, seed=seed)
+        own = load_sequences(source, reader, seed=seed)
         update = {"samples": max(num_others, len(source.parts())), "split": None}
         split: Split = "train" if source.split == "held-out" else "held-out"
-        others = load_sequences(source.model_copy(update=update), tokenizer, seed=seed, split=split).ids
+        found, start = load_sequences(source.model_copy(update=update), reader, seed=seed, split=split), 0
     else:
         longer = source.model_copy(update={"samples": source.samples + num_others})
-        found = load_sequences(longer, tokenizer, seed=seed)
-        own, others = found.first(source.samples), found.ids[source.samples :]
-    return own, Sequences(held_out_name(source.title), others, fingerprint(others)) if others else None
+        found, start = load_sequences(longer, reader, seed=seed), source.samples
+        own = found.first(source.samples)
+    about: dict[str, Any] = {"name": held_out_name(source.title), "asked": None, "special_tokens": None, "notes": ()}
+    others = found.part(slice(start, None), **about)
+    return own, others if others.ids else None
 
 
 def held_out_name(title: str) -> str:

@@ -21,7 +21,8 @@ from compressor.wording import counted, digest
 @dataclass(frozen=True)
 class Sequences:
     """The token sequences of one source, and a digest of the ids. `asked`: sequences asked for, None for all;
-    `special_tokens`: put around each document, None for ready-made ids; `notes`: sentences for the user.
+    `special_tokens`: put around each document, None for ready-made ids; `notes`: sentences for the user. Where rows may
+    have images: what the forward is given beside each sequence, or None, and the id that stands where an image is.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Sequences:
     asked: int | None = None
     special_tokens: Mapping[str, Sequence[str]] | None = None
     notes: tuple[str, ...] = ()
+    images: tuple[Mapping[str, Tensor] | None, ...] = ()
+    image_token: int | None = None
 
     def __repr__(self) -> str:
         return f"Sequences({self.name}: {counted(len(self.ids), 'sequence')}, {counted(self.num_tokens, 'token')})"
@@ -38,6 +41,11 @@ class Sequences:
     def num_tokens(self) -> int:
         return sum(len(ids) for ids in self.ids)
 
+    @property
+    def num_image_tokens(self) -> int:
+        """Those that stand where an image is."""
+        return sum(int(torch.eq(ids, self.image_token).sum()) for ids in self.ids) if self.image_token else 0
+
     def to_json(self) -> dict[str, Any]:
         """What a record says of the text."""
         return {
@@ -45,34 +53,56 @@ class Sequences:
             "sequences": len(self.ids),
             **({"asked": self.asked} if self.asked is not None else {}),
             "tokens": self.num_tokens,
+            **({"image_tokens": self.num_image_tokens} if self.images else {}),
             **({"special_tokens": self.special_tokens} if self.special_tokens is not None else {}),
             "fingerprint": self.fingerprint,
         }
 
     def first(self, asked: int) -> Sequences:
         """The first so many of these sequences, as if they had been asked for."""
-        ids = self.ids[:asked]
-        return dataclasses.replace(self, ids=ids, fingerprint=fingerprint(ids), asked=asked)
+        return self.part(slice(asked), asked=asked)
+
+    def part(self, which: slice, **others: Any) -> Sequences:
+        """Some of these sequences."""
+        ids, images = self.ids[which], self.images[which]
+        return dataclasses.replace(self, ids=ids, images=images, fingerprint=fingerprint(ids, images), **others)
+
+    def batches(self, batch_size: int, *, held_out: bool = False) -> list[TokenBatch]:
+        """All sequences, see `make_batches`: one at a time where there are images, which have shapes of their own."""
+        found = make_batches(self.ids, 1 if self.images else batch_size, self.name, held_out=held_out)
+        pairs = zip(found, self.images or [None] * len(found), strict=True)
+        return [dataclasses.replace(one, images=of, image_token=self.image_token) for one, of in pairs]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Token ids [B, S] int64, padded on the right; a mask [B, S] that is True where a token is real; the name of the
     source that they come from, the *domain*; and whether it is held-out text, which nothing may be decided by.
+    `images` and `image_token` are those of `Sequences`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     domain: str = ""
     held_out: bool = False
+    images: Mapping[str, Tensor] | None = None
+    image_token: int | None = None
+
+    @property
+    def text_mask(self) -> Tensor:
+        """[B, S], True where a token is real, and no image stands there."""
+        if self.image_token is None:
+            return self.attention_mask
+        return self.attention_mask & (self.input_ids != self.image_token)
 
     def __repr__(self) -> str:
         return f"TokenBatch({' × '.join(map(str, self.input_ids.shape))} of {self.domain or 'no source'})"
 
 
-def fingerprint(sequences: Iterable[Tensor]) -> str:
-    """A digest of token ids, sensitive to order and to where sequences end: `sha256:` and 16 hex digits."""
-    return digest(part for ids in sequences for part in (f"{len(ids)}:", ids.to(torch.int64).numpy().tobytes()))
+def fingerprint(sequences: Iterable[Tensor], images: Iterable[Mapping[str, Tensor] | None] = ()) -> str:
+    """A digest of token ids, and of images, by order and where sequences end: `sha256:` and 16 hex digits."""
+    held = [*(ids.to(torch.int64) for ids in sequences), *(one for of in images if of for one in of.values())]
+    return digest(part for one in held for part in (f"{len(one)}:", one.numpy().tobytes()))
 
 
 def make_batches(
@@ -101,6 +131,11 @@ def check_vocabulary(sequences: Sequences, vocab_size: int) -> None:
             f"embeddings (ids 0 to {vocab_size - 1}): these ids, or the tokenizer that made "
             f"them, belong to another model."
         )
+
+
+def tokenizer_of(reader: Any) -> Any:
+    """That of a processor or an ImageReader, which read images; a tokenizer itself."""
+    return reader.tokenizer if hasattr(reader, "image_processor") or hasattr(reader, "image_token") else reader
 
 
 def tokenizer_fingerprint(tokenizer: Any | None) -> str:

@@ -131,6 +131,11 @@ class GivenSource(TextualSource):
 class RowsSource(GivenSource):
     """What a source of rows, each a text or a chat, can say beside that."""
 
+    images: bool = Field(
+        default=False,
+        description="rows may have images, read by the model's processor: each row is a sequence, of `length` or less",
+    )
+
     field: str | None = Field(
         default=None, description="the key that holds the text, or the messages of a chat; default text or messages"
     )
@@ -138,6 +143,12 @@ class RowsSource(GivenSource):
         default=None,
         description="which of the tokenizer's named chat templates renders the chats; default its own choice",
     )
+
+    @property
+    def image_folder(self) -> Path | None:
+        """Where paths of images begin: the file's folder, or the dataset's; None of one on the hub."""
+        path = Path(str(getattr(self, "jsonl", None) or getattr(self, "dataset", "")))
+        return path.parent if path.is_file() else path if path.exists() else None
 
 
 class DemoSource(TextualSource):
@@ -214,7 +225,7 @@ class JsonLinesSource(RowsSource):
             starts = find_rows(self.jsonl, self.title).starts[:]
             random.Random(seed).shuffle(starts)
         for where, row in read_rows(self.jsonl, self.title, starts, replace=self.errors == "replace"):
-            yield _document(row, self.field, where)
+            yield _document(row, self.field, where, has_images=self.images)
 
 
 class DatasetSource(RowsSource):
@@ -259,10 +270,10 @@ class DatasetSource(RowsSource):
         rows = self._opened()
         if seed is not None:
             first = [len(str(row)) for row in itertools.islice(self._rows_read(rows), 16)]
-            size = min(10_000, max(1, _BUFFER * len(first) // max(1, sum(first))))
+            size = min(100 if self.images else 10_000, max(1, _BUFFER * len(first) // max(1, sum(first))))
             rows = rows.shuffle(seed=seed, buffer_size=size)
         for row in self._rows_read(rows):
-            yield _document(row, self.field, _DatasetRow(self, row), is_arrow=True)
+            yield _document(row, self.field, _DatasetRow(self, row), is_arrow=True, has_images=self.images)
 
     def _opened(self) -> Any:
         """The split's rows, nothing read yet, in the file's order."""
@@ -480,7 +491,9 @@ Source = Annotated[
 ]
 
 
-def _document(row: Mapping[str, Any], field: str | None, where: object, *, is_arrow: bool = False) -> Document:
+def _document(
+    row: Mapping[str, Any], field: str | None, where: object, *, is_arrow: bool = False, has_images: bool = False
+) -> Document:
     """The text or the chat of one row. Arrow fills keys that a struct lacks with null: `is_arrow` leaves these out."""
     name = field or next((one for one in ("text", "messages") if row.get(one) is not None), "text")
     if name not in row:
@@ -491,6 +504,8 @@ def _document(row: Mapping[str, Any], field: str | None, where: object, *, is_ar
     messages = value if name == "text" else from_json(value)
     if isinstance(messages, list) and all(_is_message(one) for one in messages):
         value = messages
+    if has_images and isinstance(value, str) and row.get("images"):
+        value = [{"role": "user", "content": value}]
     if isinstance(value, str):
         return Text([value], where)
     if not isinstance(value, list):

@@ -179,7 +179,8 @@ class InMemory(_Callable, Backend):
         """The logits outside any mask; not computed again where the last edit was compared on this batch."""
         if self._answered is not None:
             known, logits_NV = self._answered
-            if all(map(torch.equal, (known.input_ids, known.attention_mask), (batch.input_ids, batch.attention_mask))):
+            same = map(torch.equal, (known.input_ids, known.attention_mask), (batch.input_ids, batch.attention_mask))
+            if known.images is batch.images and all(same):
                 return logits_NV
         return self.logits(batch)
 

@@ -187,14 +187,16 @@ def _flipped(before_N: Tensor, now_N: Tensor, batch: TokenBatch, decode: Decode)
     """
     found: dict[str, list[Any]] = {"lost": [], "gained": []}
     split = [torch.split(one_N, _predicted(batch)) for one_N in (before_N, now_N)]
-    for ids, *both in zip(batch.input_ids.cpu(), *split, strict=True):
-        next_N = ids[1 : len(both[0]) + 1]
+    for ids, mask, *both in zip(batch.input_ids.cpu(), batch.text_mask.cpu(), *split, strict=True):
+        places_N = mask[1:].nonzero()[:, 0]
+        next_N = ids[1:][places_N]
         for way, (right_N, other_N) in (("lost", both), ("gained", both[::-1])):
             flips_N = (right_N == next_N) & (other_N != next_N)
             for at in flips_N.nonzero()[-1:, 0].tolist():
                 shown = zip(("next", "before", "now"), (next_N, *both), strict=True)
                 example = {name: decode(one[at : at + 1].tolist()) for name, one in shown}
-                example["text"] = decode(ids[max(0, at + 1 - _CONTEXT) : at + 1].tolist())
+                behind = int(places_N[at]) + 1
+                example["text"] = decode(ids[max(0, behind - _CONTEXT) : behind].tolist())
                 found[way].append([int(flips_N.sum()), example])
     return found
 
@@ -225,17 +227,17 @@ def _fidelity(sequences: Sequences, by_sequence: list[list[float]], vocabulary: 
 
 
 def _predicted(batch: TokenBatch) -> list[int]:
-    """Predicted tokens of each sequence of a batch, which is padded on the right."""
-    return [int(number) for number in batch.attention_mask[:, 1:].sum(1)]
+    """Predicted tokens of each sequence of a batch."""
+    return [int(number) for number in batch.text_mask[:, 1:].sum(1)]
 
 
 def _by_chunk(batch: TokenBatch, logits_BSV: Tensor, losses_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [N, V] float32 and losses [N] of the predicted tokens, one sequence after another, some at a time."""
     chunk = max(1, CHUNK_ELEMENTS // logits_BSV.shape[-1])
-    for row, count in enumerate(_predicted(batch)):
-        for start in range(0, count, chunk):
-            part = slice(start, min(start + chunk, count))
-            yield logits_BSV[row, part].float(), losses_BS[row, part]
+    for row, mask in enumerate(batch.text_mask[:, 1:].cpu()):
+        for places_N in mask.nonzero()[:, 0].split(chunk):
+            if len(places_N):
+                yield logits_BSV[row, places_N.to(logits_BSV.device)].float(), losses_BS[row, places_N]
 
 
 def _merged(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def generation(
     processes: Processes | None = None,
 ) -> Generation:
     """Have a model in memory continue pieces of these texts, of each in turn. Several processes share the batches.
-    Raises EvaluationError where no sequence is as long as a prompt.
+    Raises EvaluationError where no sequence is as long as a prompt. Rows with images are passed over.
     """
     processes = processes or Processes()
     prompt_tokens, new_tokens = fit_positions([model], PROMPT_TOKENS, NEW_TOKENS)
@@ -112,7 +112,7 @@ def _pieces(texts: Sequence[Sequences], length: int) -> Iterator[Tensor]:
         for start in range(0, max(map(len, text.ids)), length):
             yield from (ids[start : start + length] for ids in text.ids if len(ids) >= start + length)
 
-    for turn in itertools.zip_longest(*map(of_text, texts)):
+    for turn in itertools.zip_longest(*(of_text(text) for text in texts if not text.images)):
         yield from (piece for piece in turn if piece is not None)
 
 

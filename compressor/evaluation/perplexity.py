@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.classes import max_positions
-from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
+from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary
 from compressor.errors import EvaluationError
 from compressor.evaluation.result import Progress, Result, Run
 from compressor.machine.distributed import Processes
@@ -57,8 +57,8 @@ def perplexity(
     """Next-token perplexity of ``model`` on one source.
 
     In a sequence of n tokens the last n − 1 are predicted, each from those before it in the same sequence.
-    Padding counts nowhere. The mean is over all predicted tokens of all sequences, whatever the batches;
-    logits are in the model's dtype, log-softmax in float32 and sums in float64.
+    Padding and places of images count nowhere. The mean is over all predicted tokens of all sequences, whatever the
+    batches; logits are in the model's dtype, log-softmax in float32 and sums in float64.
 
     The standard error takes the sequences, not the tokens, as independent draws (`ratio_standard_error`); for
     sequences of one length it is the standard deviation of the sequences' means over √R.
@@ -71,18 +71,19 @@ def perplexity(
     """
     _check_sequences(model, sequences)
     processes = processes or Processes()
-    batches = make_batches(sequences.ids, batch_size)
+    batches = sequences.batches(batch_size)
+    batch_size = len(batches[0].input_ids)
     own = processes.own(len(batches))
     found: list[list[tuple[float, int]]] = []  # batch by batch
 
     def take(batch: TokenBatch, output: Any) -> None:
         number = own[len(found)]
-        losses_BS = next_token_losses(output.logits, batch.input_ids, batch.attention_mask)
+        losses_BS = next_token_losses(output.logits, batch.input_ids, batch.text_mask)
         losses_B = losses_BS.sum(1).tolist()
         _refuse_not_finite(losses_B, sequences.name, first=number * batch_size)
         if watch is not None:
             watch(number, batch, output.logits, losses_BS)
-        found.append(list(zip(losses_B, batch.attention_mask[:, 1:].sum(1).tolist(), strict=True)))
+        found.append(list(zip(losses_B, batch.text_mask[:, 1:].sum(1).tolist(), strict=True)))
         if progress is not None:
             progress(min((number + 1) * batch_size, len(sequences.ids)), len(sequences.ids))
 

@@ -91,6 +91,8 @@ class Work:
     measures_text: bool
     answers: int = 0
     """Bytes of the original's answers to measured text, in files beside the output, or `in_memory` without one."""
+    pixels: int = 0
+    """Bytes of the images in all text, which are there as long as it is."""
     in_memory: bool = False
     is_quantised: bool = False
     reading: int = 0
@@ -131,7 +133,7 @@ class Work:
 
     def memory(self, place: Placement, *, device: str = "cpu") -> int:
         """Bytes of memory at the peak, beside the accelerator's where the model computes on one."""
-        others = PROCESS + (TASKS if self.has_tasks else 0) + (self.answers if self.in_memory else 0)
+        others = PROCESS + (TASKS if self.has_tasks else 0) + (self.answers if self.in_memory else 0) + self.pixels
         if device == "cpu":
             return others + max(self.reading, self._at_peak(place))
         held = self.bytes_total if place.weights == "memory" else self._largest_layer

@@ -122,6 +122,8 @@ class _Tap:
     def _mask(self, rows: Tensor) -> Tensor:
         """Which of these rows are real tokens; where the layer is, wherever the batch came in."""
         mask_T = self.real.mask_T
+        if self.real.splits and mask_T is not None and len(rows) < len(mask_T):
+            mask_T = mask_T[: len(rows)]  # all are real
         if mask_T is None or len(mask_T) != len(rows):
             raise UnsupportedModelError(
                 f"{self.layer.path}: its experts are given {len(rows)} tokens where the batch has "

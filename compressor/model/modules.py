@@ -67,6 +67,15 @@ def kind_of(module: nn.Module) -> object:
     )
 
 
+def tower_units(model: nn.Module) -> tuple[str, ...]:
+    """Those of `units_of` that images alone come to, before any text does."""
+    return tuple(unit for unit in units_of(model) if not _TOWERS.isdisjoint(unit.split(".")))
+
+
+_TOWERS = frozenset(["vision_tower", "visual", "vision_model", "vision_encoder", "image_tower"])
+"""What transformers calls it; see `PreTrainedModel.get_encoder`."""
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it, each module's own training flag as it was."""

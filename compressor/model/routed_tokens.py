@@ -29,11 +29,14 @@ Lift = Callable[[Tensor], Tensor]
 
 @dataclass
 class RealTokens:
-    """Which tokens are no padding: `mask_T` [B·S] bool. Nobody is told unless `listening`; `paused`: a block reruns."""
+    """Which tokens are no padding: `mask_T` [B·S] bool. Nobody is told unless `listening`; `paused`: a block reruns;
+    `splits`: one sequence with images, of which experts may be given those of a kind alone.
+    """
 
     mask_T: Tensor | None = None
     listening: bool = True
     paused: bool = False
+    splits: bool = False
 
     @property
     def deaf(self) -> bool:
@@ -75,6 +78,7 @@ class RoutedTokens:
     rule            the router's rule in closed form, or None: then `replay` says what a smaller set would choose
     domain          the calibration source that the batch comes from
     held_out        whether it is held-out text, which nothing may be decided by
+    is_image_T      bool, on the CPU: an image stands there; None where there is none, or it is not known
     target_TH       what the layer should put out, where that is not its own output on these tokens: in progressive
                     pruning, the original model's output on the original model's activations; like `output_TH`
     """
@@ -98,6 +102,7 @@ class RoutedTokens:
     """The same before the block scales or projects it: what the experts module answers."""
     domain: str = ""
     held_out: bool = False
+    is_image_T: Tensor | None = None
     target_TH: Tensor | None = None
 
     def __repr__(self) -> str:

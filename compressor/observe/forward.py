@@ -34,6 +34,8 @@ def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
     ids = batch.input_ids.to(device)
     mask = None if batch.attention_mask.all() else batch.attention_mask.to(device, torch.int64)
     inputs: dict[str, Any] = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+    for name, held in (batch.images or {}).items():
+        inputs[name] = held.to(device, model.dtype) if held.is_floating_point() else held.to(device)
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return inputs | {"use_cache": False}
     inputs["decoder_input_ids"] = ids
@@ -48,7 +50,7 @@ def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits(model: Any, batch: TokenBatch) -> Tensor:
-    """The model's logits [N, V] at the batch's N real tokens, in the model's dtype.
+    """The model's logits [N, V] at the batch's N real tokens of text, in the model's dtype.
 
     Of a class without a head these are its last hidden states, [N, H]: what it hands out instead.
     """
@@ -57,6 +59,6 @@ def logits(model: Any, batch: TokenBatch) -> Tensor:
 
 
 def answers_at(batch: TokenBatch, output: Any) -> Tensor:
-    """What a model has put out for a batch's real tokens: logits [N, V], or hidden states [N, H] without a head."""
+    """A model's output for a batch's real tokens of text: logits [N, V], or hidden states [N, H] without a head."""
     answers = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return answers[batch.attention_mask.to(answers.device)]  # type: ignore[no-any-return]
+    return answers[batch.text_mask.to(answers.device)]  # type: ignore[no-any-return]

@@ -37,7 +37,7 @@ from compressor.data.sequences import TokenBatch
 from compressor.errors import CalibrationError, PluginError, UnsupportedModelError, answered
 from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
-from compressor.model.modules import evaluating, is_inside, units_of
+from compressor.model.modules import evaluating, is_inside, tower_units, units_of
 from compressor.model.moe_model import MoEModel
 from compressor.model.routed_tokens import RoutedTokens
 from compressor.model.weight_norms import expert_weight_norms
@@ -232,7 +232,12 @@ class _Walk:
                 stack.enter_context(self.weights.around(self.model if self.measuring else self.streams.body))
             if self.original is not None:
                 self._begin_beside(self.original, stack)
-            units = units_of(self.model) if self._streamed or keeps_outputs else ()
+            towers = tower_units(self.model)
+            units = [unit for unit in units_of(self.model) if unit not in towers]
+            units = units if self._streamed or keeps_outputs else []
+            for weights in self._streamed if any(batch.images for batch in batches) else ():
+                for unit in towers:  # images pass them before text comes to the first layer
+                    weights.load(unit)
             self._refuse_outside(units)
             stops = [*(Stop(unit, is_unit=True) for unit in units), *map(Stop, self.statistics)]
             for place in stops:  # before the taps' own hooks, which a stop must not cut
@@ -461,7 +466,9 @@ def _give(statistic: Statistic, stream: Stream, seen: list[int]) -> Take:
     """Hand a stream's tokens to a statistic, and note its number."""
 
     def give(tokens: RoutedTokens) -> None:
-        tokens.domain, tokens.held_out = stream.batch.domain, stream.batch.held_out
+        batch = stream.batch
+        tokens.domain, tokens.held_out = batch.domain, batch.held_out
+        tokens.is_image_T = ~batch.text_mask[batch.attention_mask] if batch.images else None
         tokens.target_TH = None if stream.target_TH is None else stream.target_TH.to(tokens.hidden_TH.device)
         seen.append(stream.number)
         statistic.update(tokens)

@@ -147,7 +147,7 @@ class Measuring:
         decided = json.dumps([one for one, _ in found]).encode()
         return {
             KL: torch.tensor([kl for _, kl in found], dtype=torch.float64),
-            TOKENS: torch.cat([batch.attention_mask.sum(1) for batch in batches]),
+            TOKENS: torch.cat([batch.text_mask.sum(1) for batch in batches]),
             DOMAIN: torch.tensor([names.index(one.domain) for one in batches for _ in one.input_ids]),
             CANDIDATES: torch.frombuffer(bytearray(decided), dtype=torch.uint8),
         }
@@ -206,7 +206,7 @@ class Measuring:
 
 def _by_sequence(kl_N: Tensor, batch: TokenBatch) -> list[float]:
     kl_BS = torch.zeros(batch.attention_mask.shape, dtype=torch.float64)
-    kl_BS[batch.attention_mask] = kl_N
+    kl_BS[batch.text_mask] = kl_N
     return kl_BS.sum(1).tolist()
 
 

@@ -30,6 +30,7 @@ RULES: Mapping[str, Rule] = {
     "subsets.squared_error": "batches",
     "subsets.": "same",
     "inputs.": "total",
+    "images.": "total",
     "weights.": "same",
     "same.": "same",
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from compressor.errors import shortened
@@ -151,6 +152,28 @@ class ExpertInputs(Statistic):
         """Those of all sites."""
         everything = {**self._sites, **self._others}
         return {f"inputs.{name}.{key}": one for name, of in everything.items() for key, one in of.tensors().items()}
+
+
+class ImageTokens(Statistic):
+    """How many of the places of images chose each expert: `images.tokens` [E] float64, NaN where
+    experts are given tokens of a kind alone.
+    """
+
+    optional = True
+
+    def __init__(self, layer: MoELayer) -> None:
+        self._tokens_E, self._num_experts = torch.zeros(layer.num_choices, dtype=torch.float64), layer.num_experts
+
+    def update(self, tokens: RoutedTokens) -> None:
+        """Add one batch."""
+        if tokens.is_image_T is not None:
+            is_known = len(tokens.is_image_T) == tokens.num_tokens
+            chosen = tokens.index_TK.cpu()[tokens.is_image_T if is_known else []].flatten()
+            self._tokens_E += torch.bincount(chosen, minlength=len(self._tokens_E)) if is_known else torch.nan
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far."""
+        return {"images.tokens": self._tokens_E[: self._num_experts].clone()}
 
 
 class RankedStatistic(Statistic):

@@ -204,6 +204,7 @@ class Streams:
         """Let a stream run through the block that it stands before, and up to the next one."""
         has_passed = stream.stop is not None and stream.stop.is_unit != stream.is_observed
         self.running, self._take, self.real.mask_T = stream, take, stream.mask_T
+        self.real.splits = stream.batch.images is not None
         is_listening, self.real.listening = self.real.listening, self.real.listening and stream.is_observed
         stream.parked.fetch()
         try:
@@ -225,7 +226,7 @@ class Streams:
                 f"{path}: its block holds attention that writes a cache, so it cannot be run twice on the same text: "
                 f"neither `progressive` nor a second look at tokens is possible here."
             )
-        self._take, self.real.mask_T = take, stream.mask_T
+        self._take, self.real.mask_T, self.real.splits = take, stream.mask_T, stream.batch.images is not None
         stream.parked.fetch()
         try:
             self.model.get_submodule(path)(*args, **kwargs)
@@ -238,8 +239,11 @@ class Streams:
         stops = {Stop(*stop) if stop else None for of_one in processes.exchange(own) for stop in of_one}
         if len(stops) > 1:
             named = " and ".join(sorted(stop.path if stop else "the end" for stop in stops))
+            advice = (
+                " Where some rows have images, give none without." if any(one.batch.images for one in self.all) else ""
+            )
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: some batches come to {named} next: its layers do not run in one "
-                f"order, so they cannot be observed one after another."
+                f"order, so they cannot be observed one after another.{advice}"
             )
         return stops.pop() if stops else None

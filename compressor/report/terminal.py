@@ -29,6 +29,7 @@ def print_summary(record: Json, console: Console) -> None:
             "architecture": record["model"].get("architecture"),
             "against": record.get("against", {}).get("reference"),
             "passes": ", ".join(done["method"] for done in record.get("passes", [])),
+            "images": record.get("images", {}).get("said"),
             "output": record.get("output"),
             "time": ", ".join(f"{step} {human_seconds(value)}" for step, value in record.get("seconds", {}).items()),
         },

@@ -28,7 +28,9 @@ from compressor.checkpoint.quantization import (
     without_quantisation,
 )
 from compressor.checkpoint.quiet import quiet_transformers
+from compressor.data.images import UNSEEN, reads_images
 from compressor.data.packing import held_out_name
+from compressor.data.sequences import tokenizer_of
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
 from compressor.edit.extra_layers import plan_extra_layers
 from compressor.edit.layer_edits import refuse_constants
@@ -89,6 +91,8 @@ def check(
         left_out = find_left_out(found, config, cls, recipe.mtp) if found else None
         if tokenizer is None and found is not None:
             tokenizer = load_tokenizer(found)
+    reader = readiness.reader_of(loaded, found, config, tokenizer)
+    tokenizer = tokenizer_of(tokenizer)
     preview = _preview(loaded, found, config, cls, left_out, adapters, live_on=live_on, machine=machine)
     needs, from_disk = preview.plan["needs"], preview.place.weights == "disk"
     if found is not None and model is None:
@@ -100,11 +104,11 @@ def check(
         if folder is not None:
             num_bytes = needs["disk"] + (beside.num_bytes if beside else 0)
             folder.require_space(num_bytes, who="the run, with what it keeps of the text,")
-    readiness.check_text(loaded, tokenizer, preview.limits, progress)
+    readiness.check_text(loaded, reader, preview.limits, progress)
     tasks = readiness.read_tasks(loaded, tokenizer, preview.limits, config, from_disk=from_disk, progress=progress)
     has_folders = model is None and recipe.output is not None
     preview.plan["notes"] += readiness.check_server(loaded, tasks, tokenizer, has_folders=has_folders)
-    return dataclasses.replace(preview, tokenizer=tokenizer, tasks=tasks)
+    return dataclasses.replace(preview, tokenizer=tokenizer, reader=reader, tasks=tasks)
 
 
 def origin_of(recipe: Recipe, model: Any) -> Checkpoint | None:
@@ -133,6 +137,7 @@ def measuring(
         quantisation, config = found.quantisation, without_quantisation(load_config(found))
         cls = model_class(found, config)
         tokenizer = load_tokenizer(found)
+    reader = readiness.reader_of(loaded, found, config, tokenizer)
     _check_evaluation(loaded, cls, config)
     structure, unknown, devices = None, None, _devices(recipe, HERE)
     try:
@@ -155,7 +160,7 @@ def measuring(
                 f"load it here: {here}."
             )
     place, limits = placement(loaded, work, problems, devices), _limits(model)
-    readiness.check_text(loaded, tokenizer, limits, progress)
+    readiness.check_text(loaded, reader, limits, progress)
     tasks = readiness.read_tasks(
         loaded, tokenizer, limits, config, from_disk=place.weights == "disk", progress=progress
     )
@@ -172,6 +177,7 @@ def measuring(
         devices[: place.num_gpus],
         work.tokens_at_once,
         tokenizer=tokenizer,
+        reader=reader,
         tasks=tasks,
     )
 
@@ -324,6 +330,9 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
     structure, is_live, quantisation = look.structure, bool(look.live_on), look.quantisation
     notes = [left_out_note(look.left_out)] if look.left_out else []
     notes += _skipping_notes(look.rules) + _constants_notes(structure.layers)
+    read = [source for one in loaded.passes for source in loaded.sources_of(one)]
+    if read and reads_images(look.config) and not any(getattr(source, "images", False) for source in read):
+        notes.append(UNSEEN)
     layers, plans = _check_passes(loaded, look, notes)
     _check_external(loaded, notes)
     _check_extra_layers(loaded, look, layers)
@@ -440,7 +449,11 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
     for resolved in loaded.passes:
         plan = check_pass(loaded, resolved, layers)
         with loaded.at_pass(resolved):
-            _refuse_undecidable(resolved.method, layers, plan, look.model, look.rehearsal)
+            sees_images = any(getattr(source, "images", False) for source in loaded.sources_of(resolved))
+            rehearsal = Rehearsal() if sees_images else look.rehearsal
+            _refuse_undecidable(resolved.method, layers, plan, look.model, rehearsal)
+            if sees_images and is_external(resolved.method):
+                raise OptionError(None, f"{resolved.method.name} reads text alone: calibrate it without `images`")
             _refuse_packed(resolved.method, layers, look.model)
         if turned and (stored := next((layer.bits for layer in layers if layer.bits), None)):
             raise loaded.error(

@@ -55,7 +55,7 @@ class Yardstick:
     def has_answers(self, processes: Processes) -> bool:
         """Whether all of them are there, of a run before."""
         size = self.evaluation.batch_size
-        own = {text.name: processes.own(-(-len(text.ids) // size)) for text in self.texts}
+        own = {text.name: processes.own(len(text.batches(size))) for text in self.texts}
         return processes.all(all(self.answers[name].has(numbers) for name, numbers in own.items()))
 
 
@@ -269,5 +269,5 @@ def compared(before: Measured, after: Measured, texts: Sequence[Sequences]) -> d
 def compared_speed(original: Any, smaller: Any, texts: Sequence[Sequences], seed: int) -> dict[str, Any]:
     """The original against the smaller model, alternated, on the first of these texts."""
     vocabulary = int(smaller.get_input_embeddings().weight.shape[0])
-    text = next((one.ids for one in texts), ())
+    text = next((one.ids for one in texts if not one.images), ())
     return speed({"before": original, "after": smaller}, vocab_size=vocabulary, text=text, seed=seed).to_json()

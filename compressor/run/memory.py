@@ -14,7 +14,7 @@ from compressor.evaluation.fidelity import bytes_per_token
 from compressor.machine.environment import available_memory, available_on
 from compressor.machine.memory_estimate import PLACEMENTS, Placement, Work
 from compressor.method import is_external
-from compressor.model.modules import is_inside
+from compressor.model.modules import is_inside, tower_units
 from compressor.model.structure import MoELayer, Structure
 from compressor.recipe.schema import LoadedRecipe, Recipe
 from compressor.wording import human_bytes
@@ -23,6 +23,8 @@ Problem = tuple[tuple[str | int, ...], str]
 """Where the recipe says so, and what it is."""
 _TASK_LENGTH = 512
 """Tokens of a task's request, for an estimate."""
+_PIXELS_PER_TOKEN = 32_768
+"""Bytes of what one place of an image stands for, at most: 9 to 27 kB in the models of today."""
 
 
 def work_of(
@@ -39,12 +41,15 @@ def work_of(
     `is_compared`: with an original, without a pass.
     """
     recipe, text = loaded.recipe, config.get_text_config()
-    outside, by_layer = sizes_of(model)
     calibration = [loaded.sources_of(one) for one in loaded.passes]
     evaluation = recipe.evaluate
     measured = list(evaluation.texts.values()) if evaluation else []
     domains = [(one.method, len(sources)) for one, sources in zip(loaded.passes, calibration, strict=True)]
     measuring = [one.method.measuring(layers) for one in loaded.passes]  # all candidates are on their way at the end
+    outside, by_layer = sizes_of(model)
+    shown = [sum(source.lengths()) for of in (*calibration, measured) for source in of if getattr(source, "images", 0)]
+    if shown:
+        outside += sum(by_layer.pop(unit) for unit in tower_units(model))
     own_tasks = any(isinstance(source, TaskSource) for one in loaded.passes for source in one.method.sources())
     by_pass = [batch_sizes(sources, recipe.calibration.batch_size) for sources in calibration]
     batches = [size for sizes in by_pass for size in sizes] or [0]
@@ -73,6 +78,7 @@ def work_of(
         has_tasks=bool(evaluation and evaluation.tasks) or own_tasks,
         measures_text=bool(measured),
         answers=tokens * bytes_per_token(vocabulary),
+        pixels=_PIXELS_PER_TOKEN * sum(shown),
         in_memory=recipe.output is None,
         has_original=any(one.method.needs_original for one in loaded.passes),
         num_turned=sum(is_external(one.method) for one in loaded.passes),

@@ -25,6 +25,7 @@ from compressor.observe.measuring import Candidate, Measured
 from compressor.observe.statistic import (
     ExpertInputs,
     Gathered,
+    ImageTokens,
     InputStatistic,
     JoinedStatistic,
     Statistic,
@@ -71,6 +72,10 @@ def observe(
             with edited_meanwhile(moe, method, decision, moe.layer(path)) if preview is None else preview:
                 yield
 
+    if any(batch.images for batch in batches):
+        for path, one in wanted.items():
+            parts = one.parts if isinstance(one, JoinedStatistic) else [one]
+            wanted[path] = JoinedStatistic([*parts, ImageTokens(moe.layer(path))])
     measured = _measured(job, moe, resolved, batches, domains)
     if not (wanted or linears or measured):
         return Gathered({}, domains, held_out)

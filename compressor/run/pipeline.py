@@ -30,6 +30,7 @@ from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, kept_for
+from compressor.data.images import images_json
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
 from compressor.edit.extra_layers import plan_extra_layers, uneven_problem
@@ -419,6 +420,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
             with job.timed("each pass alone"):
                 record["evaluation"]["alone"] = _alone(job, subject, texts, yardstick, done, before)
     record |= counts_and_rules_json(piece.moe) | _circumstances(job, subject)
+    record |= images_json(subject.config, texts.calibration())
     if folder:
         record |= origin_json(subject.checkpoint, folder.path)
         about = {"extra_layers": "left_out" in record, "serve": job.recipe.serve}
@@ -623,7 +625,7 @@ def _read_texts(job: Job, subject: Subject) -> Texts:
     read = [source.title for one in job.loaded.passes for source in job.loaded.sources_of(one)]
     if titles := dict.fromkeys([*read, *(source.title for source in measured)]):
         job.progress.say(f"reading text: {', '.join(titles)}")
-    return read_texts(job.loaded, measured, preview.tokenizer, preview.limits.num_embeddings, job.progress)
+    return read_texts(job.loaded, measured, preview.reader, preview.limits.num_embeddings, job.progress)
 
 
 def _batches(job: Job, texts: Sequence[Sequences], *, held_out: bool = False) -> list[TokenBatch]:

@@ -42,6 +42,8 @@ class Preview:
     tokens_at_once: int = 0
     """How much text passes a layer together while it is measured from disk."""
     tokenizer: Any | None = None
+    reader: Any | None = None
+    """What text is read by: the tokenizer, or where rows have images an `ImageReader`."""
     tasks: LoadedTasks | None = None
     """Those to measure, with their documents."""
     loaded: Any = None

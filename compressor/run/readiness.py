@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+from compressor.checkpoint.find import Checkpoint
 from compressor.checkpoint.output import OutputFolder, refuse_output_over_input
+from compressor.data.images import check_images, image_reader
 from compressor.data.lm_eval_tasks import LoadedTasks, TaskSources, set_fewshot
 from compressor.data.packing import check_length, load_sequences
-from compressor.data.sequences import check_vocabulary
+from compressor.data.sequences import check_vocabulary, tokenizer_of
 from compressor.data.sources import SOURCE_KINDS, BaseSource, DatasetSource, Split, TaskSource, TokensSource
 from compressor.errors import CalibrationError, EvaluationError, RecipeError
 from compressor.evaluation.lm_eval import check_requests, refuse_without_tokenizer, writes_problem
@@ -113,8 +115,18 @@ def _check_device(device: str) -> None:
 # With the model's config and tokenizer ---------------------------------------------------------------------
 
 
-def check_text(loaded: LoadedRecipe, tokenizer: Any | None, limits: Limits, progress: Progress) -> None:
-    """Raise where the first sequence of a source cannot be read, or given to the model."""
+def reader_of(loaded: LoadedRecipe, found: Checkpoint | None, config: Any, given: Any | None) -> Any | None:
+    """What text is read by: a tokenizer or processor `given`, or where rows have images an ImageReader."""
+    for place in (place for place, source, _ in _of_recipe(loaded) if getattr(source, "images", False)):
+        with loaded.at(*place):
+            folder, code = (found.folder, found.trust_remote_code) if found else (None, False)
+            return image_reader(given, folder, config, trust_remote_code=code)
+    return tokenizer_of(given)
+
+
+def check_text(loaded: LoadedRecipe, reader: Any | None, limits: Limits, progress: Progress) -> None:
+    """Raise where the first sequence of a source cannot be read, or given to the model, or an image of another one."""
+    tokenizer = tokenizer_of(reader)
     if tokenizer is not None and any(not isinstance(source, TokensSource) for _, source, _ in _of_recipe(loaded)):
         _check_tokenizer(loaded, tokenizer, limits)
     refusals = Refusals(loaded)
@@ -123,7 +135,8 @@ def check_text(loaded: LoadedRecipe, tokenizer: Any | None, limits: Limits, prog
             progress.say(f"looking at the first text of {source.title}")
         with refusals.at(*place):
             check_length(source, limits.max_positions)
-            check_vocabulary(load_sequences(source, tokenizer, seed=None, split=split), limits.num_embeddings)
+            check_images(source, seed=loaded.recipe.seed)
+            check_vocabulary(load_sequences(source, reader, seed=None, split=split), limits.num_embeddings)
     refusals.raise_all()
 
 

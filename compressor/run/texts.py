@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.data.packing import load_sequences, load_with_held_out, missing_sequences
-from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, fingerprint, make_batches
+from compressor.data.sequences import Sequences, TokenBatch, check_vocabulary, make_batches
 from compressor.data.sources import BaseSource
 from compressor.edit.verify import random_batch
 from compressor.machine.progress import Progress
@@ -42,11 +42,11 @@ class Texts:
 
 
 def read_texts(
-    loaded: LoadedRecipe, measured: Iterable[BaseSource], tokenizer: Any | None, num_embeddings: int, progress: Progress
+    loaded: LoadedRecipe, measured: Iterable[BaseSource], reader: Any | None, num_embeddings: int, progress: Progress
 ) -> Texts:
     """Read calibration and `measured` text. Raises CalibrationError if unreadable or with ids ≥ `num_embeddings`."""
     seed = loaded.recipe.seed
-    read, others = _read_calibration(loaded, tokenizer)
+    read, others = _read_calibration(loaded, reader)
     by_pass, held_out = [], []
     for one in loaded.passes:
         names = [repr(source) for source in loaded.sources_of(one)]
@@ -61,7 +61,7 @@ def read_texts(
             )
     if others and not any(others.values()):
         progress.say("no text is left to hold out: what is decided is only known for the calibration text")
-    perplexity = [load_sequences(source, tokenizer, seed=seed, split="held-out") for source in measured]
+    perplexity = [load_sequences(source, reader, seed=seed, split="held-out") for source in measured]
     for one, fitted in zip(loaded.passes, by_pass, strict=True):
         if one.method.fits_weights:
             _refuse_measured(loaded, one, fitted, perplexity)
@@ -77,9 +77,9 @@ def _refuse_measured(
     loaded: LoadedRecipe, resolved: ResolvedPass, fitted: Sequence[Sequences], measured: Sequence[Sequences]
 ) -> None:
     """Raise RecipeError where weights would be fitted to half of a text, or more, that the model is measured on."""
-    names = {fingerprint([ids]): one.name for one in fitted for ids in one.ids}
+    names = {digest: one.name for one in fitted for digest in _digests(one)}
     for text in measured:
-        shared = [names[digest] for digest in (fingerprint([ids]) for ids in text.ids) if digest in names]
+        shared = [names[digest] for digest in _digests(text) if digest in names]
         if 2 * len(shared) >= len(text.ids):
             raise loaded.error(
                 resolved.path,
@@ -89,8 +89,12 @@ def _refuse_measured(
             )
 
 
+def _digests(text: Sequences) -> list[str]:
+    return [text.part(slice(number, number + 1)).fingerprint for number in range(len(text.ids))]
+
+
 def _read_calibration(
-    loaded: LoadedRecipe, tokenizer: Any | None
+    loaded: LoadedRecipe, reader: Any | None
 ) -> tuple[dict[str, Sequences], dict[str, Sequences | None]]:
     """Source → its text, and its held-out text where a pass wants that (or None); each source is read once."""
     seed = loaded.recipe.seed
@@ -102,29 +106,36 @@ def _read_calibration(
         if name in read:
             continue
         if name in with_held_out:
-            read[name], others[name] = load_with_held_out(source, tokenizer, seed=seed)
+            read[name], others[name] = load_with_held_out(source, reader, seed=seed)
         else:
-            read[name] = load_sequences(source, tokenizer, seed=seed)
+            read[name] = load_sequences(source, reader, seed=seed)
     return read, others
 
 
 def batches_of(texts: Iterable[Sequences], batch_size: int, *, held_out: bool = False) -> list[TokenBatch]:
     """The batches of several texts, one text after another."""
-    return [batch for one in texts for batch in make_batches(one.ids, batch_size, one.name, held_out=held_out)]
+    return [batch for one in texts for batch in one.batches(batch_size, held_out=held_out)]
 
 
 def slice_of(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
-    """About so many tokens of calibration text: beginnings of sequences, of every domain as many as of the others."""
-    by_domain: dict[str, list[Tensor]] = {}
+    """About so many tokens of calibration text: beginnings of sequences, or whole ones where rows may have images, of
+    every domain as many as of the others.
+    """
+    by_domain: dict[str, list[tuple[Tensor, TokenBatch]]] = {}
     for batch in (one for one in batches if not one.held_out):
+        most = batch.input_ids.shape[1] if batch.image_token is not None else _SLICE_LENGTH
         rows = zip(batch.input_ids, batch.attention_mask.sum(1).tolist(), strict=True)
-        by_domain.setdefault(batch.domain, []).extend(ids[: min(length, _SLICE_LENGTH)] for ids, length in rows)
+        by_domain.setdefault(batch.domain, []).extend((ids[: min(length, most)], batch) for ids, length in rows)
     taken, num_tokens = 0, 0
     while num_tokens < tokens and any(len(of) > taken for of in by_domain.values()):
-        num_tokens += sum(len(of[taken]) for of in by_domain.values() if len(of) > taken)
+        num_tokens += sum(len(of[taken][0]) for of in by_domain.values() if len(of) > taken)
         taken += 1
     size = max(len(batch.input_ids) for batch in batches)
-    return [batch for name, of in by_domain.items() for batch in make_batches(of[:taken], size, name)]
+    found: list[TokenBatch] = []
+    for name, of in by_domain.items():
+        found += make_batches([ids for ids, batch in of[:taken] if batch.image_token is None], size, name)
+        found += [batch for _, batch in of[:taken] if batch.image_token is not None]
+    return found
 
 
 def num_tokens(batches: Iterable[TokenBatch]) -> int:
@@ -132,8 +143,12 @@ def num_tokens(batches: Iterable[TokenBatch]) -> int:
 
 
 def probe_of(batches: Sequence[TokenBatch], model: Any) -> TokenBatch:
-    """What answers are compared on: the first tokens of the first sequences, or random ids without text."""
+    """What answers are compared on: the shortest sequence with an image, the first tokens of the first sequences, or
+    random ids without text.
+    """
     if not batches:
         return random_batch(model)
+    if shown := [batch for batch in batches if batch.images]:
+        return min(shown, key=lambda batch: batch.input_ids.numel())
     rows, columns = slice(0, _PROBE_SEQUENCES), slice(0, _PROBE_TOKENS)
     return TokenBatch(batches[0].input_ids[rows, columns], batches[0].attention_mask[rows, columns])

@@ -66,8 +66,9 @@ def _best(plan: LayerPlan, statistics: Gathered, num_kept: int, criteria: Mappin
 def by_expert(
     plan: LayerPlan, statistics: Gathered, decided: Mapping[str, Any], criteria: Mapping[str, Any]
 ) -> dict[str, list[float | None]]:
-    """Of each expert of a layer: its share of the tokens' choices, also of each domain's; its share of Σ g‖f‖, what all
-    add to the output, in size; and the score that it was chosen by, or the relative loss when the search let it go.
+    """Of each expert of a layer: its share of the tokens' choices, also of each domain's, and of rows with images those
+    of text and of images; its share of Σ g‖f‖, what all add to the output, in size; and the score that it was chosen
+    by, or the relative loss when the search let it go.
     """
     figures, domains, options, layer = statistics[plan.path], statistics.domains, plan.options, plan.layer
     found = dict[str, Tensor]()
@@ -76,6 +77,9 @@ def by_expert(
         found = {"use %": _percent(tokens_DE.sum(0))}
         if len(domains) > 1:
             found |= {f"use on {name} %": _percent(of) for name, of in zip(domains, tokens_DE, strict=False)}
+        if "images.tokens" in figures:
+            images_E = figures["images.tokens"]
+            found |= {"use, images %": _percent(images_E), "use, text %": _percent(tokens_DE.sum(0) - images_E)}
         found["output %"] = _percent(figures["sums.weighted_norm"].sum(0)[: layer.num_experts])
     search, num_kept = decided.get("search", ""), len(decided["kept"])
     if search in criteria:

@@ -116,7 +116,10 @@ def test_a_part_that_is_no_text(path: Path) -> None:
         assert refusal(row, path=path, template=template).endswith(
             "it takes no parts, and one of them is no text: \"{'type': 'image', 'url': 'y'}\""
         )
-    assert read(row, path=path, template=PARTS) == ["a b|| x y"]
+    assert refusal(row, path=path, template=PARTS).endswith(
+        f"{path}:1: the chat has an image, and its text alone would be read: say `images: true`, and the model's "
+        f"processor reads both."
+    )
 
 
 def test_chats_that_are_kept_as_json_text(path: Path) -> None:
