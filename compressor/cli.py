@@ -317,6 +317,8 @@ def serve_check(
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="Devices that share each layer.")] = 1,
     expert_parallel: Annotated[int, typer.Option("--expert-parallel", help="Devices that share the experts.")] = 1,
     trust_remote_code: TrustOption = False,
+    without: WithoutOption = None,
+    plugin: PluginOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Say which engines run a checkpoint, and by which rules. Reads no weights."""
@@ -324,8 +326,9 @@ def serve_check(
     from compressor.report.figures import serving_table
     from compressor.run import verbs
 
-    degrees: dict[str, Any] = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
-    found = verbs.serve_check(folder, engine, **degrees, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    how |= {"trust_remote_code": trust_remote_code, "without": without or [], "plugin_files": plugin or []}
+    found = verbs.serve_check(folder, engine, **how)
     _show(found, lambda found, console: serving_table(found).show(console), as_json=json_)
     if engine and found["serving"][0]["answer"] == "no":
         raise typer.Exit(2)

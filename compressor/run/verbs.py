@@ -76,11 +76,13 @@ def serve_check(
     tensor_parallel: int = 1,
     expert_parallel: int = 1,
     trust_remote_code: bool = False,
+    without: Iterable[str] = (),
+    plugin_files: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Which engines run a checkpoint, all or `engine`, on so many devices, as JSON: `serving`, for each its `answer`
     and the `rules` that say so. Raises RecipeError for an engine or a number that cannot be.
     """
     asked = {"engine": engine or "vllm", "tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
-    serve, adapters = parse_options(Serve, "serve", asked), load_plugins().adapters
+    serve, adapters = parse_options(Serve, "serve", asked), load_plugins(without, files=plugin_files).adapters
     about = checking.inspect(str(folder), trust_remote_code=trust_remote_code, adapters=adapters, serve=serve)
     return {"folder": str(folder), "serving": [one for one in about["serving"] if engine in (None, one["engine"])]}
