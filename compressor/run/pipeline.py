@@ -115,8 +115,7 @@ def compress(
         folder = OutputFolder(job.recipe.output, overwrite=overwrite, resume=resume)
         if not resume:
             folder.complete()
-    record = job.processes.exchange(_record_before(job) if resume else None)[0]
-    first = job.processes.is_first
+    record, first = job.processes.exchange(_record_before(job) if resume else None)[0], job.processes.is_first
     if record is not None:
         if first:
             push_as_asked(job.loaded, job.progress, may_push=push)
