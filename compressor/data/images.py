@@ -44,29 +44,30 @@ def images_json(config: Any, calibration: Sequence[Sequences]) -> dict[str, Any]
 
 def image_reader(given: Any, folder: Path | None, config: Any, *, trust_remote_code: bool) -> ImageReader:
     """What reads images for a model: the processor `given`, or that of its folder. Raises CalibrationError if none."""
-    missing = [name for name in ("pillow", "torchvision") if not importlib.util.find_spec(_MODULES.get(name, name))]
-    has_files = folder is not None and any((folder / name).exists() for name in _FILES)
+    missing = [name for name in ("PIL", "torchvision") if importlib.util.find_spec(name) is None]
     if not reads_images(config):
         raise CalibrationError("the model reads no images (its config has no `vision_config`): leave `images` out.")
-    if "pillow" in missing:
+    token = getattr(config, "image_token_id", getattr(config, "media_placeholder_token_id", None))  # the latter Kimi's
+    if token is None:
+        raise CalibrationError("the model's config does not say which token stands for an image (`image_token_id`).")
+    if "PIL" in missing:
         raise CalibrationError("images are read by pillow, which is not installed: pip install pillow.")
-    if not hasattr(given, "image_processor") and not has_files:
+    if hasattr(given, "image_processor"):
+        return ImageReader(given, token)
+    if folder is None or not any((folder / name).exists() for name in _FILES):
         raise CalibrationError(
             f"there is no processor, which reads images: put {' or '.join(_FILES)} of the model that this one was made "
             f"from into its folder, or give a live model's processor as its tokenizer."
         )
     from transformers import AutoProcessor
 
-    if not hasattr(given, "image_processor"):
-        try:
-            given = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        except Exception as error:  # many kinds, as for configs
-            advice = f" It may need {' and '.join(missing)}, which is not installed." if missing else ""
-            raise CalibrationError(f"{folder}: its processor cannot be loaded: {error}.{advice}") from error
-    return ImageReader(given, config.image_token_id)
-
-
-_MODULES = {"pillow": "PIL"}
+    try:
+        found = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # many kinds, as for configs
+        said = str(error).strip().split(". ")[0].rstrip(".")
+        advice = " It may need torchvision, which is not installed." if missing else ""
+        raise CalibrationError(f"{folder}: its processor cannot be loaded: {said}.{advice}") from error
+    return ImageReader(found, token)
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,8 @@ def test_what_a_model_must_have(tmp_path: Path) -> None:
     config, how = vision.model().config, {"trust_remote_code": False}
     with pytest.raises(CalibrationError, match=r"^the model reads no images \(its config has no `vision_config`\)"):
         image_reader(None, tmp_path, config.text_config, **how)
+    with pytest.raises(CalibrationError, match=r"^the model's config does not say which token stands for an image"):
+        image_reader(None, tmp_path, SimpleNamespace(vision_config={}), **how)
     with pytest.raises(
         CalibrationError, match=r"^there is no processor, which reads images: put processor_config\.json"
     ):
