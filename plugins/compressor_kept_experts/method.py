@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar
 
-from compressor.plugin import Decision, Description, Method, OptionError, Options, Plan, fewer_experts, kept_at_random
+from compressor.plugin import Decision, Description, Method, OptionError, Options, Plan, fewer_experts
 from compressor_kept_experts.options import KeptExpertsOptions
 
 if TYPE_CHECKING:
@@ -66,4 +66,6 @@ class KeptExperts(Method[KeptExpertsOptions]):
 
     def control(self, decision: Decision, layers: Sequence[MoELayer], seed: int) -> Decision | str:
         """As many experts of every layer."""
+        from compressor.plugin import kept_at_random
+
         return kept_at_random(decision, layers, seed)

