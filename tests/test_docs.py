@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 import typer
 import yaml
 from reference_pages import COMMAND, FIGURES, RECORD, reference
+from torch.distributed.run import get_args_parser
 
 from compressor.cli import app
 from compressor.plugin_kit.new import new_project
@@ -82,6 +84,26 @@ def test_documented_commands_are_understood() -> None:
     assert usage_error("compressor run recipe.yaml --memmory 32GB") is not None
     assert usage_error("compressor runn recipe.yaml") is not None
     assert usage_error("compressor evaluate MODEL") is not None
+
+
+def test_the_files_for_clusters_are_understood() -> None:
+    """By the shell and as YAML; torchrun and the command know their options."""
+    script, job = (
+        DOCS / "cluster" / "compress.sbatch",
+        yaml.safe_load((DOCS / "cluster" / "compress-job.yaml").read_text()),
+    )
+    if bash := shutil.which("bash"):
+        assert subprocess.run([bash, "-n", script], capture_output=True, check=False).stderr == b""
+    lines = script.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    [called] = [line for line in lines if "compressor" in line]
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    commands = [shlex.split(called.partition("torchrun ")[2]), [*container["command"][1:], *container["args"]]]
+    for words in commands:
+        given = get_args_parser().parse_args(words)
+        assert (given.module, given.training_script, given.nproc_per_node) == (True, "compressor", "8")
+        assert usage_error(shlex.join(["compressor", *given.training_script_args])) is None
+        assert "--resume" in given.training_script_args
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
 
 
 def test_commands_in_sentences_are_known() -> None:
