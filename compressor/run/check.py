@@ -166,20 +166,9 @@ def measuring(
     )
     for sentence in readiness.check_server(loaded, tasks, tokenizer, has_folders=None):
         progress.say(sentence)
-    return Preview(
-        found,
-        structure,
-        classes.auto_class(cls, config),
-        None,
-        {},
-        limits,
-        place,
-        devices[: place.num_gpus],
-        work.tokens_at_once,
-        tokenizer=tokenizer,
-        reader=reader,
-        tasks=tasks,
-    )
+    read: dict[str, Any] = {"tokenizer": tokenizer, "reader": reader, "tasks": tasks}
+    used, auto = devices[: place.num_gpus], classes.auto_class(cls, config)
+    return Preview(found, structure, auto, None, {}, limits, place, used, work.tokens_at_once, **read)
 
 
 def _check_weights(
