@@ -25,6 +25,7 @@ from compressor.model.constants import Replacements, problem, problem_of_all
 from compressor.model.expert_products import expert_matrices
 from compressor.model.layer_weights import Ending, LayerWeights, Tensors, live_tensors, refuse_damage, widened
 from compressor.model.masking import masked_router
+from compressor.model.modules import kind_of
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.skipping.rule import SkipRule
 from compressor.model.structure import MoELayer, Structure
@@ -289,10 +290,12 @@ def finish(moe: MoEModel, method: Method[Any], decision: Decision, endings: Endi
 
 def refuse_constants(model: Any, structure: Structure, paths: Sequence[str]) -> None:
     """Raise UnsupportedModelError where experts of these layers cannot answer constants, or no file could say so."""
+    looked_at = set[object]()
     for layer in (layer for layer in structure.layers if layer.path in paths):
-        why = problem_of_all(structure, model.config) or problem(layer)
-        if why is None and not is_by_expert(model, layer):
+        why, kind = problem_of_all(structure, model.config) or problem(layer), kind_of(model.get_submodule(layer.path))
+        if why is None and kind not in looked_at and not is_by_expert(model, layer):
             why = "its files hold all experts in one tensor, where constants have no place"
+        looked_at.add(kind)
         if why is not None:
             raise UnsupportedModelError(f"{layer.path}: {why}.")
 
