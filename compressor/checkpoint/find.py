@@ -66,7 +66,12 @@ class Checkpoint:
         """What config.json says of quantisation, or else modelopt's file beside it; None where it is not quantised."""
         found = quantisation_of(read_config(self.folder))
         if found is None and (self.folder / MODELOPT).exists():
-            found = {"quant_method": "modelopt", **read_config(self.folder, MODELOPT).get("quantization", {})}
+            about = read_config(self.folder, MODELOPT).get("quantization", {})
+            if not isinstance(about, dict):
+                where = f"{self.folder / MODELOPT}: `quantization`"
+                raise CheckpointError(f"{where}: expected a JSON object, found {type(about).__name__}.")
+            if about.get("quant_algo", MODELOPT) is not None:  # None where only the cache is quantised
+                found = {"quant_method": "modelopt", **about}
         return found
 
 

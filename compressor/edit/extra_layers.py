@@ -44,6 +44,11 @@ class ExtraLayers:
     kept: Mapping[str, Sequence[int]]
     """Extra layer → its experts that stay, where they are pruned."""
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor that stays."""
+        return [edit.num_bytes for shard in self.shards for edit in shard.kept]
+
     def write(self, folder: Path) -> dict[str, Any]:
         """Add them to a checkpoint that was written without them, as files of their own that its index names; what the
         record says of them.
@@ -64,8 +69,8 @@ class ExtraLayers:
         edits = {edit.name: edit for shard in self.shards for edit in shard.tensors}
         rename_modules(folder, modules_after([edits[name] for name in left_out.names]), left_out.found.reference)
         verify_files(folder)
-        sizes = [edit.num_bytes for shard in self.shards for edit in shard.kept]
-        about = {"choice": left_out.choice, "layers": [*left_out.layers], "tensors": len(sizes), "bytes": sum(sizes)}
+        about: dict[str, Any] = {"choice": left_out.choice, "layers": [*left_out.layers]}
+        about |= {"tensors": len(self.sizes), "bytes": sum(self.sizes)}
         return about | ({"kept": self.kept} if self.kept else {})
 
 

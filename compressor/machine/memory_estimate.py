@@ -93,6 +93,8 @@ class Work:
     """Bytes of the original's answers to measured text, in files beside the output, or `in_memory` without one."""
     pixels: int = 0
     """Bytes of the images in all text, which are there as long as it is."""
+    carried: int = 0
+    """Bytes of extra prediction layers, which the output gets beside those of the model."""
     in_memory: bool = False
     is_quantised: bool = False
     reading: int = 0
@@ -170,7 +172,8 @@ class Work:
         stages = most if place.weights == "disk" else 1 + self.num_turned
         states = self.hidden_states(place.weights)
         waiting = states if place.states == "file" else 0
-        return stages * self.bytes_after + states // 2 + waiting + (0 if self.in_memory else self.answers)
+        beside = self.carried + states // 2 + waiting + (0 if self.in_memory else self.answers)
+        return stages * self.bytes_after + beside
 
     def readings(self, place: Placement) -> int:
         """How often all weights are read: in memory once, and the result to compare it; from disk for each pass to

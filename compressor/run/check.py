@@ -324,13 +324,13 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
         notes.append(UNSEEN)
     layers, plans = _check_passes(loaded, look, notes)
     _check_external(loaded, notes)
-    _check_extra_layers(loaded, look, layers)
+    carried = _check_extra_layers(loaded, look, layers)
     _check_random(loaded, structure.layers, layers)
     about = _about(look.config, structure, layers, look.dtype)
     serving = _serving(loaded, look, layers, plans, notes)
     plan_json = {"model": loaded.recipe.model, **about, "serving": serving, "notes": notes}
     work = work_of(loaded, look.model, look.config, structure.layers, look.dtype, (*plan_json["bytes"].values(),))
-    work = dataclasses.replace(work, changes_values=any(plan.changes_values for plan in plans))
+    work = dataclasses.replace(work, changes_values=any(plan.changes_values for plan in plans), carried=carried)
     problems = {
         "disk": disk_problem(loaded, structure, work, look.config, look.rehearsal.carries, is_live=is_live),
         "memory": (("weights",), f"the checkpoint is quantised ({format_of(quantisation)})") if quantisation else None,
@@ -348,7 +348,7 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
                 work, bytes_stored=sizes[0], bytes_after=sizes[1], is_quantised=quantisation is not None
             )
             place = placement(loaded, work, problems, devices)
-            plan_json["bytes"] = {"before": sizes[0], "after": sizes[1]}
+            plan_json["bytes"] = {"before": sizes[0], "after": sizes[1] + carried}
         if quantisation is not None:
             notes.append(_quantised_note(quantisation, look.dtype, loaded.recipe.model, is_estimate=sizes is None))
     used, limits = devices[: place.num_gpus], _limits(look.model)
@@ -356,8 +356,9 @@ def _planned(loaded: LoadedRecipe, look: _Look) -> Preview:
         notes.append(auto_note(used, place, look.machine))
     available = loaded.recipe.memory or available_memory()
     needs = work.to_json(place, device=used[0], available=available)
-    num_parameters = structure.num_parameters - look.model.get_input_embeddings().weight.numel()
-    plan_json["needs"] = needs | computing(loaded, structure.layers, num_parameters, needs, look.machine)
+    embedding, head = look.model.get_input_embeddings().weight, look.model.get_output_embeddings()
+    at_work = structure.num_parameters - (0 if getattr(head, "weight", None) is embedding else embedding.numel())
+    plan_json["needs"] = needs | computing(loaded, structure.layers, at_work, needs, look.machine)
     auto_class = classes.auto_class(look.cls, look.config)
     found = (look.found, structure, auto_class, look.left_out, plan_json, limits)
     return Preview(*found, place, used, work.tokens_at_once, loaded=loaded)
@@ -481,15 +482,17 @@ def _check_passes(loaded: LoadedRecipe, look: _Look, notes: list[str]) -> tuple[
     return layers, plans
 
 
-def _check_extra_layers(loaded: LoadedRecipe, look: _Look, after: Sequence[MoELayer]) -> None:
-    """Raise where extra prediction layers are to be carried over, and there are none, or they cannot be."""
+def _check_extra_layers(loaded: LoadedRecipe, look: _Look, after: Sequence[MoELayer]) -> int:
+    """Bytes of extra prediction layers that the output gets. Raises where there are none, or they cannot be carried."""
     if loaded.recipe.mtp == "drop":
-        return
+        return 0
     if look.left_out is None:
         raise loaded.error(("mtp",), f"the model has {NO_EXTRA_LAYERS}")
-    if look.left_out.found.has_weights:
-        with loaded.at("mtp"):
-            plan_extra_layers(look.left_out, look.structure.layers, after, look.adapters)
+    if not look.left_out.found.has_weights:
+        return look.left_out.num_bytes or 0
+    with loaded.at("mtp"):
+        extra = plan_extra_layers(look.left_out, look.structure.layers, after, look.adapters)
+    return sum(extra.sizes) if extra else 0
 
 
 def _refuse_undecidable(

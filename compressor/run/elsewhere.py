@@ -42,16 +42,16 @@ HERE = Machine()
 def computing(
     loaded: LoadedRecipe, layers: Sequence[MoELayer], num_parameters: int, needs: dict[str, Any], machine: Machine
 ) -> dict[str, Any]:
-    """What of `num_parameters`, but the embedding, a token uses; tokens through the model: calibration, a second stream
-    of it, measured candidates, measured text; 2 operations for each of both; and seconds of these and of the disk. Not
-    counted: searches, training, tasks, attention between tokens.
+    """What of `num_parameters`, without an embedding that is only looked up, a token uses; tokens through the model:
+    calibration, a second stream of it, measured candidates, measured text; 2 operations for each of both; and seconds
+    of these and of the disk. Not counted: searches, training, tasks, attention between tokens.
     """
     evaluation = loaded.recipe.evaluate
-    read = [
-        (1 + (one.method.progressive or one.method.needs_original), loaded.sources_of(one)) for one in loaded.passes
-    ]
-    read += [(2 + evaluation.random, list(evaluation.texts.values()))] if evaluation else []
-    wanted = [one.method.measuring(layers) for one in loaded.passes]
+    each_pass = len(loaded.passes) if evaluation and evaluation.each_pass else 0
+    observed = loaded.passes + loaded.passes[1:] * bool(each_pass)  # alone the first one's decision is known
+    read = [(1 + (one.method.progressive or one.method.needs_original), loaded.sources_of(one)) for one in observed]
+    read += [(2 + evaluation.random + each_pass, list(evaluation.texts.values()))] if evaluation else []
+    wanted = [one.method.measuring(layers) for one in observed]
     tokens = sum(times * sum(source.lengths()) for times, sources in read for source in sources)
     tokens += round(sum(one.forwards(len(layers)) * one.tokens for one in wanted if one is not None))
     used = num_parameters - sum(max(0, one.num_with_weights - one.top_k) * one.parameters_per_expert for one in layers)

@@ -23,8 +23,8 @@ Problem = tuple[tuple[str | int, ...], str]
 """Where the recipe says so, and what it is."""
 _TASK_LENGTH = 512
 """Tokens of a task's request, for an estimate."""
-_PIXELS_PER_TOKEN = 32_768
-"""Bytes of what one place of an image stands for, at most: 9 to 27 kB in the models of today."""
+_PIXELS_PER_TOKEN = 49_152
+"""Bytes of what one place of an image stands for, at most: 9 to 49 kB (Aria: 980 × 980 pixels, a mask, 256 places)."""
 
 
 def work_of(

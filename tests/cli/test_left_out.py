@@ -477,6 +477,10 @@ def test_kept_whole(cli: Cli, refused: Refused, recipe: WriteRecipe, tmp_path: P
     assert answer.status == 0, answer.err
     assert same(carried(tmp_path / "out"), extra)
     assert announced(tmp_path / "out") == 1
+    of = {"model": source, "passes": skipping, "weights": "disk", "output": tmp_path / "other"}
+    drop, keep = (compressor.check(recipe(mtp=choice, **of)).plan for choice in ("drop", "keep"))
+    size = sum(tensor.nbytes for tensor in extra.values())
+    assert keep["needs"]["disk"] - drop["needs"]["disk"] == keep["bytes"]["after"] - drop["bytes"]["after"] == size
     says = (
         "its extra prediction layers, model.layers.3: they have 8 experts, the smaller model will have 6, and engines "
         "read one number for both; say `mtp: prune` or `mtp: drop`."

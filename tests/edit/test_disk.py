@@ -416,6 +416,13 @@ def test_stacked_nvfp4_that_only_modelopt_speaks_of(tmp_path: Path) -> None:
         assert found[at].dtype == torch.uint8
     assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text()) == about
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    (source / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    assert Checkpoint("mine", source).quantisation is None
+    (source / "hf_quant_config.json").write_text(json.dumps({"quantization": "NVFP4"}))
+    with pytest.raises(
+        CheckpointError, match=r"hf_quant_config\.json: `quantization`: expected a JSON object, found s"
+    ):
+        _ = Checkpoint("mine", source).quantisation
     (source / "hf_quant_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: expected a JSON object, found list"):
         edited(source, tmp_path / "other", six)

@@ -110,6 +110,21 @@ def test_tokens_of_all_that_goes_through_the_model(cheap: dict[str, Any]) -> Non
     assert found(evaluate={"perplexity": cheap["calibration"]["data"], "random": 3}) == 64 + 5 * 64
     assert found(passes=[{"expert_pruning": {"keep": 6, "progressive": True}}]) == 2 * 64
     assert found(passes=[{"expert_pruning": {"keep": {"mean": 6}}}]) > 64
+    # two passes, the second again alone; measured before, after, and behind each alone
+    two = [{"expert_pruning": {"keep": keep, "criterion": "reap"}} for keep in (6, 5)]
+    measured = {"perplexity": cheap["calibration"]["data"], "each_pass": True}
+    assert found(passes=two, evaluate=measured) == 3 * 64 + 4 * 64
+
+
+def test_an_embedding_that_is_the_head_too_is_at_work(cheap: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    found = []
+    for is_tied in (False, True):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
+        plan = checked(cheap | {"model": str(tmp_path)}, Machine(0)).plan
+        found.append((plan["parameters"]["before"], plan["needs"]["parameters_at_work"]))
+    assert found[0][0] - found[1][0] == config["vocab_size"] * config["hidden_size"]
+    assert found[0][1] == found[1][1]
 
 
 def test_what_another_machine_has_must_be_said(cheap: dict[str, Any]) -> None:
