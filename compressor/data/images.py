@@ -141,7 +141,8 @@ def with_images(source: RowsSource, chat: Chat) -> Messages:
     """The messages with their images read; parts without one take the row's `images` in order, and where no part is an
     image, these stand before what the user says first. Raises CalibrationError, with the row.
     """
-    where, given = f"source {source.title!r}: {chat.where}", list(chat.others.get("images") or ())
+    where, given = f"source {source.title!r}: {chat.where}", chat.others.get("images") or []
+    given = given if isinstance(given, list) else [given]
     messages = [{**message, "content": _parts(message.get("content") or [])} for message in chat.messages]
     if not has_images(messages):
         first = next((message for message in messages if message["role"] == "user"), messages[0])
@@ -155,7 +156,7 @@ def with_images(source: RowsSource, chat: Chat) -> Messages:
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    parts = [content] if isinstance(content, str) else content
+    parts = content if isinstance(content, list) else [content]
     return [part if isinstance(part, dict) else {"type": "text", "text": str(part)} for part in parts]
 
 
@@ -171,7 +172,7 @@ def _read(part: dict[str, Any], rest: Iterator[Any], folder: Path | None, where:
     if part.get("type") != "image" or value is None:
         raise CalibrationError(f'{where}: expected a text or {{"type": "image", "path": "cat.png"}}, found {part}.')
     if isinstance(value, Mapping):  # as a dataset has it undecoded
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else str(value.get("path"))
+        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
     if str(value).startswith(("http://", "https://")):
         raise CalibrationError(f"{where}: the image is at {value}, and nothing is fetched: download it first.")
     if isinstance(value, str) and not value.startswith("data:"):

@@ -82,12 +82,16 @@ def test_each_way_to_say_the_same_row(folder: Path) -> None:
     rows = [{"messages": [said({"type": "image", **part}, TEXT)]} for part in parts]
     rows += [
         {"text": "w1 w2 w3", "images": ["red.png"]},
+        {"text": "w1 w2 w3", "images": "red.png"},
+        {"text": "w1 w2 w3", "images": {"path": "red.png"}},
         {"messages": [{"role": "user", "content": "w1 w2 w3"}], "images": ["red.png"]},
         {"messages": [said({"type": "image"}, TEXT)], "images": ["red.png"]},
         {"messages": [said({"type": "image", "image": None}, TEXT)], "images": [{"path": "red.png"}]},
     ]
     for row in rows:
         assert read(folder, row, samples=1).fingerprint == read(folder, rows[0]).fingerprint, row
+    alone = {"messages": [{"role": "user", "content": {"type": "image", "path": "red.png"}}]}
+    assert read(folder, alone).num_image_tokens == 4
 
 
 @needs_pillow
@@ -155,6 +159,8 @@ def test_what_cannot_be_read_is_refused_with_its_row(folder: Path) -> None:
         (image | {"path": "half.png"}, [], f"the image {folder}/half.png cannot be read: "),
         (image | {"url": "data:image/png;base64,AAAA"}, [], "the image cannot be read: "),
         (image | {"url": "https://host/a.png"}, [], "the image is at https://host/a.png, and nothing is fetched"),
+        (image | {"image": {"bytes": None, "path": None}}, [], "the image cannot be read: "),
+        (image, 5, "the image cannot be read: "),
         (image, [], wanted + "{'type': 'image'}."),
         (image, ["red.png", "red.png"], "1 of its 2 images have no part of the chat."),
         ({"type": "video", "path": "a.mp4"}, [], wanted + "{'type': 'video'"),
