@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         values, tops = [*given, best[-1]], [None, *({"best": one} for one in best)]
         if self.server.faults.get("no_echo"):
             values, tops = values[-1:], tops[-1:]
-        logprobs = {"token_logprobs": values, "top_logprobs": tops}
+        logprobs = {"token_logprobs": values, "top_logprobs": self.server.faults.get("tops", tops)}
         return {"index": number, "text": "", "logprobs": None if self.server.faults.get("no_logprobs") else logprobs}
 
 

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 def _plain(url: str) -> str:
     """Without what would stand in the record and is nobody's business there."""
-    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url):
+    found = re.fullmatch(r"https?://(?:\[[\da-fA-F:.]+\]|[^/@?#:\s\[\]]+)(?::(\d{1,5}))?(?:/[^@?#\s]*)?", url)
+    if not found or int(found[1] or 0) > 65535:
         example = "http://127.0.0.1:8000/v1; a key goes into the environment, as OPENAI_API_KEY"
         raise ValueError(f"found {url.rpartition('@')[2]!r}, expected an address such as {example}")
     return url.rstrip("/")
@@ -48,6 +49,6 @@ class Server(BaseModel):
             raise ValueError(f"no argument of command has {missing[0]} in it, so {self.command[0]} would not know that")
         if self.command and (self.original_url or self.original_model):
             raise ValueError("`original_…` would have no effect beside `command`, which is started on both models")
-        if any(argument.startswith("--api-key") for argument in self.command):
+        if any(re.search(r"(?i)(api[-_]?key|hf[-_]?token)(?!-file)", argument) for argument in self.command):
             raise ValueError("a key in `command` would stand in the record; give it in the program's environment")
         return self

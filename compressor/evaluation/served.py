@@ -41,15 +41,15 @@ def look_at(server: Server, *, timeout: float = 30) -> Json:
     where it does not answer, or has no such model.
     """
     url = str(server.url)
-    data = _answer(url, "/models", timeout).get("data") or ()
-    listed = {str(one["id"]): one for one in map(_object, data) if "id" in one}
+    listed = {str(one["id"]): one for one in _objects(_answer(url, "/models", timeout).get("data")) if "id" in one}
     model = server.model or (next(iter(listed)) if len(listed) == 1 else None)
     if model not in listed:
         raise EvaluationError(
             f"{url}: the server has {', '.join(listed) or 'no model'}; expected {model or 'one'}. Name one that it has "
             f"(`model`)."
         )
-    about = {"engine": listed[model].get("owned_by"), "max_model_len": listed[model].get("max_model_len")}
+    about, longest = {"engine": listed[model].get("owned_by")}, listed[model].get("max_model_len")
+    about |= {"max_model_len": longest} if isinstance(longest, int) else {}
     with suppress(EvaluationError, KeyError, TypeError):  # only some say it
         about["version"] = _answer(_root(url), "/version", timeout)["version"]
     return {"url": url, "model": model} | {key: value for key, value in about.items() if value}
@@ -62,6 +62,10 @@ def _root(url: str) -> str:
 def _object(found: Any) -> Json:
     """What a server has answered, where that is an object: nothing in all else."""
     return found if isinstance(found, dict) else {}
+
+
+def _objects(found: Any) -> list[Json]:
+    return [*map(_object, found)] if isinstance(found, list) else []
 
 
 def _answer(url: str, path: str, timeout: float, **asked: Any) -> Any:
@@ -179,8 +183,8 @@ class Served(Counting):
             found = super().model_call(messages, **how)
         except requests.RequestException as error:
             raise _refused(self.url, error, self.timeout) from error
-        kind, choices = "message" if self.tokenizer is None else "text", _object(found).get("choices") or ()
-        given = [one.get("index") for one in map(_object, choices) if kind in one]
+        kind = "message" if self.tokenizer is None else "text"
+        given = [one.get("index") for one in _objects(_object(found).get("choices")) if kind in one]
         if sorted(map(str, given)) != sorted(map(str, range(len(messages)))):
             raise EvaluationError(f"{self.url}: the server gave {len(given)} answers to {len(messages)} prompts.")
         if self.tokenizer is not None:
@@ -204,10 +208,12 @@ class Served(Counting):
         """Those of answers; there must be one of every token of a prompt but the first."""
         [whole] = outputs if isinstance(outputs, list) else [outputs]
         for choice, ids in zip(sorted(whole["choices"], key=itemgetter("index")), tokens, strict=True):
-            found = _object(choice.get("logprobs")).get("token_logprobs") or []
-            if len(found) != len(ids) + 1 or None in found[1:]:
+            said = _object(choice.get("logprobs"))
+            found, likeliest = (said.get(name) or [] for name in ("token_logprobs", "top_logprobs"))
+            number = min(len(found), len(likeliest))
+            if len({number, len(found), len(ids) + 1}) > 1 or None in found[1:] or not all(likeliest[1:]):
                 raise EvaluationError(
-                    f"{self.url}: the server gave {len(found)} log-probabilities, expected {len(ids) + 1}: of "
+                    f"{self.url}: the server gave {number} log-probabilities, expected {len(ids) + 1}: of "
                     f"all tokens of a prompt and the next (`echo`, `logprobs`). Ask it only tasks that have it write."
                 )
         self._count(len(tokens))

@@ -40,6 +40,7 @@ def serving(server: Server, folder: Path, say: Callable[[str], None]) -> Iterato
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:
+            Path(log.name).unlink()
             raise ProgramError(f"{command[0]} cannot be run: {error.strerror}.") from error
         try:
             end = time.monotonic() + server.starts_within

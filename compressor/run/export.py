@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ def recorded(folder: Path) -> Json:
     try:
         found: Json = json.loads((folder / "compressor" / RECORD).read_text(encoding="utf-8"))
         if not all("layers" in done["decision"] for done in found["passes"]) or not experts_of(found):
-            raise ValueError("no passes over layers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: it is no output of a run, with compressor/{RECORD}: {error}.") from error
+            raise ValueError
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        said = f"it is no output of a run, which has a compressor/{RECORD} of passes over layers"
+        raise CheckpointError(f"{folder}: {said}.") from error
     return found
 
 
@@ -62,6 +64,8 @@ def publish_statistics(folder: Path, output: Path) -> int:
     """Write statistics.parquet and README.md of a run's output into a folder, whole or not at all; returns how many
     rows. No path of this machine is in them. Raises CheckpointError where no figures of experts are there.
     """
+    if os.path.lexists(output):
+        raise CheckpointError(f"{output} exists already, and is not replaced; name another folder.")
     record = recorded(folder)
     passes, about = load_statistics(folder / "compressor" / STATISTICS)
     tables = [table for name, of in passes.items() for table in _tables(name, of, about["passes"][name], record)]

@@ -43,10 +43,11 @@ def push(
     ours, weights = _written(folder, repo), {*(read_index(folder) or {"": SINGLE}).values()}
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in files.items() if _UPLOADED.fullmatch(name)}
-    with _errors_named(repo, folder):
+    again = f"compressor push {folder} {repo}{' --private' * private}"
+    with _errors_named(repo, f" All is in {folder}: `{again}{' --overwrite' * overwrite}` goes on."):
         there = _there(repo, ours[_RECORD], private=private)
         if there and not overwrite:
-            how = f"name another one, or replace them: `compressor push {folder} {repo} --overwrite`"
+            how = f"name another one, or replace them: `{again} --overwrite`"
             raise CheckpointError(f"{repo}: it holds {counted(len(there), 'file')} of something else; {how}.")
         api.create_repo(repo, private=private or None, exist_ok=True)
         size = human_bytes(sum(path.stat().st_size for path in files.values()))
@@ -101,8 +102,8 @@ def _written(folder: Path, repo: str) -> dict[str, bytes]:
         raise CheckpointError(f"{repo}: expected a repository on the hub, owner/name.")
     try:
         record = without_paths(json.loads((folder / _RECORD).read_text(encoding="utf-8")))
-        by = record.get("files_only")
-    except (OSError, ValueError, AttributeError) as error:
+        by, _ = record.get("files_only"), record["model"]["reference"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: it has no {_RECORD}, as what `run` and `apply` write has.") from error
     if by:
         raise CheckpointError(f"{folder}: what {by} has left was never loaded, and is not pushed.")
@@ -141,11 +142,10 @@ def _there(repo: str, record: bytes, *, private: bool) -> list[str]:
 
 
 @contextmanager
-def _errors_named(repo: str, folder: Path | None = None) -> Iterator[None]:
-    """What goes wrong with the hub is one CheckpointError, which says how to go on with what is in `folder`."""
+def _errors_named(repo: str, then: str = "") -> Iterator[None]:
+    """What goes wrong with the hub is one CheckpointError, which says `then` how to go on."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    then = f" All is in {folder}: `compressor push {folder} {repo}` goes on." if folder else ""
     try:
         with network.not_waited_for() as unreachable:
             if unreachable:

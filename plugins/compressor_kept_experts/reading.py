@@ -11,8 +11,8 @@ import binascii
 import hashlib
 import io
 import json
-import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +44,8 @@ NAMES = ("layer", "layer_idx", "path")
 COUNTED = ("original_expert_count", "num_experts")
 MODELS = ("model", "base_model", "model_id", "model_name")
 ARRAYS = ("logical_count", "routed_experts")
+MOST = 1e300
+"""Of a figure."""
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
@@ -113,10 +115,7 @@ def _figures(file: Path, layers: Sequence[MoELayer], model: str) -> tuple[Mappin
     head = _read(file)[:4]
     if head == b"\x89HDF":
         found, how = _by_layer(_observations(file), layers, lambda one: False)
-        for layer in layers:
-            _check_numbers(layer, found[layer.path])
-        _refuse_unseen(found)
-        return found, f"how often each is chosen, of HOPE, layers by {how}"
+        return _checked(found, layers), f"how often each is chosen, of HOPE, layers by {how}"
     if head in (b"\x93NUM", b"PK\x03\x04"):
         return _of_array(*_named_array(_loaded(_read(file))), layers)
     data = _json(file)
@@ -129,13 +128,18 @@ def _figures(file: Path, layers: Sequence[MoELayer], model: str) -> tuple[Mappin
         return _of_array(None, _of_text(data), layers)
     entries = _entries(data, None, layers)
     found, how = _by_layer({name: one for name, (one, _) in entries.items()}, layers, lambda one: not one)
+    return _checked(found, layers), f"a figure for every expert, layers by {how}"
+
+
+def _checked(found: Mapping[str, Any], layers: Sequence[MoELayer]) -> Mapping[str, Sequence[float]]:
     for layer in layers:
         _check_numbers(layer, found[layer.path])
-    return found, f"a figure for every expert, layers by {how}"
+    _refuse_unseen(found)
+    return found
 
 
 def _check_numbers(layer: MoELayer, figures: Any) -> None:
-    is_numbers = isinstance(figures, list) and all(type(one) in (int, float) and math.isfinite(one) for one in figures)
+    is_numbers = isinstance(figures, list) and all(type(one) in (int, float) and abs(one) <= MOST for one in figures)
     if not is_numbers or len(figures) != layer.num_experts:
         raise UnfitFileError(f"{layer.path}: expected {layer.num_experts} numbers, found {_short(figures)}")
 
@@ -224,11 +228,9 @@ def _entries(data: Any, meaning: str | None, layers: Sequence[MoELayer]) -> dict
 def _entry(one: Any, meaning: str | None, layers: Sequence[MoELayer]) -> tuple[Any, str | None]:
     if not isinstance(one, dict):
         return one, meaning
-    counted, most = _first(one, COUNTED), {layer.num_experts for layer in layers}
+    counted, most = _first(one, COUNTED), sorted({layer.num_experts for layer in layers})
     if counted is not None and counted not in most:
-        raise UnfitFileError(
-            f"it is of layers of {counted} experts, and these have {', '.join(map(str, sorted(most)))}"
-        )
+        raise UnfitFileError(f"it is of layers of {_short(counted)} experts, and these have {_short(most)[1:-1]}")
     word = next((one_word for one_word in MEANINGS if one_word in one), None)
     if word is None:
         raise UnfitFileError(f"expected ids under a key such as kept or dropped, found the keys {_short(list(one))}")
@@ -262,8 +264,8 @@ def _by_layer(
 
 def _number(name: str) -> int | None:
     """The decoder layer's number in what a file calls a layer: the one integer there."""
-    found = re.findall(r"\d+", str(name))
-    return int(found[0]) if len(found) == 1 else None
+    found = re.findall(r"[0-9]+", str(name))
+    return int(found[0]) if len(found) == 1 and len(found[0]) < 10 else None
 
 
 # --- files
@@ -296,7 +298,9 @@ def _json(file: Path) -> Any:
 
     try:
         return json.loads(_read(file).decode("utf-8"), object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UnfitFileError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UnfitFileError(f"it is no JSON: {error}") from error
 
 
@@ -304,7 +308,7 @@ def _loaded(whole: bytes) -> Any:
     """What NumPy has saved: an array, or several by name."""
     try:
         return np.load(io.BytesIO(whole), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UnfitFileError(f"it is not what NumPy saves, or objects in it are pickled: {error}") from error
 
 
@@ -316,7 +320,7 @@ def _named_array(found: Any) -> tuple[str | None, Array]:
         raise UnfitFileError(f"expected {' or '.join(ARRAYS)}, or one array, found {', '.join(found.files) or 'none'}")
     try:
         return named[0] if named[0] in ARRAYS else None, found[named[0]]
-    except ValueError as error:
+    except (ValueError, zipfile.BadZipFile) as error:
         raise UnfitFileError(f"{named[0]}: {error}") from error
 
 

@@ -178,6 +178,11 @@ def test_without_a_network(hub: Stand, cli: Cli, output: Path, monkeypatch: pyte
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network, "_asked", lambda endpoint, seconds: f"{endpoint}: it is down")
     refused(cli("push", output, "me/x"), f"me/x: nothing can be pushed: {hub.address}: it is down.{then}")
+    refused(
+        cli("push", output, "me/x", "--private", "--overwrite"),
+        f"me/x: nothing can be pushed: {hub.address}: it is down. All is in {output}: `compressor push {output} me/x "
+        "--private --overwrite` goes on.",
+    )
     assert hub.asked == []
 
 
@@ -194,6 +199,11 @@ def test_what_is_no_whole_output(hub: Stand, cli: Cli, output: Path, mixtral: Pa
     record = output / "compressor" / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "files_only": "command"}))
     refused(cli("push", output, "me/x"), f"{output}: what command has left was never loaded, and is not pushed.")
+    record.write_text("{}")
+    refused(
+        cli("push", output, "me/x"),
+        f"{output}: it has no compressor/record.json, as what `run` and `apply` write has.",
+    )
 
 
 # --- by a recipe

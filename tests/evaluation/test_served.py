@@ -152,6 +152,8 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("no usage", {"no_usage": True}, r"the server counts None tokens"),
     ("no logprobs", {"no_logprobs": True}, r"the server gave 0 log-probabilities, expected \d+: of all tokens of a"),
     ("no echo", {"no_echo": True}, r"the server gave 1 log-probabilities, expected \d+: of all tokens of a prompt and"),
+    ("no likeliest", {"tops": None}, r"the server gave 0 log-probabilities, expected \d+: of all tokens of a"),
+    ("a number", {"whole": {"data": 5}}, r"the server has no model; expected one\."),
     ("a list", {"whole": [1]}, r"the server has no model; expected one\."),
     ("no text", {"whole_after": 2}, r"the server gave 0 answers to 2 prompts\."),
     ("too few", {"choices": 0}, r"the server gave 0 answers to 2 prompts\."),
@@ -278,6 +280,7 @@ def test_programs_that_cannot_be_started(answering: list[Path], tmp_path: Path) 
     says = r"^/no/such cannot be run: No such file or directory\.$"
     with pytest.raises(ProgramError, match=says), serving(no_such, tmp_path, lambda said: None):
         raise AssertionError
+    assert list(tmp_path.glob("compressor-server-*")) == []
     (tmp_path / "there").write_text("ready")
     answering.append(tmp_path / "there")
     says = r"^http://127\.0\.0\.1:\d+/v1: a server answers there already\. Stop it, or give another `url`\.$"

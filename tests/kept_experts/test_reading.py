@@ -111,6 +111,9 @@ def test_pruneset_of_hope(tmp_path: Path) -> None:
             "is of other/Another-MoE, and this is owner/",
         ),
         ({"layers": [{"layer": 1, "num_experts": 128, "kept": [0, 1]}]}, "layers of 128 experts, and these have 4"),
+        ({"layers": [{"layer": 1, "num_experts": [4], "kept": [0, 1]}]}, r"layers of \[4\] experts, and these have 4"),
+        ({"9" * 5000: [0, 1], "2": [1, 2]}, "expected layers by number or path"),
+        ('{"1": [0, %s], "2": [1, 2]}' % ("9" * 5000), "it is no JSON: Exceeds the limit"),
         ({"layers": [{"layer": 1, "experts": [0, 1]}]}, "expected ids under a key such as kept or dropped"),
         ({"recipe": {"sparsity": 0.5}}, "expected layers by number or path"),
         ({}, "expected layers by number or path"),
@@ -229,6 +232,8 @@ def test_figures_by_layer(tmp_path: Path) -> None:
         ({"logical_count": [[0, 0, 0, 0], [1, 2, 3, 4]]}, "model.layers.1.mlp: it counts no token there"),
         ({"1": [1, 2, 3], "2": [1, 2, 3, 4]}, r"model.layers.1.mlp: expected 4 numbers, found \[1, 2, 3\]"),
         ('{"1": [1, 2, NaN, 4], "2": [1, 2, 3, 4]}', r"model.layers.1.mlp: expected 4 numbers"),
+        ({"1": [1, 2, 3, 10**400], "2": [1, 2, 3, 4]}, r"model.layers.1.mlp: expected 4 numbers"),
+        ({"1": [0, 0, 0, 0], "2": [1, 2, 3, 4]}, "model.layers.1.mlp: it counts no token there"),
     ],
 )
 def test_bad_figures_are_refused(tmp_path: Path, data: Any, message: str) -> None:
@@ -243,7 +248,9 @@ def test_arrays_that_cannot_be_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
     np.savez(tmp_path / "objects.npz", logical_count=np.array([{}], dtype=object))
     (tmp_path / "cut.npy").write_bytes(npy(ROUTED)[:60])
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:60])
     for name, message in (
+        ("cut.npz", "it is not what NumPy saves"),
         ("objects.npy", "objects in it are pickled"),
         ("objects.npz", "logical_count: Object arrays cannot be loaded"),
         ("two.npz", "expected logical_count or routed_experts, or one array, found a, b"),

@@ -90,11 +90,12 @@ def test_what_has_no_ids_to_share(made: Path, skips: Path, tmp_path: Path) -> No
     with pytest.raises(RecipeError, match="experts answer constants, of which ids say nothing"):
         kept_ids(constants)
     for folder in (made / "model", made / "none"):
-        with pytest.raises(CheckpointError, match=r"it is no output of a run, with compressor/record.json"):
+        with pytest.raises(CheckpointError, match=r"it is no output of a run, which has a compressor/record.json"):
             kept_ids(folder)
-    (constants / "compressor" / "record.json").write_text('{"passes": [{"decision": {}}]}')
-    with pytest.raises(CheckpointError, match=r"it is no output of a run"):
-        kept_ids(constants)
+    for text in ('{"passes": [{"decision": {}}]}', "[1]", '{"passes": [], "layers": 1}'):
+        (constants / "compressor" / "record.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"it is no output of a run, which has .* passes over layers\.$"):
+            kept_ids(constants)
 
 
 # --- ser
@@ -220,7 +221,7 @@ def test_the_card_is_read_and_tells_no_path(made: Path, tmp_path: Path) -> None:
 
 def test_published_whole_or_not_at_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(CheckpointError, match=r"data exists already. Choose another output"):
+    with pytest.raises(CheckpointError, match=r"data exists already, and is not replaced; name another folder\.$"):
         publish_statistics(made / "pruned", tmp_path / "data")
     monkeypatch.setattr("compressor.run.export._card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

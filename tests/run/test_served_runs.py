@@ -189,6 +189,14 @@ def test_a_model_and_its_original_on_servers_that_run(recipe: Any, small: Path, 
             {"url": "http://me:secret@host/v1"},
             r"found 'host/v1', expected an address .* a key goes into the environment",
         ),
+        *(
+            ({"url": f"http://{one}/v1"}, rf"found 'http://{one}/v1', expected an address such as")
+            for one in ("localhost:x", "localhost:99999", "a:b:1")
+        ),
+        *(
+            ({"command": ["env", *one, "vllm", "{model}{port}"]}, r"a key in `command` would stand in the record")
+            for one in (["VLLM_API_KEY=secret"], ["vllm", "--hf-token", "secret"])
+        ),
         (
             {"command": ["vllm", "serve", "{port}"]},
             r"no argument of command has \{model\} in it, so vllm would not know",
