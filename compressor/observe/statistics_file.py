@@ -38,6 +38,8 @@ def save_statistics(path: Path, passes: Mapping[str, Statistics], about: Mapping
 def load_statistics(path: Path) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Any]]:
     """A file's (pass → layer → figure → tensor, about). Raises CheckpointError for damage, or another format."""
     passes: dict[str, dict[str, dict[str, Tensor]]] = {}
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder, expected a run's statistics.safetensors, in its `compressor`.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -133,7 +133,8 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
             f"{counted(number, 'expert')} of {counted(len(record['constants']), 'layer')} answer a constant, whatever "
             f"they are given, or are never chosen; no router has lost a row. `compressor.load` reads that, and vLLM "
             f"from 0.33 on (`approximate_experts` in `config.json`, unquantised, one device or tensor parallel); "
-            f"`{auto_class}.from_pretrained` refuses it, since weights of these experts are missing." + skips
+            f"`{auto_class}.from_pretrained` of transformers 5 refuses it, since weights of these experts are missing; "
+            "version 4 only warns, and makes them up at random." + skips
         )
     if "skipping" in record:
         return (

@@ -392,7 +392,7 @@ def constants_notes(layers: Sequence[MoELayer], options: SelectionOptions) -> li
         condition = ", if the model's answers lose less so than where tokens choose among the others"
     return [
         f"{number:,} experts of {len(there)} layers will {will}{condition}; `compressor.load` and vLLM from 0.33 on "
-        f"read that, and transformers alone refuses it"
+        f"read that; transformers 5 alone refuses it, version 4 makes weights up"
     ]
 
 

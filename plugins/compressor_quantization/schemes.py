@@ -79,7 +79,7 @@ class Scheme:
             return None
         if is_stacked and num_inputs > _BLOCK:
             return f"{name}: transformers reads no scales of blocks of experts; take FP8_DYNAMIC for them"
-        if not is_stacked and any(size > _BLOCK and size % _BLOCK for size in shape):
+        if not is_stacked and (num_inputs % _BLOCK or (shape[0] > _BLOCK and shape[0] % _BLOCK)):  # inputs: by 128, too
             return f"{name} of {list(shape)} cannot be divided into blocks of {_BLOCK} × {_BLOCK}; take FP8_DYNAMIC"
         return None
 

@@ -61,7 +61,9 @@ def test_in_memory_from_disk_and_applied_are_the_same_bytes(
     loaded, _ = compressor.load(tmp_path / "disk")
     written = loaded.generate(token_ids(1, 6), max_new_tokens=4, do_sample=False)
     assert written.shape[1] > 6
-    assert "from_pretrained` refuses it" in (tmp_path / "disk" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "disk" / "README.md").read_text(encoding="utf-8")
+    assert "from_pretrained` of transformers 5 refuses it" in card
+    assert "version 4 only warns, and makes them up at random" in card
 
 
 def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: Path) -> None:

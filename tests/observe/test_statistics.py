@@ -115,6 +115,8 @@ def test_other_formats_are_refused(tmp_path, metadata, message):
 
 
 def test_damaged_files_are_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match="found a folder, expected a run's statistics"):
+        load_statistics(tmp_path)
     path = tmp_path / "s"
     save_statistics(path, *run(("code", 1)))
     whole = path.read_bytes()

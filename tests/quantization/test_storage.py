@@ -149,13 +149,26 @@ def test_read_by_the_description_and_by_transformers(name: str, tmp_path: Path) 
             assert torch.equal(model.state_dict()[key], one), (key, dequantise)
 
 
-def test_a_head_tied_to_the_embedding_stays_what_it_is(tmp_path: Path) -> None:
+TIED = {
+    "in one scheme": {"scheme": "W4A16", "group_size": 32},
+    "in two, behind pruning, in many files": {"scheme": "W8A16", "group_size": 32, "attention": "W4A16"},
+    "of floats": {"scheme": "FP8_DYNAMIC", "attention": True},
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_head_tied_to_the_embedding_stays_what_it_is(case: str, tmp_path: Path) -> None:
     """No file names it, so the list of what is not quantised has to: transformers would look for its packed weight."""
-    source = write_model("mixtral", tmp_path / "model", tie_word_embeddings=True)
-    compressor.compress(recipe(source, {"scheme": "W4A16", "group_size": 32}), output=tmp_path / "out")
+    source = write_model("mixtral", tmp_path / "model", tie_word_embeddings=True, num_hidden_layers=1)
+    before = [{"expert_pruning": {"keep": 6, "criterion": "aimer"}}] if "pruning" in case else []
+    source = shard_up(source) if before else source
+    compressor.compress(recipe(source, TIED[case], *before), output=tmp_path / "out")
     assert "lm_head" in config_of(tmp_path / "out")["quantization_config"]["ignore"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
     assert torch.equal(model.lm_head.weight, tensors_of(source)["model.embed_tokens.weight"])
+    ids = token_ids(1, 4)
+    assert torch.equal(model(ids).logits, compressor.load(tmp_path / "out")[0](ids).logits)
 
 
 FEW_CASES = ("mixtral FP8_BLOCK", "qwen3_moe W4A16_ASYM")
@@ -300,6 +313,10 @@ REFUSED = {
         {"scheme": "FP8_BLOCK"},
         "scheme: model.layers.0.mlp: experts.gate_up_proj: transformers reads no scales of blocks of experts; take "
         "FP8_DYNAMIC for them",
+    ),
+    "part of a block": (
+        {"scheme": "FP8_DYNAMIC", "attention": "FP8_BLOCK"},
+        "model.layers.0.mlp: self_attn.q_proj.weight of [64, 64] cannot be divided into blocks of 128 × 128; take FP8_",
     ),
     "three": (
         {"scheme": "W4A16", "group_size": 32, "attention": "FP8_DYNAMIC", "dense": True},
