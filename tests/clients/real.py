@@ -17,6 +17,7 @@ import pytest
 import torch
 from clients.read import by_logits
 from tiny_models import random_model, token_ids, write_token_file
+from transformers import AutoTokenizer
 
 import compressor
 from compressor.data import demo
@@ -39,6 +40,10 @@ CASES = [
     ("vllm", "glm4_moe", "never chosen"),
     *[("vllm", name, "int4") for name in ("mixtral", "qwen3_moe")],
 ]
+TEXTS = (
+    "def add(left, right):\n    return left + right\n\n\nclass Tree:\n    pass\n",
+    "When the ship came into the harbour, the captain went ashore. " * 3,
+)
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -103,7 +108,8 @@ def test_answers_the_same(
     client: str, name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written(name, kind, tmp_path)
-    rows = [token_ids(100, seed=20 + n).tolist() for n in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(text)["input_ids"][:100] for text in TEXTS]
     ours, theirs = own_answers(folder, rows), answers_of(client, folder, rows)
     apart = torch.tensor(
         [
