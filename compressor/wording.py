@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-_PATH = re.compile(r"(?<![\w:/.~<])(?:~[\w.-]*(?:/[^\s/\"'`,;)\]}]+)+|(?:/[^\s/\"'`,;)\]}]+){2,})/?")
+_PATH = re.compile(
+    r"(?:(?<=file://)|(?<![\w/.~<])(?:(?<!:)|(?!//)))(?:~[\w.-]*(?:/[^\s/\"'`,;)\]}]+)+|(?:/[^\s/\"'`,;)\]}]+){2,})/?"
+)
 """An absolute path within a text."""
 
 

@@ -114,13 +114,17 @@ def _how_to_load(record: Json, output: str, auto_class: str) -> list[str]:
     if "files_only" in record:
         by = record["files_only"]
         return [f"The files are what `{by}` has left. They were not loaded here, and nothing of them was measured."]
+    refused = [one for one in record.get("serving", ()) if one["engine"] == "transformers" and one["answer"] == "no"]
+    if refused and not {"uneven", "constants"} & record.keys():
+        said = figures.serving_said(refused[0])
+        return ["## Load it", f"Neither `compressor.load` nor transformers reads it: {said}."]
     code = f'```python\nimport compressor\n\nmodel, tokenizer = compressor.load("{output}")\n```'
     return ["## Load it", code, _who_reads_it(record, auto_class)]
 
 
 def _who_reads_it(record: Json, auto_class: str) -> str:
+    skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
     if "uneven" in record:
-        skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
         return (
             "Its layers have different numbers of experts, which no class of transformers builds: `compressor.load` "
             f"reads it, `{auto_class}.from_pretrained` and serving software refuse it. With `padded: true` in the "
@@ -128,7 +132,6 @@ def _who_reads_it(record: Json, auto_class: str) -> str:
         )
     if "constants" in record:
         number = sum(map(len, record["constants"].values()))
-        skips = " They skip experts, by rules in its `config.json`." if "skipping" in record else ""
         return (
             f"{counted(number, 'expert')} of {counted(len(record['constants']), 'layer')} answer a constant, whatever "
             f"they are given, or are never chosen; no router has lost a row. `compressor.load` reads that, and vLLM "

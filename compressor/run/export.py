@@ -30,7 +30,11 @@ def recorded(folder: Path) -> Json:
     """The record of a run's output. Raises CheckpointError where it has none."""
     try:
         found: Json = json.loads((folder / "compressor" / RECORD).read_text(encoding="utf-8"))
-        if not all("layers" in done["decision"] for done in found["passes"]) or not experts_of(found):
+        if (
+            "model" not in found
+            or not all("layers" in done["decision"] for done in found["passes"])
+            or not experts_of(found)
+        ):
             raise ValueError
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         said = f"it is no output of a run, which has a compressor/{RECORD} of passes over layers"

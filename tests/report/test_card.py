@@ -84,6 +84,16 @@ def test_where_an_original_is_from(tmp_path: Path) -> None:
     assert origin_json(None, output) == {}
 
 
+def test_what_transformers_does_not_read_is_no_ordinary_checkpoint() -> None:
+    """As NVFP4, whose experts `apply` copies as they are."""
+    rule = {"answer": "no", "says": "NVFP4 experts are read by vLLM and SGLang only", "source": "", "date": ""}
+    serving = [{"engine": "transformers", "answer": "no", "rules": [rule], "nearest": []}]
+    text = model_card(record(serving=serving))
+    assert "Neither `compressor.load` nor transformers reads it: NVFP4 experts are read by vLLM and SGLang" in text
+    assert "ordinary" not in text
+    assert "compressor.load(" in model_card(record(serving=serving, uneven={"0": 2, "1": 3}))
+
+
 # --- results
 
 
@@ -130,6 +140,8 @@ def test_without_a_task_of_the_hub_there_are_no_results() -> None:
         ("C:\\Users\\me\\mine", "mine"),
         ("python /home/me/tool.py --out=/data/me/x -v", "python tool.py --out=x -v"),
         ("see '/home/me/x.txt'.", "see 'x.txt'."),
+        ("file:///home/me/runs", "file://runs"),
+        ("host:/data/me/x http://host:80/a/b", "host:x http://host:80/a/b"),
         ("owner/moe", "owner/moe"),
         ("runs/smaller", "runs/smaller"),
         ("https://example.org/a/b", "https://example.org/a/b"),

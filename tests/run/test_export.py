@@ -92,7 +92,12 @@ def test_what_has_no_ids_to_share(made: Path, skips: Path, tmp_path: Path) -> No
     for folder in (made / "model", made / "none"):
         with pytest.raises(CheckpointError, match=r"it is no output of a run, which has a compressor/record.json"):
             kept_ids(folder)
-    for text in ('{"passes": [{"decision": {}}]}', "[1]", '{"passes": [], "layers": 1}'):
+    for text in (
+        '{"passes": [{"decision": {}}], "model": {}}',
+        "[1]",
+        '{"passes": [], "layers": 1, "model": {}}',
+        "{}",
+    ):
         (constants / "compressor" / "record.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"it is no output of a run, which has .* passes over layers\.$"):
             kept_ids(constants)
