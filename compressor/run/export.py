@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from compressor.errors import CheckpointError, RecipeError
 from compressor.observe.statistics_file import load_statistics
 from compressor.report.figures import as_yaml, experts_of, short_labels, shown_layers
 from compressor.run.record import RECORD, STATISTICS
+from compressor.run.record import recorded as record_of
 from compressor.wording import without_paths
 
 Json = dict[str, Any]
@@ -28,17 +28,10 @@ COLUMNS = """A row is an expert, by the original's id, on a text. Of the tokens 
 
 def recorded(folder: Path) -> Json:
     """The record of a run's output. Raises CheckpointError where it has none."""
-    try:
-        found: Json = json.loads((folder / "compressor" / RECORD).read_text(encoding="utf-8"))
-        if (
-            "model" not in found
-            or not all("layers" in done["decision"] for done in found["passes"])
-            or not experts_of(found)
-        ):
-            raise ValueError
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    found = record_of(folder)
+    if not (found.get("model") and all("layers" in one["decision"] for one in found["passes"]) and experts_of(found)):
         said = f"it is no output of a run, which has a compressor/{RECORD} of passes over layers"
-        raise CheckpointError(f"{folder}: {said}.") from error
+        raise CheckpointError(f"{folder}: {said}.")
     return found
 
 
