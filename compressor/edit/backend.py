@@ -22,7 +22,7 @@ from compressor.checkpoint.load import unquantised_skeleton
 from compressor.checkpoint.output import OutputFolder
 from compressor.data.lm_eval_tasks import LoadedTasks
 from compressor.data.sequences import Sequences, TokenBatch
-from compressor.edit.layer_edits import LiveWeights, as_finished, changes_structure, edit_layers, finish
+from compressor.edit.layer_edits import LiveWeights, as_finished, edit_layers, finish
 from compressor.edit.verify import compare_answers, ids_left, refuse_not_finite_answers, save_verified
 from compressor.errors import CheckpointError, VerificationError
 from compressor.evaluation.lm_eval import TaskResult, run_tasks
@@ -32,6 +32,7 @@ from compressor.machine.distributed import Processes
 from compressor.machine.progress import Progress, Update
 from compressor.method import Decision, Method
 from compressor.model.adapter import Adapter
+from compressor.model.layer_weights import Ending
 from compressor.model.moe_model import Kept, MoEModel
 from compressor.model.skipping.usage import Counter
 from compressor.model.structure import MoELayer
@@ -216,7 +217,7 @@ def _edit_verified(
         with preview:
             expected = forward.logits(moe.model, probe)
     endings, errors = edit_layers(method, decision, moe.layers, LiveWeights(moe))
-    if preview is None and changes_structure(endings):
+    if preview is None and any(one != Ending(wrote=one.wrote) for one in endings.values()):
         with as_finished(moe, endings):
             expected = forward.logits(moe.model, probe)
     finish(moe, method, decision, endings)

@@ -220,11 +220,6 @@ def edited_meanwhile(moe: MoEModel, method: Method[Any], decision: Decision, lay
         yield
 
 
-def changes_structure(endings: Endings) -> bool:
-    """Whether an edit has asked for more than other numbers."""
-    return any(one != Ending(wrote=one.wrote) for one in endings.values())
-
-
 @contextmanager
 def as_finished(moe: MoEModel, endings: Endings) -> Iterator[None]:
     """Within the context a model with the edits' numbers computes what it will when `finish` has removed experts: they

@@ -29,10 +29,15 @@ class Machine:
         return gpus() if self.num_gpus is None else tuple(f"cuda:{number}" for number in range(self.num_gpus))
 
     def require_budgets(self, loaded: LoadedRecipe) -> None:
-        """Raise RecipeError where it is another machine, and the recipe does not say what it has."""
+        """Raise RecipeError where it is another machine without the recipe's device, or what it has is not said."""
+        if self.num_gpus is None:
+            return
+        device, _, number = loaded.recipe.device.partition(":")
+        if device == "cuda" and int(number or 0) >= self.num_gpus:
+            raise loaded.error(("device",), f"found {loaded.recipe.device!r}, and by --gpus there are {self.num_gpus}")
         wanted = ["memory", "disk", *(["device_memory"] if self.num_gpus and loaded.recipe.device != "cpu" else [])]
         missing = [f"--{key.replace('_', '-')}" for key in wanted if getattr(loaded.recipe, key) is None]
-        if missing and self.num_gpus is not None:
+        if missing:
             raise loaded.error((), f"with --gpus another machine is meant: say what it has, with {', '.join(missing)}")
 
 

@@ -142,6 +142,9 @@ def test_what_another_machine_has_must_be_said(cheap: dict[str, Any]) -> None:
 def test_a_gpu_there_need_not_be_here(cheap: dict[str, Any]) -> None:
     recipe = cheap | {"device": "cuda"}
     assert checked(recipe, Machine(8)).devices == ("cuda",)
+    for device, number in (("cuda", 0), ("cuda:8", 8)):
+        with pytest.raises(RecipeError, match=f"device: found '{device}', and by --gpus there are {number}$"):
+            checked(cheap | {"device": device}, Machine(number))
     with pytest.raises(RecipeError, match="device: 'cuda' cannot be used"):
         checked(recipe, HERE)
 
