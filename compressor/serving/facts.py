@@ -30,6 +30,7 @@ def facts_of(
     routed = [max(layer.num_experts for layer in layers)] if padded else [layer.num_experts for layer in layers]
     held = routed if padded else [layer.num_with_weights for layer in layers]
     constants = None if "constants" in found else any(layer.constants for layer in layers)
+    replacing = [layer.path.split(".") for layer in layers if layer.constants or constants is None]
     open_counts, bits = "num_experts" in found, any(layer.bits for layer in layers)
     groups = max(layer.num_groups for layer in layers)
     experts = None if len({*routed}) > 1 or (open_counts and not constants) else routed[0]
@@ -44,7 +45,7 @@ def facts_of(
         "most": max(most, *routed, 0),
         "uneven": len({*held}) > 1 or (open_counts and not padded),  # whether layers hold different numbers of experts
         "constants": constants,  # whether experts answer constants, or are never chosen
-        "nested": any(layer.constants and sum(map(str.isdecimal, layer.path.split("."))) > 1 for layer in layers),
+        "nested": any(sum(map(str.isdecimal, path)) > 1 for path in replacing),
         "selection_bias": any(layer.selection_biases for layer in layers),
         "skipping": skipping or any(layer.skip_rule for layer in layers),
         "zeros": any(layer.zeros for layer in layers),

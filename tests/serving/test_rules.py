@@ -7,7 +7,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from compressor.model.structure import MoELayer
 from compressor.report.figures import serving_said, serving_table
+from compressor.serving.facts import facts_of
 from compressor.serving.rules import Rule, Serve, answers, kernel_counts, rules
 
 FACTS: dict[str, Any] = {
@@ -158,6 +160,20 @@ def test_what_a_run_finds_is_not_known_before() -> None:
     assert serving_said(answer_of("vllm", facts)).startswith("not known yet: one number of experts")
     padded = FACTS | {"experts": None, "mean": 6}
     assert {one["answer"] for one in answers(padded)} == {"yes"}
+
+
+def test_constants_that_a_run_may_find_in_a_nested_path_are_not_promised() -> None:
+    """vLLM takes one integer before an expert's; nothing of it where none will answer a constant."""
+    layer = {"num_experts": 8, "top_k": 2, "num_groups": 1, "num_chosen_groups": 1, "parameters_per_expert": 1}
+    paths, raw = ("towers.0.layers.1.mlp", "model.layers.1.mlp"), {"architectures": ["MixtralForCausalLM"]}
+    nested, plain = (MoELayer.described({**layer, "path": path}) for path in paths)
+    said = "not known yet: constants need one integer in a layer's path"
+    for layers, found, is_said in (
+        ([nested], ["constants"], True),
+        ([nested], [], False),
+        ([plain], ["constants"], False),
+    ):
+        assert (said in serving_said(answer_of("vllm", facts_of(raw, layers, found=found)))) == is_said
 
 
 def test_what_a_refusal_names_passes() -> None:
