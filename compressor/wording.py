@@ -30,8 +30,9 @@ def digest(whole: str | Iterable[str | bytes]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of one on the Hugging Face hub, `owner/name`."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII) is not None
+    """Whether a name has the form of one on the Hugging Face hub, `owner/name`, by its client's rules."""
+    found = re.fullmatch(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", name, re.ASCII)
+    return found is not None and not re.search(r"--|\.\.|\.git$", name)
 
 
 def without_paths(said: Any) -> Any:

@@ -14,9 +14,10 @@ from typing import Any
 
 from compressor.checkpoint.files import SINGLE, is_weights, read_index, refuse_adapter
 from compressor.checkpoint.headers import Shard, verify_files
-from compressor.checkpoint.hub import download_side_files, download_weights, may_be_hub_id, missing_weights
+from compressor.checkpoint.hub import download_side_files, download_weights, missing_weights
 from compressor.checkpoint.quantization import MODELOPT, quantisation_of, quantiser
 from compressor.errors import CheckpointError
+from compressor.wording import is_hub_id
 
 DEMO = "demo"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -92,7 +93,7 @@ def find_checkpoint(reference: str, *, trust_remote_code: bool = False, weights:
         raise CheckpointError(
             f"{reference} is a file; expected the folder of a checkpoint (config.json and *.safetensors)."
         )
-    if not may_be_hub_id(reference):
+    if not is_hub_id(reference):
         raise CheckpointError(
             f"{reference}: there is no such folder, nor is it a hub id (`owner/name`); the built-in model is `{DEMO}`."
         )

@@ -15,18 +15,6 @@ from compressor.errors import CheckpointError
 from compressor.machine import network
 
 
-def may_be_hub_id(reference: str) -> bool:
-    """Whether a model can be called so on the hub: `owner/name`."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(reference)
-    except HFValidationError:
-        return False
-    return reference.count("/") == 1
-
-
 def download_side_files(repository: str) -> Path:
     """The folder of the hub's cache with all of a model's files but weights. Raises CheckpointError."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache

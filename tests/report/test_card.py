@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from compressor.checkpoint.find import Checkpoint
 from compressor.report.card import carried_over, eval_results, model_card
@@ -169,3 +172,11 @@ def test_no_path_of_the_machine_is_in_a_card() -> None:
 )
 def test_names_on_the_hub(name: str, is_one: bool) -> None:
     assert is_hub_id(name) == is_one
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b--c", "a/b..c", "a/b.git", "a/b-", "a/.b", "_a/b_", "a" * 97 + "/b", "a/b\n", "a/b.gits"]
+)
+def test_names_are_those_that_the_hubs_client_takes(name: str) -> None:
+    with pytest.raises(HFValidationError) if not is_hub_id(name) else nullcontext():
+        validate_repo_id(name)
