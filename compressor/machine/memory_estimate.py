@@ -92,7 +92,7 @@ class Work:
     answers: int = 0
     """Bytes of the original's answers to measured text, in files beside the output, or `in_memory` without one."""
     pixels: int = 0
-    """Bytes of the images in all text, which are there as long as it is."""
+    """Bytes of the images in all text, in float32, which are there as long as it is."""
     carried: int = 0
     """Bytes of extra prediction layers, which the output gets beside those of the model."""
     in_memory: bool = False
@@ -121,8 +121,13 @@ class Work:
         tokens = self.tokens_at_once if weights == "disk" else self.tokens * self.streams
         return 4 * (tokens + self.measured_tokens) * self.hidden * self.itemsize
 
+    @property
+    def _images(self) -> int:
+        """Bytes of images in the model's dtype, which each batch's forward holds until its end."""
+        return self.streams * self.pixels * self.itemsize // 4
+
     def text(self, place: Placement) -> int:
-        waiting = self.hidden_states(place.weights) if place.states == "memory" else 0
+        waiting = self.hidden_states(place.weights) + self._images if place.states == "memory" else 0
         return round(self.tokens * self.per_token) + waiting
 
     @property
@@ -171,7 +176,7 @@ class Work:
         most = min(self.num_passes, 2 + self.num_turned)  # each step's checkpoint stays until the end
         stages = most if place.weights == "disk" else 1 + self.num_turned
         states = self.hidden_states(place.weights)
-        waiting = states if place.states == "file" else 0
+        waiting = states + self._images if place.states == "file" else 0
         beside = self.carried + states // 2 + waiting + (0 if self.in_memory else self.answers)
         return stages * self.bytes_after + beside
 

@@ -52,6 +52,15 @@ WORK = Work(
 IN_MEMORY, STATES_IN_FILES, FROM_DISK, BOTH = PLACEMENTS
 
 
+def test_images_are_there_twice_in_two_dtypes() -> None:
+    shown = dataclasses.replace(WORK, pixels=10**9)
+    assert shown.text(IN_MEMORY) - WORK.text(IN_MEMORY) == 5 * 10**8  # for every batch at once, as the model takes it
+    assert shown.memory(FROM_DISK) - WORK.memory(FROM_DISK) >= 15 * 10**8
+    assert shown.device_memory(FROM_DISK) - WORK.device_memory(FROM_DISK) >= 5 * 10**8
+    assert shown.text(BOTH) == WORK.text(BOTH)
+    assert shown.disk(BOTH) - WORK.disk(BOTH) == 5 * 10**8
+
+
 def test_memory_by_hand() -> None:
     tokens = 262_144
     states = 4 * tokens * 2048 * 2  # four vectors of 2048 numbers of two bytes
