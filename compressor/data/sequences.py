@@ -102,7 +102,8 @@ class TokenBatch:
 def fingerprint(sequences: Iterable[Tensor], images: Iterable[Mapping[str, Tensor] | None] = ()) -> str:
     """A digest of token ids, and of images, by order and where sequences end: `sha256:` and 16 hex digits."""
     held = [*(ids.to(torch.int64) for ids in sequences), *(one for of in images if of for one in of.values())]
-    return digest(part for one in held for part in (f"{len(one)}:", one.numpy().tobytes()))
+    numbers = (one.float() if one.is_floating_point() else one for one in held)  # numpy has no bfloat16
+    return digest(part for one in numbers for part in (f"{one.numel()}:", one.numpy().tobytes()))
 
 
 def make_batches(

@@ -93,6 +93,8 @@ def test_other_pixels_are_another_text() -> None:
     assert fingerprint(ROWS.ids, images) == ROWS.fingerprint != fingerprint(ROWS.ids)
     images[0]["pixel_values"] = images[0]["pixel_values"] + 1
     assert fingerprint(ROWS.ids, images) != ROWS.fingerprint
+    halves = {"pixel_values": torch.ones(2, 2, dtype=torch.bfloat16), "num_crops": torch.tensor(1)}
+    assert fingerprint([], [halves]) != fingerprint([], [halves | {"num_crops": torch.tensor(2)}])
 
 
 def test_perplexity_is_that_of_text_by_hand() -> None:
