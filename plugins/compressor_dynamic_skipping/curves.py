@@ -218,7 +218,8 @@ class SkipCurves(Statistic):
     def _is_plain(self) -> bool:
         """Whether weights are in the ratios of the scores that experts are chosen by, of all experts."""
         layer = self.layer
-        is_of_logits = layer.router_probe.class_name.startswith("GptOss")  # a softmax over what was chosen by logits
+        probe = layer.router_probe  # of gpt-oss a softmax over what was chosen by logits
+        is_of_logits = probe is not None and probe.class_name.startswith("GptOss")
         return not layer.selection_biases and layer.num_groups == 1 and not is_of_logits
 
     def _of(self, domain: int) -> list[_Batch]:

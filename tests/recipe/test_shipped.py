@@ -210,7 +210,7 @@ def test_shells_complete_commands_and_recipes(
 
 def test_help_says_what_a_value_is_and_not_its_type(cli: Cli) -> None:
     assert "--install-completion" in cli("--help").out
-    names = [info.name or info.callback.__name__ for info in app.registered_commands if info.callback]
+    names = [info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
     assert {"run", "init", "schema"} <= {*names}
     for command in (*names, "plugin new"):
         found = cli(*command.split(), "--help").out

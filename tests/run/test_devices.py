@@ -231,6 +231,7 @@ def test_scales_are_fitted_there_beside_the_original(
     assert_alike(figures_of(found.record), figures_of(expected))
 
 
+@pytest.mark.nightly
 def test_tasks_there_are_answered_as_on_the_cpu(gpus: Any) -> None:
     recipe = {
         "model": "demo",

@@ -20,6 +20,7 @@ from compressor.testing.tiny import (
 SHAPES = ["deepseek_v3", "dbrx", "glm4v_moe_text", "switch_transformers", "deepseek_v4", "zaya", "gemma4"]
 
 
+@pytest.mark.nightly
 def test_candidates_are_few_and_in_order():
     found = candidate_types()
     assert list(found) == sorted(set(found))
