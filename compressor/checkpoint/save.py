@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from compressor.checkpoint.extra_layers import LeftOut, holder_of, spellings
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import read_config
 from compressor.checkpoint.quiet import quiet_transformers
+from compressor.errors import CheckpointError
 from compressor.model.config_entry import KEY, read_entry
 from compressor.model.constants import KEY as CONSTANTS
 from compressor.model.constants import replaced_experts
@@ -41,11 +43,31 @@ def save_checkpoint(
     is_there = any(one.dtype == named for one in model.parameters())
     dtype = str(named if is_there else model.dtype).removeprefix("torch.")
     with quiet_transformers():
-        if replaced_experts(model.config):  # experts have other names than transformers would give them
-            model.save_pretrained(folder, state_dict=tensors_to_save(model), save_original_format=False)
-        else:
-            model.save_pretrained(folder)  # which sets the config's
+        save_model(model, folder)  # which sets the config's dtype
     write_beside_weights(source, folder, model.config, dtype, counts, left_out, changes)
+
+
+def save_model(model: Any, folder: str | Path, **options: Any) -> None:
+    """Transformers' `save_pretrained`, and with experts that answer constants as well, whose names on disk it does not
+    know: it would number those that stay anew, and other readers would take one for another.
+    """
+    if not replaced_experts(model.config):
+        model.save_pretrained(folder, **options)
+        return
+    if options.get("state_dict") is not None:
+        raise CheckpointError(
+            f"{folder}: found a `state_dict` to save, and some experts answer constants: gather the weights into the "
+            "model, and call `save_pretrained` without."
+        )
+    options |= {"state_dict": tensors_to_save(model), "save_original_format": False}
+    type(model).save_pretrained(model, folder, **options)
+
+
+def as_savable(model: Any) -> Any:
+    """The model, which saves itself as `save_model` does where transformers alone would save it wrong."""
+    if replaced_experts(model.config):
+        model.save_pretrained = partial(save_model, model)
+    return model
 
 
 def write_beside_weights(

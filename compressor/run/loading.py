@@ -14,6 +14,7 @@ from compressor.checkpoint.find import Checkpoint, find_checkpoint
 from compressor.checkpoint.headers import refuse_not_finite, verify_files
 from compressor.checkpoint.layerwise_weights import StreamedWeights, spread
 from compressor.checkpoint.load import load_model, load_tokenizer, unquantised_skeleton
+from compressor.checkpoint.save import as_savable
 from compressor.errors import CheckpointError, RecipeError, UnsupportedModelError
 from compressor.machine.distributed import Processes
 from compressor.machine.environment import gpus
@@ -51,8 +52,7 @@ def load(
     verify_files(found.folder)
     adapters = load_plugins(without, files=plugin_files).adapters
     place = _place_of(found, gpus() or ("cpu",), adapters) if device == "auto" else device
-    model = load_model(found, dtype=dtype, device=place, adapters=adapters)
-    return model, load_tokenizer(found)
+    return as_savable(load_model(found, dtype=dtype, device=place, adapters=adapters)), load_tokenizer(found)
 
 
 def restore(model: Any, *, without: Iterable[str] = ()) -> Any:

@@ -30,6 +30,7 @@ from compressor.checkpoint import headers
 from compressor.checkpoint.files import files_beside
 from compressor.checkpoint.find import load_config, with_weights
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, kept_for
+from compressor.checkpoint.save import as_savable
 from compressor.data.images import images_json
 from compressor.data.sequences import Sequences, TokenBatch, tokenizer_fingerprint
 from compressor.edit.backend import AsLoaded, Backend, InMemory, Measurable
@@ -426,7 +427,8 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         record |= serving_json(folder.path, piece.moe, subject.preview.layers, **about)
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
-    model = smaller.model if smaller.weights is None and "files_only" not in record and not asked else None
+    is_whole = smaller.weights is None and "files_only" not in record and not asked
+    model = as_savable(smaller.model) if is_whole else None
     return CompressionResult(record, None, model, subject.preview.tokenizer)
 
 

@@ -66,6 +66,26 @@ def test_in_memory_from_disk_and_applied_are_the_same_bytes(
     assert "version 4 only warns, and makes them up at random" in card
 
 
+def test_a_loaded_model_saves_its_experts_under_their_own_numbers(tokens: Path, tmp_path: Path) -> None:
+    run = compressor.compress(recipe(tokens, PASS), output=tmp_path / "out")
+    run.model.save_pretrained(tmp_path / "of the run")
+    model, _ = compressor.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (
+        tmp_path / "of the run" / "model.safetensors"
+    ).read_bytes()
+    assert replaced_in(tmp_path / "saved") == replaced_in(tmp_path / "out")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    again, _ = compressor.load(tmp_path / "saved")
+    ids = token_ids(1, 6)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(compressor.CheckpointError, match="found a `state_dict` to save, and some experts answer const"):
+        model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_constants_are_those_of_the_experts_that_go(tokens: Path, tmp_path: Path) -> None:
     compressor.compress(recipe(tokens, PASS), output=tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
