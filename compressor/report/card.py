@@ -63,7 +63,8 @@ def model_card(record: Json) -> str:
 def _front_matter(record: Json, reference: str, auto_class: str, methods: Sequence[str]) -> dict[str, Any]:
     """What the hub reads of a card. For a pruned model's relation to its base it has no word."""
     origin = record.get("origin", {"hub": reference if is_hub_id(reference) else None})
-    front: dict[str, Any] = {} if "files_only" in record else {"library_name": "transformers"}
+    needs_ours = {"files_only", "uneven", "constants"} & record.keys()  # the hub would offer `from_pretrained`
+    front: dict[str, Any] = {} if needs_ours else {"library_name": "transformers"}
     if auto_class in PIPELINES and "files_only" not in record:
         front["pipeline_tag"] = PIPELINES[auto_class]
     if origin.get("hub"):

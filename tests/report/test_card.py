@@ -42,6 +42,11 @@ def test_metadata_of_a_pruned_model() -> None:
     }
 
 
+def test_what_transformers_alone_does_not_load_is_not_offered_for_it() -> None:
+    for key in ("uneven", "constants"):
+        assert "library_name" not in read(model_card(record(**{key: {"0": [1]}})))
+
+
 def test_a_quantised_one_says_so_and_one_that_is_not_pruned_does_not_say_it_is() -> None:
     quantised = {"method": "quantization", "decision": {"layers": {"model.layers.0.mlp": {"bits": 4}}}}
     found = read(model_card(record(passes=[quantised], origin={"hub": "a/b", "stored": "compressed-tensors"})))
