@@ -29,6 +29,7 @@ from compressor.machine.memory_estimate import PLACEMENTS, Placement
 from compressor.machine.progress import Progress
 from compressor.model.find_structure import find_structure
 from compressor.observe.layerwise import observe
+from compressor.observe.measuring import CANDIDATES
 from compressor.observe.reductions import joined_figures
 from compressor.observe.statistics_file import load_statistics
 from compressor.plugin import Criterion, ExpertSelection, JoinedStatistic, RankedStatistic, SelectionOptions, Statistic
@@ -279,11 +280,27 @@ def observed(make: Callable[[Any], Statistic], batches: list[TokenBatch], proces
     return observe(moe, batches, statistics, Progress(), processes=processes, **options)
 
 
+def assert_close(found: Any, expected: Any) -> None:
+    """The same JSON, its numbers to 1e-9."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected, strict=True):
+            assert_close(one, two)
+    else:
+        assert found == pytest.approx(expected, rel=1e-9) if isinstance(expected, float) else found == expected
+
+
 def assert_alike(found: Any, expected: Any) -> None:
     assert found.keys() == expected.keys()
     for path, figures in expected.items():
         assert found[path].keys() == figures.keys()
         for name, tensor in figures.items():
+            if name == CANDIDATES:  # JSON, with numbers in it
+                assert_close(*(json.loads(bytes(one.tolist())) for one in (found[path][name], tensor)))
+                continue
             difference = (found[path][name].double() - tensor.double()).abs()
             assert found[path][name].shape == tensor.shape, name
             assert not (difference > 1e-9 * tensor.double().abs().max()).any(), name
