@@ -428,8 +428,7 @@ def _run(job: Job, subject: Subject, folder: OutputFolder | None) -> Compression
         (folder.path / "compressor" / "recipe.yaml").write_text(job.loaded.to_yaml(), encoding="utf-8")
         write_record(folder.path, record)
     is_whole = smaller.weights is None and "files_only" not in record and not asked
-    model = as_savable(smaller.model) if is_whole else None
-    return CompressionResult(record, None, model, subject.preview.tokenizer)
+    return CompressionResult(record, None, as_savable(smaller.model) if is_whole else None, subject.preview.tokenizer)
 
 
 def _served_after(job: Job, yardstick: Yardstick, smaller: Measurable, folder: Path | None) -> dict[str, Any]:
