@@ -10,26 +10,38 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Self
 
 
-class Stand(ThreadingHTTPServer):
-    """`fetched` are the files that were asked for, in order; `commit` is what the branch `main` points to."""
+class Loopback(ThreadingHTTPServer):
+    """A server in a thread, at a free port of the loopback address."""
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.commit = root, "a" * 40
-        self.fetched: list[str] = []
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Until the context is left."""
+        thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            self.server_close()
+            thread.join()
 
-class _Handler(BaseHTTPRequestHandler):
+
+class Handler(BaseHTTPRequestHandler):
+    """Says nothing on the terminal."""
+
     protocol_version = "HTTP/1.1"
-    server: Stand
 
     def log_message(self, *args: object) -> None:
         pass
@@ -41,6 +53,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class Stand(Loopback):
+    """`fetched` are the files that were asked for, in order; `commit` is what the branch `main` points to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(_Handler)
+        self.root, self.commit = root, "a" * 40
+        self.fetched: list[str] = []
+
+
+class _Handler(Handler):
+    server: Stand
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -82,12 +107,5 @@ def _digest(body: bytes) -> str:
 @contextmanager
 def hub_of(root: Path) -> Iterator[Stand]:
     """The hub, until the context is left."""
-    stand = Stand(root)
-    thread = Thread(target=stand.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with Stand(root).running() as stand:
         yield stand
-    finally:
-        stand.shutdown()
-        stand.server_close()
-        thread.join()

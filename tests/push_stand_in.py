@@ -11,9 +11,9 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
+
+from hub_stand_in import Handler, Loopback
 
 
 @dataclass
@@ -27,16 +27,14 @@ class Repository:
     commits: list[dict[str, list[str]]] = field(default_factory=list)
 
 
-class Stand(ThreadingHTTPServer):
+class Stand(Loopback):
     """`me` may write under its own name and those of its organisations. The first request whose path contains `fails`
     is answered by `status` and nothing else, or not at all; `asked` has all requests, `stored` what was uploaded by
     LFS, by digest.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.token: str | None = "hf_secret"
         self.role = "write"
         self.orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "guests", "roleInOrg": "read"}]
@@ -46,26 +44,12 @@ class Stand(ThreadingHTTPServer):
         self.fails = ""
         self.status: int | None = None
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     server: Stand
 
-    def log_message(self, *args: object) -> None:
-        pass
-
     def reply(self, status: int, answer: Any = None, **headers: str) -> None:
-        body = json.dumps(answer or {}).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        super().reply(status, json.dumps(answer or {}).encode(), Content_Type="application/json", **headers)
 
     def answer(self) -> None:
         """One request; what has no method below is answered by 404."""
@@ -189,12 +173,5 @@ def git_digest(content: bytes) -> str:
 @contextmanager
 def hub_to_push_to() -> Iterator[Stand]:
     """The hub, until the context is left."""
-    stand = Stand()
-    thread = Thread(target=stand.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with Stand().running() as stand:
         yield stand
-    finally:
-        stand.shutdown()
-        stand.server_close()
-        thread.join()

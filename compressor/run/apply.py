@@ -19,7 +19,7 @@ from compressor.checkpoint.layerwise_weights import StreamedWeights
 from compressor.checkpoint.load import load_model
 from compressor.checkpoint.output import OutputFolder, disk_errors_named, refuse_output_over_input
 from compressor.edit.checkpoint_edit import meta_model, plan_edit
-from compressor.edit.extra_layers import plan_extra_layers
+from compressor.edit.extra_layers import ExtraLayers, plan_extra_layers
 from compressor.edit.layer_edits import LiveWeights, NotOnDiskError, StoredWeights, Weights, edit_layers, finish
 from compressor.edit.verify import ids_left, random_batch, save_verified
 from compressor.errors import RecipeError, UnsupportedModelError
@@ -130,7 +130,7 @@ class _Application:
             passes = self._edit(after, weights, before.layers)
         except NotOnDiskError as error:
             return self.in_memory(str(error))
-        left_out = self._left_out(before.layers, after)
+        left_out, extra = self._extra_layers(before.layers, after)
         if is_quantised and after.skip_rules:
             raise UnsupportedModelError(
                 f"{self.found.reference}: no reader skips on a quantised checkpoint; apply the pruning passes alone."
@@ -146,7 +146,7 @@ class _Application:
         with self.progress.task("editing on disk, without loading the model: bytes") as update:
             edit.write(self.folder.path, hard_link=hard_link, progress=update)
         shutil.rmtree(values, ignore_errors=True)
-        return self._record(before.layers, after, passes, left_out)
+        return self._record(before.layers, after, passes, left_out, extra)
 
     def in_memory(self, why: str) -> dict[str, Any]:
         """Load the model, edit it, save it, and compare; returns the record."""
@@ -155,9 +155,9 @@ class _Application:
         moe = MoEModel(model, structure_of(type(model), model.config, self.adapters))
         layers = moe.layers
         passes = self._edit(moe, LiveWeights(moe))
-        left_out = self._left_out(layers, moe)
+        left_out, extra = self._extra_layers(layers, moe)
         save_verified(moe, self.found, self.folder, random_batch(model), left_out, self.adapters)
-        return self._record(layers, moe, passes, left_out)
+        return self._record(layers, moe, passes, left_out, extra)
 
     def _streamed(self) -> StreamedWeights:
         return StreamedWeights(load_model(self.found, device="meta", adapters=self.adapters), self.found)
@@ -185,19 +185,23 @@ class _Application:
             original_ids = ids_left(original_ids, moe.removals[num_removals:])
         return passes
 
-    def _left_out(self, before: Sequence[MoELayer], after: MoEModel) -> LeftOut | None:
+    def _extra_layers(self, before: Sequence[MoELayer], after: MoEModel) -> tuple[LeftOut | None, ExtraLayers | None]:
+        """Those that the model's class leaves out, and what becomes of them; refused before anything is written."""
         left_out = find_left_out(self.found, load_config(self.found), type(after.model), self.mtp)
         if left_out:
             self.progress.say(check.left_out_note(left_out))
         elif self.mtp != "drop":
             raise RecipeError(f"{self.found.reference}: mtp: {self.mtp}: it has {check.NO_EXTRA_LAYERS}.")
-        plan_extra_layers(left_out, before, after.layers, self.adapters)  # refuses before anything is written
-        return left_out
+        return left_out, plan_extra_layers(left_out, before, after.layers, self.adapters)
 
     def _record(
-        self, layers: Sequence[MoELayer], after: MoEModel, passes: list[dict[str, Any]], left_out: LeftOut | None
+        self,
+        layers: Sequence[MoELayer],
+        after: MoEModel,
+        passes: list[dict[str, Any]],
+        left_out: LeftOut | None,
+        extra: ExtraLayers | None,
     ) -> dict[str, Any]:
-        extra = plan_extra_layers(left_out, layers, after.layers, self.adapters)
         about = model_json(after.config, auto_class(type(after.model), after.config), layers)
         return {
             "format": FORMAT,
